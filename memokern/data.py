@@ -1,0 +1,543 @@
+"""The training set: its rows as they are stored, and what every query needs of them, computed once.
+
+Images stay uint8, half-precision rows stay half: a row's value is y = row * scale + shift, applied
+inside the kernels. A data set on disk stays there, memory-mapped.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from memokern import datasets, files
+
+ROW_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.uint8)
+# uint8 images: 0..255 -> [-1, 1], the convention of diffusion models.
+UINT8_SCALE, UINT8_SHIFT = 2 / 255, -1.0
+# Elements of a chunk in the sweeps below: 32 MiB as float64, never a float copy of all rows.
+CHUNK_ELEMENTS = 1 << 22
+FORMAT = "memokern.TrainingSet"
+FORMAT_VERSION = 1
+
+
+class TrainingSet:
+    """The N training rows y_n = rows[n] * scale + shift, each of D features.
+
+    Args:
+        rows: [N, *shape] float64, float32, bfloat16, float16 or uint8, kept in that type; one of
+            - a tensor or numpy array, whose memory is shared, not copied, where it is contiguous:
+              do not change it afterwards (norms and mean are cached);
+            - a path: `.npy` or `.safetensors`, memory-mapped; `.npz`, mapped where uncompressed and
+              aligned. Pickles are never loaded. A file written by `save` brings everything else;
+            - a torch map-style Dataset of tensors or (tensor, label) items, each read once into
+              one allocation.
+        labels: [N] integers. None: those of the Dataset, or the integers called "labels" in the
+            file, if any.
+        log_weights: [N] log prior weights of the rows, finite or -inf (weight 0), not all -inf,
+            kept as float64; they need not be normalised. None: all rows weigh the same.
+        scale, shift: finite numbers, scale not 0. Default 1 and 0; for uint8 rows 2/255 and -1,
+            which takes pixels to [-1, 1].
+        name: shown by repr.
+        key: which array of a `.npz` or `.safetensors` file holds the rows (default: see
+            `memokern.files.read_tensor`).
+        check: False skips the search for NaN and infinite rows, which reads every float row once
+            (so, for a memory-mapped file, the whole file).
+
+    Attributes:
+        rows: [N, D] as stored, contiguous. shape: of one row. n, dim: N and D. dtype, device.
+        scale, shift. labels: [N] int64 or None. log_weights: [N] float64 or None. nbytes.
+        center: [D] the mean row, float32 (float64 for float64 rows).
+        sq_norms: [N] float64, |y_n - center|^2.
+
+    Raises:
+        TypeError: rows of another type (other integers, bool, complex); labels not integers.
+        ValueError: no rows or no features; NaN or infinite values (the first such row is named);
+            wrong lengths; a pickle; rows that require a gradient, which the cached norms would not
+            follow (pass the tensor itself to memokern's functions).
+
+    Numerics: center and sq_norms are accumulated in float64 from the dequantised values; sq_norms
+    belongs to the center exactly as stored (rounded).
+
+    Cost: one read of float rows for the check, one read each for center and sq_norms when first
+    used; 8 N + 8 D bytes beside the rows, and 32 MiB while sweeping.
+
+    Example:
+        >>> from memokern.data import TrainingSet
+        >>> digits = TrainingSet.digits()
+        >>> digits
+        TrainingSet(digits: 1797 rows [8, 8] uint8, y = 0.125 r - 1, 129.4 kB, labels, cpu)
+        >>> digits.gather(torch.tensor([0, 1])).shape
+        torch.Size([2, 8, 8])
+    """
+
+    rows: torch.Tensor
+    shape: tuple[int, ...]
+    scale: float
+    shift: float
+    labels: torch.Tensor | None
+    log_weights: torch.Tensor | None
+    name: str | None
+
+    def __init__(
+        self,
+        rows: torch.Tensor | np.ndarray | str | os.PathLike[str] | Dataset,
+        *,
+        labels: Any = None,
+        log_weights: Any = None,
+        scale: float | None = None,
+        shift: float | None = None,
+        name: str | None = None,
+        key: str | None = None,
+        check: bool = True,
+    ) -> None:
+        if key is not None and not isinstance(rows, (str, os.PathLike)):
+            got = type(rows).__name__
+            raise ValueError(f"key={key!r} names an array in a file, but rows is a {got}")
+        if isinstance(rows, (str, os.PathLike)):
+            found = _from_file(rows, key)
+            tensor = found.pop("rows")
+            labels = found.get("labels") if labels is None else labels
+            log_weights = found.get("log_weights") if log_weights is None else log_weights
+            scale = found.get("scale") if scale is None else scale
+            shift = found.get("shift") if shift is None else shift
+            name = found.get("name") if name is None else name
+        elif isinstance(rows, torch.Tensor):
+            tensor = rows
+        elif isinstance(rows, np.ndarray):
+            tensor = files.as_tensor(rows, "rows")
+        elif isinstance(rows, Dataset):
+            tensor, found_labels = _from_dataset(rows)
+            labels = found_labels if labels is None else labels
+        else:
+            raise TypeError(
+                "expected rows as a tensor, a numpy array, a path or a torch Dataset, "
+                f"got {type(rows).__name__}"
+            )
+        tensor = _checked_rows(tensor)
+        is_uint8 = tensor.dtype == torch.uint8
+        self.shape = tuple(tensor.shape[1:])
+        self.rows = tensor.reshape(tensor.shape[0], -1).contiguous()
+        self.scale = _number("scale", scale, UINT8_SCALE if is_uint8 else 1.0)
+        self.shift = _number("shift", shift, UINT8_SHIFT if is_uint8 else 0.0)
+        if self.scale == 0:
+            raise ValueError("expected a scale other than 0, which would make all rows equal")
+        self.labels = _checked_labels(labels, self.n, self.device)
+        self.log_weights = _checked_log_weights(log_weights, self.n, self.device)
+        self.name = name
+        self._center: torch.Tensor | None = None
+        self._sq_norms: torch.Tensor | None = None
+        if check:
+            _require_finite(self.rows)
+
+    @classmethod
+    def digits(cls) -> TrainingSet:
+        """The 1797 handwritten digits of 8 x 8 pixels that come with memokern, uint8, scaled to
+        [-1, 1], with labels.
+
+        Source and licence: `memokern.datasets`.
+        """
+        images, labels = datasets.digits()
+        scale, shift = datasets.DIGITS_SCALE, datasets.DIGITS_SHIFT
+        return cls(images, labels=labels, scale=scale, shift=shift, name="digits")
+
+    # --- sizes --------------------------------------------------------------------------------
+
+    @property
+    def n(self) -> int:
+        """Number of rows N."""
+        return self.rows.shape[0]
+
+    @property
+    def dim(self) -> int:
+        """Number of features D of a row."""
+        return self.rows.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type the rows are stored in."""
+        return self.rows.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rows are."""
+        return self.rows.device
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The type of dequantised rows: float64 for float64 rows, else float32."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rows, labels, weights and caches (of a memory-mapped file: its rows' size on
+        disk)."""
+        held = (self.rows, self.labels, self.log_weights, self._center, self._sq_norms)
+        return sum(tensor.numel() * tensor.element_size() for tensor in held if tensor is not None)
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __repr__(self) -> str:
+        parts = [f"{self.n} rows {list(self.shape)} {str(self.dtype).removeprefix('torch.')}"]
+        if (self.scale, self.shift) != (1.0, 0.0):
+            sign = "-" if self.shift < 0 else "+"
+            parts.append(f"y = {self.scale:.6g} r {sign} {abs(self.shift):.6g}")
+        parts.append(_readable(self.nbytes))
+        parts += ["labels"] * (self.labels is not None)
+        parts += ["log_weights"] * (self.log_weights is not None)
+        parts.append(str(self.device))
+        return f"TrainingSet({f'{self.name}: ' if self.name else ''}{', '.join(parts)})"
+
+    # --- what queries need, computed once -----------------------------------------------------
+
+    @property
+    def center(self) -> torch.Tensor:
+        """The mean of the rows, [D] float32 (float64 for float64 rows). Computed at first use."""
+        if self._center is None:
+            total = torch.zeros(self.dim, dtype=torch.float64, device=self.device)
+            for chunk in _chunks(self.rows):
+                total += chunk.sum(dim=0, dtype=torch.float64)
+            mean = total / self.n * self.scale + self.shift
+            self._center = mean.to(self.compute_dtype)
+        return self._center
+
+    @property
+    def sq_norms(self) -> torch.Tensor:
+        """|y_n - center|^2 for the center as stored, [N] float64. Computed at first use."""
+        if self._sq_norms is None:
+            # |row * scale + shift - center|^2 with the constants joined, so a chunk is touched
+            # twice, in place.
+            offset = self.shift - self.center.to(torch.float64)
+            norms = torch.empty(self.n, dtype=torch.float64, device=self.device)
+            start = 0
+            for chunk in _chunks(self.rows):
+                value = chunk.to(torch.float64, copy=True).mul_(self.scale).add_(offset)
+                norms[start : start + len(chunk)] = torch.linalg.vecdot(value, value)
+                start += len(chunk)
+            self._sq_norms = norms
+        return self._sq_norms
+
+    # --- rows as values -----------------------------------------------------------------------
+
+    def dequantize(self, rows: torch.Tensor) -> torch.Tensor:
+        """Stored rows (or any part of them) as values, row * scale + shift, in `compute_dtype`; the
+        shape is kept."""
+        value = rows.to(self.compute_dtype)
+        if (self.scale, self.shift) == (1.0, 0.0):
+            return value
+        return value * self.scale + self.shift
+
+    def gather(self, index: torch.Tensor) -> torch.Tensor:
+        """The values of the rows at `index`, [*index.shape, *shape] float32 (float64 for float64
+        rows).
+
+        Raises TypeError for an index that is not of integers, IndexError outside 0..N-1.
+        """
+        if index.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"expected an index of int64, got {index.dtype}")
+        index = index.to(self.device, torch.int64)
+        if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < self.n:
+            raise IndexError(
+                f"expected indices in 0..{self.n - 1}, got {int(index.min())}..{int(index.max())}"
+            )
+        taken = self.rows.index_select(0, index.reshape(-1))
+        return self.dequantize(taken).reshape(*index.shape, *self.shape)
+
+    def __getitem__(self, item: int | slice | torch.Tensor) -> torch.Tensor:
+        """The values of one row ([*shape]), a slice or an index or boolean tensor ([k, *shape]), as
+        in a tensor."""
+        # Asked of a row number, torch says IndexError past the end, which is what ends `for row in
+        # data`.
+        picked = self.rows[item]
+        return self.dequantize(picked).reshape(*picked.shape[:-1], *self.shape)
+
+    # --- other training sets ------------------------------------------------------------------
+
+    def subset(self, index: torch.Tensor | np.ndarray | Sequence[int] | slice) -> TrainingSet:
+        """The rows chosen by an index, a boolean mask [N] or a slice (which shares memory), with
+        labels and weights.
+
+        The log weights stay as they are, not renormalised. ValueError if nothing is chosen, or only
+        weight 0.
+        """
+        if not isinstance(index, slice):
+            index = torch.as_tensor(index, device=self.device)
+            if index.ndim != 1 or index.is_floating_point() or index.is_complex():
+                raise TypeError(
+                    "expected a slice, or a one-dimensional index or boolean mask, "
+                    f"got {list(index.shape)} {index.dtype}"
+                )
+            if index.dtype == torch.bool:
+                if len(index) != self.n:
+                    raise ValueError(f"expected a mask of {self.n} entries, got {len(index)}")
+            else:
+                index = index.to(torch.int64)
+        rows = self.rows[index]
+        if len(rows) == 0:
+            raise ValueError("the subset has no rows")
+        return TrainingSet(
+            rows.reshape(-1, *self.shape),
+            labels=None if self.labels is None else self.labels[index],
+            log_weights=None if self.log_weights is None else self.log_weights[index],
+            scale=self.scale,
+            shift=self.shift,
+            name=self.name,
+            check=False,
+        )
+
+    def where(self, label: int | Sequence[int]) -> TrainingSet:
+        """The rows with this label, or with one of these: the empirical p(y | label). ValueError if
+        there are none.
+
+        Example:
+            >>> from memokern.data import TrainingSet
+            >>> len(TrainingSet.digits().where(3))
+            183
+        """
+        if self.labels is None:
+            raise ValueError("this training set has no labels: give labels= when making it")
+        wanted = torch.as_tensor(label, device=self.device).reshape(-1)
+        mask = torch.isin(self.labels, wanted)
+        if not mask.any():
+            known = self.labels.unique().tolist()
+            shown = f"{known[:20]}{' ...' if len(known) > 20 else ''}"
+            raise ValueError(f"no row has the label {label}; the labels are {shown}")
+        return self.subset(mask)
+
+    def to(self, device: torch.device | str) -> TrainingSet:
+        """The same set on another device, caches included; itself if it is there already."""
+        device = torch.device(device)
+        rows = self.rows.to(device)
+        if rows is self.rows:
+            return self
+        moved = TrainingSet(
+            rows.reshape(self.n, *self.shape),
+            labels=self.labels,
+            log_weights=self.log_weights,
+            scale=self.scale,
+            shift=self.shift,
+            name=self.name,
+            check=False,
+        )
+        moved._center = None if self._center is None else self._center.to(device)
+        moved._sq_norms = None if self._sq_norms is None else self._sq_norms.to(device)
+        return moved
+
+    # --- files --------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write everything but the caches to a `.safetensors` file, whole or not at all.
+
+        The rows are stored as they are, under the name "rows"; scale, shift and name are in the
+        metadata. Raises ValueError for another suffix, FileNotFoundError for a folder that does not
+        exist.
+        """
+        tensors = {"rows": self.rows.reshape(self.n, *self.shape)}
+        if self.labels is not None:
+            tensors["labels"] = self.labels
+        if self.log_weights is not None:
+            tensors["log_weights"] = self.log_weights
+        metadata = {
+            "format": FORMAT,
+            "version": str(FORMAT_VERSION),
+            # repr of a float reads back as the same float
+            "scale": repr(self.scale),
+            "shift": repr(self.shift),
+        }
+        if self.name is not None:
+            metadata["name"] = self.name
+        files.write_safetensors(path, tensors, metadata)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, check: bool = True) -> TrainingSet:
+        """Read a file written by `save`; the rows stay memory-mapped. ValueError for any other
+        file.
+
+        Example:
+            >>> import tempfile, pathlib
+            >>> from memokern.data import TrainingSet
+            >>> path = pathlib.Path(tempfile.mkdtemp()) / "digits.safetensors"
+            >>> TrainingSet.digits().save(path)
+            >>> TrainingSet.load(path).shape
+            (8, 8)
+        """
+        if files.read_metadata(path).get("format") != FORMAT:
+            raise ValueError(
+                f"{str(path)!r} was not written by TrainingSet.save; "
+                "to read rows from any other file use TrainingSet(path)"
+            )
+        return cls(path, check=check)
+
+
+# --- sources ----------------------------------------------------------------------------------
+
+
+def _from_file(path: str | os.PathLike[str], key: str | None) -> dict[str, Any]:
+    """What a file says of a training set: rows, and any of labels, log_weights, scale, shift,
+    name."""
+    found: dict[str, Any] = {"rows": files.read_tensor(path, key), "name": Path(path).stem}
+    names = files.keys(path)
+    metadata = files.read_metadata(path)
+    if metadata.get("format") == FORMAT:
+        version = metadata.get("version", "")
+        if version != str(FORMAT_VERSION):
+            raise ValueError(
+                f"{str(path)!r} has version {version!r} of the format, "
+                f"expected {FORMAT_VERSION}: it was written by another memokern"
+            )
+        found["name"] = metadata.get("name")
+        found["scale"] = float(metadata["scale"])
+        found["shift"] = float(metadata["shift"])
+        if "log_weights" in names:
+            found["log_weights"] = files.read_tensor(path, "log_weights")
+    if "labels" in names and key != "labels":
+        labels = files.read_tensor(path, "labels")
+        # One-hot or soft labels are not ours to interpret; the user can still give labels=.
+        if labels.ndim == 1 and _is_integer(labels.dtype):
+            found["labels"] = labels
+    return found
+
+
+def _from_dataset(dataset: Dataset) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """All items of a map-style Dataset in one allocation, and their labels if every item has
+    one."""
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise TypeError(
+            f"expected a map-style Dataset with a length, got {type(dataset).__name__}: "
+            "collect its items into a tensor first"
+        )
+    n = len(dataset)
+    rows: torch.Tensor | None = None
+    labels: list[int] = []
+    # The bar appears only when reading takes more than two seconds, and only on a terminal.
+    for i in tqdm(range(n), desc="reading the data set", delay=2, leave=False, disable=None):
+        item = dataset[i]
+        value, label = (item[0], item[1:2]) if isinstance(item, (tuple, list)) else (item, ())
+        if isinstance(value, np.ndarray):
+            value = files.as_tensor(value, f"item {i} of the data set")
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(
+                f"expected item {i} of the data set to be a tensor or (tensor, label), "
+                f"got {type(value).__name__}: give it a transform to a tensor"
+            )
+        if rows is None:
+            rows = torch.empty(n, *value.shape, dtype=value.dtype)
+        if value.shape != rows.shape[1:] or value.dtype != rows.dtype:
+            raise ValueError(
+                f"expected all items to be alike: item 0 is {list(rows.shape[1:])} {rows.dtype}, "
+                f"item {i} is {list(value.shape)} {value.dtype}"
+            )
+        rows[i] = value
+        labels += [int(x) for x in label if _is_label(x)]
+    if rows is None:
+        raise ValueError("the data set has no items")
+    return rows, torch.tensor(labels) if len(labels) == n else None
+
+
+def _is_label(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.ndim == 0 and _is_integer(value.dtype)
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def _is_integer(dtype: torch.dtype) -> bool:
+    return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
+
+
+# --- checks -----------------------------------------------------------------------------------
+
+
+def _checked_rows(rows: torch.Tensor) -> torch.Tensor:
+    if rows.dtype not in ROW_DTYPES:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in ROW_DTYPES)
+        raise TypeError(
+            f"expected rows of type {known}, got {str(rows.dtype).removeprefix('torch.')}: convert "
+            "them, images in 0..255 with .to(torch.uint8), anything else with .to(torch.float32)"
+        )
+    if rows.ndim == 0 or rows.numel() == 0:
+        got = list(rows.shape)
+        raise ValueError(f"expected rows [N, *shape] with N >= 1 and D >= 1, got {got}")
+    if rows.requires_grad:
+        raise ValueError(
+            "rows require a gradient, and a TrainingSet caches norms that would not follow them: "
+            "pass rows.detach(), or the tensor itself to memokern's functions"
+        )
+    return rows
+
+
+def _number(name: str, value: float | None, default: float) -> float:
+    if value is None:
+        return default
+    if not math.isfinite(float(value)):
+        raise ValueError(f"expected a finite {name}, got {value}")
+    return float(value)
+
+
+def _vector(name: str, value: Any, n: int) -> torch.Tensor:
+    if isinstance(value, np.ndarray):
+        value = files.as_tensor(value, name)
+    tensor = torch.as_tensor(value)
+    if tuple(tensor.shape) != (n,):
+        raise ValueError(f"expected {name} [{n}], one for each row, got {list(tensor.shape)}")
+    return tensor.detach()
+
+
+def _checked_labels(labels: Any, n: int, device: torch.device) -> torch.Tensor | None:
+    if labels is None:
+        return None
+    tensor = _vector("labels", labels, n)
+    if not _is_integer(tensor.dtype):
+        raise TypeError(f"expected labels of an integer type, got {tensor.dtype}")
+    return tensor.to(device, torch.int64)
+
+
+def _checked_log_weights(log_weights: Any, n: int, device: torch.device) -> torch.Tensor | None:
+    if log_weights is None:
+        return None
+    tensor = _vector("log_weights", log_weights, n).to(device, torch.float64)
+    bad = torch.isnan(tensor) | (tensor == math.inf)
+    if bad.any():
+        first = int(bad.nonzero()[0])
+        raise ValueError(
+            f"expected log_weights to be finite or -inf, got {float(tensor[first])} at row {first}"
+        )
+    if bool((tensor == -math.inf).all()):
+        raise ValueError("all log_weights are -inf: at least one row must have weight")
+    return tensor
+
+
+def _chunks(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return rows.split(max(1, CHUNK_ELEMENTS // rows.shape[1]))
+
+
+def _require_finite(rows: torch.Tensor) -> None:
+    if not rows.dtype.is_floating_point:
+        return
+    start = 0
+    for chunk in _chunks(rows):
+        # NaN comes through min and max, so one pass without a temporary decides; the row is looked
+        # for only then.
+        if not torch.isfinite(torch.stack(chunk.aminmax())).all():
+            bad = (~torch.isfinite(chunk)).any(dim=1).nonzero()
+            raise ValueError(
+                f"expected finite rows, got NaN or infinite values in row {start + int(bad[0])}: "
+                "remove such rows or replace the values"
+            )
+        start += len(chunk)
+
+
+def _readable(nbytes: int) -> str:
+    size = float(nbytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.4g} {unit}"
+        size /= 1000
+    return f"{size:.4g} TB"
