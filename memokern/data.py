@@ -1,4 +1,4 @@
-"""The training set: its rows as they are stored, and what every query needs of them, computed once.
+"""The training set: its rows as stored, and what every query needs of them, computed once.
 
 Images stay uint8, half-precision rows stay half: a row's value is y = row * scale + shift, applied
 inside the kernels. A data set on disk stays there, memory-mapped.
@@ -139,8 +139,7 @@ class TrainingSet:
 
     @classmethod
     def digits(cls) -> TrainingSet:
-        """The 1797 handwritten digits of 8 x 8 pixels that come with memokern, uint8, scaled to
-        [-1, 1], with labels.
+        """The 1797 handwritten digits that come with memokern: uint8 [8, 8] in [-1, 1], labels.
 
         Source and licence: `memokern.datasets`.
         """
@@ -177,8 +176,7 @@ class TrainingSet:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the rows, labels, weights and caches (of a memory-mapped file: its rows' size on
-        disk)."""
+        """Bytes of the rows (in memory or mapped), labels, weights and caches."""
         held = (self.rows, self.labels, self.log_weights, self._center, self._sq_norms)
         return sum(tensor.numel() * tensor.element_size() for tensor in held if tensor is not None)
 
@@ -213,8 +211,7 @@ class TrainingSet:
     def sq_norms(self) -> torch.Tensor:
         """|y_n - center|^2 for the center as stored, [N] float64. Computed at first use."""
         if self._sq_norms is None:
-            # |row * scale + shift - center|^2 with the constants joined, so a chunk is touched
-            # twice, in place.
+            # row * scale + (shift - center), in place: one temporary per chunk.
             offset = self.shift - self.center.to(torch.float64)
             norms = torch.empty(self.n, dtype=torch.float64, device=self.device)
             start = 0
@@ -228,19 +225,18 @@ class TrainingSet:
     # --- rows as values -----------------------------------------------------------------------
 
     def dequantize(self, rows: torch.Tensor) -> torch.Tensor:
-        """Stored rows (or any part of them) as values, row * scale + shift, in `compute_dtype`; the
-        shape is kept."""
+        """Stored rows, of any shape, as values row * scale + shift in `compute_dtype`."""
         value = rows.to(self.compute_dtype)
         if (self.scale, self.shift) == (1.0, 0.0):
             return value
         return value * self.scale + self.shift
 
     def gather(self, index: torch.Tensor) -> torch.Tensor:
-        """The values of the rows at `index`, [*index.shape, *shape] float32 (float64 for float64
-        rows).
+        """The values of the rows at `index` (any shape): [*index.shape, *shape] in `compute_dtype`.
 
         Raises TypeError for an index that is not of integers, IndexError outside 0..N-1.
         """
+        index = torch.as_tensor(index)
         if index.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"expected an index of int64, got {index.dtype}")
         index = index.to(self.device, torch.int64)
@@ -252,24 +248,25 @@ class TrainingSet:
         return self.dequantize(taken).reshape(*index.shape, *self.shape)
 
     def __getitem__(self, item: int | slice | torch.Tensor) -> torch.Tensor:
-        """The values of one row ([*shape]), a slice or an index or boolean tensor ([k, *shape]), as
-        in a tensor."""
-        # Asked of a row number, torch says IndexError past the end, which is what ends `for row in
-        # data`.
+        """The values of one row [*shape], or of a slice, index or mask [k, *shape]."""
+        if isinstance(item, tuple):
+            raise TypeError("expected one index, for the rows; index the result for the rest")
+        # Past the last row torch raises IndexError, which is what ends `for row in data`.
         picked = self.rows[item]
         return self.dequantize(picked).reshape(*picked.shape[:-1], *self.shape)
 
     # --- other training sets ------------------------------------------------------------------
 
     def subset(self, index: torch.Tensor | np.ndarray | Sequence[int] | slice) -> TrainingSet:
-        """The rows chosen by an index, a boolean mask [N] or a slice (which shares memory), with
-        labels and weights.
+        """The rows chosen by an index, a mask [N] or a slice, with their labels and weights.
 
-        The log weights stay as they are, not renormalised. ValueError if nothing is chosen, or only
-        weight 0.
+        A slice shares memory. The log weights are not renormalised. ValueError if nothing is
+        chosen, or only rows of weight 0.
         """
         if not isinstance(index, slice):
             index = torch.as_tensor(index, device=self.device)
+            if index.numel() == 0:
+                raise ValueError("the subset has no rows")
             if index.ndim != 1 or index.is_floating_point() or index.is_complex():
                 raise TypeError(
                     "expected a slice, or a one-dimensional index or boolean mask, "
@@ -294,8 +291,9 @@ class TrainingSet:
         )
 
     def where(self, label: int | Sequence[int]) -> TrainingSet:
-        """The rows with this label, or with one of these: the empirical p(y | label). ValueError if
-        there are none.
+        """The rows with this label, or one of these labels: the empirical p(y | label).
+
+        ValueError if there are none.
 
         Example:
             >>> from memokern.data import TrainingSet
@@ -336,9 +334,8 @@ class TrainingSet:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything but the caches to a `.safetensors` file, whole or not at all.
 
-        The rows are stored as they are, under the name "rows"; scale, shift and name are in the
-        metadata. Raises ValueError for another suffix, FileNotFoundError for a folder that does not
-        exist.
+        The rows are stored as they are, called "rows"; scale, shift and name are metadata.
+        Raises ValueError for another suffix, FileNotFoundError for a folder that does not exist.
         """
         tensors = {"rows": self.rows.reshape(self.n, *self.shape)}
         if self.labels is not None:
@@ -358,8 +355,7 @@ class TrainingSet:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, check: bool = True) -> TrainingSet:
-        """Read a file written by `save`; the rows stay memory-mapped. ValueError for any other
-        file.
+        """Read a file written by `save`; the rows stay memory-mapped. ValueError for other files.
 
         Example:
             >>> import tempfile, pathlib
@@ -381,8 +377,7 @@ class TrainingSet:
 
 
 def _from_file(path: str | os.PathLike[str], key: str | None) -> dict[str, Any]:
-    """What a file says of a training set: rows, and any of labels, log_weights, scale, shift,
-    name."""
+    """What a file says: rows, name, and any of labels, log_weights, scale, shift."""
     found: dict[str, Any] = {"rows": files.read_tensor(path, key), "name": Path(path).stem}
     names = files.keys(path)
     metadata = files.read_metadata(path)
@@ -407,8 +402,7 @@ def _from_file(path: str | os.PathLike[str], key: str | None) -> dict[str, Any]:
 
 
 def _from_dataset(dataset: Dataset) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """All items of a map-style Dataset in one allocation, and their labels if every item has
-    one."""
+    """All items of a map-style Dataset in one allocation; their labels if every item has one."""
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise TypeError(
             f"expected a map-style Dataset with a length, got {type(dataset).__name__}: "
@@ -462,6 +456,8 @@ def _checked_rows(rows: torch.Tensor) -> torch.Tensor:
             f"expected rows of type {known}, got {str(rows.dtype).removeprefix('torch.')}: convert "
             "them, images in 0..255 with .to(torch.uint8), anything else with .to(torch.float32)"
         )
+    if rows.layout != torch.strided:
+        raise TypeError(f"expected dense rows, got layout {rows.layout}: use .to_dense()")
     if rows.ndim == 0 or rows.numel() == 0:
         got = list(rows.shape)
         raise ValueError(f"expected rows [N, *shape] with N >= 1 and D >= 1, got {got}")
@@ -482,12 +478,23 @@ def _number(name: str, value: float | None, default: float) -> float:
 
 
 def _vector(name: str, value: Any, n: int) -> torch.Tensor:
+    """[n] values of the caller's own: a copy, so that what was checked stays true."""
     if isinstance(value, np.ndarray):
         value = files.as_tensor(value, name)
-    tensor = torch.as_tensor(value)
+    try:
+        tensor = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(
+            f"expected {name} as a tensor, array or list of numbers, got {type(value).__name__}"
+        ) from None
     if tuple(tensor.shape) != (n,):
         raise ValueError(f"expected {name} [{n}], one for each row, got {list(tensor.shape)}")
-    return tensor.detach()
+    if tensor.requires_grad:
+        raise ValueError(
+            f"{name} require a gradient, which a TrainingSet cannot pass on: give them as bias= "
+            "to memokern's functions, or detach them"
+        )
+    return tensor.clone()
 
 
 def _checked_labels(labels: Any, n: int, device: torch.device) -> torch.Tensor | None:
@@ -523,8 +530,7 @@ def _require_finite(rows: torch.Tensor) -> None:
         return
     start = 0
     for chunk in _chunks(rows):
-        # NaN comes through min and max, so one pass without a temporary decides; the row is looked
-        # for only then.
+        # NaN comes through min and max, so one pass without a temporary decides.
         if not torch.isfinite(torch.stack(chunk.aminmax())).all():
             bad = (~torch.isfinite(chunk)).any(dim=1).nonzero()
             raise ValueError(

@@ -1,9 +1,8 @@
-"""Reading arrays and writing results: memory-mapped where the format allows it, whole or not at
-all, never pickle.
+"""Reading arrays and writing results.
 
-A leaf of the package: it imports nothing of memokern. Readers refuse what could run code (object
-arrays, pickles). Writers go through `atomic`: a reader of the target sees the old file or the
-complete new one.
+A leaf of the package: it imports nothing of memokern. Readers map the file into memory where its
+format allows that, and refuse what could run code (object arrays, pickles). Writers go through
+`atomic`: whoever reads the target sees the old file or the complete new one.
 """
 
 from __future__ import annotations
@@ -26,8 +25,7 @@ import safetensors.torch
 import torch
 
 FORMATS = (".npy", ".npz", ".safetensors")
-# Where a file holds several arrays and none is named, the first of these that it has is the one
-# meant.
+# Of a file with several arrays, none asked for by name, the first of these that it has is read.
 USUAL_KEYS = ("rows", "images", "samples", "data", "x", "arr_0")
 
 
@@ -47,8 +45,8 @@ def read_tensor(path: str | os.PathLike[str], key: str | None = None) -> torch.T
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: another format, a damaged file, pickled contents, or an unknown or ambiguous
-        key. TypeError: an array of strings, records, or another type that a tensor cannot hold.
+        ValueError: another format, a damaged file, pickled contents, an unknown or ambiguous key.
+        TypeError: an array of strings, records, or another type that a tensor cannot hold.
 
     Example:
         >>> import tempfile, os, numpy as np
@@ -66,8 +64,7 @@ def read_tensor(path: str | os.PathLike[str], key: str | None = None) -> torch.T
 
 
 def read_array(path: str | os.PathLike[str], key: str | None = None) -> np.ndarray:
-    """As `read_tensor`, as a numpy array. bfloat16, which numpy lacks, raises TypeError: use
-    `read_tensor` for it."""
+    """As `read_tensor`, but a numpy array. TypeError for bfloat16, which numpy lacks."""
     path = _existing(path)
     if path.suffix.lower() != ".safetensors":
         return _read_numpy(path, key)
@@ -75,13 +72,13 @@ def read_array(path: str | os.PathLike[str], key: str | None = None) -> np.ndarr
 
 
 def read_table(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """All arrays of a `.npz` or `.safetensors` file by name; a `.npy` gives {"arr_0": array}.
-    Errors as `read_tensor`."""
+    """All arrays of a file by name; that of a `.npy` is called "arr_0". Errors as `read_array`."""
     path = _existing(path)
     suffix = path.suffix.lower()
     if suffix == ".safetensors":
         with _safetensors(path) as file:
-            return {key: _to_numpy(file.get_tensor(key), path) for key in file.keys()}  # noqa: SIM118
+            names = list(file.keys())
+            return {key: _to_numpy(file.get_tensor(key), path) for key in names}
     if suffix == ".npz":
         with _zip(path) as archive:
             return {key: _read_member(path, archive, key) for key in _members(archive)}
@@ -89,8 +86,7 @@ def read_table(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
 
 def keys(path: str | os.PathLike[str]) -> list[str]:
-    """The names of the arrays in a file, in its order; [] for a `.npy`, whose one array has no
-    name."""
+    """The names of the arrays in a file; [] for a `.npy`, whose one array has no name."""
     path = _existing(path)
     if path.suffix.lower() == ".safetensors":
         with _safetensors(path) as file:
@@ -111,12 +107,10 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
 
 
 def as_tensor(array: np.ndarray, what: str = "array") -> torch.Tensor:
-    """A tensor on the memory of a numpy array: no copy, unless its strides are negative or its byte
-    order foreign.
+    """A tensor on the memory of a numpy array; a copy only for negative strides or foreign bytes.
 
-    A read-only array is shared too. torch.from_numpy would warn that writing to the tensor is
-    undefined; the callers here never write, so the view is taken through the array interface, which
-    does not ask.
+    A read-only array is shared too: do not write to the tensor. torch.from_numpy would warn of
+    that; the view taken through the array interface does not.
     """
     if array.dtype.hasobject:
         raise ValueError(_pickled(what))
@@ -234,8 +228,7 @@ def _map_member(path: Path, info: zipfile.ZipInfo) -> np.ndarray | None:
     with open(path, "rb") as file:
         file.seek(info.header_offset)
         header = file.read(30)
-        # The local header's own name and extra lengths: they may differ from the central
-        # directory's.
+        # The lengths in the local header count: the central directory may have others.
         name, extra = struct.unpack("<HH", header[26:30])
         file.seek(info.header_offset + 30 + name + extra)
         version = np.lib.format.read_magic(file)
@@ -258,8 +251,9 @@ def _map_member(path: Path, info: zipfile.ZipInfo) -> np.ndarray | None:
 def _guarded(path: Path, read: Any) -> np.ndarray:
     try:
         return read()
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
-        if "allow_pickle" in str(error) or "Object arrays" in str(error):
+    except (ValueError, EOFError, OSError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        # numpy's words for an object array: read, and mapped.
+        if "allow_pickle" in str(error) or "Python objects" in str(error):
             raise ValueError(_pickled(repr(str(path)))) from None
         raise ValueError(f"{str(path)!r} cannot be read ({error})") from error
 
@@ -282,8 +276,7 @@ def _to_numpy(tensor: torch.Tensor, path: Path) -> np.ndarray:
 
 @contextlib.contextmanager
 def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary path beside `path`: write to it, and on a clean exit it takes the target's place,
-    synced to disk.
+    """A temporary path beside `path`; on a clean exit it is synced and takes the target's place.
 
     On an exception the temporary file is removed and the target is as it was. The temporary name
     keeps the suffix, which np.savez and matplotlib look at. A symbolic link is followed.
@@ -306,9 +299,8 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise FileNotFoundError(f"no such folder: {str(target.parent)!r}; make it first")
     if target.exists() and not target.is_file():
         raise ValueError(f"cannot write to {str(path)!r}: it exists and is not a file")
-    temporary = target.with_name(f".{target.stem}.{secrets.token_hex(6)}.tmp{target.suffix}")
-    # Made here, not by tempfile, whose files only the owner may read; O_EXCL: nobody else's file is
-    # written to.
+    temporary = target.with_name(f".{target.stem[:100]}.{secrets.token_hex(6)}.tmp{target.suffix}")
+    # Made here, not by tempfile, whose files only the owner may read. O_EXCL: never another's file.
     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
         yield temporary
@@ -336,10 +328,9 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
 
 
 def write_npz(path: str | os.PathLike[str], **arrays: np.ndarray | torch.Tensor) -> None:
-    """Write named arrays as a compressed `.npz`; equal arrays give equal bytes. Errors as `atomic`.
+    """Write named arrays as a compressed `.npz`; equal arrays give equal bytes.
 
-    Raises:
-        ValueError: the path does not end in `.npz`, or an array holds Python objects.
+    Raises ValueError for another suffix or an array of Python objects, and as `atomic`.
     """
     if Path(path).suffix.lower() != ".npz":
         raise ValueError(f"expected a path ending in .npz, got {str(path)!r}")
@@ -359,8 +350,10 @@ def write_safetensors(
     tensors: Mapping[str, torch.Tensor],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write named tensors as `.safetensors` with string metadata. Errors as `atomic`; ValueError
-    for another suffix."""
+    """Write named tensors and string metadata as `.safetensors`.
+
+    Raises ValueError for another suffix, and as `atomic`.
+    """
     if Path(path).suffix.lower() != ".safetensors":
         raise ValueError(f"expected a path ending in .safetensors, got {str(path)!r}")
     contiguous = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
@@ -369,8 +362,10 @@ def write_safetensors(
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Write JSON (UTF-8, indented). Arrays and tensors become lists; NaN and infinities, which JSON
-    lacks, null."""
+    """Write indented JSON. Arrays and tensors become lists; NaN and infinities become null.
+
+    Raises TypeError for what JSON cannot hold, and as `atomic`.
+    """
     text = json.dumps(_plain(value), indent=2, allow_nan=False, ensure_ascii=False)
     write_bytes(path, (text + "\n").encode())
 
