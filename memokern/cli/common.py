@@ -1,0 +1,172 @@
+"""What the commands share: errors as one line, loading of data, checks of outputs before the long
+work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from memokern import TrainingSet, files
+
+DIGITS = "digits"  # the word that stands for the embedded data set
+
+
+class Group(click.Group):
+    """A click group whose errors are one line on stderr.
+
+    Exit codes: 0 done, 1 a failure while computing or writing, 2 wrong input, 130 interrupted. A
+    bug keeps its traceback.
+    """
+
+    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+        if not standalone_mode:
+            return super().main(*args, standalone_mode=False, **extra)
+        try:
+            code = super().main(*args, standalone_mode=False, **extra)
+        except click.ClickException as error:
+            context = getattr(error, "ctx", None)
+            name = context.command_path if context is not None else self.name or "memokern"
+            help_line = f" (see {name} --help)" if isinstance(error, click.UsageError) else ""
+            click.echo(
+                f"{name}: error: {' '.join(error.format_message().split())}{help_line}", err=True
+            )
+            sys.exit(error.exit_code)
+        except (click.Abort, KeyboardInterrupt):
+            click.echo("memokern: interrupted; no output was left half written", err=True)
+            sys.exit(130)
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+class WrongInput(click.ClickException):
+    """An input that cannot be used: one line, exit code 2."""
+
+    exit_code = 2
+
+
+@contextlib.contextmanager
+def wrong_input(about: str | None = None) -> Iterator[None]:
+    """Turn the library's refusals of an input into one line and exit code 2, `about` (an option,
+    say) in front.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, OSError, RuntimeError, MemoryError) as error:
+        message = str(error) or type(error).__name__
+        raise WrongInput(f"{about}: {message}" if about else message) from error
+
+
+@contextlib.contextmanager
+def failure(about: str) -> Iterator[None]:
+    """Turn a failure of the machine (a full disk, too little memory) into one line and exit code
+    1.
+    """
+    try:
+        yield
+    except (OSError, MemoryError) as error:
+        raise click.ClickException(f"{about}: {error or type(error).__name__}") from error
+
+
+def load(source: str, key: str | None, about: str) -> TrainingSet:
+    """The training set in a file (.npy, .npz, .safetensors), or the embedded digits for the word
+    "digits".
+    """
+    with wrong_input(about):
+        if source == DIGITS and not Path(source).exists():
+            if key is not None:
+                raise ValueError(
+                    f"a key needs a data file, got {key!r} with the embedded digits: leave it out"
+                )
+            return TrainingSet.digits()
+        return TrainingSet(files.read_tensor(source, key), name=Path(source).name)
+
+
+def load_rows(source: str, key: str | None, data: TrainingSet, about: str) -> torch.Tensor:
+    """Samples [S, *data.shape] from a file, floating point, in the data's units; flat rows are
+    reshaped.
+    """
+    with wrong_input(about):
+        rows = files.read_tensor(source, key)
+        if rows.ndim < 2 or rows[0:1].numel() != (data.dim if len(rows) else 0):
+            raise ValueError(
+                f"expected samples of shape [S, {', '.join(map(str, data.shape))}] like the "
+                f"data's rows, "
+                f"with at least one, got {list(rows.shape)}"
+            )
+        if rows.dtype == torch.uint8 and data.rows.dtype == torch.uint8:
+            rows = data.dequantize(rows.reshape(len(rows), -1))
+        elif not rows.is_floating_point():
+            raise TypeError(
+                f"expected samples of a floating type (or uint8 like the data), got {rows.dtype} "
+                f"for {data.rows.dtype} data"
+            )
+        rows = rows.to(torch.float64 if rows.dtype == torch.float64 else torch.float32)
+        if not rows.isfinite().all():
+            raise ValueError("samples hold NaN or infinite values")
+        return rows.reshape(len(rows), *data.shape)
+
+
+def check_outputs(outputs: Sequence[tuple[str, Path | None, tuple[str, ...]]], force: bool) -> None:
+    """Refuse, before the long work, outputs that could not be written.
+
+    Args:
+        outputs: (option, path or None, suffixes allowed).
+        force: an existing file may be replaced.
+    """
+    seen: dict[Path, str] = {}
+    for option, path, suffixes in outputs:
+        if path is None:
+            continue
+        if path.suffix.lower() not in suffixes:
+            raise WrongInput(
+                f"{option}: the name must end in {', '.join(suffixes)}, got {str(path)!r}"
+            )
+        if not path.parent.is_dir():
+            raise WrongInput(f"{option}: no such folder: {str(path.parent)!r}; make it first")
+        if path.is_dir():
+            raise WrongInput(f"{option}: {str(path)!r} is a folder")
+        if path.exists() and not force:
+            raise WrongInput(f"{option}: {str(path)!r} exists; give --force to replace it")
+        if path.resolve() in seen:
+            raise WrongInput(
+                f"{option}: {str(path)!r} is also what {seen[path.resolve()]} would write"
+            )
+        seen[path.resolve()] = option
+
+
+def progress_wanted() -> bool:
+    """Progress bars only where somebody watches."""
+    return sys.stderr.isatty()
+
+
+def seconds(value: float) -> str:
+    """A duration with the unit that suits it.
+
+    Example:
+        >>> from memokern.cli.common import seconds
+        >>> [seconds(v) for v in (0.0000123, 0.0123, 1.23, 123.4)]
+        ['12.3 us', '12.3 ms', '1.23 s', '123 s']
+    """
+    for unit, scale in (("us", 1e-6), ("ms", 1e-3)):
+        if value < 1000 * scale:
+            return f"{value / scale:.3g} {unit}"
+    return f"{value:.3g} s"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
+    """Columns lined up; those numbered in `right` to the right."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    lines = []
+    for row in (header, ["-" * w for w in widths], *rows):
+        cells = [
+            c.rjust(w) if i in right else c.ljust(w)
+            for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)

@@ -1,0 +1,168 @@
+"""`memokern memorization`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+import torch
+
+from memokern import files
+from memokern import memorization as metrics
+from memokern.cli import common
+
+
+@click.command()
+@click.argument("samples", metavar="SAMPLES")
+@click.argument("data", metavar="DATA")
+@click.option(
+    "--samples-key", metavar="NAME", help="Which array of the samples' .npz or .safetensors file."
+)
+@click.option(
+    "--data-key", metavar="NAME", help="Which array of the data's .npz or .safetensors file."
+)
+@click.option(
+    "--tolerance",
+    default=1e-2,
+    show_default=True,
+    type=float,
+    help="Collapse: L2 distance below this.",
+)
+@click.option(
+    "--ratio",
+    "threshold",
+    default=1 / 3,
+    show_default="1/3",
+    type=float,
+    help="Ratio: nearest over second nearest distance below this.",
+)
+@click.option(
+    "--neighbours",
+    default=50,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Carlini's distance is normalised by the mean over this many rows.",
+)
+@click.option(
+    "--binary",
+    type=float,
+    metavar="LEVEL",
+    help="Also compare exactly after thresholding both at this value (binary images).",
+)
+@click.option(
+    "--show",
+    default=5,
+    show_default=True,
+    type=click.IntRange(min=0),
+    help="Closest samples to list.",
+)
+@click.option(
+    "--json",
+    "report",
+    type=click.Path(path_type=Path),
+    metavar="FILE.json",
+    help="Write fractions and per-sample values as JSON.",
+)
+@click.option(
+    "--force", is_flag=True, help="Replace an existing JSON file; without it it is refused."
+)
+def memorization(
+    samples: str,
+    data: str,
+    samples_key: str | None,
+    data_key: str | None,
+    tolerance: float,
+    threshold: float,
+    neighbours: int,
+    binary: float | None,
+    show: int,
+    report: Path | None,
+    force: bool,
+) -> None:
+    """Measure how many of SAMPLES are copies of rows of DATA (.npy, .npz or .safetensors; DATA may
+    be 'digits').
+
+    Both in the same units; uint8 DATA are pixels in [-1, 1].
+    """
+    for option, value in (("--tolerance", tolerance), ("--ratio", threshold)):
+        if not 0 < value < float("inf"):
+            raise common.WrongInput(f"{option}: expected a positive number, got {value}")
+    common.check_outputs([("--json", report, (".json",))], force)
+    training = common.load(data, data_key, "DATA")
+    rows = common.load_rows(samples, samples_key, training, "SAMPLES")
+    if training.n < 2:
+        raise common.WrongInput(
+            f"DATA: the ratio criterion needs at least 2 rows, got {training.n}"
+        )
+    k = min(neighbours, training.n)
+    collapse = metrics.collapse(rows, training, tolerance)
+    found = {
+        "collapse": (collapse, f"distance to the nearest row < {tolerance:g}"),
+        "ratio": (
+            metrics.ratio(rows, training, threshold),
+            f"nearest / second nearest < {threshold:.3g}",
+        ),
+        "carlini": (metrics.carlini(rows, training, k=k), f"distance / mean distance to {k} rows"),
+    }
+    if binary is not None:
+        found["exact"] = (
+            metrics.exact_match(rows, training, binary),
+            f"equal after thresholding at {binary:g}",
+        )
+    if report is not None:
+        with common.failure("cannot write"):
+            files.write_json(
+                report,
+                {
+                    "samples": samples,
+                    "data": data,
+                    "count": len(rows),
+                    **{
+                        name: {
+                            "meaning": meaning,
+                            "fraction": float(result.fraction),
+                            "memorized": result.memorized,
+                            "value": result.value,
+                            "index": result.index,
+                            "distance": result.distance,
+                        }
+                        for name, (result, meaning) in found.items()
+                    },
+                },
+            )
+    lines = []
+    for name, (result, meaning) in found.items():
+        value = result.value.double()
+        lines.append(
+            [
+                name,
+                f"{float(result.fraction):.1%}",
+                f"{int(result.memorized.sum())} of {len(rows)}",
+                f"{float(value.median()):.4g}",
+                f"{float(value.min()):.4g}",
+                meaning,
+            ]
+        )
+    click.echo(
+        common.table(
+            ["criterion", "memorised", "count", "median", "smallest", "meaning"],
+            lines,
+            (1, 2, 3, 4),
+        )
+    )
+    if show:
+        order = torch.argsort(collapse.distance, stable=True)[:show].tolist()
+        each = [
+            [
+                str(i),
+                str(int(collapse.index[i])),
+                f"{float(collapse.distance[i]):.4g}",
+                f"{float(found['ratio'][0].value[i]):.4g}",
+                f"{float(found['carlini'][0].value[i]):.4g}",
+            ]
+            for i in order
+        ]
+        click.echo("\nclosest samples")
+        click.echo(common.table(["sample", "row", "distance", "ratio", "carlini"], each, range(5)))
+    if report is not None:
+        click.echo(f"\nwrote {report}")

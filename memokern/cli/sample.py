@@ -1,0 +1,317 @@
+"""`memokern sample`."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from memokern import (
+    Denoiser,
+    TrainingSet,
+    figures,
+    files,
+    memorization,
+    processes,
+    regularizers,
+    samplers,
+)
+from memokern.cli import common
+
+SOLVERS = ("euler", "heun", "rk45", "sde")
+REGULARIZER_HELP = (
+    "none, tikhonov:c=1e-2, empirical-bayes:log_tau=-3, temperature:sigma_c=0.5, "
+    "smoothing:h=0.1,samples=16, bank:h=0.1, "
+    "unconditioned; joined with + or given several times."
+)
+
+
+@click.command()
+@click.option(
+    "--data",
+    default=common.DIGITS,
+    show_default=True,
+    metavar="FILE",
+    help="Training rows: .npy, .npz or .safetensors; uint8 rows are read as pixels in [-1, 1]. "
+    "'digits': the embedded 8 x 8 handwritten digits.",
+)
+@click.option("--key", metavar="NAME", help="Which array of an .npz or .safetensors file.")
+@click.option(
+    "--process",
+    default="edm",
+    show_default=True,
+    type=click.Choice(sorted(processes.NAMES)),
+    help="The diffusion process.",
+)
+@click.option(
+    "--regularizer", "regularizer_texts", multiple=True, metavar="TEXT", help=REGULARIZER_HELP
+)
+@click.option(
+    "--solver",
+    default="heun",
+    show_default=True,
+    type=click.Choice(SOLVERS),
+    help="euler, heun, rk45: probability-flow ODE; sde: reverse SDE (Euler-Maruyama).",
+)
+@click.option(
+    "--steps",
+    type=click.IntRange(min=1),
+    default=None,
+    help="Steps of the solver (rk45 chooses its own).  [default: 18; 200 for sde]",
+)
+@click.option(
+    "-n",
+    "--samples",
+    "--count",
+    "count",
+    default=16,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="How many samples.",
+)
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1))
+@click.option(
+    "--sigma-min", type=float, metavar="SIGMA", help="Stop early, at this level of noise."
+)
+@click.option(
+    "--tolerance",
+    default=1e-2,
+    show_default=True,
+    type=float,
+    help="Collapse criterion: L2 distance to the nearest row below this.",
+)
+@click.option(
+    "--ratio",
+    "ratio_threshold",
+    default=1 / 3,
+    show_default="1/3",
+    type=float,
+    help="Ratio criterion: nearest over second nearest distance below this.",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="FILE.npz",
+    help="Write samples and matches.",
+)
+@click.option(
+    "--picture",
+    type=click.Path(path_type=Path),
+    metavar="FILE.png",
+    help="Each sample beside its nearest training image (2-D points: a scatter plot); "
+    ".png, .pdf or .svg.",
+)
+@click.option(
+    "--json",
+    "report",
+    type=click.Path(path_type=Path),
+    metavar="FILE.json",
+    help="Write the report as JSON.",
+)
+@click.option(
+    "--force", is_flag=True, help="Replace existing outputs; without it they are refused."
+)
+def sample(
+    data: str,
+    key: str | None,
+    process: str,
+    regularizer_texts: tuple[str, ...],
+    solver: str,
+    steps: int | None,
+    count: int,
+    seed: int,
+    sigma_min: float | None,
+    tolerance: float,
+    ratio_threshold: float,
+    output: Path | None,
+    picture: Path | None,
+    report: Path | None,
+    force: bool,
+) -> None:
+    """Sample with the closed-form score of a training set and report how much of it is memorised.
+
+    Example: memokern sample --regularizer tikhonov:c=0.1 -n 24 --picture samples.png
+    """
+    if solver == "rk45" and steps is not None:
+        raise common.WrongInput("--steps: rk45 chooses its own steps; leave --steps out")
+    steps = steps or (200 if solver == "sde" else 18)
+    for option, value in (
+        ("--tolerance", tolerance),
+        ("--ratio", ratio_threshold),
+        ("--sigma-min", sigma_min),
+    ):
+        if value is not None and not 0 < value < float("inf"):
+            raise common.WrongInput(f"{option}: expected a positive number, got {value}")
+    with common.wrong_input("--regularizer"):
+        regularizer = regularizers.parse("+".join(regularizer_texts) or "none")
+    outputs = (
+        ("--output", output, (".npz",)),
+        ("--picture", picture, figures.FORMATS),
+        ("--json", report, (".json",)),
+    )
+    common.check_outputs(outputs, force)
+    if picture is not None:
+        with common.wrong_input("--picture"):
+            figures.require()
+    training = common.load(data, key, "--data")
+    if picture is not None and figures.image_layout(training.shape) is None:
+        raise common.WrongInput(
+            f"--picture: rows of shape {list(training.shape)} are neither images ([H, W], [C, H, "
+            f"W], [H, W, C]) "
+            "nor points in the plane"
+        )
+    if training.n < 2:
+        raise common.WrongInput(
+            f"--data: the ratio criterion needs at least 2 rows, got {training.n}"
+        )
+
+    with common.wrong_input():
+        denoiser = Denoiser(training, process=processes.get(process), regularizer=regularizer)
+    started = time.perf_counter()
+    with common.wrong_input(), torch.no_grad():
+        if solver == "sde":
+            found = samplers.sde(
+                denoiser,
+                count,
+                steps,
+                sigma_min=sigma_min,
+                seed=seed,
+                progress=common.progress_wanted(),
+            )
+        else:
+            found = samplers.ode(
+                denoiser,
+                count,
+                steps,
+                solver=solver,
+                sigma_min=sigma_min,
+                seed=seed,
+                progress=common.progress_wanted(),
+            )
+    elapsed = time.perf_counter() - started
+    facts = measure(found, training, tolerance, ratio_threshold)
+    facts |= {
+        "data": {
+            "name": training.name,
+            "rows": training.n,
+            "shape": list(training.shape),
+            "dtype": str(training.dtype),
+        },
+        "process": process,
+        "solver": solver,
+        "regularizer": "+".join(regularizer_texts) or "none",
+        "seed": seed,
+        "sigma_from": float(found.sigmas[0]),
+        "sigma_to": float(found.sigmas[-1]),
+        "score_evaluations": found.nfe,
+        "seconds": elapsed,
+        "seconds_per_evaluation": elapsed / max(1, found.nfe),
+    }
+    _write(found, training, facts, output, picture, report)
+    click.echo(render(facts))
+    for path in (output, picture, report):
+        if path is not None:
+            click.echo(f"wrote        {path}")
+
+
+def measure(
+    found: samplers.Samples, data: TrainingSet, tolerance: float, threshold: float
+) -> dict[str, Any]:
+    """Memorisation by both criteria; per-sample values under "each"."""
+    collapse = memorization.collapse(found.x, data, tolerance)
+    ratio = memorization.ratio(found.x, data, threshold)
+    return {
+        "samples": len(found.x),
+        "collapse": {"tolerance": tolerance, "fraction": float(collapse.fraction)},
+        "ratio": {"threshold": threshold, "fraction": float(ratio.fraction)},
+        "median_distance": float(collapse.distance.median()),
+        "each": {
+            "index": collapse.index.tolist(),
+            "distance": collapse.distance.tolist(),
+            "ratio": ratio.value.tolist(),
+            "collapsed": collapse.memorized.tolist(),
+            "memorized": (collapse.memorized | ratio.memorized).tolist(),
+        },
+    }
+
+
+def render(facts: dict[str, Any]) -> str:
+    """The report as lines to read."""
+    data, count = facts["data"], facts["samples"]
+    rate = count * data["rows"] / facts["seconds_per_evaluation"]
+    return "\n".join(
+        [
+            f"data         {data['name'] or 'unnamed'}: {data['rows']} rows of shape "
+            f"{data['shape']}, {data['dtype']}",
+            f"sampler      {facts['process']}, {facts['solver']}, {facts['score_evaluations']} "
+            f"score evaluations, "
+            f"sigma {facts['sigma_from']:.4g} to {facts['sigma_to']:.4g}, seed {facts['seed']}",
+            f"regulariser  {facts['regularizer']}",
+            f"memorised    collapse {facts['collapse']['fraction']:7.1%} of {count}: "
+            f"nearest training row closer than {facts['collapse']['tolerance']:g}",
+            f"             ratio    {facts['ratio']['fraction']:7.1%} of {count}: "
+            f"nearest closer than {facts['ratio']['threshold']:.3g} of the second nearest",
+            f"             median distance to the nearest row {facts['median_distance']:.4g}",
+            f"time         {common.seconds(facts['seconds'])} in all, "
+            f"{common.seconds(facts['seconds_per_evaluation'])} per score evaluation of {count} "
+            f"queries "
+            f"({rate:.3g} query-row pairs/s)",
+        ]
+    )
+
+
+def _write(
+    found: samplers.Samples,
+    data: TrainingSet,
+    facts: dict[str, Any],
+    output: Path | None,
+    picture: Path | None,
+    report: Path | None,
+) -> None:
+    each = facts["each"]
+    index = torch.tensor(each["index"])
+    memorized = torch.tensor(each["memorized"])
+    with common.failure("cannot write"):
+        if picture is not None:
+            samples, title = found.x.cpu().numpy(), _title(facts)
+            if figures.image_layout(data.shape) == "points":
+                figure = figures.scatter(
+                    samples,
+                    data.gather(torch.arange(data.n)).numpy(),
+                    memorized.numpy(),
+                    title=title,
+                )
+            else:
+                limits = (-1.0, 1.0) if data.dtype == torch.uint8 else None
+                figure = figures.pairs(
+                    samples,
+                    data.gather(index).cpu().numpy(),
+                    memorized.numpy(),
+                    limits=limits,
+                    title=title,
+                )
+            figures.save(figure, picture)
+        if output is not None:
+            files.write_npz(
+                output,
+                samples=found.x,
+                nearest_index=index,
+                nearest_distance=torch.tensor(each["distance"]),
+                ratio=torch.tensor(each["ratio"]),
+                collapsed=torch.tensor(each["collapsed"]),
+                memorized=memorized,
+            )
+        if report is not None:
+            files.write_json(report, facts)
+
+
+def _title(facts: dict[str, Any]) -> str:
+    return (
+        f"{facts['process']}, {facts['solver']}, regulariser {facts['regularizer']}: "
+        f"memorised {facts['collapse']['fraction']:.0%} (collapse), "
+        f"{facts['ratio']['fraction']:.0%} (ratio)"
+    )
