@@ -130,7 +130,8 @@ def image_layout(shape: Sequence[int]) -> str | None:
 
     Example:
         >>> from memokern.figures import image_layout
-        >>> [image_layout(s) for s in [(8, 8), (3, 32, 32), (32, 32, 3), (3072,), (64,), (2,), (5,)]]
+        >>> shapes = [(8, 8), (3, 32, 32), (32, 32, 3), (3072,), (64,), (2,), (5,)]
+        >>> [image_layout(shape) for shape in shapes]
         ['gray', 'chw', 'hwc', 'chw', 'gray', 'points', None]
     """
     shape = tuple(shape)
@@ -163,7 +164,8 @@ def as_images(rows: np.ndarray) -> np.ndarray:
     layout = image_layout(shape)
     if layout not in ("gray", "chw", "hwc"):
         raise ValueError(
-            f"rows of shape {list(shape)} are not images: expected [H, W], [C, H, W] or [H, W, C] with C = 1 or 3"
+            f"rows of shape {list(shape)} are not images: expected [H, W], [C, H, W] or [H, W, C] "
+            f"with C = 1 or 3"
         )
     if len(shape) == 1:
         side = math.isqrt(shape[0] // (3 if layout == "chw" else 1))
@@ -174,7 +176,9 @@ def as_images(rows: np.ndarray) -> np.ndarray:
 
 
 def value_range(rows: np.ndarray) -> tuple[float, float]:
-    """The smallest and largest value of the training rows, between which their pictures are shown; never an empty range."""
+    """The smallest and largest value of the training rows, between which their pictures are shown;
+    never an empty range.
+    """
     low, high = float(np.min(rows)), float(np.max(rows))
     return (low, high) if high > low else (low - 0.5, low + 0.5)
 
@@ -188,7 +192,8 @@ def pairs(
     columns: int = 6,
     title: str | None = None,
 ) -> Figure:
-    """Each sample (left) beside its nearest training image (right); the memorised ones framed, with an M.
+    """Each sample (left) beside its nearest training image (right); the memorised ones framed, with
+    an M.
 
     Args:
         samples, neighbours: [S, ...shape], images by `image_layout`.
@@ -248,7 +253,9 @@ def pairs(
 def scatter(
     samples: np.ndarray, data: np.ndarray, memorised: np.ndarray, *, title: str | None = None
 ) -> Figure:
-    """Planar samples [S, 2] over the training points [N, 2]; memorised samples in another colour and marker."""
+    """Planar samples [S, 2] over the training points [N, 2]; memorised samples in another colour
+    and marker.
+    """
     samples, data = np.asarray(samples), np.asarray(data)
     if samples.ndim != 2 or samples.shape[1] != 2 or data.shape[1:] != (2,):
         raise ValueError(
@@ -274,7 +281,8 @@ def training_points(axis: Axes, data: np.ndarray) -> None:
 def voronoi(axis: Axes, points: np.ndarray, color: str = GREY) -> None:
     """The Voronoi diagram of [N, 2] points, cut at the axis' limits (set them first).
 
-    The unbounded cells are closed by mirroring the points far outside, which leaves the edges inside as they were.
+    The unbounded cells are closed by mirroring the points far outside, which leaves the edges
+    inside as they were.
     """
     from scipy.spatial import Voronoi
 

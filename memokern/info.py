@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from memokern import backends, env
+from memokern import backends
 
 # name of the distribution, and what memokern does with it
 _LIBRARIES = {
@@ -68,7 +68,7 @@ def collect() -> dict[str, Any]:
         "libraries": {name: version(name) for name in _LIBRARIES},
         "backends": rows,
         "environment": {
-            name: value for name, value in sorted(os.environ.items()) if name.startswith(env.PREFIX)
+            name: value for name, value in sorted(os.environ.items()) if name.startswith("MEMOKERN_")
         },
     }
 

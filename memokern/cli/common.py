@@ -84,7 +84,7 @@ def load(source: str, key: str | None, about: str) -> TrainingSet:
                     f"a key needs a data file, got {key!r} with the embedded digits: leave it out"
                 )
             return TrainingSet.digits()
-        return TrainingSet(files.read_tensor(source, key), name=Path(source).name)
+        return TrainingSet(source, key=key)
 
 
 def load_rows(source: str, key: str | None, data: TrainingSet, about: str) -> torch.Tensor:

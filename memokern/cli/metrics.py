@@ -40,7 +40,7 @@ from memokern.cli import common
     "--neighbours",
     default=50,
     show_default=True,
-    type=click.IntRange(min=1),
+    type=click.IntRange(min=2),
     help="Carlini's distance is normalised by the mean over this many rows.",
 )
 @click.option(
