@@ -39,8 +39,8 @@ class TrainingSet:
               aligned. Pickles are never loaded. A file written by `save` brings everything else;
             - a torch map-style Dataset of tensors or (tensor, label) items, each read once into
               one allocation.
-        labels: [N] integers. None: those of the Dataset, or the integers called "labels" in the
-            file, if any.
+        labels: [N] integers. None: those of the Dataset, or the file's array "labels" if it holds
+            N integers.
         log_weights: [N] log prior weights of the rows, finite or -inf (weight 0), not all -inf,
             kept as float64; they need not be normalised. None: all rows weigh the same.
         scale, shift: finite numbers, scale not 0. Default 1 and 0; for uint8 rows 2/255 and -1,
@@ -217,8 +217,9 @@ class TrainingSet:
             start = 0
             for chunk in _chunks(self.rows):
                 value = chunk.to(torch.float64, copy=True).mul_(self.scale).add_(offset)
-                norms[start : start + len(chunk)] = torch.linalg.vecdot(value, value)
+                torch.sum(value.square_(), dim=1, out=norms[start : start + len(chunk)])
                 start += len(chunk)
+                del value  # before the next chunk is made
             self._sq_norms = norms
         return self._sq_norms
 
@@ -245,7 +246,7 @@ class TrainingSet:
                 f"expected indices in 0..{self.n - 1}, got {int(index.min())}..{int(index.max())}"
             )
         taken = self.rows.index_select(0, index.reshape(-1))
-        return self.dequantize(taken).reshape(*index.shape, *self.shape)
+        return self.dequantize(taken).reshape((*index.shape, *self.shape))
 
     def __getitem__(self, item: int | slice | torch.Tensor) -> torch.Tensor:
         """The values of one row [*shape], or of a slice, index or mask [k, *shape]."""
@@ -253,7 +254,7 @@ class TrainingSet:
             raise TypeError("expected one index, for the rows; index the result for the rest")
         # Past the last row torch raises IndexError, which is what ends `for row in data`.
         picked = self.rows[item]
-        return self.dequantize(picked).reshape(*picked.shape[:-1], *self.shape)
+        return self.dequantize(picked).reshape((*picked.shape[:-1], *self.shape))
 
     # --- other training sets ------------------------------------------------------------------
 
@@ -281,7 +282,7 @@ class TrainingSet:
         if len(rows) == 0:
             raise ValueError("the subset has no rows")
         return TrainingSet(
-            rows.reshape(-1, *self.shape),
+            rows.reshape((-1, *self.shape)),
             labels=None if self.labels is None else self.labels[index],
             log_weights=None if self.log_weights is None else self.log_weights[index],
             scale=self.scale,
@@ -317,7 +318,7 @@ class TrainingSet:
         if rows is self.rows:
             return self
         moved = TrainingSet(
-            rows.reshape(self.n, *self.shape),
+            rows.reshape((self.n, *self.shape)),
             labels=self.labels,
             log_weights=self.log_weights,
             scale=self.scale,
@@ -337,7 +338,7 @@ class TrainingSet:
         The rows are stored as they are, called "rows"; scale, shift and name are metadata.
         Raises ValueError for another suffix, FileNotFoundError for a folder that does not exist.
         """
-        tensors = {"rows": self.rows.reshape(self.n, *self.shape)}
+        tensors = {"rows": self.rows.reshape((self.n, *self.shape))}
         if self.labels is not None:
             tensors["labels"] = self.labels
         if self.log_weights is not None:
@@ -395,8 +396,8 @@ def _from_file(path: str | os.PathLike[str], key: str | None) -> dict[str, Any]:
             found["log_weights"] = files.read_tensor(path, "log_weights")
     if "labels" in names and key != "labels":
         labels = files.read_tensor(path, "labels")
-        # One-hot or soft labels are not ours to interpret; the user can still give labels=.
-        if labels.ndim == 1 and _is_integer(labels.dtype):
+        # One-hot labels, or those of another array, are not ours to interpret: there is labels=.
+        if labels.shape == found["rows"].shape[:1] and _is_integer(labels.dtype):
             found["labels"] = labels
     return found
 

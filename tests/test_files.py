@@ -102,7 +102,7 @@ def test_bfloat16_needs_a_tensor(tmp_path):
     rows = torch.tensor([[1.5, -2.0]], dtype=torch.bfloat16)
     files.write_safetensors(tmp_path / "a.safetensors", {"rows": rows})
     assert torch.equal(files.read_tensor(tmp_path / "a.safetensors"), rows)
-    with pytest.raises(TypeError, match="bfloat16.*use read_tensor"):
+    with pytest.raises(TypeError, match=r"bfloat16.*use read_tensor"):
         files.read_array(tmp_path / "a.safetensors")
 
 
@@ -132,7 +132,7 @@ def test_pickles_are_never_loaded(tmp_path):
     np.savez(tmp_path / "a.npz", rows=objects)
     np.savez_compressed(tmp_path / "b.npz", rows=objects)
     for name in ("a.npy", "a.npz", "b.npz"):
-        with pytest.raises(ValueError, match="Python objects.*never loads"):
+        with pytest.raises(ValueError, match=r"Python objects.*never loads"):
             files.read_tensor(tmp_path / name)
     (tmp_path / "c.npy").write_bytes(pickle.dumps(Bomb(mark)))
     with pytest.raises(ValueError, match=r"not a valid \.npy"):
@@ -251,7 +251,7 @@ def test_write_npz_is_deterministic_and_readable(tmp_path):
     assert table["x"].tolist() == [0, 1, 2]
     assert table["y"].dtype == np.uint8
     assert zipfile.ZipFile(tmp_path / "a.npz").testzip() is None
-    with pytest.raises(ValueError, match="array 'x'.*objects"):
+    with pytest.raises(ValueError, match=r"array 'x'.*objects"):
         files.write_npz(tmp_path / "c.npz", x=np.array([{}], dtype=object))
     with pytest.raises(ValueError, match=r"ending in \.npz"):
         files.write_npz(tmp_path / "c.dat", x=np.zeros(1))
