@@ -49,405 +49,7 @@ def planar(tmp_path):
     return path
 
 
-# --- sample
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-# -----------------------------------------------------------------------------------------------------
+# --- sample ---
 
 
 def test_unregularised_digits_are_copies_and_every_output_is_written(tmp_path) -> None:
@@ -483,7 +85,8 @@ def test_the_same_seed_gives_the_same_samples_another_seed_others(tmp_path) -> N
 def test_regularizers_join_and_reduce_memorisation(tmp_path) -> None:
     report = tmp_path / "r.json"
     done = call(
-        "sample", "-n", 8, "--regularizer", "tikhonov:c=0.1", "--regularizer", "temperature:sigma_c=0.1",
+        "sample", "-n", 8, "--regularizer", "tikhonov:c=0.1",
+        "--regularizer", "temperature:sigma_c=0.1",
         "--json", report,
     )  # fmt: skip
     assert done.exit_code == 0, done.output
@@ -525,7 +128,7 @@ def test_existing_outputs_are_kept_unless_forced(tmp_path) -> None:
     assert files.read_table(path)["samples"].shape == (2, 8, 8)
 
 
-# --- wrong inputs -----------------------------------------------------------------------------------------------
+# --- wrong inputs ---
 
 
 def _files(folder) -> None:
@@ -542,65 +145,62 @@ def _files(folder) -> None:
     (folder / "dir.npz").mkdir()
 
 
-WRONG = [
-    (["frobnicate"], "No such command 'frobnicate'"),
-    (["sample", "--frob"], "No such option"),
-    (["sample", "--data", "missing.npy"], "--data: no such file: 'missing.npy'"),
-    (["sample", "--data", "notes.txt"], "--data: expected a file ending in .npy"),
-    (["sample", "--data", "broken.npz"], "--data: 'broken.npz'"),
-    (["sample", "--data", "pickled.npy"], "pickle"),
-    (["sample", "--data", "words.npy"], "--data:"),
-    (["sample", "--data", "bad.npy"], "row 1"),
-    (["sample", "--data", "one.npy"], "at least 2 rows, got 1"),
-    (["sample", "--data", "two.npz"], "['a', 'b']"),
-    (["sample", "--data", "two.npz", "--key", "c"], "has no array 'c'"),
-    (["sample", "--key", "c"], "a key needs a data file"),
-    (["sample", "--process", "magic"], "'magic' is not one of"),
-    (["sample", "--solver", "magic"], "'magic' is not one of"),
-    (["sample", "--regularizer", "magic"], "--regularizer:"),
-    (["sample", "--regularizer", "tikhonov:c=-1"], "--regularizer:"),
-    (["sample", "--regularizer", "tikhonov:d=1"], "--regularizer:"),
-    (["sample", "--regularizer", "tikhonov:c=much"], "--regularizer:"),
-    (["sample", "--steps", "0"], "0 is not in the range x>=1"),
-    (["sample", "--solver", "rk45", "--steps", "9"], "rk45 chooses its own steps"),
-    (["sample", "-n", "-3"], "-3 is not in the range"),
-    (["sample", "-n", "many"], "'many' is not a valid integer"),
-    (["sample", "--sigma-min", "-1"], "--sigma-min: expected a positive number, got -1.0"),
-    (["sample", "--sigma-min", "1e9"], "sigma"),
-    (["sample", "--tolerance", "nan"], "--tolerance: expected a positive number, got nan"),
-    (["sample", "--ratio", "0"], "--ratio: expected a positive number"),
-    (["sample", "-o", "a.txt"], "--output: the name must end in .npz"),
-    (["sample", "-o", "nowhere/a.npz"], "--output: no such folder: 'nowhere'"),
-    (["sample", "-o", "dir.npz"], "--output: 'dir.npz' is a folder"),
-    (["sample", "--picture", "a.jpg"], "--picture: the name must end in .png, .pdf, .svg"),
-    (
-        ["sample", "--data", "line.npy", "--picture", "a.png"],
-        "rows of shape [5] are neither images",
-    ),
-    (["memorization", "plane.npy"], "Missing argument 'DATA'"),
-    (["memorization", "missing.npy", "digits"], "SAMPLES: no such file"),
-    (["memorization", "plane.npy", "line.npy"], "expected samples of shape [S, 5]"),
-    (["memorization", "bad.npy", "plane.npy"], "samples hold NaN or infinite values"),
-    (["memorization", "plane.npy", "plane.npy", "--json", "there.json"], "exists; give --force"),
-    (["memorization", "plane.npy", "plane.npy", "--tolerance", "-1"], "expected a positive number"),
-    (["memorization", "plane.npy", "plane.npy", "--neighbours", "1"], "1 is not in the range x>=2"),
-    (["reproduce"], "Missing argument"),
-    (["reproduce", "magic"], "unknown experiment 'magic'; known: trajectories-ve"),
-    (["reproduce", "rate", "--out", "notes.txt"], "--out: 'notes.txt' is a file, not a folder"),
-    (["reproduce", "rate", "--format", "gif"], "'gif' is not one of"),
-    (["demo", "--out", "notes.txt"], "--out: 'notes.txt' is a file, not a folder"),
-    (["demo", "-n", "0"], "0 is not in the range x>=1"),
-]
+# One wrong call a line, and a part of the message that it must get.
+WRONG = r"""
+frobnicate => No such command 'frobnicate'
+sample --frob => No such option
+sample --data missing.npy => --data: no such file: 'missing.npy'
+sample --data notes.txt => --data: expected a file ending in .npy
+sample --data broken.npz => --data: 'broken.npz'
+sample --data pickled.npy => pickle
+sample --data words.npy => --data:
+sample --data bad.npy => row 1
+sample --data one.npy => at least 2 rows, got 1
+sample --data two.npz => ['a', 'b']
+sample --data two.npz --key c => has no array 'c'
+sample --key c => a key needs a data file
+sample --process magic => 'magic' is not one of
+sample --solver magic => 'magic' is not one of
+sample --regularizer magic => --regularizer:
+sample --regularizer tikhonov:c=-1 => --regularizer:
+sample --regularizer tikhonov:d=1 => --regularizer:
+sample --regularizer tikhonov:c=much => --regularizer:
+sample --steps 0 => 0 is not in the range x>=1
+sample --solver rk45 --steps 9 => rk45 chooses its own steps
+sample -n -3 => -3 is not in the range
+sample -n many => 'many' is not a valid integer
+sample --sigma-min -1 => --sigma-min: expected a positive number, got -1.0
+sample --sigma-min 1e9 => sigma
+sample --tolerance nan => --tolerance: expected a positive number, got nan
+sample --ratio 0 => --ratio: expected a positive number
+sample -o a.txt => --output: the name must end in .npz
+sample -o nowhere/a.npz => --output: no such folder: 'nowhere'
+sample -o dir.npz => --output: 'dir.npz' is a folder
+sample --picture a.jpg => --picture: the name must end in .png, .pdf, .svg
+sample --data line.npy --picture a.png => rows of shape [5] are neither images
+memorization plane.npy => Missing argument 'DATA'
+memorization missing.npy digits => SAMPLES: no such file
+memorization plane.npy line.npy => expected samples of shape [S, 5]
+memorization bad.npy plane.npy => samples hold NaN or infinite values
+memorization plane.npy plane.npy --json there.json => exists; give --force
+memorization plane.npy plane.npy --tolerance -1 => expected a positive number
+memorization plane.npy plane.npy --neighbours 1 => 1 is not in the range x>=2
+reproduce => Missing argument
+reproduce magic => unknown experiment 'magic'; known: trajectories-ve
+reproduce rate --out notes.txt => --out: 'notes.txt' is a file, not a folder
+reproduce rate --format gif => 'gif' is not one of
+demo --out notes.txt => --out: 'notes.txt' is a file, not a folder
+demo -n 0 => 0 is not in the range x>=1
+"""
+WRONG_CALLS = [tuple(line.split(" => ")) for line in WRONG.strip().splitlines()]
 
 
-@pytest.mark.parametrize(("arguments", "message"), WRONG, ids=[" ".join(a) for a, _ in WRONG])
-def test_wrong_input_gets_one_line_and_exit_code_2(
-    tmp_path, monkeypatch, arguments, message
-) -> None:
+@pytest.mark.parametrize(("command", "message"), WRONG_CALLS, ids=[c for c, _ in WRONG_CALLS])
+def test_wrong_input_gets_one_line_and_exit_code_2(tmp_path, monkeypatch, command, message) -> None:
     monkeypatch.chdir(tmp_path)
     _files(tmp_path)
     before = sorted(p.name for p in tmp_path.iterdir())
-    done = call(*arguments)
+    done = call(*command.split())
     assert done.exit_code == 2, done.output
     assert message in done.stderr
     assert done.stdout == ""
@@ -625,9 +225,11 @@ def test_missing_matplotlib_is_told_before_the_work(tmp_path, monkeypatch) -> No
 
 def test_interrupt_leaves_no_output(tmp_path) -> None:
     command = ["sample", "-n", "4000", "--steps", "100000", "-o", str(tmp_path / "a.npz")]
-    code = "import signal, sys; from memokern.cli import main; print('up', flush=True); main(prog_name='memokern')"
     # SIGINT may be ignored in a test runner's children; ask for Python's own handler.
-    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); " + code
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from memokern.cli import main; print('up', flush=True); main(prog_name='memokern')"
+    )
     child = subprocess.Popen(
         [sys.executable, "-c", code, *command],
         stdout=subprocess.PIPE,
@@ -648,7 +250,7 @@ def test_interrupt_leaves_no_output(tmp_path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-# --- the other commands -----------------------------------------------------------------------------------------
+# --- the other commands ---
 
 
 def test_memorization_counts_copies(tmp_path) -> None:
@@ -704,7 +306,7 @@ def test_info_is_text_or_json() -> None:
     "command", [[], ["sample"], ["memorization"], ["reproduce"], ["demo"], ["info"]]
 )
 def test_help_describes_itself(command) -> None:
-    done = call(*command, "--help")
+    done = call(*command.split(), "--help")
     assert done.exit_code == 0 and done.output.startswith("Usage: ")
     assert call("-h").output == call("--help").output == call().output
 

@@ -30,10 +30,8 @@ def test_images_of_every_layout_keep_their_values(shape, layout, picture) -> Non
     assert shown.shape == (2, *picture)
     assert sorted(shown[1].ravel()) == sorted(rows[1].ravel())
     if layout == "chw":
-        # The red plane comes first in the row and last in the picture's axes.
-        np.testing.assert_array_equal(
-            shown[0, ..., 0].ravel(), rows[0].ravel()[: shown[0, ..., 0].size]
-        )
+        red = shown[0, ..., 0].ravel()  # first in the row, last of the axes in the picture
+        np.testing.assert_array_equal(red, rows[0].ravel()[: red.size])
 
 
 @pytest.mark.parametrize("shape", [(5,), (1, 8), (2, 5, 7), (2, 3, 4, 5)])
@@ -90,13 +88,14 @@ def test_scatter_separates_memorised_samples() -> None:
 def test_voronoi_edges_are_equally_far_from_their_two_nearest_points() -> None:
     points = np.random.default_rng(1).standard_normal((12, 2))
     with figures.style():
-        figure, axes = figures.new()
+        _, axes = figures.new()
         axes[0, 0].set(xlim=(-2, 2), ylim=(-2, 2))
         figures.voronoi(axes[0, 0], points)
         limits = axes[0, 0].get_xlim()
     assert limits == (-2, 2)  # the far corners of unbounded cells did not move the view
     lines = axes[0, 0].lines
-    # A planar Voronoi diagram of n points in general position has 3n - 3 - (points on the hull) edges.
+    # A planar Voronoi diagram of n points in general position has 3n - 3 - (points on the hull)
+    # edges.
     from scipy.spatial import ConvexHull
 
     assert len(lines) == 3 * 12 - 3 - len(ConvexHull(points).vertices)
@@ -104,7 +103,8 @@ def test_voronoi_edges_are_equally_far_from_their_two_nearest_points() -> None:
         a, b = np.asarray(line.get_xydata())
         middle = a + (b - a) * min(0.5, 1 / np.linalg.norm(b - a))
         distance = np.sort(np.linalg.norm(points - middle, axis=1))
-        # Where an edge reaches 1e3 spans out, the position is only known to 1e3 * eps * (condition).
+        # Where an edge reaches 1e3 spans out, the position is only known to 1e3 * eps *
+        # (condition).
         assert distance[1] - distance[0] < 1e-6 * (1 + distance[0])
 
 

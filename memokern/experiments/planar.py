@@ -137,8 +137,7 @@ def draw_trajectories(n: Numbers) -> Figure:
     return figure
 
 
-# --- weights against time
-# ---------------------------------------------------------------------------------------
+# --- weights against time ---
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,8 +218,7 @@ def draw_weights(n: Numbers) -> Figure:
     return figure
 
 
-# --- rate of convergence
-# ----------------------------------------------------------------------------------------
+# --- rate of convergence ---
 
 
 @dataclasses.dataclass(frozen=True)
