@@ -9,23 +9,20 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from memokern import datasets, files
+from memokern.datasets import sources
 
 ROW_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.uint8)
 # uint8 images: 0..255 -> [-1, 1], the convention of diffusion models.
 UINT8_SCALE, UINT8_SHIFT = 2 / 255, -1.0
 # Elements of a chunk in the sweeps below: 32 MiB as float64, never a float copy of all rows.
 CHUNK_ELEMENTS = 1 << 22
-FORMAT = "memokern.TrainingSet"
-FORMAT_VERSION = 1
 
 
 class TrainingSet:
@@ -102,7 +99,7 @@ class TrainingSet:
             got = type(rows).__name__
             raise ValueError(f"key={key!r} names an array in a file, but rows is a {got}")
         if isinstance(rows, (str, os.PathLike)):
-            found = _from_file(rows, key)
+            found = sources.from_file(rows, key)
             tensor = found.pop("rows")
             labels = found.get("labels") if labels is None else labels
             log_weights = found.get("log_weights") if log_weights is None else log_weights
@@ -114,7 +111,7 @@ class TrainingSet:
         elif isinstance(rows, np.ndarray):
             tensor = files.as_tensor(rows, "rows")
         elif isinstance(rows, Dataset):
-            tensor, found_labels = _from_dataset(rows)
+            tensor, found_labels = sources.from_dataset(rows)
             labels = found_labels if labels is None else labels
         else:
             raise TypeError(
@@ -344,8 +341,8 @@ class TrainingSet:
         if self.log_weights is not None:
             tensors["log_weights"] = self.log_weights
         metadata = {
-            "format": FORMAT,
-            "version": str(FORMAT_VERSION),
+            "format": sources.FORMAT,
+            "version": str(sources.FORMAT_VERSION),
             # repr of a float reads back as the same float
             "scale": repr(self.scale),
             "shift": repr(self.shift),
@@ -366,85 +363,12 @@ class TrainingSet:
             >>> TrainingSet.load(path).shape
             (8, 8)
         """
-        if files.read_metadata(path).get("format") != FORMAT:
+        if files.read_metadata(path).get("format") != sources.FORMAT:
             raise ValueError(
                 f"{str(path)!r} was not written by TrainingSet.save; "
                 "to read rows from any other file use TrainingSet(path)"
             )
         return cls(path, check=check)
-
-
-# --- sources ----------------------------------------------------------------------------------
-
-
-def _from_file(path: str | os.PathLike[str], key: str | None) -> dict[str, Any]:
-    """What a file says: rows, name, and any of labels, log_weights, scale, shift."""
-    found: dict[str, Any] = {"rows": files.read_tensor(path, key), "name": Path(path).stem}
-    names = files.keys(path)
-    metadata = files.read_metadata(path)
-    if metadata.get("format") == FORMAT:
-        version = metadata.get("version", "")
-        if version != str(FORMAT_VERSION):
-            raise ValueError(
-                f"{str(path)!r} has version {version!r} of the format, "
-                f"expected {FORMAT_VERSION}: it was written by another memokern"
-            )
-        found["name"] = metadata.get("name")
-        found["scale"] = float(metadata["scale"])
-        found["shift"] = float(metadata["shift"])
-        if "log_weights" in names:
-            found["log_weights"] = files.read_tensor(path, "log_weights")
-    if "labels" in names and key != "labels":
-        labels = files.read_tensor(path, "labels")
-        # One-hot labels, or those of another array, are not ours to interpret: there is labels=.
-        if labels.shape == found["rows"].shape[:1] and _is_integer(labels.dtype):
-            found["labels"] = labels
-    return found
-
-
-def _from_dataset(dataset: Dataset) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """All items of a map-style Dataset in one allocation; their labels if every item has one."""
-    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-        raise TypeError(
-            f"expected a map-style Dataset with a length, got {type(dataset).__name__}: "
-            "collect its items into a tensor first"
-        )
-    n = len(dataset)
-    rows: torch.Tensor | None = None
-    labels: list[int] = []
-    # The bar appears only when reading takes more than two seconds, and only on a terminal.
-    for i in tqdm(range(n), desc="reading the data set", delay=2, leave=False, disable=None):
-        item = dataset[i]
-        value, label = (item[0], item[1:2]) if isinstance(item, (tuple, list)) else (item, ())
-        if isinstance(value, np.ndarray):
-            value = files.as_tensor(value, f"item {i} of the data set")
-        if not isinstance(value, torch.Tensor):
-            raise TypeError(
-                f"expected item {i} of the data set to be a tensor or (tensor, label), "
-                f"got {type(value).__name__}: give it a transform to a tensor"
-            )
-        if rows is None:
-            rows = torch.empty(n, *value.shape, dtype=value.dtype)
-        if value.shape != rows.shape[1:] or value.dtype != rows.dtype:
-            raise ValueError(
-                f"expected all items to be alike: item 0 is {list(rows.shape[1:])} {rows.dtype}, "
-                f"item {i} is {list(value.shape)} {value.dtype}"
-            )
-        rows[i] = value
-        labels += [int(x) for x in label if _is_label(x)]
-    if rows is None:
-        raise ValueError("the data set has no items")
-    return rows, torch.tensor(labels) if len(labels) == n else None
-
-
-def _is_label(value: Any) -> bool:
-    if isinstance(value, torch.Tensor):
-        return value.ndim == 0 and _is_integer(value.dtype)
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-
-
-def _is_integer(dtype: torch.dtype) -> bool:
-    return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
 
 
 # --- checks -----------------------------------------------------------------------------------
@@ -502,7 +426,7 @@ def _checked_labels(labels: Any, n: int, device: torch.device) -> torch.Tensor |
     if labels is None:
         return None
     tensor = _vector("labels", labels, n)
-    if not _is_integer(tensor.dtype):
+    if not sources.is_integer(tensor.dtype):
         raise TypeError(f"expected labels of an integer type, got {tensor.dtype}")
     return tensor.to(device, torch.int64)
 

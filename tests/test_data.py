@@ -16,6 +16,7 @@ from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from memokern import data as data_module
 from memokern.data import TrainingSet
+from memokern.datasets import sources
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.uint8]
 
@@ -440,7 +441,7 @@ def test_save_and_load_refuse(tmp_path):
     safetensors.torch.save_file({"rows": torch.zeros(2, 2)}, path)
     with pytest.raises(ValueError, match=r"not written by TrainingSet\.save.*TrainingSet\(path\)"):
         TrainingSet.load(path)
-    metadata = {"format": data_module.FORMAT, "version": "99", "scale": "1.0", "shift": "0.0"}
+    metadata = {"format": sources.FORMAT, "version": "99", "scale": "1.0", "shift": "0.0"}
     safetensors.torch.save_file({"rows": torch.zeros(2, 2)}, path, metadata)
     with pytest.raises(ValueError, match="version '99'"):
         TrainingSet.load(path)
