@@ -404,6 +404,7 @@ def test_to_moves_everything_and_is_free_in_place():
     assert (moved.center.shape, moved.sq_norms.shape) == (center.shape, norms.shape)
     assert (moved.shape, moved.scale, moved.shift) == (data.shape, data.scale, data.shift)
     assert data.device.type == "cpu"
+    assert moved.nbytes == data.nbytes  # the caches came along, not computed anew
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

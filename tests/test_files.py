@@ -85,6 +85,7 @@ def test_a_compressed_member_and_an_unaligned_one_are_read(tmp_path):
     np.savez(tmp_path / "b.npz", **many)
     for key, expected in many.items():
         np.testing.assert_array_equal(files.read_array(tmp_path / "b.npz", key), expected)
+        assert files.read_tensor(tmp_path / "b.npz", key).data_ptr() % 8 == 0
 
 
 def test_fortran_order_and_foreign_bytes(tmp_path):
