@@ -400,11 +400,11 @@ def test_to_moves_everything_and_is_free_in_place():
     data = TrainingSet(rows_of(torch.float32))
     norms, center = data.sq_norms, data.center
     moved = data.to("meta")
+    assert moved.nbytes == data.nbytes  # the caches came along, not computed anew
     assert {moved.device.type, moved.center.device.type, moved.sq_norms.device.type} == {"meta"}
     assert (moved.center.shape, moved.sq_norms.shape) == (center.shape, norms.shape)
     assert (moved.shape, moved.scale, moved.shift) == (data.shape, data.scale, data.shift)
     assert data.device.type == "cpu"
-    assert moved.nbytes == data.nbytes  # the caches came along, not computed anew
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
