@@ -14,7 +14,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -55,6 +55,8 @@ _STYLE: dict[str, Any] = {
     "legend.frameon": False,
     "figure.dpi": 100,
     "savefig.dpi": 200,
+    "savefig.bbox": "tight",
+    "savefig.pad_inches": 0.04,
     # Text stays text: editable, and accepted by publishers that refuse Type 3 fonts.
     "pdf.fonttype": 42,
     "svg.fonttype": "none",
@@ -99,14 +101,19 @@ def style() -> Iterator[None]:
 
 
 def new(
-    width: float = COLUMN, height: float = 2.6, rows: int = 1, columns: int = 1
+    width: float = COLUMN,
+    height: float = 2.6,
+    rows: int = 1,
+    columns: int = 1,
+    layout: Literal["constrained"] | None = "constrained",
 ) -> tuple[Figure, np.ndarray]:
-    """A figure of `width` x `height` inches and its axes as an array [rows, columns]. Call inside
-    `style()`.
+    """A figure of `width` x `height` inches and its axes as an array [rows, columns].
+
+    Call inside `style()`. `layout` None: the caller places the axes (`subplots_adjust`).
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout=layout)
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 

@@ -110,7 +110,11 @@ def conclude_squares(n: Numbers) -> list[str]:
 
 def draw_squares(n: Numbers) -> Figure:
     with figures.style():
-        figure, axes = figures.new(2 * figures.COLUMN, 3.1, 2, 8)
+        figure, axes = figures.new(2 * figures.COLUMN, 2.3, 2, 8, layout=None)
+        # Headings reach over several pictures: no layout engine, which would make room in one
+        # column.
+        figure.set_layout_engine("none")
+        figure.subplots_adjust(0.01, 0.01, 0.99, 0.9, wspace=0.06, hspace=0.3)
         for row, (name, label) in enumerate(
             (("unregularised", "no regularisation"), ("tikhonov", f"Tikhonov, c = {n['c']:g}"))
         ):
@@ -134,10 +138,9 @@ def draw_squares(n: Numbers) -> Figure:
                     color = figures.VERMILION if found["memorised"][sample] else figures.BLUE
                 for spine in axis.spines.values():
                     spine.set(visible=True, color=color, linewidth=1.6 if column >= 2 else 0.8)
-            axes[row, 0].set_title("training", loc="left")
-            axes[row, 2].set_title(
-                f"samples, {label}: {found['fraction']:.0%} memorised", loc="left"
-            )
+            heading = f"samples, {label}: {found['fraction']:.0%} memorised"
+            for column, text in ((0, "training"), (2, heading)):
+                axes[row, column].set_title(text, loc="left")
     return figure
 
 
