@@ -68,7 +68,7 @@ def collect() -> dict[str, Any]:
         "libraries": {name: version(name) for name in _LIBRARIES},
         "backends": rows,
         "environment": {
-            name: value for name, value in sorted(os.environ.items()) if name.startswith("MEMOKERN_")
+            name: os.environ[name] for name in sorted(os.environ) if name.startswith("MEMOKERN_")
         },
     }
 

@@ -156,7 +156,7 @@ sample --data pickled.npy => pickle
 sample --data words.npy => --data:
 sample --data bad.npy => row 1
 sample --data one.npy => at least 2 rows, got 1
-sample --data two.npz => ['a', 'b']
+sample --data two.npz => ['a', 'b']: say which with --key
 sample --data two.npz --key c => has no array 'c'
 sample --key c => a key needs a data file
 sample --process magic => 'magic' is not one of
@@ -211,7 +211,7 @@ def test_wrong_input_gets_one_line_and_exit_code_2(tmp_path, monkeypatch, comman
 def test_wrong_input_through_the_real_entry_point(tmp_path) -> None:
     done = process("sample", "--data", "missing.npy", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "memokern: error: --data: no such file: 'missing.npy'\n"
+    assert done.stderr == "memokern sample: error: --data: no such file: 'missing.npy'\n"
 
 
 def test_missing_matplotlib_is_told_before_the_work(tmp_path, monkeypatch) -> None:

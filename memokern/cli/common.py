@@ -49,16 +49,21 @@ class WrongInput(click.ClickException):
 
     exit_code = 2
 
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.ctx = click.get_current_context(silent=True)  # names the command in the message
+
 
 @contextlib.contextmanager
-def wrong_input(about: str | None = None) -> Iterator[None]:
+def wrong_input(about: str | None = None, key_option: str = "--key") -> Iterator[None]:
     """Turn the library's refusals of an input into one line and exit code 2, `about` (an option,
     say) in front.
     """
     try:
         yield
     except (ValueError, TypeError, OSError, RuntimeError, MemoryError) as error:
-        message = str(error) or type(error).__name__
+        # The library speaks of its argument; here it is an option.
+        message = (str(error) or type(error).__name__).replace("with key=", f"with {key_option}")
         raise WrongInput(f"{about}: {message}" if about else message) from error
 
 
@@ -73,11 +78,11 @@ def failure(about: str) -> Iterator[None]:
         raise click.ClickException(f"{about}: {error or type(error).__name__}") from error
 
 
-def load(source: str, key: str | None, about: str) -> TrainingSet:
+def load(source: str, key: str | None, about: str, key_option: str = "--key") -> TrainingSet:
     """The training set in a file (.npy, .npz, .safetensors), or the embedded digits for the word
     "digits".
     """
-    with wrong_input(about):
+    with wrong_input(about, key_option):
         if source == DIGITS and not Path(source).exists():
             if key is not None:
                 raise ValueError(
@@ -91,7 +96,7 @@ def load_rows(source: str, key: str | None, data: TrainingSet, about: str) -> to
     """Samples [S, *data.shape] from a file, floating point, in the data's units; flat rows are
     reshaped.
     """
-    with wrong_input(about):
+    with wrong_input(about, "--samples-key"):
         rows = files.read_tensor(source, key)
         if rows.ndim < 2 or rows[0:1].numel() != (data.dim if len(rows) else 0):
             raise ValueError(
