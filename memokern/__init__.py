@@ -1,0 +1,39 @@
+"""memokern: fused kernels for closed-form diffusion scores over large training sets.
+
+>>> import torch, memokern
+>>> data = memokern.TrainingSet.digits()
+>>> x = 2.0 * torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(0))
+>>> memokern.posterior(x, data, sigma=2.0).score.shape
+torch.Size([4, 8, 8])
+"""
+
+from __future__ import annotations
+
+from memokern.data import TrainingSet
+from memokern.denoiser import Denoiser
+from memokern.functional import (
+    Nearest,
+    Posterior,
+    denoise,
+    jvp,
+    log_density,
+    nearest,
+    posterior,
+    score,
+    weights,
+)
+
+__version__ = "0.1.0"
+__all__ = [
+    "Denoiser",
+    "Nearest",
+    "Posterior",
+    "TrainingSet",
+    "denoise",
+    "jvp",
+    "log_density",
+    "nearest",
+    "posterior",
+    "score",
+    "weights",
+]

@@ -1,0 +1,70 @@
+"""Who runs the primitive operations, and why the others don't.
+
+Each backend is a module with the operations of :mod:`memokern.ops` under the same names and
+signatures, and ``unavailable() -> str | None``: ``None`` where it can run here, else the reason in
+one line. The same predicate chooses and explains.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+from memokern import env
+
+# From the fastest to the one that always works.
+_LADDER = ("cpu", "reference")
+
+
+class Explanation(NamedTuple):
+    """One backend: whether it can run on this machine, and why (or why not)."""
+
+    name: str
+    available: bool
+    detail: str
+
+
+@functools.lru_cache(maxsize=None)
+def get(name: str) -> ModuleType:
+    """The backend's module: ``"cpu"`` or ``"reference"``."""
+    if name not in _LADDER:
+        raise ValueError(f"backend must be one of {', '.join(_LADDER)}, not {name!r}")
+    return importlib.import_module(f"memokern.backends.{name}")
+
+
+def choose(device: torch.device) -> ModuleType:
+    """The backend that runs tensors on `device`. Raises RuntimeError if the one asked for cannot."""
+    return _choose(device.type, env.backend())
+
+
+@functools.lru_cache(maxsize=None)
+def _choose(device_type: str, asked: str) -> ModuleType:
+    if asked == "auto":
+        if device_type == "cpu" and get("cpu").unavailable() is None:
+            return get("cpu")
+        return get("reference")
+    backend = get(asked)
+    reason = backend.unavailable()
+    if reason is None and asked == "cpu" and device_type != "cpu":
+        reason = f"it runs tensors on the CPU, and these are on {device_type}"
+    if reason is not None:
+        raise RuntimeError(f"{env.BACKEND}={asked} cannot run: {reason}")
+    return backend
+
+
+def explain() -> list[Explanation]:
+    """Every backend, in the order of preference, with what it is or why it cannot run.
+
+    >>> [row.name for row in explain()]
+    ['cpu', 'reference']
+    """
+    rows = []
+    for name in _LADDER:
+        backend = get(name)
+        reason = backend.unavailable()
+        rows.append(Explanation(name, reason is None, reason or backend.detail()))
+    return rows

@@ -1,0 +1,370 @@
+"""The truth that every kernel is tested against: plain PyTorch, float64, any device.
+
+It is also a real backend: it runs where the compiled module is missing and on devices that have no
+kernel yet, and since it is made of PyTorch operations only, every transform of PyTorch (forward
+mode, ``torch.func``, any order of derivative) works through it.
+
+Memory: a block of queries times N in float64. Time: about 3 N B D operations for the direct
+differences and 4 N B D for the products, none of them fused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+_F64 = torch.float64
+_ELEMENTS = 1 << 22  # of a temporary: 32 MiB in float64
+
+
+def unavailable() -> str | None:
+    """The reference always runs."""
+    return None
+
+
+def detail() -> str:
+    """One line for ``memokern info``."""
+    return "plain PyTorch in float64, any device; slow, every transform works"
+
+
+@contextlib.contextmanager
+def _recording() -> Iterator[None]:
+    """Autograd on, also inside an operation that the dispatcher called below autograd."""
+    key = torch._C.DispatchKey.AutogradFunctionality
+    with torch._C._SetExcludeDispatchKeyGuard(key, False), torch.enable_grad():
+        yield
+
+
+def _row_blocks(rows: Tensor, scale: float, shift: float) -> Iterator[tuple[slice, Tensor]]:
+    """The rows as float64 values, a block at a time: never a float copy of the data set."""
+    step = max(1, _ELEMENTS // max(1, rows.shape[1]))
+    for start in range(0, rows.shape[0], step):
+        where = slice(start, min(start + step, rows.shape[0]))
+        block = rows[where].to(_F64)
+        if scale != 1.0 or shift != 0.0:
+            block = block * scale + shift
+        yield where, block
+
+
+def _mean_row(rows: Tensor, scale: float, shift: float) -> Tensor:
+    with torch.no_grad():
+        total = sum(block.sum(0) for _, block in _row_blocks(rows.detach(), scale, shift))
+        assert isinstance(total, Tensor)
+        return total / rows.shape[0]
+
+
+def _direct(x: Tensor, y: Tensor, alpha: Tensor) -> Tensor:
+    """|x_b - alpha_b y_n|^2 as a sum of squared differences, blocked: [B, D], [N, D] -> [B, N]."""
+    out = []
+    step = max(1, _ELEMENTS // max(1, x.shape[0] * x.shape[1]))
+    for start in range(0, y.shape[0], step):
+        diff = x[:, None] - alpha[:, None, None] * y[None, start : start + step]
+        out.append(diff.square().sum(-1))
+    return torch.cat(out, 1)
+
+
+def squared_distances(
+    x: Tensor, rows: Tensor, alpha: Tensor, center: Tensor, scale: float, shift: float
+) -> Tensor:
+    """|x_b - alpha_b y_n|^2 [B, N] of float64 queries, differentiable to any order."""
+    xc = x - alpha[:, None] * center
+    squares, products, direct = [], [], []
+    for _, y in _row_blocks(rows, scale, shift):
+        yc = y - center
+        squares.append(yc.square().sum(1))
+        products.append(xc @ yc.T)
+        with torch.no_grad():
+            direct.append(_direct(xc.detach(), yc.detach(), alpha.detach()))
+    expanded = (
+        xc.square().sum(1, keepdim=True)
+        + alpha[:, None].square() * torch.cat(squares)
+        - 2 * alpha[:, None] * torch.cat(products, 1)
+    )
+    # The value comes from direct differences, which do not cancel at small sigma; the derivatives,
+    # exact polynomials of any order, from the expanded square.
+    return torch.cat(direct, 1) + (expanded - expanded.detach())
+
+
+def _logits_and_weights(
+    r2: Tensor, sigma: Tensor, temperature: Tensor, bias: Tensor | None, kernel: str, dim: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[B, N] squared distances -> logits, weights, and [B, 1] whether the limit sigma -> 0 holds."""
+    b = torch.zeros((), dtype=_F64, device=r2.device) if bias is None else bias
+    with torch.no_grad():
+        reachable = r2 if bias is None else torch.where(torch.isneginf(b), torch.inf, r2)
+        best = reachable.amin(1, keepdim=True)
+        hit = reachable == best
+        limit = (sigma[:, None] == 0) if kernel == "gaussian" else (best == 0)
+        at_limit = torch.where(hit, 0.0, -torch.inf)
+    if kernel == "gaussian":
+        spread = torch.where(limit, 1.0, sigma[:, None])
+        # Divided twice: sigma^2 underflows long before sigma does.
+        pull = -0.5 * (r2 / spread) / spread
+    else:
+        pull = -0.5 * dim * torch.log(torch.where(r2 == 0, 1.0, r2) / dim)
+    logits = torch.where(limit, at_limit, pull) + b
+    weights = torch.softmax(logits / temperature[:, None], 1)
+    return logits, weights, limit & (best != 0 if kernel == "gaussian" else best == 0)
+
+
+def posterior_block(
+    x: Tensor,
+    rows: Tensor,
+    sigma: Tensor,
+    alpha: Tensor,
+    temperature: Tensor,
+    bias: Tensor | None,
+    center: Tensor,
+    scale: float,
+    shift: float,
+    kernel: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`posterior` for one block of float64 queries, differentiable in every tensor."""
+    r2 = squared_distances(x, rows, alpha, center, scale, shift)
+    logits, w, limit = _logits_and_weights(r2, sigma, temperature, bias, kernel, x.shape[1])
+    mean = center + sum(
+        w[:, where] @ (y - center) for where, y in _row_blocks(rows, scale, shift)
+    )
+    log_z = temperature * torch.logsumexp(logits / temperature[:, None], 1)
+    mean_logit = (w * torch.where(torch.isfinite(logits), logits, 0.0)).sum(1)
+    if bias is None:
+        mean_bias = torch.zeros_like(log_z)
+    else:
+        mean_bias = (w * torch.where(torch.isneginf(bias), 0.0, bias)).sum(1)
+    # At the limit the nearest row's logit is -inf (gaussian, unless hit) or +inf (log kernel).
+    edge = -torch.inf if kernel == "gaussian" else torch.inf
+    log_z = torch.where(limit[:, 0], edge, log_z)
+    mean_logit = torch.where(limit[:, 0], edge, mean_logit)
+    # A query that is not finite knows nothing; without this, 0 * NaN rules would decide what it says.
+    lost = ~torch.isfinite(x).all(1)
+    log_z, mean_logit, mean_bias, weight_sq = (
+        torch.where(lost, torch.nan, v) for v in (log_z, mean_logit, mean_bias, w.square().sum(1))
+    )
+    mean = torch.where(lost[:, None], torch.nan, mean)
+    return mean, log_z, mean_logit, mean_bias, weight_sq
+
+
+def _query_blocks(b: int, n: int) -> Iterator[slice]:
+    step = max(1, _ELEMENTS // max(1, n))
+    for start in range(0, b, step):
+        yield slice(start, min(start + step, b))
+
+
+def _center(rows: Tensor, center: Tensor | None, scale: float, shift: float) -> Tensor:
+    return _mean_row(rows, scale, shift) if center is None else center.to(_F64)
+
+
+def posterior(
+    x: Tensor,
+    rows: Tensor,
+    sigma: Tensor,
+    alpha: Tensor,
+    temperature: Tensor,
+    bias: Tensor | None,
+    center: Tensor | None,
+    sq_norms: Tensor | None,
+    scale: float,
+    shift: float,
+    kernel: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The dense sweep; see :func:`memokern.ops.posterior` for the formulas."""
+    c = _center(rows, center, scale, shift)
+    parts = [
+        posterior_block(
+            x[at].to(_F64), rows, sigma[at], alpha[at], temperature[at], bias, c, scale, shift, kernel
+        )
+        for at in _query_blocks(x.shape[0], rows.shape[0])
+    ]
+    if not parts:
+        empty = sigma.new_empty(0)
+        return x.new_empty(x.shape), empty, empty.clone(), empty.clone(), empty.clone()
+    mean, *stats = (torch.cat(column) for column in zip(*parts, strict=True))
+    return (mean.to(x.dtype), *stats)  # type: ignore[return-value]
+
+
+def weights(
+    x: Tensor,
+    rows: Tensor,
+    sigma: Tensor,
+    alpha: Tensor,
+    temperature: Tensor,
+    bias: Tensor | None,
+    center: Tensor | None,
+    scale: float,
+    shift: float,
+    kernel: str,
+) -> Tensor:
+    """softmax(l / T) [B, N], dense."""
+    c = _center(rows, center, scale, shift)
+    r2 = squared_distances(x.to(_F64), rows, alpha, c, scale, shift)
+    return _logits_and_weights(r2, sigma, temperature, bias, kernel, x.shape[1])[1]
+
+
+def _vjp(
+    values: tuple[Tensor, ...], inputs: list[Tensor], grads: list[Tensor], again: bool = False
+) -> list[Tensor]:
+    """sum <grads, d values / d inputs>; an output or an input that plays no part gives zeros."""
+    live = [(v, g) for v, g in zip(values, grads, strict=True) if v.requires_grad]
+    got = torch.autograd.grad(
+        [v for v, _ in live], inputs, [g for _, g in live], create_graph=again, allow_unused=True
+    )
+    return [torch.zeros_like(v) if g is None else g for g, v in zip(got, inputs, strict=True)]
+
+
+def _leaves(
+    at: slice, x: Tensor, sigma: Tensor, alpha: Tensor, temperature: Tensor, bias: Tensor | None
+) -> list[Tensor]:
+    parts = [x[at].to(_F64), sigma[at], alpha[at], temperature[at]]
+    if bias is not None:
+        parts.append(bias)
+    return [part.detach().clone().requires_grad_() for part in parts]
+
+
+def _block_outputs(
+    leaves: list[Tensor], rows: Tensor, center: Tensor, scale: float, shift: float, kernel: str
+) -> tuple[Tensor, ...]:
+    x, sigma, alpha, temperature, *rest = leaves
+    bias = rest[0] if rest else None
+    return posterior_block(
+        x, rows, sigma, alpha, temperature, bias, center, scale, shift, kernel
+    )
+
+
+def posterior_backward(
+    x: Tensor,
+    rows: Tensor,
+    sigma: Tensor,
+    alpha: Tensor,
+    temperature: Tensor,
+    bias: Tensor | None,
+    center: Tensor | None,
+    sq_norms: Tensor | None,
+    mean: Tensor,
+    log_z: Tensor,
+    mean_logit: Tensor,
+    mean_bias: Tensor,
+    weight_sq: Tensor,
+    grad_mean: Tensor,
+    grad_log_z: Tensor,
+    grad_mean_logit: Tensor,
+    grad_mean_bias: Tensor,
+    grad_weight_sq: Tensor,
+    scale: float,
+    shift: float,
+    kernel: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients for x, sigma, alpha, temperature and bias, by differentiating the formulas."""
+    c = _center(rows, center, scale, shift)
+    grads = (grad_mean.to(_F64), grad_log_z, grad_mean_logit, grad_mean_bias, grad_weight_sq)
+    out = [torch.zeros_like(x, dtype=_F64)] + [torch.zeros_like(sigma) for _ in range(3)]
+    grad_bias = sigma.new_zeros(0) if bias is None else torch.zeros_like(bias)
+    rows = rows.detach()
+    for at in _query_blocks(x.shape[0], rows.shape[0]):
+        with _recording():
+            leaves = _leaves(at, x, sigma, alpha, temperature, bias)
+            values = _block_outputs(leaves, rows, c, scale, shift, kernel)
+            parts = _vjp(values, leaves, [g[at] for g in grads])
+        for total, part in zip(out, parts, strict=False):
+            total[at] = part
+        if bias is not None:
+            grad_bias += parts[4]
+    return out[0].to(x.dtype), out[1], out[2], out[3], grad_bias
+
+
+def posterior_double_backward(
+    x: Tensor,
+    rows: Tensor,
+    sigma: Tensor,
+    alpha: Tensor,
+    temperature: Tensor,
+    bias: Tensor | None,
+    center: Tensor | None,
+    grads: list[Tensor],
+    grad_grads: list[Tensor],
+    scale: float,
+    shift: float,
+    kernel: str,
+) -> list[Tensor]:
+    """Gradients of <grad_grads, posterior_backward> for (x, sigma, alpha, temperature, bias, *grads)."""
+    c = _center(rows, center, scale, shift)
+    rows = rows.detach()
+    heads = [torch.zeros_like(x, dtype=_F64)] + [torch.zeros_like(sigma) for _ in range(3)]
+    grad_bias = sigma.new_zeros(0) if bias is None else torch.zeros_like(bias)
+    tails = [torch.zeros_like(g, dtype=_F64) for g in grads]
+    for at in _query_blocks(x.shape[0], rows.shape[0]):
+        with _recording():
+            leaves = _leaves(at, x, sigma, alpha, temperature, bias)
+            cot = [g[at].detach().to(_F64).clone().requires_grad_() for g in grads]
+            values = _block_outputs(leaves, rows, c, scale, shift, kernel)
+            first = _vjp(values, leaves, cot, again=True)
+            wanted = [gg if i == 4 else gg[at] for i, gg in enumerate(grad_grads)]
+            inner = sum(
+                ((g * gg).sum() for g, gg in zip(first, wanted, strict=False)),
+                start=x.new_zeros((), dtype=_F64),
+            )
+            parts = _vjp((inner,), [*leaves, *cot], [torch.ones_like(inner)])
+        for total, part in zip(heads, parts[:4], strict=True):
+            total[at] = part
+        if bias is not None:
+            grad_bias += parts[4]
+        for total, part in zip(tails, parts[len(leaves) :], strict=True):
+            total[at] = part
+    tails[0] = tails[0].to(grads[0].dtype)
+    return [heads[0].to(x.dtype), *heads[1:], grad_bias, *tails]
+
+
+def posterior_backward_rows(
+    x: Tensor,
+    rows: Tensor,
+    sigma: Tensor,
+    alpha: Tensor,
+    temperature: Tensor,
+    bias: Tensor | None,
+    center: Tensor | None,
+    grads: list[Tensor],
+    scale: float,
+    shift: float,
+    kernel: str,
+) -> Tensor:
+    """The gradient for floating-point rows [N, D]."""
+    c = _center(rows, center, scale, shift)
+    total = torch.zeros_like(rows, dtype=_F64)
+    for at in _query_blocks(x.shape[0], rows.shape[0]):
+        with _recording():
+            leaf = rows.detach().to(_F64).requires_grad_()
+            values = posterior_block(
+                x[at].detach().to(_F64), leaf, sigma[at].detach(), alpha[at].detach(),
+                temperature[at].detach(), None if bias is None else bias.detach(),
+                c, scale, shift, kernel,
+            )  # fmt: skip
+            total += _vjp(values, [leaf], [g[at].to(_F64) for g in grads])[0]
+    return total.to(rows.dtype)
+
+
+def nearest(
+    x: Tensor,
+    rows: Tensor,
+    k: int,
+    center: Tensor | None,
+    sq_norms: Tensor | None,
+    scale: float,
+    shift: float,
+) -> tuple[Tensor, Tensor]:
+    """The k smallest |x - y_n|^2 by direct differences, ascending, ties to the lower index."""
+    b, n = x.shape[0], rows.shape[0]
+    distance = torch.full((b, k), torch.nan, dtype=_F64, device=x.device)
+    index = torch.arange(k, device=x.device).repeat(b, 1)
+    for at in _query_blocks(b, n):
+        q = x[at].to(_F64)
+        one = torch.ones(q.shape[0], dtype=_F64, device=x.device)
+        r2 = torch.cat([_direct(q, y, one) for _, y in _row_blocks(rows, scale, shift)], 1)
+        # A stable sort, for the ties; topk promises no order.
+        value, order = torch.sort(r2, dim=1, stable=True)
+        known = ~torch.isnan(q).any(1, keepdim=True)
+        distance[at] = torch.where(known, value[:, :k], math.nan)
+        index[at] = torch.where(known, order[:, :k], index[at])
+    return distance, index

@@ -1,0 +1,28 @@
+"""Every environment variable that memokern reads. Values are read when they are first needed."""
+
+from __future__ import annotations
+
+import os
+
+BACKEND = "MEMOKERN_BACKEND"  # auto | reference | cpu: who runs the primitive operations
+ISA = "MEMOKERN_ISA"  # auto | baseline | avx2 | avx512: which compiled CPU kernels are used
+
+_BACKENDS = ("auto", "reference", "cpu")
+
+
+def backend() -> str:
+    """The backend asked for: ``auto`` unless ``MEMOKERN_BACKEND`` says otherwise."""
+    value = os.environ.get(BACKEND, "").strip().lower() or "auto"
+    if value not in _BACKENDS:
+        raise RuntimeError(
+            f"{BACKEND} must be one of {', '.join(_BACKENDS)}, not {value!r}; unset it for the default"
+        )
+    return value
+
+
+def isa() -> str:
+    """The instruction set asked for: ``auto`` unless ``MEMOKERN_ISA`` says otherwise.
+
+    The compiled module knows which names it has, so it is the one that refuses an unknown one.
+    """
+    return os.environ.get(ISA, "").strip().lower() or "auto"
