@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+import memokern
 from memokern import backends
 
 # name of the distribution, and what memokern does with it
@@ -59,7 +60,7 @@ def collect() -> dict[str, Any]:
         for name, available, reason in backends.explain()
     ]
     return {
-        "memokern": version("memokern") or "not installed (used from a source tree)",
+        "memokern": memokern.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": {"machine": platform.machine(), "cores": os.cpu_count()},

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import click
 
-from memokern import info as _info
+import memokern
 from memokern.cli.common import Group
 from memokern.cli.metrics import memorization
 from memokern.cli.other import demo, info, reproduce
@@ -21,7 +21,7 @@ __all__ = ["main"]
     invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-@click.version_option(_info.version("memokern") or "unknown (source tree)", prog_name="memokern")
+@click.version_option(memokern.__version__, prog_name="memokern")
 @click.pass_context
 def main(context: click.Context) -> None:
     """Closed-form diffusion scores of a training set: sample, measure memorisation, and reproduce

@@ -17,6 +17,7 @@ import torch
 import memokern
 from memokern import figures, processes, samplers
 from memokern.experiments.base import Experiment, Numbers
+from memokern.regularizers import Regularizer
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,7 +57,7 @@ def integrate(
     starts: int,
     sigma_min: float,
     seed: int,
-    regularizer: memokern.regularizers.Regularizer | None = None,
+    regularizer: Regularizer | None = None,
     trajectory: bool = False,
 ) -> samplers.Samples:
     """Samples of the probability-flow ODE from `starts` draws of the process' prior, in float64."""
