@@ -88,8 +88,8 @@ class Posterior:
         The default derivatives are those of flow matching's straight path, alpha = t,
         sigma = 1 - t, where it is (mean - x) / (1 - t) (arXiv 2506.03719).
         """
-        da = _per_query("d_alpha", d_alpha, self.sigma.shape, self.x.device)
-        ds = _per_query("d_sigma", d_sigma, self.sigma.shape, self.x.device)
+        da = per_query("d_alpha", d_alpha, self.sigma.shape, self.x.device)
+        ds = per_query("d_sigma", d_sigma, self.sigma.shape, self.x.device)
         rate = ds / self.sigma
         return self._wide(rate) * self.x + self._wide(da - self.alpha * rate) * self.mean
 
@@ -197,7 +197,7 @@ def _batch_shape(x: Tensor, rows: _Rows) -> torch.Size:
     return x.shape[: x.dim() - k]
 
 
-def _per_query(name: str, value: PerQuery, batch: Sequence[int], device: torch.device) -> Tensor:
+def per_query(name: str, value: PerQuery, batch: Sequence[int], device: torch.device) -> Tensor:
     """A float or a tensor that broadcasts to the batch -> [*batch] float64."""
     if isinstance(value, bool) or not isinstance(value, float | int | Tensor):
         raise TypeError(f"expected {name} as a number or a tensor, got {type(value).__name__}")
@@ -209,6 +209,11 @@ def _per_query(name: str, value: PerQuery, batch: Sequence[int], device: torch.d
             f"expected {name} as a number or a tensor that broadcasts to the batch"
             f" {tuple(batch)}, got {tuple(tensor.shape)}"
         ) from None
+
+
+def batch_shape(x: Tensor, data: TrainingSet | Tensor) -> torch.Size:
+    """[*batch] of queries x [*batch, *shape] on this data set; TypeError, ValueError if they differ."""
+    return _batch_shape(x, _as_rows(data))
 
 
 def _require(name: str, value: PerQuery, tensor: Tensor, ok: Tensor, what: str) -> None:
@@ -332,9 +337,9 @@ def posterior(
         raise ValueError(f"expected kernel one of {', '.join(KERNELS)}, got {kernel!r}")
     if method not in METHODS:
         raise ValueError(f"expected method one of {', '.join(METHODS)}, got {method!r}")
-    s = _per_query("sigma", sigma, batch, x.device)
-    a = _per_query("alpha", alpha, batch, x.device)
-    t = _per_query("temperature", temperature, batch, x.device)
+    s = per_query("sigma", sigma, batch, x.device)
+    a = per_query("alpha", alpha, batch, x.device)
+    t = per_query("temperature", temperature, batch, x.device)
     _require("sigma", sigma, s, (s >= 0) & torch.isfinite(s), "finite and >= 0")
     _require("alpha", alpha, a, torch.isfinite(a), "finite")
     _require("temperature", temperature, t, (t > 0) & torch.isfinite(t), "finite and > 0")
@@ -518,9 +523,9 @@ def weights(
         )
     if kernel not in KERNELS:
         raise ValueError(f"expected kernel one of {', '.join(KERNELS)}, got {kernel!r}")
-    s = _per_query("sigma", sigma, batch, x.device)
-    a = _per_query("alpha", alpha, batch, x.device)
-    t = _per_query("temperature", temperature, batch, x.device)
+    s = per_query("sigma", sigma, batch, x.device)
+    a = per_query("alpha", alpha, batch, x.device)
+    t = per_query("temperature", temperature, batch, x.device)
     _require("sigma", sigma, s, (s >= 0) & torch.isfinite(s), "finite and >= 0")
     _require("alpha", alpha, a, torch.isfinite(a), "finite")
     _require("temperature", temperature, t, (t > 0) & torch.isfinite(t), "finite and > 0")
