@@ -1,0 +1,48 @@
+# make demo     sample the digits three ways, with pictures in .demo/
+# make test     the tests
+# make bench    the benchmarks, with the peers that are installed (ARGS="--quick", ARGS="--help")
+# make lint     ruff and mypy
+# make peers    what make bench compares with
+#
+# Everything runs in .venv, made on first use. PYTHON chooses the interpreter, TORCH the PyTorch.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BIN = $(VENV)/bin
+SOURCES = $(wildcard csrc/*) $(wildcard csrc/*/*) setup.py pyproject.toml
+
+.PHONY: demo test bench lint peers clean
+
+# torch first and alone: its pinned build decides what the rest may need.
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check "$(TORCH)"
+
+$(VENV)/.demo-installed: $(SOURCES) | $(BIN)/python
+	$(BIN)/pip install -q --disable-pip-version-check -e ".[plot]"
+	@touch $@
+
+$(VENV)/.dev-installed: $(SOURCES) | $(BIN)/python
+	$(BIN)/pip install -q --disable-pip-version-check -e ".[dev]"
+	@touch $@
+
+demo: $(VENV)/.demo-installed
+	$(BIN)/memokern demo --out .demo
+
+test: $(VENV)/.dev-installed
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.dev-installed
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+peers: $(VENV)/.dev-installed
+	$(BIN)/pip install -q --disable-pip-version-check -e ".[bench]"
+
+bench: $(VENV)/.dev-installed
+	$(BIN)/python -m bench $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .demo
+	find . -name "*.so" -not -path "./$(VENV)/*" -delete

@@ -1,0 +1,75 @@
+"""What the documents show is true: docstring examples, README commands, environment variables."""
+
+import doctest
+import importlib
+import pkgutil
+import re
+import shlex
+from pathlib import Path
+
+import click.testing
+import pytest
+
+import memokern
+from memokern import env
+from memokern.cli import main
+
+ROOT = Path(__file__).parent.parent
+MODULES = sorted(
+    m.name
+    for m in pkgutil.walk_packages(memokern.__path__, "memokern.")
+    if not m.name.endswith(("__main__", "._C"))
+)
+
+
+@pytest.mark.parametrize("name", ["memokern", *MODULES])
+def test_docstring_examples(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
+    assert result.failed == 0
+
+
+@pytest.mark.parametrize("name", [n for n in memokern.__all__ if n not in ("Nearest", "Posterior")])
+def test_public_names_have_an_example(name):
+    assert ">>>" in (getattr(memokern, name).__doc__ or ""), name
+
+
+def readme_blocks(language):
+    text = (ROOT / "README.md").read_text()
+    return re.findall(rf"```{language}\n(.*?)```", text, re.S)
+
+
+def test_readme_python_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = readme_blocks("python")
+    assert blocks
+    scope: dict = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), scope)
+
+
+def test_readme_commands_run(tmp_path, monkeypatch):
+    """Each `memokern ...` line of the README, in an empty folder, in the README's order."""
+    monkeypatch.chdir(tmp_path)
+    lines = [line for block in readme_blocks("sh") for line in block.splitlines()]
+    commands = [shlex.split(line, comments=True) for line in lines if line.startswith("memokern ")]
+    assert commands
+    for command in commands:
+        result = click.testing.CliRunner().invoke(main, command[1:])
+        assert result.exit_code == 0, (command, result.output)
+
+
+def test_readme_make_targets_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    named = set(re.findall(r"\bmake (\w+)", (ROOT / "README.md").read_text()))
+    assert {"demo", "test", "bench"} <= named
+    for target in named:
+        assert re.search(rf"^{target}:", makefile, re.M), target
+
+
+def test_environment_page_lists_every_variable():
+    page = set(re.findall(r"`(MEMOKERN_\w+)`", (ROOT / "docs" / "environment.md").read_text()))
+    assert page == {env.BACKEND, env.ISA}
+    package = Path(memokern.__file__).parent
+    used = {v for p in package.rglob("*.py") for v in re.findall(r"MEMOKERN_\w+", p.read_text())}
+    assert used == page
