@@ -310,7 +310,7 @@ def test_help_describes_itself(command) -> None:
 
 
 def test_demo_shows_the_cure(tmp_path) -> None:
-    done = process("demo", "--out", tmp_path / "d", "-n", 48)
+    done = process("demo", "--out", tmp_path / "d", "-n", 4)
     assert (done.returncode, done.stderr) == (0, "")
     for file in ("unregularised", "tikhonov", "empirical-bayes"):
         assert (tmp_path / "d" / f"{file}.png").read_bytes().startswith(b"\x89PNG")
