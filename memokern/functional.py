@@ -485,10 +485,10 @@ def jvp(
     if not isinstance(v, Tensor) or v.shape != x.shape or v.dtype != x.dtype:
         got = f"{v.dtype} {tuple(v.shape)}" if isinstance(v, Tensor) else type(v).__name__
         raise ValueError(f"expected v like x, {x.dtype} {tuple(x.shape)}, got {got}")
+    keep = torch.is_grad_enabled() and (x.requires_grad or v.requires_grad)
     with torch.enable_grad():
         query = x if x.requires_grad else x.detach().requires_grad_()
         mean = posterior(query, data, sigma, alpha, temperature, bias=bias).mean
-        keep = torch.is_grad_enabled() and (x.requires_grad or v.requires_grad)
         (out,) = torch.autograd.grad(mean, query, v, create_graph=keep)
     return out
 
