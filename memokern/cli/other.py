@@ -31,9 +31,7 @@ def _experiment_list() -> str:
 @click.option(
     "--format", "suffix", default="pdf", show_default=True, type=click.Choice(["pdf", "png", "svg"])
 )
-@click.option(
-    "--quick", is_flag=True, help="Smaller sizes: seconds instead of minutes, rougher numbers."
-)
+@click.option("--quick", is_flag=True, help="Smaller sizes for a first look: rougher numbers.")
 @click.option(
     "--seed",
     type=click.IntRange(0, 2**62),
