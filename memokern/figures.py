@@ -39,7 +39,7 @@ FORMATS = (".png", ".pdf", ".svg")
 COLUMN = 3.4  # width of a paper's column, inches
 MISSING = "pictures need matplotlib, which is not installed: pip install 'memokern[plot]'"
 
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {
     "font.size": 9,
     "axes.labelsize": 9,
     "axes.titlesize": 9,
@@ -90,13 +90,14 @@ def style() -> Iterator[None]:
     """
     require()
     import matplotlib
+    from cycler import cycler
 
     # The defaults first: a user's matplotlibrc must not change a figure that is compared with a
     # paper's.
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_STYLE)
-        matplotlib.rcParams["axes.prop_cycle"] = matplotlib.cycler(color=PALETTE)
+        matplotlib.rcParams["axes.prop_cycle"] = cycler(color=PALETTE)
         yield
 
 

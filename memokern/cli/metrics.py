@@ -132,14 +132,14 @@ def memorization(
             )
     lines = []
     for name, (result, meaning) in found.items():
-        value = result.value.double()
+        statistic = result.value
         lines.append(
             [
                 name,
                 f"{float(result.fraction):.1%}",
                 f"{int(result.memorized.sum())} of {len(rows)}",
-                f"{float(value.median()):.4g}",
-                f"{float(value.min()):.4g}",
+                f"{float(statistic.median()):.4g}",
+                f"{float(statistic.min()):.4g}",
                 meaning,
             ]
         )
