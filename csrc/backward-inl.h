@@ -1,0 +1,269 @@
+// posterior_backward: the same sweep with weights recomputed from log_z.
+//
+// One part owns a range of rows and streams tiles. Per tile: products of the rows with the queries and with the
+// incoming gradients of the mean, the coefficient q of every (query, row), and acc += q yc. In words: grad_x is
+// sum q d l/dx, and so on for sigma, alpha, bias (see the formulas in memokern/ops.py). Three products to the forward's two.
+#pragma once
+#include "posterior-inl.h"
+
+namespace memokern { namespace MEMOKERN_ISA_NS {
+
+struct Sums {
+  double w, drift;   // sum of w; sum of w <g, y - mean> / T, zero but for rounding: subtracted at the end
+  double q, qc;      // sums of q and of q c, with d l / d x = c (alpha y - x)
+  double ql;         // sum of q (l - b)
+  double qa, wa;     // sums of q c <x - alpha y, yc>, and of w <x - alpha y, yc>
+  double temp;       // sum of w (l - E) h, h: what multiplies d w
+};
+
+template <class R> struct BackWork {
+  Work<R> fwd;
+  R *gc, *pg;          // [B][Ds] gradients of the mean; [B][NT] their products with the rows
+  double *g_shift;     // [B] <g, mean - center>
+  Sums* sums;          // [B]
+  double* grad_bias;   // [N] or null
+  Arena arena;
+  bool reserve(const Plan& pl, bool bias, int64_t N) {
+    if (!fwd.reserve(pl, bias)) return false;
+    if (!arena.reserve(Arena::bytes<R>(pl.B * pl.Ds) + Arena::bytes<R>(pl.B * pl.NT) + Arena::bytes<double>(pl.B) +
+                       Arena::bytes<Sums>(pl.B) + (bias ? Arena::bytes<double>(N) : 0)))
+      return false;
+    gc = arena.take<R>(pl.B * pl.Ds);
+    pg = arena.take<R>(pl.B * pl.NT);
+    g_shift = arena.take<double>(pl.B);
+    sums = arena.take<Sums>(pl.B);
+    grad_bias = bias ? arena.take<double>(N) : nullptr;
+    return true;
+  }
+};
+
+// The row by direct differences: |x - alpha y|^2, <x - alpha y, yc>, <g, y - mean>.
+template <class R>
+static void exact_row(const Source<R>& src, const Query<R>& q, const double* mean, const double* g, int64_t n, R* buf, double* out) {
+  Source<R> raw = src;
+  out[0] = exact_for(src)(src, n, q.x, q.alpha);
+  fetch_for(src)(raw, n, 0, src.rows.d, buf);
+  double xy = 0, gy = 0;
+  for (int64_t d = 0; d < src.rows.d; d++) {
+    const double yc = buf[d], y = yc + src.center[d];
+    xy += ((double)q.x[d] - q.alpha * y) * yc;
+    gy += g[d] * (y - mean[d]);
+  }
+  out[1] = xy;
+  out[2] = gy;
+}
+
+template <class R>
+static void backward_step(const Step<R>& s, const Gradients& io, const Query<R>& q, int64_t b, double g_shift, R* row, R* p, R* pg, Sums& a, double* grad_bias) {
+  const bool log_map = q.mode == kLogMap;
+  const double T = q.temperature, E = io.mean_logit[b], Eb = io.mean_bias[b], S = io.weight_sq[b];
+  const double gL = io.g_log_z[b], gE = io.g_mean_logit[b], gb = io.g_mean_bias[b], gS = io.g_weight_sq[b];
+  const double common = log_map ? 0 : q.xxt * T, tz = (io.log_z[b] + common) / T, err = error_of(q, s);
+  // alpha = 0 leaves no product in the logit to recover, so every row is direct.
+  const double lo = q.alpha == 0 ? -kInf : err > Precision<R>::theta ? threshold<R>(tz, err) : kInf;
+  const double delta = 2 * err + 4e-6 * Precision<R>::u * q.xx, half = 0.5 * (double)s.D;
+  if (!log_map && (double)logits(q, s, p) < tz + floor_of(R(0)) - err) {  // the whole tile is without weight
+    for (int64_t j = 0; j < s.NT; j++) p[j] = 0;
+    return;
+  }
+  for (int64_t j = 0; j < s.NT; j++) {
+    if (j >= s.tile->cnt) { p[j] = 0; continue; }
+    const double bj = bias_of(s, j);
+    double t = p[j], r2 = 0, exact[3];
+    bool direct;
+    if (log_map) {
+      r2 = q.xx - 2 * (t * q.a1 - (double)s.tile->sq[j] * q.a2);
+      const double near = r2 - delta, e = near > 0 ? half * delta / near / T : kInf;
+      const double high = near > 0 ? (bj - half * __builtin_log(near / s.D)) / T : kInf;
+      direct = bj != -kInf && e > Precision<R>::theta && high > tz + __builtin_log(Precision<R>::theta / dmin(1, e));
+      t = high;
+    } else {
+      direct = t > lo;
+      if (direct && bj == -kInf) direct = false;
+    }
+    if (bj == -kInf || (!direct && t - tz < floor_of(R(0)))) { p[j] = 0; continue; }
+    double xy, gy;
+    if (direct) {
+      exact_row(*s.src, q, io.mean + b * s.D, io.g_mean + b * s.D, s.tile->n0 + j, row, exact);
+      r2 = exact[0];
+      xy = exact[1];
+      gy = exact[2];
+      if (!log_map) t = q.xxt - 0.5 * (r2 / q.sigma) / q.sigma / T + bj / T;
+    } else {
+      // The product is recovered from the logit, which keeps p as the only array.
+      const double dot = log_map ? (double)p[j] : (t - bj / T + s.tile->sq[j] * q.a2) / q.a1;
+      xy = dot - q.alpha * s.tile->sq[j];
+      gy = (double)pg[j] - g_shift;
+    }
+    if (log_map) t = (bj - half * __builtin_log(r2 / s.D)) / T;
+    const double w = __builtin_exp(t - tz), l = t * T - common;
+    const double hg = gy / T, ho = gE * (l - E) / T + gb * (bj - Eb) / T + 2 * gS * (w - S) / T;
+    const double coeff = w * (gL + gE + hg + ho), c = log_map ? s.D / r2 : 1;
+    a.w += w;
+    a.drift += w * hg;
+    a.q += coeff;
+    a.qc += coeff * c;
+    a.ql += coeff * (l - bj);
+    a.qa += coeff * c * xy;
+    a.wa += w * xy;
+    a.temp += w * (l - E) * (hg + ho);
+    if (grad_bias) grad_bias[s.tile->n0 + j] += coeff + gb * w;
+    p[j] = (R)(coeff * c);
+  }
+}
+
+// A query at its limit (sigma = 0, or an exact hit of the log kernel): only the nearest rows have weight, and only the
+// bias and the temperature still move it.
+template <class R>
+static void backward_limit(const Step<R>& s, const Gradients& io, const Query<R>& q, int64_t b, R* row, double* grad_bias) {
+  const int64_t N = s.src->rows.n, D = s.D;
+  double best = kInf, m = -kInf, z = 0, exact[3];
+  for (int pass = 0; pass < 4; pass++) {
+    for (int64_t n = 0; n < N; n++) {
+      const double bn = s.bias[n];
+      if (bn == -kInf) continue;
+      const double r2 = s.exact(*s.src, n, q.x, q.alpha);
+      if (pass == 0) best = dmin(best, r2);
+      if (r2 != best) continue;
+      if (pass == 1) m = dmax(m, bn);
+      if (pass == 2) z += __builtin_exp((bn - m) * q.inv_t);
+      if (pass < 3) continue;
+      const bool finite = q.mode == kHard && best == 0;  // only then log_z and mean_logit are finite and follow the bias
+      const double T = q.temperature, w = __builtin_exp((bn - m) * q.inv_t) / z, Eb = io.mean_bias[b];
+      const double gL = finite ? io.g_log_z[b] : 0, gE = finite ? io.g_mean_logit[b] : 0, gb = io.g_mean_bias[b];
+      exact_row(*s.src, q, io.mean + b * D, io.g_mean + b * D, n, row, exact);
+      const double h = (exact[2] + (gE + gb) * (bn - Eb) + 2 * io.g_weight_sq[b] * (w - io.weight_sq[b])) / T;
+      grad_bias[n] += w * (gL + gE + gb + h);
+      io.grad_temperature[b] -= w * (bn - Eb) * h / T;
+      if (finite) io.grad_temperature[b] += w * gL * (io.log_z[b] - Eb) / T;
+    }
+  }
+}
+
+template <class R>
+static void backward_sweep(const Source<R>& src, const Queries& in, const Gradients& io, const Plan& pl, double b_max, int64_t b0, int64_t B, int64_t n0, int64_t n1, BackWork<R>& w) {
+  const typename Pack<R>::F pack = pack_for(src);
+  Work<R>& f = w.fwd;
+  memset((void*)w.sums, 0, pl.B * sizeof(Sums));
+  memset((void*)f.acc, 0, pl.B * pl.Ds * sizeof(R));
+  for (int64_t b = 0; b < B; b++) {
+    const double *g = io.g_mean + (b0 + b) * pl.D, *mean = io.mean + (b0 + b) * pl.D;
+    f.q[b] = make_query(in, src, b0 + b, pl.D, f.xc + b * pl.Ds);
+    w.g_shift[b] = 0;
+    for (int64_t d = 0; d < pl.D; d++) {
+      w.gc[b * pl.Ds + d] = (R)g[d];
+      w.g_shift[b] += g[d] * (mean[d] - src.center[d]);
+    }
+    if (f.q[b].mode == kLogMap && io.log_z[b0 + b] == kInf) f.q[b].mode = kHard;
+  }
+  const Step<R> s = make_step(src, pl, in.bias, b_max, f);
+  for (f.tile.n0 = n0; f.tile.n0 < n1; f.tile.n0 += pl.NT) {
+    f.tile.cnt = imin(pl.NT, n1 - f.tile.n0);
+    pack(src, pl, f.tile);
+    load_bias(pl, in.bias, f);
+    dots(pl, f.tile, f.xc, B, f.p);
+    dots(pl, f.tile, w.gc, B, w.pg);
+    for (int64_t b = 0; b < B; b++) {
+      R* p = f.p + b * pl.NT;
+      if (f.q[b].mode == kSoft || f.q[b].mode == kLogMap)
+        backward_step(s, io, f.q[b], b0 + b, w.g_shift[b], f.row, p, w.pg + b * pl.NT, w.sums[b], w.grad_bias);
+      else
+        memset((void*)p, 0, pl.NT * sizeof(R));
+    }
+    accumulate(pl, f.tile, f.p, B, f.acc);
+  }
+}
+
+// The sums of all parts to the gradients of query b.
+template <class R>
+static void backward_finish(const Source<R>& src, const Plan& pl, const Queries& in, const Gradients& io, const Query<R>& q, const Sums& a, const R* xc, R* acc, int64_t row, int64_t b) {
+  R* gx = (R*)io.grad_x + b * pl.D;
+  const double nan = __builtin_nan("");
+  const bool moves = q.mode == kSoft || q.mode == kLogMap;
+  if (!moves) {
+    const double v = q.mode == kLost ? nan : 0;
+    for (int64_t d = 0; d < pl.D; d++) gx[d] = (R)v;
+    io.grad_sigma[b] = io.grad_alpha[b] = io.grad_temperature[b] = v;
+    return;
+  }
+  const bool soft = q.mode == kSoft;
+  const double drift = soft && a.w > 0 ? a.drift / a.w : 0, is2 = soft ? 1 / q.sigma / q.sigma : 1, T = q.temperature;
+  const double* mean = io.mean + b * pl.D;
+  const double qc = a.qc - drift * (soft ? a.w : 0);
+  double cx = 0;  // <center, sum q c (x - alpha y)>
+  enum { NR = 2 * Vec<R>::W };
+  for (int64_t d = 0; d < pl.D; d += NR) {
+    const R* p = acc_at(pl, acc, row, d);
+    for (int64_t i = 0; i < imin(NR, pl.D - d); i++) {
+      const double c = src.center[d + i];
+      const double g = q.alpha * (p[i] - drift * a.w * (mean[d + i] - c)) - (double)xc[d + i] * qc;
+      gx[d + i] = (R)(g * is2);
+      cx -= c * g;
+    }
+  }
+  io.grad_sigma[b] = soft ? -2 / q.sigma * (a.ql - drift * a.w * (io.mean_logit[b] - io.mean_bias[b])) : 0;
+  io.grad_alpha[b] = (a.qa - drift * a.wa + cx) * is2;
+  io.grad_temperature[b] = io.g_log_z[b] * (io.log_z[b] - io.mean_logit[b]) / T - a.temp / T;
+}
+
+template <class R> static int backward_typed(const Rows& rows, const Queries& in, const Gradients& io, int threads) {
+  if (io.grad_bias) memset((void*)io.grad_bias, 0, rows.n * sizeof(double));
+  if (in.b == 0) return 0;
+  Centred<R> c;
+  if (!c.prepare(rows)) return 1;
+  const Plan pl = make_plan<R>(in.b, rows.n, rows.d);
+  const double b_max = largest_bias(in.bias, rows.n);
+  const int64_t blocks = (in.b + pl.B - 1) / pl.B, tiles = (rows.n + pl.NT - 1) / pl.NT;
+  const bool by_queries = blocks >= 2 * threads || tiles < 2;
+  const int parts = (int)imax(1, imin(threads, by_queries ? blocks : tiles));
+  WorkList<BackWork<R> > list(parts);
+  BackWork<R>* work = list.items;
+  if (!work) return 1;
+  for (int i = 0; i < parts; i++)
+    if (!work[i].reserve(pl, in.bias != nullptr, rows.n)) return 1;
+  for (int64_t k0 = 0; k0 < blocks; k0 += by_queries ? blocks : 1) {
+#pragma omp parallel for num_threads(parts) schedule(static, 1) if (parts > 1)
+    for (int i = 0; i < parts; i++) {
+      const int64_t first = by_queries ? blocks * i / parts : k0, last = by_queries ? blocks * (i + 1) / parts : k0 + 1;
+      for (int64_t k = first; k < last; k++) {
+        const int64_t b0 = k * pl.B, B = imin(pl.B, in.b - b0);
+        const int64_t n0 = by_queries ? 0 : imin(rows.n, tiles * i / parts * pl.NT);
+        const int64_t n1 = by_queries ? rows.n : imin(rows.n, tiles * (i + 1) / parts * pl.NT);
+        backward_sweep(c.src, in, io, pl, b_max, b0, B, n0, n1, work[i]);
+        if (!by_queries) continue;
+        for (int64_t b = 0; b < B; b++)
+          backward_finish(c.src, pl, in, io, work[i].fwd.q[b], work[i].sums[b], work[i].fwd.xc + b * pl.Ds, work[i].fwd.acc, b, b0 + b);
+      }
+    }
+    if (by_queries) break;
+    const int64_t b0 = k0 * pl.B, B = imin(pl.B, in.b - b0);
+    Work<R>& f = work[0].fwd;
+    for (int64_t b = 0; b < B; b++) {
+      for (int i = 1; i < parts; i++) {
+        const double* from = (const double*)&work[i].sums[b];
+        double* to = (double*)&work[0].sums[b];
+        for (size_t e = 0; e < sizeof(Sums) / sizeof(double); e++) to[e] += from[e];
+        for (int64_t d = 0; d < pl.Dp; d += 2 * Vec<R>::W) {
+          R *a = acc_at(pl, f.acc, b, d), *z = acc_at(pl, work[i].fwd.acc, b, d);
+          for (int e = 0; e < 2 * Vec<R>::W; e++) a[e] += z[e];
+        }
+      }
+      backward_finish(c.src, pl, in, io, f.q[b], work[0].sums[b], f.xc + b * pl.Ds, f.acc, b, b0 + b);
+    }
+  }
+  if (io.grad_bias) {
+    const Step<R> s = make_step(c.src, pl, in.bias, b_max, work[0].fwd);
+    for (int64_t b = 0; b < in.b; b++) {
+      Query<R> q = make_query(in, c.src, b, pl.D, work[0].fwd.xc);
+      if (q.mode == kHard || (q.mode == kLogMap && io.log_z[b] == kInf)) {
+        backward_limit(s, io, q, b, work[0].fwd.row, work[0].grad_bias);
+      }
+      if (q.mode == kLost) work[0].grad_bias[0] = __builtin_nan("");
+    }
+    for (int i = 0; i < parts; i++)
+      for (int64_t n = 0; n < rows.n; n++) io.grad_bias[n] += work[i].grad_bias[n];
+  }
+  return 0;
+}
+
+} }  // namespace

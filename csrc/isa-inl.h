@@ -1,0 +1,32 @@
+// The table of one instruction set. Included last, by each isa_*.cpp.
+#pragma once
+#include "backward-inl.h"
+#include "nearest-inl.h"
+
+namespace memokern { namespace MEMOKERN_ISA_NS {
+
+static int run_posterior(const Rows& r, const Queries& q, const Posterior& o, bool f64, int threads) {
+  return f64 ? posterior_typed<double>(r, q, o, threads) : posterior_typed<float>(r, q, o, threads);
+}
+static int run_backward(const Rows& r, const Queries& q, const Gradients& o, bool f64, int threads) {
+  return f64 ? backward_typed<double>(r, q, o, threads) : backward_typed<float>(r, q, o, threads);
+}
+static int run_nearest(const Rows& r, const Queries& q, const Nearest& o, bool f64, int threads) {
+  return f64 ? nearest_typed<double>(r, q, o, threads) : nearest_typed<float>(r, q, o, threads);
+}
+template <class R> static void run_exp(const R* x, R* y, int64_t n) {
+  enum { W = Vec<R>::W };
+  R t[W];
+  for (int64_t i = 0; i < n; i += W) {
+    const int64_t m = imin(W, n - i);
+    memset((void*)t, 0, sizeof t);
+    memcpy(t, x + i, m * sizeof(R));
+    store(t, vexp(load(t)));
+    memcpy(y + i, t, m * sizeof(R));
+  }
+}
+#define MK_STR(x) #x
+#define MK_NAME(x) MK_STR(x)
+static const Table kTable = {MK_NAME(MEMOKERN_ISA_NS), Vec<float>::W, run_posterior, run_backward, run_nearest, run_exp<float>, run_exp<double>};
+
+} }  // namespace

@@ -1,0 +1,79 @@
+// What the binding and the kernels agree on: plain structs and one table of functions for each instruction set.
+// No torch, no pybind11, no C++ library here: this header is included by every per-ISA translation unit.
+#pragma once
+#include <stdint.h>
+
+namespace memokern {
+
+enum RowType : int { kF64 = 0, kF32 = 1, kBF16 = 2, kF16 = 3, kU8 = 4 };
+enum Kernel : int { kGaussian = 0, kLog = 1 };
+
+// The training rows: y[n][d] = raw[n * stride + d] * scale + shift.
+struct Rows {
+  const void* data;          // [n] rows of [d], `stride` elements apart
+  int64_t n, d, stride;
+  int type;                  // RowType
+  double scale, shift;
+  const double* center;      // [d], or null: the kernel takes the mean of a few rows
+  const double* sq_norms;    // [n] |y - center|^2, or null: computed in the sweep
+};
+
+struct Queries {
+  const void* x;             // [b, d] contiguous, float or double: the compute type
+  int64_t b;
+  const double* sigma;       // [b]
+  const double* alpha;       // [b]
+  const double* temperature; // [b]
+  const double* bias;        // [n] or null
+  int kernel;                // Kernel
+};
+
+struct Posterior {
+  void* mean;                // [b, d] the type of x
+  double* log_z;             // [b], as the three below
+  double* mean_logit;
+  double* mean_bias;
+  double* weight_sq;
+};
+
+struct Gradients {
+  const double* mean;        // [b, d] forward results
+  const double* log_z;       // [b] ...
+  const double* mean_logit;
+  const double* mean_bias;
+  const double* weight_sq;
+  const double* g_mean;      // [b, d] incoming gradients
+  const double* g_log_z;     // [b] ...
+  const double* g_mean_logit;
+  const double* g_mean_bias;
+  const double* g_weight_sq;
+  void* grad_x;              // [b, d] the type of x
+  double* grad_sigma;        // [b] ...
+  double* grad_alpha;
+  double* grad_temperature;
+  double* grad_bias;         // [n] or null
+};
+
+struct Nearest {
+  int64_t k;
+  double* sq_dist;           // [b, k] ascending
+  int64_t* index;            // [b, k]
+};
+
+// Every function returns 0, or 1 when memory could not be had. `f64`: x is double (compute in double).
+struct Table {
+  const char* name;
+  int width;                 // floats of one vector
+  int (*posterior)(const Rows&, const Queries&, const Posterior&, bool f64, int threads);
+  int (*backward)(const Rows&, const Queries&, const Gradients&, bool f64, int threads);
+  int (*nearest)(const Rows&, const Queries&, const Nearest&, bool f64, int threads);
+  void (*exp_f32)(const float* x, float* y, int64_t n);
+  void (*exp_f64)(const double* x, double* y, int64_t n);
+};
+
+const Table* table_baseline();
+const Table* table_avx2();
+const Table* table_avx2w16();
+const Table* table_avx512();
+
+}  // namespace memokern

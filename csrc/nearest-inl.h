@@ -1,0 +1,93 @@
+// nearest: the k rows of least |x - y|^2, exactly.
+//
+// The sweep's first product gives every squared distance up to a bound; a row whose distance could be among the k best
+// is evaluated by direct differences in double. Each part keeps k (distance, index) pairs per query, ascending, the
+// lower index first; parts are joined by inserting one list into the other.
+#pragma once
+#include "posterior-inl.h"
+
+namespace memokern { namespace MEMOKERN_ISA_NS {
+
+MK_INLINE void insert(double* dist, int64_t* index, int64_t k, double d, int64_t n) {
+  if (!(d < dist[k - 1] || (d == dist[k - 1] && n < index[k - 1]))) return;
+  int64_t i = k - 1;
+  for (; i > 0 && (dist[i - 1] > d || (dist[i - 1] == d && index[i - 1] > n)); i--) {
+    dist[i] = dist[i - 1];
+    index[i] = index[i - 1];
+  }
+  dist[i] = d;
+  index[i] = n;
+}
+
+template <class R>
+static void nearest_sweep(const Source<R>& src, const Queries& in, const Plan& pl, int64_t b0, int64_t B, int64_t n0, int64_t n1, int64_t k, double* dist, int64_t* index, Work<R>& w) {
+  const typename Pack<R>::F pack = pack_for(src);
+  for (int64_t b = 0; b < B; b++) w.q[b] = make_query(in, src, b0 + b, pl.D, w.xc + b * pl.Ds);
+  for (int64_t i = 0; i < B * k; i++) {
+    dist[i] = kInf;
+    index[i] = INT64_MAX;
+  }
+  const Step<R> s = make_step<R>(src, pl, nullptr, 0, w);
+  for (w.tile.n0 = n0; w.tile.n0 < n1; w.tile.n0 += pl.NT) {
+    w.tile.cnt = imin(pl.NT, n1 - w.tile.n0);
+    pack(src, pl, w.tile);
+    dots(pl, w.tile, w.xc, B, w.p);
+    for (int64_t b = 0; b < B; b++) {
+      const Query<R>& q = w.q[b];
+      if (q.mode == kLost) continue;
+      R* p = w.p + b * pl.NT;
+      double* best = dist + b * k;
+      const double top = logits(q, s, p), err = error_of(q, s) + 1e-12 * q.xx;  // t = (|xc|^2 - r^2) / 2
+      if (top < 0.5 * (q.xx - best[k - 1]) - err) continue;
+      for (int64_t j = 0; j < w.tile.cnt; j++)
+        if ((double)p[j] >= 0.5 * (q.xx - best[k - 1]) - err) insert(best, index + b * k, k, exact_r2(q, s, j), w.tile.n0 + j);
+    }
+  }
+}
+
+template <class R> static int nearest_typed(const Rows& rows, const Queries& given, const Nearest& out, int threads) {
+  if (given.b == 0) return 0;
+  Centred<R> c;
+  if (!c.prepare(rows)) return 1;
+  const Plan pl = make_plan<R>(given.b, rows.n, rows.d);
+  const int64_t k = out.k, blocks = (given.b + pl.B - 1) / pl.B, tiles = (rows.n + pl.NT - 1) / pl.NT;
+  // sigma = 0, alpha = T = 1 for every query of a block: the mode in which t is half a squared distance.
+  Arena ones;
+  if (!ones.reserve(2 * Arena::bytes<double>(given.b))) return 1;
+  Queries in = given;
+  double* one = ones.take<double>(given.b);
+  in.sigma = ones.take<double>(given.b);
+  for (int64_t b = 0; b < given.b; b++) one[b] = 1;
+  in.alpha = in.temperature = one;
+  in.bias = nullptr;
+  in.kernel = kGaussian;
+  const int parts = (int)imax(1, imin(threads, tiles));
+  WorkList<Work<R> > list(parts);
+  Arena lists;
+  if (!list.items || !lists.reserve(parts * (Arena::bytes<double>(pl.B * k) + Arena::bytes<int64_t>(pl.B * k)))) return 1;
+  for (int i = 0; i < parts; i++)
+    if (!list.items[i].reserve(pl, false)) return 1;
+  double* dist = lists.take<double>(parts * pl.B * k);
+  int64_t* index = lists.take<int64_t>(parts * pl.B * k);
+  for (int64_t m = 0; m < blocks; m++) {
+    const int64_t b0 = m * pl.B, B = imin(pl.B, in.b - b0);
+#pragma omp parallel for num_threads(parts) schedule(static, 1) if (parts > 1)
+    for (int i = 0; i < parts; i++)
+      nearest_sweep(c.src, in, pl, b0, B, imin(rows.n, tiles * i / parts * pl.NT), imin(rows.n, tiles * (i + 1) / parts * pl.NT), k,
+                    dist + i * pl.B * k, index + i * pl.B * k, list.items[i]);
+    for (int64_t b = 0; b < B; b++) {
+      const bool lost = list.items[0].q[b].mode == kLost;
+      double* d = out.sq_dist + (b0 + b) * k;
+      int64_t* n = out.index + (b0 + b) * k;
+      for (int64_t j = 0; j < k; j++) {
+        d[j] = lost ? __builtin_nan("") : dist[b * k + j];
+        n[j] = lost ? j : index[b * k + j];
+      }
+      for (int i = 1; i < parts && !lost; i++)
+        for (int64_t j = 0; j < k; j++) insert(d, n, k, dist[(i * pl.B + b) * k + j], index[(i * pl.B + b) * k + j]);
+    }
+  }
+  return 0;
+}
+
+} }  // namespace

@@ -1,0 +1,199 @@
+// Vectors of the instruction set this translation unit is compiled for. MEMOKERN_ISA_NS names the namespace and
+// MEMOKERN_VBYTES the bytes of one vector; both are defined by the isa_*.cpp that includes this file.
+// GCC / Clang vector extensions only. Nothing from the C++ library: an inline function of it compiled here for
+// AVX-512 might be the copy that the linker keeps for everybody.
+#pragma once
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include "kernels.h"
+
+namespace memokern { namespace MEMOKERN_ISA_NS {
+
+#define MK_INLINE static inline __attribute__((always_inline))
+
+template <class R> struct Vec;
+template <> struct Vec<float> {
+  typedef float T __attribute__((vector_size(MEMOKERN_VBYTES)));
+  typedef float U __attribute__((vector_size(MEMOKERN_VBYTES), aligned(4), may_alias));
+  typedef int32_t I __attribute__((vector_size(MEMOKERN_VBYTES)));
+  typedef uint32_t Bits __attribute__((vector_size(MEMOKERN_VBYTES)));
+  enum { W = MEMOKERN_VBYTES / 4 };
+};
+template <> struct Vec<double> {
+  typedef double T __attribute__((vector_size(MEMOKERN_VBYTES)));
+  typedef double U __attribute__((vector_size(MEMOKERN_VBYTES), aligned(8), may_alias));
+  typedef int64_t I __attribute__((vector_size(MEMOKERN_VBYTES)));
+  enum { W = MEMOKERN_VBYTES / 8 };
+};
+
+template <class R> MK_INLINE typename Vec<R>::T load(const R* p) { return *(const typename Vec<R>::U*)p; }
+template <class R> MK_INLINE void store(R* p, typename Vec<R>::T v) { *(typename Vec<R>::U*)p = v; }
+template <class R> MK_INLINE typename Vec<R>::T splat(R a) { return a - (typename Vec<R>::T){}; }
+template <class V> MK_INLINE V vmax(V a, V b) { return a > b ? a : b; }
+template <class R> MK_INLINE double hsum(typename Vec<R>::T v) {
+  double s = 0;
+  for (int i = 0; i < Vec<R>::W; i++) s += v[i];
+  return s;
+}
+template <class R> MK_INLINE R hmax(typename Vec<R>::T v) {
+  R m = v[0];
+  for (int i = 1; i < Vec<R>::W; i++) m = v[i] > m ? v[i] : m;
+  return m;
+}
+
+// exp(x) for x <= 88: relative error below 2e-7 (tested), 0 below -87. Cephes' polynomial on |r| <= ln(2)/2.
+MK_INLINE Vec<float>::T vexp(Vec<float>::T x) {
+  typedef Vec<float>::T V;
+  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer, left in the low bits
+  V z = x * 1.44269504088896341f + magic;
+  V n = z - magic;
+  V r = x - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  V p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  V y = (V)((Vec<float>::I)p + ((Vec<float>::I)z << 23));
+  return x < -87.0f ? V{} : y;
+}
+// The same in double: Taylor of degree 13, relative error below 1e-15 (tested), 0 below -708.
+MK_INLINE Vec<double>::T vexp(Vec<double>::T x) {
+  typedef Vec<double>::T V;
+  const double magic = 6755399441055744.0;  // 1.5 * 2^52
+  V z = x * 1.4426950408889634074 + magic;
+  V n = z - magic;
+  V r = x - n * 6.93147180369123816490e-1;
+  r = r - n * 1.90821492927058770002e-10;
+  V p = r * (1.0 / 6227020800.0) + (1.0 / 479001600.0);
+  p = p * r + (1.0 / 39916800.0);
+  p = p * r + (1.0 / 3628800.0);
+  p = p * r + (1.0 / 362880.0);
+  p = p * r + (1.0 / 40320.0);
+  p = p * r + (1.0 / 5040.0);
+  p = p * r + (1.0 / 720.0);
+  p = p * r + (1.0 / 120.0);
+  p = p * r + (1.0 / 24.0);
+  p = p * r + (1.0 / 6.0);
+  p = p * r + 0.5;
+  p = p * (r * r) + r + 1.0;
+  V y = (V)((Vec<double>::I)p + ((Vec<double>::I)z << 52));
+  return x < -708.0 ? V{} : y;
+}
+// Differences below this have weight zero; clamping to it keeps 0 * (l - m) finite for l = -inf.
+MK_INLINE float floor_of(float) { return -100.0f; }
+MK_INLINE double floor_of(double) { return -800.0; }
+
+// Raw elements to one vector of compute type. Half precision by bits, so that no ISA needs f16c.
+template <class R, class S, int W> struct RawVec { typedef S T __attribute__((vector_size(W * sizeof(S)), aligned(1), may_alias)); };
+struct BF16 { uint16_t bits; };
+struct F16 { uint16_t bits; };
+
+template <class R, class S> struct Convert {  // float, double, uint8_t
+  MK_INLINE typename Vec<R>::T vec(const S* p) {
+    typedef typename RawVec<R, S, Vec<R>::W>::T Raw;
+    return __builtin_convertvector(*(const Raw*)p, typename Vec<R>::T);
+  }
+};
+template <class R> struct Convert<R, uint8_t> {  // by int32: the ISA has that conversion, not uint8 -> float
+  MK_INLINE typename Vec<R>::T vec(const uint8_t* p) {
+    typedef typename RawVec<R, uint8_t, Vec<R>::W>::T Raw;
+    typedef int32_t I32 __attribute__((vector_size(Vec<R>::W * 4)));
+    return __builtin_convertvector(__builtin_convertvector(*(const Raw*)p, I32), typename Vec<R>::T);
+  }
+};
+template <class R> struct Convert<R, BF16> {
+  MK_INLINE typename Vec<R>::T vec(const BF16* p) {
+    typedef typename RawVec<R, uint16_t, Vec<R>::W>::T Raw;
+    typedef uint32_t U32 __attribute__((vector_size(Vec<R>::W * 4)));
+    typedef float F __attribute__((vector_size(Vec<R>::W * 4)));
+    U32 bits = __builtin_convertvector(*(const Raw*)p, U32) << 16;
+    return __builtin_convertvector((F)bits, typename Vec<R>::T);
+  }
+};
+template <class R> struct Convert<R, F16> {
+  MK_INLINE typename Vec<R>::T vec(const F16* p) {
+    typedef typename RawVec<R, uint16_t, Vec<R>::W>::T Raw;
+    typedef uint32_t U32 __attribute__((vector_size(Vec<R>::W * 4)));
+    typedef float F __attribute__((vector_size(Vec<R>::W * 4)));
+    U32 h = __builtin_convertvector(*(const Raw*)p, U32);
+    U32 mag = (h & 0x7fffu) << 13;
+    F f = (F)mag * 5.192296858534828e33f;  // 2^112 moves the exponent bias; subnormals come out right
+    U32 bits = (U32)f | ((h & 0x8000u) << 16);
+    U32 special = (U32)(mag >= 0x0f800000u);  // inf and NaN keep an exponent of all ones
+    bits |= special & 0x7f800000u;
+    return __builtin_convertvector((F)bits, typename Vec<R>::T);
+  }
+};
+
+// r[i][k] -> r[k][i] for W vectors of W lanes: log2(W) rounds of interleaving rows i and i + W/2.
+#if MEMOKERN_VBYTES == 16
+#define MK_LO4 0, 4, 1, 5
+#define MK_HI4 2, 6, 3, 7
+#define MK_LO_F MK_LO4
+#define MK_HI_F MK_HI4
+#define MK_LO_D 0, 2
+#define MK_HI_D 1, 3
+#elif MEMOKERN_VBYTES == 32
+#define MK_LO_F 0, 8, 1, 9, 2, 10, 3, 11
+#define MK_HI_F 4, 12, 5, 13, 6, 14, 7, 15
+#define MK_LO_D 0, 4, 1, 5
+#define MK_HI_D 2, 6, 3, 7
+#else
+#define MK_LO_F 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define MK_HI_F 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#define MK_LO_D 0, 8, 1, 9, 2, 10, 3, 11
+#define MK_HI_D 4, 12, 5, 13, 6, 14, 7, 15
+#endif
+MK_INLINE Vec<float>::T interleave_lo(Vec<float>::T a, Vec<float>::T b) { return __builtin_shufflevector(a, b, MK_LO_F); }
+MK_INLINE Vec<float>::T interleave_hi(Vec<float>::T a, Vec<float>::T b) { return __builtin_shufflevector(a, b, MK_HI_F); }
+MK_INLINE Vec<double>::T interleave_lo(Vec<double>::T a, Vec<double>::T b) { return __builtin_shufflevector(a, b, MK_LO_D); }
+MK_INLINE Vec<double>::T interleave_hi(Vec<double>::T a, Vec<double>::T b) { return __builtin_shufflevector(a, b, MK_HI_D); }
+template <class R> MK_INLINE void transpose(typename Vec<R>::T* r) {
+  enum { W = Vec<R>::W };
+  typename Vec<R>::T t[W];
+#pragma GCC unroll 4
+  for (int round = 1; round < W; round *= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < W / 2; i++) {
+      t[2 * i] = interleave_lo(r[i], r[i + W / 2]);
+      t[2 * i + 1] = interleave_hi(r[i], r[i + W / 2]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < W; i++) r[i] = t[i];
+  }
+}
+
+MK_INLINE int64_t imin(int64_t a, int64_t b) { return a < b ? a : b; }
+MK_INLINE int64_t imax(int64_t a, int64_t b) { return a > b ? a : b; }
+MK_INLINE int64_t round_up(int64_t a, int64_t m) { return (a + m - 1) / m * m; }
+MK_INLINE double dmax(double a, double b) { return a > b ? a : b; }
+MK_INLINE double dmin(double a, double b) { return a < b ? a : b; }
+static const double kInf = __builtin_inf();
+
+// A few zeroed arrays in one aligned block; freed together. ok() tells whether the memory was there.
+class Arena {
+ public:
+  Arena() : base_(nullptr), size_(0), used_(0) {}
+  ~Arena() { free(base_); }
+  template <class T> static int64_t bytes(int64_t n) { return round_up(n * (int64_t)sizeof(T), 64) + 64; }
+  bool reserve(int64_t size) {
+    size_ = round_up(size, 64) + 64;
+    if (posix_memalign(&base_, 64, size_) != 0) base_ = nullptr;
+    return base_ != nullptr;
+  }
+  template <class T> T* take(int64_t n) {
+    T* p = (T*)((char*)base_ + used_);
+    used_ += bytes<T>(n);
+    memset(p, 0, n * sizeof(T));
+    return p;
+  }
+ private:
+  Arena(const Arena&);
+  void* base_;
+  int64_t size_, used_;
+};
+
+} }  // namespace

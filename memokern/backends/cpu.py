@@ -1,0 +1,208 @@
+"""The compiled CPU kernels: checks what pointers cannot, and hands them over.
+
+The signatures are those of :mod:`memokern.ops`. The kernels are described in ``csrc/README.md``.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memokern import env
+
+_ROW_TYPES = {
+    torch.float64: 0,
+    torch.float32: 1,
+    torch.bfloat16: 2,
+    torch.float16: 3,
+    torch.uint8: 4,
+}
+_KERNELS = {"gaussian": 0, "log": 1}
+_F64 = torch.float64
+
+
+@functools.lru_cache(maxsize=None)
+def _module() -> ModuleType:
+    """The compiled module, set to the instruction set asked for. Raises ImportError without it."""
+    from memokern import _C
+
+    asked = env.isa()
+    try:
+        _C.select_isa(asked)
+    except RuntimeError as error:
+        raise RuntimeError(f"{env.ISA}={asked}: {error}") from None
+    return _C
+
+
+def unavailable() -> str | None:
+    """None where the kernels can run, else the reason in one line."""
+    try:
+        _module()
+    except ImportError as error:
+        return f"the compiled module is missing ({error}); install memokern with a C++ compiler at hand"
+    return None
+
+
+def isa() -> str:
+    """The instruction set in use: ``baseline``, ``avx2`` or ``avx512``."""
+    return str(_module().isa())
+
+
+def detail() -> str:
+    """One line for ``memokern info``."""
+    threads = torch.get_num_threads() if _module().openmp else 1
+    return f"compiled kernels, {isa()}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def _rows(
+    rows: Tensor, center: Tensor | None, sq_norms: Tensor | None, scale: float, shift: float
+) -> tuple[Any, tuple[Tensor | None, Tensor | None]]:
+    """The rows as the module takes them, and the tensors that must outlive the call."""
+    if rows.dtype not in _ROW_TYPES:
+        known = ", ".join(str(t).removeprefix("torch.") for t in _ROW_TYPES)
+        raise TypeError(f"rows must be one of {known}, not {str(rows.dtype).removeprefix('torch.')}")
+    n, d = rows.shape
+    if (center is None) != (sq_norms is None):
+        raise ValueError("center and sq_norms belong together: give both or neither")
+    if d > 1 and rows.stride(1) != 1:
+        raise ValueError(
+            f"each row must be contiguous (stride 1), not stride {rows.stride(1)}: call rows.contiguous() once"
+        )
+    keep = (
+        None if center is None else center.to(_F64).contiguous(),
+        None if sq_norms is None else sq_norms.to(_F64).contiguous(),
+    )
+    if keep[0] is not None and keep[0].shape != (d,):
+        raise ValueError(f"center must have shape [{d}], not {list(keep[0].shape)}")
+    if keep[1] is not None and keep[1].shape != (n,):
+        raise ValueError(f"sq_norms must have shape [{n}], not {list(keep[1].shape)}")
+    stride = rows.stride(0) if n > 1 else d
+    args = _module().Rows(
+        rows.data_ptr(), n, d, stride, _ROW_TYPES[rows.dtype], scale, shift, _ptr(keep[0]), _ptr(keep[1])
+    )
+    return args, keep
+
+
+def _ptr(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _queries(
+    x: Tensor, rows: Tensor, sigma: Tensor, alpha: Tensor, temperature: Tensor, bias: Tensor | None
+) -> tuple[Tensor, list[Tensor], Tensor | None]:
+    """Contiguous copies where needed: x in the compute type, the rest in float64."""
+    if x.ndim != 2 or rows.ndim != 2 or x.shape[1] != rows.shape[1] or rows.shape[0] < 1:
+        raise ValueError(
+            f"expected x [B, D] and rows [N >= 1, D], not {list(x.shape)} and {list(rows.shape)}"
+        )
+    columns = [t.to(_F64).contiguous() for t in (sigma, alpha, temperature)]
+    for name, t in zip(("sigma", "alpha", "temperature"), columns, strict=True):
+        if t.shape != (x.shape[0],):
+            raise ValueError(f"{name} must have shape [{x.shape[0]}], not {list(t.shape)}")
+    if bias is not None:
+        bias = bias.to(_F64).contiguous()
+        if bias.shape != (rows.shape[0],):
+            raise ValueError(f"bias must have shape [{rows.shape[0]}], not {list(bias.shape)}")
+    return x.to(_compute_type(x, rows)).contiguous(), columns, bias
+
+
+def _compute_type(x: Tensor, rows: Tensor) -> torch.dtype:
+    return _F64 if _F64 in (x.dtype, rows.dtype) else torch.float32
+
+
+def posterior(
+    x: Tensor,
+    rows: Tensor,
+    sigma: Tensor,
+    alpha: Tensor,
+    temperature: Tensor,
+    bias: Tensor | None,
+    center: Tensor | None,
+    sq_norms: Tensor | None,
+    scale: float,
+    shift: float,
+    kernel: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The dense sweep; see :func:`memokern.ops.posterior` for the formulas."""
+    q, (s, a, t), b = _queries(x, rows, sigma, alpha, temperature, bias)
+    args, keep = _rows(rows, center, sq_norms, scale, shift)
+    mean = torch.empty_like(q)
+    stats = tuple(torch.empty(q.shape[0], dtype=_F64) for _ in range(4))  # no views: outputs of an op may not alias
+    _module().posterior(
+        args, q.dtype == _F64, q.data_ptr(), q.shape[0], s.data_ptr(), a.data_ptr(), t.data_ptr(), _ptr(b),
+        _KERNELS[kernel], torch.get_num_threads(), mean.data_ptr(), *(v.data_ptr() for v in stats),
+    )  # fmt: skip
+    del keep
+    return mean.to(x.dtype), stats[0], stats[1], stats[2], stats[3]
+
+
+def posterior_backward(
+    x: Tensor,
+    rows: Tensor,
+    sigma: Tensor,
+    alpha: Tensor,
+    temperature: Tensor,
+    bias: Tensor | None,
+    center: Tensor | None,
+    sq_norms: Tensor | None,
+    mean: Tensor,
+    log_z: Tensor,
+    mean_logit: Tensor,
+    mean_bias: Tensor,
+    weight_sq: Tensor,
+    grad_mean: Tensor,
+    grad_log_z: Tensor,
+    grad_mean_logit: Tensor,
+    grad_mean_bias: Tensor,
+    grad_weight_sq: Tensor,
+    scale: float,
+    shift: float,
+    kernel: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients for x, sigma, alpha, temperature and bias; see :mod:`memokern.ops`."""
+    q, (s, a, t), b = _queries(x, rows, sigma, alpha, temperature, bias)
+    args, keep = _rows(rows, center, sq_norms, scale, shift)
+    mean, grad_mean = mean.to(_F64).contiguous(), grad_mean.to(_F64).contiguous()
+    stats = torch.stack([v.to(_F64) for v in (log_z, mean_logit, mean_bias, weight_sq)])
+    grad_stats = torch.stack(
+        [v.to(_F64) for v in (grad_log_z, grad_mean_logit, grad_mean_bias, grad_weight_sq)]
+    )
+    grad_x = torch.empty_like(q)
+    grads = tuple(torch.empty(q.shape[0], dtype=_F64) for _ in range(3))
+    grad_bias = torch.empty(0 if b is None else b.shape[0], dtype=_F64)
+    _module().backward(
+        args, q.dtype == _F64, q.data_ptr(), q.shape[0], s.data_ptr(), a.data_ptr(), t.data_ptr(), _ptr(b),
+        _KERNELS[kernel], torch.get_num_threads(), mean.data_ptr(), stats.data_ptr(), grad_mean.data_ptr(),
+        grad_stats.data_ptr(), grad_x.data_ptr(),
+        *(v.data_ptr() for v in grads), 0 if b is None else grad_bias.data_ptr(),
+    )  # fmt: skip
+    del keep
+    return grad_x.to(x.dtype), grads[0], grads[1], grads[2], grad_bias
+
+
+def nearest(
+    x: Tensor,
+    rows: Tensor,
+    k: int,
+    center: Tensor | None,
+    sq_norms: Tensor | None,
+    scale: float,
+    shift: float,
+) -> tuple[Tensor, Tensor]:
+    """The k smallest |x - y_n|^2 by direct differences, ascending, ties to the lower index."""
+    ones = torch.ones(x.shape[0], dtype=_F64)
+    q, _, _ = _queries(x, rows, ones, ones, ones, None)
+    if not 1 <= k <= rows.shape[0]:
+        raise ValueError(f"k must lie between 1 and the number of rows, {rows.shape[0]}; got {k}")
+    args, keep = _rows(rows, center, sq_norms, scale, shift)
+    sq_dist = torch.empty(q.shape[0], k, dtype=_F64)
+    index = torch.empty(q.shape[0], k, dtype=torch.int64)
+    _module().nearest(
+        args, q.dtype == _F64, q.data_ptr(), q.shape[0], k, torch.get_num_threads(), sq_dist.data_ptr(), index.data_ptr()
+    )
+    del keep
+    return sq_dist, index

@@ -1,0 +1,58 @@
+"""Build of the compiled module memokern._C. Needs a C++17 compiler (GCC >= 12 or Clang >= 15), no torch, no GPU."""
+
+import os
+import platform
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+from pybind11.setup_helpers import Pybind11Extension, build_ext
+from setuptools import setup
+
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+AVX2 = ["-mavx2", "-mfma"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mprefer-vector-width=512"]
+# One source for each instruction set, with the flags that only it may have.
+ISA_FLAGS = {"csrc/isa_baseline.cpp": []}
+if X86:
+    ISA_FLAGS |= {
+        "csrc/isa_avx2.cpp": AVX2,
+        "csrc/isa_avx2w16.cpp": AVX2,
+        "csrc/isa_avx512.cpp": AVX512,
+    }
+# Apple's compiler has no OpenMP of its own; without it the kernels run on one thread.
+OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]
+FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fvisibility=hidden"]
+FLAGS += ["-Wno-psabi"]  # vectors never cross a call between instruction sets
+
+
+class BuildExt(build_ext):
+    """Per-source flags, and the sources compiled side by side."""
+
+    def build_extensions(self):
+        one, many = self.compiler._compile, self.compiler.compile
+
+        def compile_one(obj, src, ext, cc_args, extra, pp_opts):
+            one(obj, src, ext, cc_args, [*extra, *ISA_FLAGS.get(src.replace(os.sep, "/"), [])], pp_opts)
+
+        def compile_many(sources, **kwargs):
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                return sum(pool.map(lambda s: many([s], **kwargs), sources), [])
+
+        self.compiler._compile, self.compiler.compile = compile_one, compile_many
+        super().build_extensions()
+
+
+setup(
+    ext_modules=[
+        Pybind11Extension(
+            "memokern._C",
+            ["csrc/bind.cpp", *ISA_FLAGS],
+            cxx_std=17,
+            define_macros=[("MEMOKERN_HAVE_X86", "1")] if X86 else [],
+            extra_compile_args=FLAGS + OPENMP,
+            extra_link_args=OPENMP,
+            depends=["csrc/kernels.h", *sorted(f"csrc/{n}" for n in os.listdir("csrc") if "-inl" in n)],
+        )
+    ],
+    cmdclass={"build_ext": BuildExt},
+)
