@@ -37,6 +37,12 @@ def _level(name: str, value: Level, low: float, *, strict: bool = False) -> Leve
     return float(value)
 
 
+def _shown(value: object) -> str:
+    if callable(value):
+        return getattr(value, "__name__", type(value).__name__)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def _at(level: Level, sigma: Tensor) -> Tensor:
     """The level at these noise levels [*batch] float64."""
     value = level(sigma) if callable(level) else level
@@ -99,11 +105,8 @@ class Regularizer:
         return Compose(self, other)
 
     def __repr__(self) -> str:
-        shown = ", ".join(
-            f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}"
-            for k, v in vars(self).items()
-            if not k.startswith("_")
-        )
+        public = {k: v for k, v in vars(self).items() if not k.startswith("_")}
+        shown = ", ".join(f"{k}={_shown(v)}" for k, v in public.items())
         return f"{type(self).__name__}({shown})"
 
 
@@ -263,7 +266,7 @@ class CovarianceTikhonov(Regularizer):
         return out.reshape(residual.shape)
 
     def __repr__(self) -> str:
-        return f"CovarianceTikhonov(c={self.c}, rank={len(self._values)})"
+        return f"CovarianceTikhonov(c={_shown(self.c)}, rank={len(self._values)})"
 
 
 class EmpiricalBayes(Regularizer):

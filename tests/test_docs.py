@@ -15,6 +15,7 @@ from memokern import env
 from memokern.cli import main
 
 ROOT = Path(__file__).parent.parent
+FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 MODULES = sorted(
     m.name
     for m in pkgutil.walk_packages(memokern.__path__, "memokern.")
@@ -25,7 +26,7 @@ MODULES = sorted(
 @pytest.mark.parametrize("name", ["memokern", *MODULES])
 def test_docstring_examples(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    result = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
+    result = doctest.testmod(importlib.import_module(name), optionflags=FLAGS)
     assert result.failed == 0
 
 
@@ -61,7 +62,7 @@ def test_readme_commands_run(tmp_path, monkeypatch):
 
 def test_readme_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text()
-    named = set(re.findall(r"\bmake (\w+)", (ROOT / "README.md").read_text()))
+    named = set(re.findall(r"(?:    |`)make (\w+)", (ROOT / "README.md").read_text()))
     assert {"demo", "test", "bench"} <= named
     for target in named:
         assert re.search(rf"^{target}:", makefile, re.M), target
