@@ -54,30 +54,30 @@ static void exact_row(const Source<R>& src, const Query<R>& q, const double* mea
 }
 
 template <class R>
-static void backward_step(const Step<R>& s, const Gradients& io, const Query<R>& q, int64_t b, double g_shift, R* row, R* p, R* pg, Sums& a, double* grad_bias) {
+static void backward_step(const Step<R>& s, const Gradients& io, const Query<R>& q, int64_t b, double g_shift, R* row, R* logit, R* p, R* pg, Sums& a, double* grad_bias) {
   const bool log_map = q.mode == kLogMap;
   const double T = q.temperature, E = io.mean_logit[b], Eb = io.mean_bias[b], S = io.weight_sq[b];
   const double gL = io.g_log_z[b], gE = io.g_mean_logit[b], gb = io.g_mean_bias[b], gS = io.g_weight_sq[b];
   const double common = log_map ? 0 : q.xxt * T, tz = (io.log_z[b] + common) / T, err = error_of(q, s);
-  // alpha = 0 leaves no product in the logit to recover, so every row is direct.
-  const double lo = q.alpha == 0 ? -kInf : err > Precision<R>::theta ? threshold<R>(tz, err) : kInf;
+  const double lo = err > Precision<R>::theta ? threshold<R>(tz, err) : kInf;
   const double delta = 2 * err + 4e-6 * Precision<R>::u * q.xx, half = 0.5 * (double)s.D;
-  if (!log_map && (double)logits(q, s, p) < tz + floor_of(R(0)) - err) {  // the whole tile is without weight
+  if (!log_map && (double)logits(q, s, p, logit) < tz + floor_of(R(0)) - err) {  // the whole tile is without weight
     for (int64_t j = 0; j < s.NT; j++) p[j] = 0;
     return;
   }
   for (int64_t j = 0; j < s.NT; j++) {
     if (j >= s.tile->cnt) { p[j] = 0; continue; }
     const double bj = bias_of(s, j);
-    double t = p[j], r2 = 0, exact[3];
+    double t, r2 = 0, exact[3];
     bool direct;
     if (log_map) {
-      r2 = q.xx - 2 * (t * q.a1 - (double)s.tile->sq[j] * q.a2);
+      r2 = q.xx - 2 * ((double)p[j] * q.a1 - (double)s.tile->sq[j] * q.a2);
       const double near = r2 - delta, e = near > 0 ? half * delta / near / T : kInf;
       const double high = near > 0 ? (bj - half * __builtin_log(near / s.D)) / T : kInf;
       direct = bj != -kInf && e > Precision<R>::theta && high > tz + __builtin_log(Precision<R>::theta / dmin(1, e));
       t = high;
     } else {
+      t = logit[j];
       direct = t > lo;
       if (direct && bj == -kInf) direct = false;
     }
@@ -90,9 +90,7 @@ static void backward_step(const Step<R>& s, const Gradients& io, const Query<R>&
       gy = exact[2];
       if (!log_map) t = q.xxt - 0.5 * (r2 / q.sigma) / q.sigma / T + bj / T;
     } else {
-      // The product is recovered from the logit, which keeps p as the only array.
-      const double dot = log_map ? (double)p[j] : (t - bj / T + s.tile->sq[j] * q.a2) / q.a1;
-      xy = dot - q.alpha * s.tile->sq[j];
+      xy = (double)p[j] - q.alpha * s.tile->sq[j];
       gy = (double)pg[j] - g_shift;
     }
     if (log_map) t = (bj - half * __builtin_log(r2 / s.D)) / T;
@@ -113,31 +111,31 @@ static void backward_step(const Step<R>& s, const Gradients& io, const Query<R>&
 }
 
 // A query at its limit (sigma = 0, or an exact hit of the log kernel): only the nearest rows have weight, and only the
-// bias and the temperature still move it.
+// bias and the temperature still move it. r2 [N] is work space. Without a bias only a finite log_z moves (by T).
 template <class R>
-static void backward_limit(const Step<R>& s, const Gradients& io, const Query<R>& q, int64_t b, R* row, double* grad_bias) {
+static void backward_limit(const Step<R>& s, const Gradients& io, const Query<R>& q, int64_t b, R* row, double* r2, double* grad_bias, int threads) {
   const int64_t N = s.src->rows.n, D = s.D;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int64_t n = 0; n < N; n++) r2[n] = s.bias && s.bias[n] == -kInf ? kInf : s.exact(*s.src, n, q.x, q.alpha);
   double best = kInf, m = -kInf, z = 0, exact[3];
-  for (int pass = 0; pass < 4; pass++) {
-    for (int64_t n = 0; n < N; n++) {
-      const double bn = s.bias[n];
-      if (bn == -kInf) continue;
-      const double r2 = s.exact(*s.src, n, q.x, q.alpha);
-      if (pass == 0) best = dmin(best, r2);
-      if (r2 != best) continue;
-      if (pass == 1) m = dmax(m, bn);
-      if (pass == 2) z += __builtin_exp((bn - m) * q.inv_t);
-      if (pass < 3) continue;
-      const bool finite = q.mode == kHard && best == 0;  // only then log_z and mean_logit are finite and follow the bias
-      const double T = q.temperature, w = __builtin_exp((bn - m) * q.inv_t) / z, Eb = io.mean_bias[b];
-      const double gL = finite ? io.g_log_z[b] : 0, gE = finite ? io.g_mean_logit[b] : 0, gb = io.g_mean_bias[b];
-      exact_row(*s.src, q, io.mean + b * D, io.g_mean + b * D, n, row, exact);
-      const double h = (exact[2] + (gE + gb) * (bn - Eb) + 2 * io.g_weight_sq[b] * (w - io.weight_sq[b])) / T;
-      grad_bias[n] += w * (gL + gE + gb + h);
-      io.grad_temperature[b] -= w * (bn - Eb) * h / T;
-      if (finite) io.grad_temperature[b] += w * gL * (io.log_z[b] - Eb) / T;
-    }
+  for (int64_t n = 0; n < N; n++) best = dmin(best, r2[n]);
+  for (int64_t n = 0; n < N; n++)
+    if (r2[n] == best) m = dmax(m, s.bias ? s.bias[n] : 0);
+  for (int64_t n = 0; n < N; n++)
+    if (r2[n] == best) z += __builtin_exp(((s.bias ? s.bias[n] : 0) - m) * q.inv_t);
+  const bool finite = q.mode == kHard && best == 0;  // only then log_z and mean_logit are finite and follow the bias
+  const double T = q.temperature, Eb = io.mean_bias[b];
+  const double gL = finite ? io.g_log_z[b] : 0, gE = finite ? io.g_mean_logit[b] : 0, gb = io.g_mean_bias[b];
+  double temp = finite ? gL * (io.log_z[b] - Eb) / T : 0;
+  for (int64_t n = 0; n < N; n++) {
+    if (r2[n] != best) continue;
+    const double bn = s.bias ? s.bias[n] : 0, w = __builtin_exp((bn - m) * q.inv_t) / z;
+    exact_row(*s.src, q, io.mean + b * D, io.g_mean + b * D, n, row, exact);
+    const double h = (exact[2] + (gE + gb) * (bn - Eb) + 2 * io.g_weight_sq[b] * (w - io.weight_sq[b])) / T;
+    if (grad_bias) grad_bias[n] += w * (gL + gE + gb + h);
+    temp -= w * (bn - Eb) * h / T;
   }
+  io.grad_temperature[b] = temp;
 }
 
 template <class R>
@@ -166,7 +164,7 @@ static void backward_sweep(const Source<R>& src, const Queries& in, const Gradie
     for (int64_t b = 0; b < B; b++) {
       R* p = f.p + b * pl.NT;
       if (f.q[b].mode == kSoft || f.q[b].mode == kLogMap)
-        backward_step(s, io, f.q[b], b0 + b, w.g_shift[b], f.row, p, w.pg + b * pl.NT, w.sums[b], w.grad_bias);
+        backward_step(s, io, f.q[b], b0 + b, w.g_shift[b], f.row, f.t, p, w.pg + b * pl.NT, w.sums[b], w.grad_bias);
       else
         memset((void*)p, 0, pl.NT * sizeof(R));
     }
@@ -251,18 +249,24 @@ template <class R> static int backward_typed(const Rows& rows, const Queries& in
       backward_finish(c.src, pl, in, io, f.q[b], work[0].sums[b], f.xc + b * pl.Ds, f.acc, b, b0 + b);
     }
   }
-  if (io.grad_bias) {
-    const Step<R> s = make_step(c.src, pl, in.bias, b_max, work[0].fwd);
-    for (int64_t b = 0; b < in.b; b++) {
-      Query<R> q = make_query(in, c.src, b, pl.D, work[0].fwd.xc);
-      if (q.mode == kHard || (q.mode == kLogMap && io.log_z[b] == kInf)) {
-        backward_limit(s, io, q, b, work[0].fwd.row, work[0].grad_bias);
-      }
-      if (q.mode == kLost) work[0].grad_bias[0] = __builtin_nan("");
+  const Step<R> s = make_step(c.src, pl, in.bias, b_max, work[0].fwd);
+  Arena distances;
+  double* r2 = nullptr;
+  for (int64_t b = 0; b < in.b; b++) {
+    const Query<R> q = make_query(in, c.src, b, pl.D, work[0].fwd.xc);
+    const double log_z = io.log_z[b];
+    if (q.mode == kLost && io.grad_bias) io.grad_bias[0] = __builtin_nan("");
+    if (q.mode != kHard && !(q.mode == kLogMap && log_z == kInf)) continue;
+    if (!in.bias && !(log_z > -kInf && log_z < kInf)) continue;
+    if (!r2) {
+      if (!distances.reserve(Arena::bytes<double>(rows.n))) return 1;
+      r2 = distances.take<double>(rows.n);
     }
+    backward_limit(s, io, q, b, work[0].fwd.row, r2, io.grad_bias, threads);
+  }
+  if (io.grad_bias)
     for (int i = 0; i < parts; i++)
       for (int64_t n = 0; n < rows.n; n++) io.grad_bias[n] += work[i].grad_bias[n];
-  }
   return 0;
 }
 

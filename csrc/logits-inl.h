@@ -123,8 +123,8 @@ template <class R> MK_INLINE double threshold(double lower, double err) {
   return lower + __builtin_log(Precision<R>::theta / dmin(1, err)) - err;
 }
 
-// p: dots in, t out; the largest returned. Columns beyond cnt become -inf.
-template <class R> MK_INLINE R logits(const Query<R>& q, const Step<R>& s, R* p) {
+// dots to t (they may be the same array); the largest returned. Columns beyond cnt become -inf.
+template <class R> MK_INLINE R logits(const Query<R>& q, const Step<R>& s, const R* dot, R* p) {
   enum { W = Vec<R>::W };
   typedef typename Vec<R>::T V;
   const V a1 = splat<R>((R)q.a1), a2 = splat<R>((R)q.a2), it = splat<R>((R)q.inv_t);
@@ -132,7 +132,7 @@ template <class R> MK_INLINE R logits(const Query<R>& q, const Step<R>& s, R* p)
   const int64_t full = s.tile->cnt / W * W;
   const bool with_bias = s.b && q.mode != kHard;
   for (int64_t j = 0; j < full; j += W) {
-    V t = load(p + j) * a1 - load(s.tile->sq + j) * a2;
+    V t = load(dot + j) * a1 - load(s.tile->sq + j) * a2;
     if (with_bias) t += load(s.b + j) * it;
     store(p + j, t);
     top = vmax(t, top);
@@ -141,7 +141,7 @@ template <class R> MK_INLINE R logits(const Query<R>& q, const Step<R>& s, R* p)
   for (int64_t j = full; j < s.NT; j++) {
     R t = (R)-kInf;
     if (j < s.tile->cnt) {
-      t = p[j] * (R)q.a1 - s.tile->sq[j] * (R)q.a2;
+      t = dot[j] * (R)q.a1 - s.tile->sq[j] * (R)q.a2;
       if (with_bias) t += s.b[j] * (R)q.inv_t;
     }
     p[j] = t;
@@ -186,7 +186,7 @@ template <class R> MK_INLINE void add_exact(const Step<R>& s, State& st, R* p, i
 
 // One tile for one query: p [NT] holds dots and becomes weights relative to st.m. Returns the factor for acc.
 template <class R> static double step_soft(const Query<R>& q, const Step<R>& s, State& st, R* p) {
-  const double top = logits(q, s, p);
+  const double top = logits(q, s, p, p);
   st.key = 0;
   if (top == -kInf) {
     for (int64_t j = 0; j < s.NT; j++) p[j] = 0;
@@ -222,7 +222,7 @@ template <class R> static double step_soft(const Query<R>& q, const Step<R>& s, 
 
 // sigma = 0: only the nearest row counts, by its exact distance; ties share by their bias.
 template <class R> static double step_hard(const Query<R>& q, const Step<R>& s, State& st, R* p) {
-  const double top = logits(q, s, p), err = error_of(q, s);
+  const double top = logits(q, s, p, p), err = error_of(q, s);
   double best = st.key;
   int count = 0;
   // t = (|xc|^2 - r^2) / 2: the approximate top may be an excluded row, so it only bounds when there is no bias.
@@ -265,6 +265,7 @@ template <class R> static double step_log(const Query<R>& q, const Step<R>& s, S
     const double r2 = q.xx - 2 * ((double)p[j] * q.a1 - (double)s.tile->sq[j] * q.a2) + delta;
     if (st.key != 0) lower = dmax(lower, (bias_of(s, j) - half * __builtin_log(r2 / s.D)) * q.inv_t);
   }
+  for (int64_t j = s.tile->cnt; j < s.NT; j++) p[j] = 0;
   int count = 0, hits = 0;
   double m = st.m;
   for (int64_t j = 0; j < s.tile->cnt; j++) {

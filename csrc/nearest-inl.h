@@ -37,7 +37,7 @@ static void nearest_sweep(const Source<R>& src, const Queries& in, const Plan& p
       if (q.mode == kLost) continue;
       R* p = w.p + b * pl.NT;
       double* best = dist + b * k;
-      const double top = logits(q, s, p), err = error_of(q, s) + 1e-12 * q.xx;  // t = (|xc|^2 - r^2) / 2
+      const double top = logits(q, s, p, p), err = error_of(q, s) + 1e-12 * q.xx;  // t = (|xc|^2 - r^2) / 2
       if (top < 0.5 * (q.xx - best[k - 1]) - err) continue;
       for (int64_t j = 0; j < w.tile.cnt; j++)
         if ((double)p[j] >= 0.5 * (q.xx - best[k - 1]) - err) insert(best, index + b * k, k, exact_r2(q, s, j), w.tile.n0 + j);

@@ -32,7 +32,7 @@ template <class R> static Plan make_plan(int64_t B, int64_t N, int64_t D) {
 // What a part works with: the buffers of a tile and of a block of queries.
 template <class R> struct Work {
   Tile<R> tile;
-  R *p, *xc, *acc, *b, *b0, *row;
+  R *p, *xc, *acc, *b, *b0, *row, *t;
   int* cand;
   double* cand_t;
   State* st;        // [B]
@@ -42,7 +42,7 @@ template <class R> struct Work {
     const int64_t tile_len = pl.NT * (pl.Ds + 64);
     if (!arena.reserve(Arena::bytes<R>(tile_len) * (pl.packed ? 2 : 1) + Arena::bytes<R>(pl.NT + 64) * 3 +
                        Arena::bytes<R>(pl.B * pl.NT) + 2 * Arena::bytes<R>(pl.B * pl.Ds) + Arena::bytes<int>(pl.NT) +
-                       Arena::bytes<double>(pl.NT) + Arena::bytes<State>(pl.B) + Arena::bytes<Query<R> >(pl.B) + Arena::bytes<R>(pl.Ds + 64)))
+                       Arena::bytes<double>(pl.NT) + Arena::bytes<State>(pl.B) + Arena::bytes<Query<R> >(pl.B) + Arena::bytes<R>(pl.Ds + 64) + Arena::bytes<R>(pl.NT + 64)))
       return false;
     tile.y2 = arena.take<R>(tile_len);
     tile.y1 = pl.packed ? arena.take<R>(tile_len) : nullptr;
@@ -57,6 +57,7 @@ template <class R> struct Work {
     st = arena.take<State>(pl.B);
     q = arena.take<Query<R> >(pl.B);
     row = arena.take<R>(pl.Ds + 64);
+    t = arena.take<R>(pl.NT + 64);
     return true;
   }
 };

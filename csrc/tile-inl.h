@@ -37,18 +37,27 @@ MK_INLINE void fetch(const Source<R>& src, int64_t n, int64_t d0, int64_t cnt, R
   }
 }
 
-// |x - alpha y_n|^2 by direct differences in double, from the values as they were given (not centred).
+// |x - alpha y_n|^2 by direct differences in double, from the values as they were given (not centred), each operation
+// rounded as in plain arithmetic: a query that was computed as alpha * y_n is at distance exactly 0.
+template <class R, class S>
+MK_INLINE Vec<double>::T difference(const R* x, const S* raw, double alpha, double scale, double shift) {
+  Vec<double>::T y = Convert<double, S>::vec(raw) * scale;
+  MK_ROUND(y);
+  y = (y + shift) * alpha;
+  MK_ROUND(y);
+  return Convert<double, R>::vec(x) - y;
+}
 template <class R, class S>
 static double exact_typed(const Source<R>& src, int64_t n, const R* x, double alpha) {
   enum { W = Vec<double>::W };
   typedef Vec<double>::T V;
   const S* raw = (const S*)src.rows.data + n * src.rows.stride;
   const int64_t D = src.rows.d;
+  const double scale = src.rows.scale, shift = src.rows.shift;
   V s0 = {}, s1 = {};
   int64_t d = 0;
   for (; d + 2 * W <= D; d += 2 * W) {
-    V e0 = Convert<double, R>::vec(x + d) - alpha * (Convert<double, S>::vec(raw + d) * src.rows.scale + src.rows.shift);
-    V e1 = Convert<double, R>::vec(x + d + W) - alpha * (Convert<double, S>::vec(raw + d + W) * src.rows.scale + src.rows.shift);
+    const V e0 = difference(x + d, raw + d, alpha, scale, shift), e1 = difference(x + d + W, raw + d + W, alpha, scale, shift);
     s0 += e0 * e0;
     s1 += e1 * e1;
   }
@@ -56,13 +65,13 @@ static double exact_typed(const Source<R>& src, int64_t n, const R* x, double al
   for (; d < D; d += W) {
     const int64_t left = imin(W, D - d);
     S tail[W];
+    R xt[W];
     memset((void*)tail, 0, sizeof tail);
+    memset((void*)xt, 0, sizeof xt);
     memcpy((void*)tail, raw + d, left * sizeof(S));
-    V y = Convert<double, S>::vec(tail) * src.rows.scale + src.rows.shift;
-    for (int i = 0; i < left; i++) {
-      double e = (double)x[d + i] - alpha * y[i];
-      s += e * e;
-    }
+    memcpy((void*)xt, x + d, left * sizeof(R));
+    const V e = difference(xt, tail, alpha, scale, shift);
+    for (int i = 0; i < left; i++) s += e[i] * e[i];
   }
   return s;
 }

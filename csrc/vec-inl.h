@@ -166,6 +166,15 @@ template <class R> MK_INLINE void transpose(typename Vec<R>::T* r) {
   }
 }
 
+// Rounds v here: without it the compiler may fuse a product into the next sum, and an exact hit would not be exact.
+#if defined(__x86_64__) && (MEMOKERN_VBYTES < 64 || defined(__AVX512F__))
+#define MK_ROUND(v) __asm__("" : "+x"(v))
+#elif defined(__aarch64__)
+#define MK_ROUND(v) __asm__("" : "+w"(v))
+#else
+#define MK_ROUND(v) __asm__("" : "+m"(v))
+#endif
+
 MK_INLINE int64_t imin(int64_t a, int64_t b) { return a < b ? a : b; }
 MK_INLINE int64_t imax(int64_t a, int64_t b) { return a > b ? a : b; }
 MK_INLINE int64_t round_up(int64_t a, int64_t m) { return (a + m - 1) / m * m; }
