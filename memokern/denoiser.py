@@ -1,41 +1,58 @@
-"""The closed-form denoiser as a module: the network that perfect training would give."""
+"""The closed-form denoiser as a network: an nn.Module on a training set."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from memokern import functional, regularizers
 from memokern.data import TrainingSet
-from memokern.functional import batch_shape, per_query
 from memokern.processes import EDM, Process
-from memokern.regularizers import Prediction, Regularizer, evaluate
+from memokern.regularizers import Prediction, Regularizer
 
 PREDICTIONS = ("x0", "eps", "v", "score", "velocity")
 
 
-class Denoiser(torch.nn.Module):
-    r"""x_t, t -> x0, eps, v, score or velocity of the (regularised) closed-form score.
+class Denoiser(nn.Module):
+    r"""The minimiser of the denoising loss on a training set, regularised, at a process's times.
+
+    Buffers: `rows` [N, \*shape] (the training set's own memory), `affine` (scale, shift), `labels`
+    and `log_weights` where the set has them. `state_dict` holds these, not the process and the
+    regulariser, which are code; loading needs a set of the same shape and row type. `.to()` moves
+    the buffers; to another floating-point type it converts floating-point rows and nothing else.
 
     Args:
-        data: TrainingSet, or rows [N, \*shape].
-        process: a :class:`memokern.processes.Process`; default EDM, whose time is sigma, so that
-            the module stands where an EDM or k-diffusion sampler expects its network.
-        regularizer: a :class:`memokern.regularizers.Regularizer`, or None: it memorises.
-        prediction: "x0", "eps", "v", "score" or "velocity" (dx/dt of the probability flow).
+        data: a TrainingSet, or rows [N, \*shape].
+        process: what t means; default EDM, where t = sigma.
+        regularizer: from memokern.regularizers; None for the score that memorises.
+        prediction: what `forward` returns. "x0": the denoised x; "eps": the noise, -sigma score;
+            "v": alpha eps - sigma x0; "score"; "velocity": dx/dt of the probability flow. At
+            sigma = 0 only x0 is finite.
+        method: as :func:`memokern.posterior`.
 
-    The rows, labels and log weights are buffers: `.to(device)` moves them, `state_dict` holds them.
+    Raises:
+        TypeError, ValueError: wrong types, an unknown prediction.
+
+    Gradients: through x, t and bias. Cost: one sweep over the rows per call (with labels, over the
+    rows that have them, of which a copy is kept).
+
+    Source: Baptista et al., arXiv 2501.15785; as a network for the samplers of Karras et al.,
+    arXiv 2206.00364, which call net(x, sigma) and read sigma_min, sigma_max and round_sigma.
 
     Example:
         >>> import torch
-        >>> from memokern import Denoiser, TrainingSet
-        >>> net = Denoiser(TrainingSet.digits(), prediction="eps")
-        >>> net(torch.randn(2, 8, 8), torch.tensor(1.0)).shape
-        torch.Size([2, 8, 8])
+        >>> from memokern import Denoiser
+        >>> network = Denoiser(torch.tensor([[-1.0, 0.0], [1.0, 0.0]]))
+        >>> network(torch.tensor([[0.9, 0.3]]), 0.1).tolist()
+        [[1.0, 0.0]]
     """
 
     rows: Tensor
+    affine: Tensor
     labels: Tensor | None
     log_weights: Tensor | None
 
@@ -45,130 +62,254 @@ class Denoiser(torch.nn.Module):
         process: Process | None = None,
         regularizer: Regularizer | None = None,
         prediction: str = "x0",
+        *,
+        method: str = "auto",
     ) -> None:
         super().__init__()
-        data = data if isinstance(data, TrainingSet) else TrainingSet(data)
-        if process is not None and not isinstance(process, Process):
+        process = EDM() if process is None else process
+        if not isinstance(process, Process):
             raise TypeError(
                 f"expected process as a memokern.processes.Process, got {type(process).__name__};"
-                " processes.get('vp') makes one by name"
+                " processes.get('edm') makes one from its name"
             )
         if regularizer is not None and not isinstance(regularizer, Regularizer):
             raise TypeError(
-                f"expected a memokern.regularizers.Regularizer, got {type(regularizer).__name__};"
-                " regularizers.parse('tikhonov:c=0.01') makes one from text"
+                "expected regularizer as a memokern.regularizers.Regularizer, got"
+                f" {type(regularizer).__name__}; regularizers.parse('tikhonov:c=0.01') makes one"
             )
         if prediction not in PREDICTIONS:
-            raise ValueError(
-                f"expected prediction one of {', '.join(PREDICTIONS)}, got {prediction!r}"
-            )
-        self.process = EDM() if process is None else process
-        self.regularizer = regularizer
-        self.prediction = prediction
-        self.register_buffer("rows", data.rows)
+            known = ", ".join(PREDICTIONS)
+            raise ValueError(f"expected prediction one of {known}, got {prediction!r}")
+        if method not in functional.METHODS:
+            known = ", ".join(functional.METHODS)
+            raise ValueError(f"expected method one of {known}, got {method!r}")
+        if not isinstance(data, TrainingSet):
+            data = TrainingSet(data)
+        self.process, self.regularizer = process, regularizer
+        self.prediction, self.method = prediction, method
+        self._name = data.name
+        self.register_buffer("rows", data.rows.reshape((data.n, *data.shape)))
+        affine = torch.tensor([data.scale, data.shift], dtype=torch.float64, device=data.device)
+        self.register_buffer("affine", affine)
         self.register_buffer("labels", data.labels)
         self.register_buffer("log_weights", data.log_weights)
-        self._like = {"scale": data.scale, "shift": data.shift, "name": data.name}
-        self._shape = data.shape
-        self._data, self._made_from = data, self._state()
+        self._data = data
+        self._classes: dict[int, tuple[Tensor, TrainingSet]] = {}
 
-    def _state(self) -> tuple[Any, ...]:
-        buffers = (self.rows, self.labels, self.log_weights)
-        return tuple(None if b is None else (b.data_ptr(), b._version, b.dtype) for b in buffers)
+    # --- the data ---------------------------------------------------------------------------
 
     @property
     def data(self) -> TrainingSet:
-        """The training set; made anew, with its caches, when the buffers moved or were loaded."""
-        if self._state() != self._made_from:
-            weights = None if self.log_weights is None else self.log_weights.double()
-            self._data = TrainingSet(
-                self.rows.reshape(len(self.rows), *self._shape),
-                labels=self.labels,
-                log_weights=weights,
-                **self._like,
-            )
-            self._made_from = self._state()
+        """The training set, on the buffers' device."""
         return self._data
 
-    def get_extra_state(self) -> dict[str, Any]:
-        return {"scale": self._like["scale"], "shift": self._like["shift"], "shape": self._shape}
+    def _renew(self) -> None:
+        """The training set on the buffers as they are now."""
+        scale, shift = self.affine.tolist()
+        self._data = TrainingSet(
+            self.rows,
+            labels=self.labels,
+            log_weights=self.log_weights,
+            scale=scale,
+            shift=shift,
+            name=self._name,
+            check=False,
+        )
+        self._classes = {}
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        if tuple(state["shape"]) != self._shape:
-            raise ValueError(
-                f"the state is of rows {tuple(state['shape'])}, this denoiser has {self._shape}:"
-                " build it on data of the saved shape first"
-            )
-        self._like.update(scale=state["scale"], shift=state["shift"])
-        self._made_from = ()
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Denoiser:
+        rows, exact = self.rows, {"affine": self.affine, "log_weights": self.log_weights}
+        super()._apply(fn, recurse)
+        for name, value in exact.items():
+            if value is not None:  # moved, but float64 in any case
+                self._buffers[name] = value.to(self.rows.device)
+        if self.rows is not rows:
+            self._renew()
+        return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Takes the tensors as new buffers: copying into the old ones would write into the caller's
+        training set."""
+        found = {k: v for k, v in state_dict.items() if k.startswith(prefix)}
+        names = {prefix + k for k, v in self._buffers.items() if v is not None}
+        missing_keys.extend(sorted(names - found.keys()))
+        if strict:
+            unexpected_keys.extend(sorted(found.keys() - names))
+        fresh: dict[str, Tensor] = {}
+        for key in sorted(names & found.keys()):
+            old, new = self._buffers[key.removeprefix(prefix)], found[key]
+            assert old is not None
+            if not isinstance(new, Tensor):
+                error_msgs.append(f"{key}: expected a tensor, got {type(new).__name__}")
+            elif new.shape != old.shape or new.dtype != old.dtype:
+                error_msgs.append(
+                    f"{key}: expected {list(old.shape)} {old.dtype} as in this Denoiser's training"
+                    f" set, got {list(new.shape)} {new.dtype}; make the Denoiser on data of that"
+                    " shape and type first"
+                )
+            else:
+                value = new.detach().to(old.device, copy=True)
+                if value.is_floating_point() and not key.endswith("log_weights"):
+                    if not bool(torch.isfinite(value).all()):
+                        error_msgs.append(f"{key}: expected finite values, got NaN or inf")
+                fresh[key.removeprefix(prefix)] = value
+        if not error_msgs:
+            self._buffers.update(fresh)
+            self._renew()
+
+    def _of_label(self, label: int) -> tuple[Tensor, TrainingSet]:
+        """The indices of the rows with this label, and those rows."""
+        if label not in self._classes:
+            chosen = self._data.where(label)  # ValueError where there are none
+            assert self._data.labels is not None
+            index = (self._data.labels == label).nonzero()[:, 0]
+            self._classes[label] = index, chosen
+        return self._classes[label]
+
+    # --- evaluation -------------------------------------------------------------------------
+
+    def _time(self, x: Tensor, t: float | Tensor) -> Tensor:
+        r"""t as [\*batch] or scalar float64; [\*batch, 1, ..., 1] as other samplers give it, too."""
+        time = torch.as_tensor(t, dtype=torch.float64, device=x.device)
+        batch = functional.batch_shape(x, self._data)
+        if time.dim() > len(batch):
+            extra = time.shape[len(batch) :]
+            if any(size != 1 for size in extra):
+                raise ValueError(
+                    f"expected t as a number or a tensor that broadcasts to the batch"
+                    f" {tuple(batch)}, got {tuple(time.shape)}"
+                )
+            time = time.reshape(time.shape[: len(batch)])
+        return time
 
     def evaluate(
-        self, x: Tensor, t: float | Tensor, bias: Tensor | None = None, label: Any = None
-    ) -> Prediction:
-        r"""Everything about x [\*batch, \*shape] at the process' time t (a number, or [\*batch]).
-
-        bias [N] is added to the logits; label (an int) restricts the rows to those with it.
-        """
-        time = per_query("t", t, batch_shape(x, self.data), x.device)
-        sigma, alpha = self.process.sigma(time), self.process.alpha(time)
-        return self.at_level(x, sigma, alpha, bias=bias, label=label)
-
-    def at_level(
         self,
         x: Tensor,
-        sigma: float | Tensor,
-        alpha: float | Tensor = 1.0,
+        t: float | Tensor,
+        label: int | Tensor | None = None,
+        *,
         bias: Tensor | None = None,
-        label: int | None = None,
     ) -> Prediction:
-        """As `evaluate`, for a noise level and signal scale instead of a time."""
-        if label is not None:
-            mask = self._mask(label)
-            bias = mask if bias is None else bias + mask
-        return evaluate(x, self.data, sigma, alpha, regularizer=self.regularizer, bias=bias)
+        r"""All predictions at once: x0, score, eps, v, velocity and the posterior behind them.
 
-    def _mask(self, label: int) -> Tensor:
-        if self.labels is None:
-            raise ValueError("label was given, but the training set has no labels")
-        mine = self.labels == label
-        if not bool(mine.any()):
-            known = ", ".join(map(str, self.labels.unique().tolist()[:20]))
-            raise ValueError(f"no row has label {label}; there are {known}")
-        return torch.where(mine, 0.0, -torch.inf).to(torch.float64)
+        Args:
+            x: [\*batch, \*shape] float32 or float64. t: process time, a number or a tensor that
+                broadcasts to the batch.
+            label: use only the rows with this label: one for all queries, or [\*batch] integers.
+            bias: [N] added to the rows' logits.
+        """
+        time = self._time(x, t)
+        sigma, alpha = self.process.sigma(time), self.process.alpha(time)
+        if label is None:
+            return self._evaluate(x, self._data, sigma, alpha, bias)
+        labels = torch.as_tensor(label, device=self.rows.device)
+        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+            raise TypeError(f"expected label as integers, got {labels.dtype}")
+        if labels.dim() == 0:
+            index, rows = self._of_label(int(labels))
+            return self._evaluate(x, rows, sigma, alpha, None if bias is None else bias[index])
+        batch = functional.batch_shape(x, self._data)
+        if labels.shape != batch:
+            raise ValueError(
+                f"expected label as one integer or one per query {tuple(batch)}, got"
+                f" {tuple(labels.shape)}"
+            )
+        return self._by_label(x, sigma.expand(batch), alpha.expand(batch), labels, bias)
+
+    def _evaluate(
+        self, x: Tensor, data: TrainingSet, sigma: Tensor, alpha: Tensor, bias: Tensor | None
+    ) -> Prediction:
+        return regularizers.evaluate(
+            x, data, sigma, alpha, regularizer=self.regularizer, bias=bias, method=self.method
+        )
+
+    def _by_label(
+        self, x: Tensor, sigma: Tensor, alpha: Tensor, labels: Tensor, bias: Tensor | None
+    ) -> Prediction:
+        """One evaluation per label that occurs, put together in the queries' order."""
+        batch = labels.shape
+        flat = x.reshape(-1, *self._data.shape)
+        sigmas, alphas, wanted = sigma.reshape(-1), alpha.reshape(-1), labels.reshape(-1)
+        order, parts = [], []
+        for label in wanted.unique().tolist():
+            at = (wanted == label).nonzero()[:, 0]
+            index, rows = self._of_label(label)
+            chosen = None if bias is None else bias[index]
+            parts.append(self._evaluate(flat[at], rows, sigmas[at], alphas[at], chosen))
+            order.append(at)
+        back = torch.argsort(torch.cat(order))
+
+        def join(values: list[Tensor], axis: int) -> Tensor:
+            whole = torch.cat(values, axis).index_select(axis, back)
+            return whole.reshape(*whole.shape[:axis], *batch, *whole.shape[axis + 1 :])
+
+        posteriors = [part.posterior for part in parts]
+        # A regulariser may have spread the queries: their own axis is the last per-query one.
+        axis = posteriors[0].sigma.dim() - 1
+        fields = ("x", "mean", "log_z", "mean_logit", "mean_bias", "weight_sq", "sigma", "alpha")
+        totals = [p.log_weight_total.expand(p.sigma.shape) for p in posteriors]
+        posterior = replace(
+            posteriors[0],
+            **{name: join([getattr(p, name) for p in posteriors], axis) for name in fields},
+            temperature=join([p.temperature for p in posteriors], axis),
+            n=self._data.n,
+            log_weight_total=join(totals, axis),
+        )
+        potentials = [p.log_potential for p in parts if p.log_potential is not None]
+        potential = join(potentials, potentials[0].dim() - 1) if potentials else None
+        return Prediction(
+            x,
+            sigma,
+            alpha,
+            join([p.x0 for p in parts], 0),
+            join([p.residual for p in parts], 0),
+            posterior,
+            potential,
+        )
 
     def forward(
-        self, x: Tensor, t: float | Tensor, bias: Tensor | None = None, label: Any = None
+        self,
+        x: Tensor,
+        t: float | Tensor,
+        label: int | Tensor | None = None,
+        *,
+        bias: Tensor | None = None,
     ) -> Tensor:
-        r"""The prediction [\*batch, \*shape] in x's type, differentiable in x and t.
-
-        label: None, an int for all, or [\*batch] integers; one sweep per different label.
-        """
-        if not isinstance(label, Tensor) or label.dim() == 0:
-            single = int(label) if isinstance(label, Tensor) else label
-            return self._predict(x, t, bias, single)
-        batch = batch_shape(x, self.data)
-        if label.shape != batch:
-            raise ValueError(f"expected label {tuple(batch)}, one per query, got {tuple(label.shape)}")
-        time = per_query("t", t, batch, x.device)
-        out = torch.empty_like(x)
-        for value in label.unique().tolist():
-            at = label == value
-            out = out.index_put((at,), self._predict(x[at], time[at], bias, value))
+        r"""The chosen prediction [\*batch, \*shape] in x's type; arguments as `evaluate`."""
+        found = self.evaluate(x, t, label, bias=bias)
+        if self.prediction == "velocity":
+            time = self._time(x, t)
+            return found.velocity(self.process.d_alpha(time), self.process.d_sigma(time))
+        out: Tensor = getattr(found, self.prediction)
         return out
 
-    def _predict(
-        self, x: Tensor, t: float | Tensor, bias: Tensor | None, label: int | None
-    ) -> Tensor:
-        found = self.evaluate(x, t, bias, label)
-        if self.prediction == "velocity":
-            time = per_query("t", t, found.sigma.shape, x.device)
-            return found.velocity(self.process.d_alpha(time), self.process.d_sigma(time))
-        value = getattr(found, self.prediction)
-        assert isinstance(value, Tensor)
-        return value
+    # --- what EDM's samplers ask of a network -------------------------------------------------
+
+    @property
+    def sigma_min(self) -> float:
+        """The least level > 0 of the process's grid."""
+        return self.process.sigma_min
+
+    @property
+    def sigma_max(self) -> float:
+        """The level at which the process starts."""
+        return float(self.process.sigma(torch.tensor(self.process.t_noise, dtype=torch.float64)))
+
+    def round_sigma(self, sigma: float | Tensor) -> Tensor:
+        """sigma itself, as a tensor: every level is possible."""
+        return torch.as_tensor(sigma)
 
     def extra_repr(self) -> str:
         return (
-            f"{self.data}, process={self.process}, regularizer={self.regularizer},"
+            f"{self._data!r}, process={self.process!r}, regularizer={self.regularizer!r},"
             f" prediction={self.prediction!r}"
         )

@@ -106,7 +106,8 @@ class Process(ABC):
         return self._time_of_sigma(level)
 
     def time_of_ratio(self, ratio: float | Tensor) -> Tensor:
-        """The time at which sigma / alpha is `ratio`; the nearer end for one that is not reached."""
+        """The time at which sigma / alpha is `ratio`; by bisection the nearer end for one that is
+        not reached, by a closed form the time outside that has it."""
         return self._solve(self.ratio, _level("ratio", ratio))
 
     def _time_of_sigma(self, sigma: Tensor) -> Tensor:
@@ -183,7 +184,7 @@ class VE(_RatioGrid):
         >>> import torch
         >>> from memokern.processes import VE
         >>> round(VE().sigma(torch.tensor(1.0, dtype=torch.float64)).item(), 4)
-        4.6366
+        4.6365
     """
 
     def __init__(self, s0: float = 10.0) -> None:

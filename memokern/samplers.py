@@ -1,31 +1,44 @@
-r"""Samplers: from noise to data with a :class:`memokern.Denoiser`.
+r"""Samplers: the probability-flow ODE and the reverse SDE of a :class:`memokern.Denoiser`.
 
-In the coordinates u = x / alpha and rho = sigma / alpha every process is the same: the probability
-flow is du/d rho = eps (arXiv 2010.02502, 2206.00364). The fixed-step solvers work there; the
-adaptive one integrates dx/dt. All end with the step from the last noise level to 0, which is the
-denoised x0, unless `sigma_min` stops them before (early stopping: what is returned is x at sigma_min).
+With x0 and eps the denoiser's predictions, x = alpha x0 + sigma eps, the flow is
+d(x / alpha) = eps d(sigma / alpha). Steps in these variables end exactly at alpha x0 when sigma
+becomes 0, for every process.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from scipy.integrate import solve_ivp
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
+from memokern import functional
 from memokern.denoiser import Denoiser
+from memokern.processes import Process
 
 SOLVERS = ("euler", "heun", "rk45")
+ODE_STEPS, SDE_STEPS = 18, 200
+# Relative and absolute tolerance of rk45: float32 evaluations cannot serve finer ones.
+TOLERANCES = {torch.float32: (1e-4, 1e-6), torch.float64: (1e-6, 1e-9)}
+# Where alpha / sigma is less, x says nothing about the data, and 1 / alpha is not used.
+NO_SIGNAL = 1e-4
 
 
 @dataclass(frozen=True)
 class Samples:
-    r"""x [S, \*shape]; times, sigmas [T] float64 of the steps; nfe: score evaluations of the batch;
-    trajectory [T, S, \*shape] if it was asked for: x at each of the times."""
+    r"""What a sampler returns.
+
+    Attributes:
+        x: the samples [S, \*shape]. trajectory: [K, S, \*shape], the start included; or None.
+        times, sigmas: [K] float64, the process times and noise levels of the trajectory's states
+            (rk45 without trajectory: the first and the last).
+        nfe: evaluations of the denoiser, each of all S queries.
+    """
 
     x: Tensor
     trajectory: Tensor | None
@@ -34,219 +47,347 @@ class Samples:
     nfe: int
 
 
-def _start(
-    denoiser: Denoiser,
-    n: int | Tensor,
-    seed: int | None,
-    generator: torch.Generator | None,
-    dtype: torch.dtype,
-) -> tuple[Tensor, torch.Generator | None]:
-    """The first x, and where later noise comes from."""
-    if not isinstance(denoiser, Denoiser):
-        raise TypeError(f"expected a memokern.Denoiser, got {type(denoiser).__name__}")
-    if seed is not None and generator is not None:
-        raise ValueError("give a seed or a generator, not both")
-    if seed is not None:
-        generator = torch.Generator().manual_seed(seed)
-    device = denoiser.data.device
-    if isinstance(n, Tensor):
-        shape = denoiser.data.shape
-        if n.dim() != len(shape) + 1 or tuple(n.shape[1:]) != shape or not n.is_floating_point():
-            raise ValueError(
-                f"expected starts [S, {', '.join(map(str, shape))}] in floating point, got"
-                f" {n.dtype} {tuple(n.shape)}"
+@dataclass(frozen=True)
+class _Level:
+    t: float
+    alpha: float
+    sigma: float
+
+    @property
+    def signal(self) -> bool:
+        return self.alpha > NO_SIGNAL * self.sigma
+
+
+def _level(process: Process, t: float | Tensor) -> _Level:
+    time = torch.as_tensor(t, dtype=torch.float64, device="cpu").detach()
+    return _Level(float(time), float(process.alpha(time)), float(process.sigma(time)))
+
+
+class _Run:
+    """One run: what is evaluated, the noise, the count and the record."""
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        start: int | Tensor,
+        label: int | Tensor | None,
+        bias: Tensor | None,
+        seed: int | None,
+        generator: torch.Generator | None,
+        dtype: torch.dtype | None,
+        trajectory: bool,
+    ) -> None:
+        if not isinstance(denoiser, Denoiser):
+            raise TypeError(f"expected a memokern.Denoiser, got {type(denoiser).__name__}")
+        if seed is not None and generator is not None:
+            raise ValueError("give seed or generator, not both")
+        if dtype not in (None, *TOLERANCES):
+            raise TypeError(f"expected dtype torch.float32 or torch.float64, got {dtype}")
+        # From a seed on the CPU, so that it means the same noise on every device.
+        self.generator = torch.Generator().manual_seed(seed) if seed is not None else generator
+        self.denoiser, self.process = denoiser, denoiser.process
+        self.label, self.bias, self.nfe = label, bias, 0
+        self.x = self._start(start, dtype)
+        self.record: list[Tensor] | None = [self.x] if trajectory else None
+
+    def _start(self, start: int | Tensor, dtype: torch.dtype | None) -> Tensor:
+        data = self.denoiser.data
+        if isinstance(start, Tensor):
+            x = start if dtype is None else start.to(dtype)
+            functional.batch_shape(x, data)  # type, device and shape
+            if not bool(torch.isfinite(x).all()):
+                raise ValueError("expected finite starts, got NaN or inf")
+            return x
+        if isinstance(start, bool) or not isinstance(start, int):
+            raise TypeError(
+                "expected the number of samples or the starts as a tensor, got"
+                f" {type(start).__name__}"
             )
-        return n.detach().clone(), generator
-    if isinstance(n, bool) or not isinstance(n, int) or n < 0:
-        raise ValueError(f"expected a number of samples >= 0 or starts [S, *shape], got {n!r}")
-    x = denoiser.process.prior((n, *denoiser.data.shape), generator, dtype, device)
-    return x, generator
+        if start < 1:
+            raise ValueError(f"expected at least 1 sample, got {start}")
+        kind = data.compute_dtype if dtype is None else dtype
+        return self.process.prior((start, *data.shape), self.generator, kind, data.device)
+
+    def evaluate(self, x: Tensor, t: float) -> tuple[Tensor, Tensor]:
+        """x0 and eps."""
+        self.nfe += 1
+        found = self.denoiser.evaluate(x, t, self.label, bias=self.bias)
+        return found.x0, found.eps
+
+    def noise(self) -> Tensor:
+        place = self.x.device if self.generator is None else self.generator.device
+        z = torch.randn(self.x.shape, generator=self.generator, dtype=self.x.dtype, device=place)
+        return z.to(self.x.device)
+
+    def keep(self) -> None:
+        if self.record is not None:
+            self.record.append(self.x)
+
+    def samples(self, times: Tensor) -> Samples:
+        path = None if self.record is None else torch.stack(self.record)
+        return Samples(self.x, path, times, self.process.sigma(times), self.nfe)
+
+    @contextmanager
+    def gradients(self) -> Iterator[None]:
+        """Only for starts that ask for them: a graph over all steps is large."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.x.requires_grad):
+            yield
 
 
-def _levels(
-    denoiser: Denoiser, steps: int, sigma_min: float | None
-) -> tuple[Tensor, list[float], list[float]]:
-    """Times of `steps` steps [steps + 1], and their alpha and sigma."""
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"expected steps as an int >= 1, got {steps!r}")
-    process = denoiser.process
+def _times(
+    process: Process, steps: int, sigma_min: float | None, denoise_last: bool
+) -> list[_Level]:
+    if isinstance(steps, bool) or not isinstance(steps, int):
+        raise TypeError(f"expected steps as an int, got {type(steps).__name__}")
+    if steps < 1:
+        raise ValueError(f"expected at least 1 step, got {steps}")
+    _check_stop(process, sigma_min, denoise_last)
+    times = process.times(steps + 1, sigma_min).tolist()
+    return [_level(process, t) for t in times + [process.t_data] * denoise_last]
+
+
+def _check_stop(process: Process, sigma_min: float | None, denoise_last: bool) -> None:
     if sigma_min is None:
-        end = torch.tensor([process.t_data], dtype=torch.float64)
-        times = torch.cat([process.times(steps), end])
-    else:
-        times = process.times(steps + 1, sigma_min)
-    alpha, sigma = process.alpha(times), process.sigma(times)
-    if sigma_min is None:
-        # Where the grid says data there is no noise left, whatever rounding made of it.
-        sigma[-1] = 0.0
-    return times, alpha.tolist(), sigma.tolist()
+        if denoise_last:
+            raise ValueError("denoise_last goes with sigma_min: without it the end is denoised")
+        return
+    high = _level(process, process.t_noise).sigma
+    if not 0 < sigma_min < high:
+        raise ValueError(
+            f"expected sigma_min between 0 and {high:.6g}, where {process!r} starts, got"
+            f" {sigma_min}; leave it out to go to the data"
+        )
 
 
-def _noise(x: Tensor, generator: torch.Generator | None) -> Tensor:
-    source = generator.device if generator is not None else torch.device("cpu")
-    return torch.randn(x.shape, generator=generator, dtype=torch.float64, device=source).to(x)
+def _euler(x0: Tensor, eps: Tensor, to: _Level) -> Tensor:
+    """x0 and eps held: exact while they do not change, and alpha x0 where sigma is 0."""
+    return to.alpha * x0 if to.sigma == 0 else to.alpha * x0 + to.sigma * eps
 
 
-@torch.no_grad()
 def ode(
     denoiser: Denoiser,
-    n: int | Tensor,
-    steps: int = 18,
+    start: int | Tensor,
+    steps: int | None = None,
     *,
     solver: str = "heun",
     sigma_min: float | None = None,
+    denoise_last: bool = False,
     churn: float = 0.0,
     churn_min: float = 0.0,
     churn_max: float = math.inf,
     churn_noise: float = 1.0,
-    rtol: float = 1e-6,
-    atol: float = 1e-8,
+    rtol: float | None = None,
+    atol: float | None = None,
+    label: int | Tensor | None = None,
+    bias: Tensor | None = None,
     seed: int | None = None,
     generator: torch.Generator | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     progress: bool = False,
     trajectory: bool = False,
 ) -> Samples:
-    r"""The probability-flow ODE.
+    r"""Samples of the probability-flow ODE, d(x / alpha) = eps d(sigma / alpha).
 
     Args:
-        n: how many samples to draw from the process' prior, or the starts [S, \*shape] themselves.
-        steps: of the process' time grid (euler, heun).
-        solver: "euler" (DDIM's step); "heun" (EDM's algorithm 2: second order, with `churn`
-            S_churn > 0 stochastic between churn_min and churn_max, noise scaled by churn_noise);
-            "rk45" (scipy's, adaptive to rtol and atol over the whole batch).
-        sigma_min: stop there, without the last denoising (early stopping).
-        seed or generator: of all noise. dtype: of the samples drawn.
-        progress: a progress bar. trajectory: keep x at every step.
+        denoiser: its process gives the times, whatever its `prediction`.
+        start: how many samples, from the process's prior; or starts [S, \*shape] at t_noise.
+        steps: for euler and heun, default 18, on the process's grid. rk45 chooses its own.
+        solver: "euler" (x <- alpha' x0 + sigma' eps, DDIM's step), "heun" (the same with the mean
+            of eps at both ends; arXiv 2206.00364, algorithms 1 and 2), "rk45" (scipy's adaptive
+            solve_ivp, in the angle atan2(sigma, alpha)).
+        sigma_min: stop early, at this noise level; default: go to the data. rk45 stops at the
+            process's own sigma_min and takes the last step there with x0 held.
+        denoise_last: after an early stop, one more step to the data with x0 held.
+        churn, churn_min, churn_max, churn_noise: EDM's S_churn, S_tmin, S_tmax, S_noise: before a
+            step, raise sigma / alpha in [churn_min, churn_max] by min(churn / steps, sqrt(2) - 1)
+            of itself with fresh noise. Not for rk45.
+        rtol, atol: of rk45; default 1e-6 and 1e-9, for float32 1e-4 and 1e-6. The norm is over all
+            samples together.
+        label, bias: as :meth:`Denoiser.evaluate`.
+        seed, generator: of the starts and of churn; neither: PyTorch's own generator.
+        dtype: float32 or float64; default that of the starts, else float64 for float64 rows.
+        progress: show a bar. trajectory: keep all states.
 
-    Example:
-        >>> import torch
-        >>> from memokern import Denoiser, TrainingSet, samplers
-        >>> rows = torch.tensor([[-1.0, 0.0], [1.0, 0.0]])
-        >>> x = samplers.ode(Denoiser(rows), 4, seed=0).x
-        >>> bool((x.abs() - torch.tensor([1.0, 0.0])).abs().max() < 1e-3)  # it memorises
-        True
-    """
-    if solver not in SOLVERS:
-        raise ValueError(f"expected solver one of {', '.join(SOLVERS)}, got {solver!r}")
-    if churn and solver != "heun":
-        raise ValueError(f"churn belongs to the heun solver, not to {solver}")
-    if churn < 0 or churn_noise < 0:
-        raise ValueError(f"expected churn and churn_noise >= 0, got {churn} and {churn_noise}")
-    x, generator = _start(denoiser, n, seed, generator, dtype)
-    if solver == "rk45":
-        return _rk45(denoiser, x, sigma_min, rtol, atol, progress, trajectory)
-    times, alpha, sigma = _levels(denoiser, steps, sigma_min)
-    path, nfe = [x], 0
-    for i in tqdm(range(steps), desc=solver, disable=not progress):
-        a, s, a1, s1 = alpha[i], sigma[i], alpha[i + 1], sigma[i + 1]
-        if churn and a > 0 and churn_min <= s / a <= churn_max:
-            raised = s * (1 + min(churn / steps, math.sqrt(2) - 1))
-            spread = churn_noise * math.sqrt(raised**2 - s**2)
-            x, s = x + spread * _noise(x, generator), raised
-        now = denoiser.at_level(x, s, a)
-        ahead = a1 * now.x0 + s1 * now.eps
-        nfe += 1
-        # At alpha = 0 rho is infinite, at sigma = 0 the slope is not needed: Euler's step is exact.
-        if solver == "heun" and s1 > 0 and a > 0:
-            slope = denoiser.at_level(ahead, s1, a1).eps
-            ahead = a1 * (x / a + (s1 / a1 - s / a) * (now.eps + slope) / 2)
-            nfe += 1
-        x = ahead
-        if trajectory:
-            path.append(x)
-    return Samples(
-        x, torch.stack(path) if trajectory else None, times, torch.tensor(sigma).double(), nfe
-    )
+    Returns:
+        :class:`Samples`.
 
+    Raises:
+        TypeError, ValueError: wrong arguments, before anything is computed. RuntimeError: rk45
+        cannot go on.
 
-def _rk45(
-    denoiser: Denoiser,
-    x: Tensor,
-    sigma_min: float | None,
-    rtol: float,
-    atol: float,
-    progress: bool,
-    trajectory: bool,
-) -> Samples:
-    process = denoiser.process
-    t0, t1 = process.times(2, sigma_min).tolist()
-    nfe = 0
-    bar = tqdm(desc="rk45", unit=" evaluations", disable=not progress)
+    Gradients: with respect to starts that require them, for euler and heun.
 
-    def slope(t: float, flat: np.ndarray) -> np.ndarray:
-        nonlocal nfe
-        nfe += 1
-        bar.update()
-        at = torch.tensor(t, dtype=torch.float64)
-        found = denoiser.evaluate(torch.from_numpy(flat).to(x).reshape(x.shape), t)
-        v = found.velocity(process.d_alpha(at), process.d_sigma(at))
-        out: np.ndarray = v.double().cpu().numpy().reshape(-1)
-        return out
-
-    start = x.double().cpu().numpy().reshape(-1)
-    if not start.size:
-        times = torch.tensor([t0, t1], dtype=torch.float64)
-        kept = torch.stack([x, x]) if trajectory else None
-        return Samples(x, kept, times, process.sigma(times), 0)
-    with bar:
-        solution = solve_ivp(slope, (t0, t1), start, method="RK45", rtol=rtol, atol=atol)
-    if not solution.success:
-        raise RuntimeError(f"the adaptive solver stopped: {solution.message}")
-    times = torch.from_numpy(solution.t)
-    states = torch.from_numpy(np.ascontiguousarray(solution.y.T)).to(x)
-    states = states.reshape(-1, *x.shape)
-    sigmas = process.sigma(times)
-    if sigma_min is None:
-        end = denoiser.evaluate(states[-1], float(times[-1])).x0
-        nfe += 1
-        states = torch.cat([states, end[None]])
-        times = torch.cat([times, torch.tensor([process.t_data], dtype=torch.float64)])
-        sigmas = torch.cat([sigmas, torch.zeros(1, dtype=torch.float64)])
-    return Samples(states[-1], states if trajectory else None, times, sigmas, nfe)
-
-
-@torch.no_grad()
-def sde(
-    denoiser: Denoiser,
-    n: int | Tensor,
-    steps: int = 100,
-    *,
-    sigma_min: float | None = None,
-    seed: int | None = None,
-    generator: torch.Generator | None = None,
-    dtype: torch.dtype = torch.float32,
-    progress: bool = False,
-    trajectory: bool = False,
-) -> Samples:
-    r"""The reverse SDE by Euler-Maruyama, in u = x / alpha with rho^2 as time.
-
-    u <- u + (rho_0^2 - rho_1^2) score_u + sqrt(rho_0^2 - rho_1^2) z (arXiv 2011.13456). The last
-    step, to rho = 0, is the denoised x0 without noise. Arguments as :func:`ode`.
+    Cost: steps sweeps (euler), about twice that (heun: 2 steps - 1 when the end is sigma = 0).
 
     Example:
         >>> import torch
         >>> from memokern import Denoiser, samplers
-        >>> x = samplers.sde(Denoiser(torch.tensor([[-1.0], [1.0]])), 3, steps=50, seed=0).x
-        >>> bool((x.abs() - 1).abs().max() < 1e-3)
-        True
+        >>> rows = torch.tensor([[-1.0, 0.0], [1.0, 0.0]])
+        >>> found = samplers.ode(Denoiser(rows), 3, seed=0)
+        >>> found.x.abs().tolist(), found.nfe
+        ([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]], 35)
     """
-    x, generator = _start(denoiser, n, seed, generator, dtype)
-    times, alpha, sigma = _levels(denoiser, steps, sigma_min)
-    path = [x]
-    for i in tqdm(range(steps), desc="sde", disable=not progress):
-        a, s, a1, s1 = alpha[i], sigma[i], alpha[i + 1], sigma[i + 1]
-        x0 = denoiser.at_level(x, s, a).x0
-        if a == 0:
-            # x is noise alone: the next x is drawn afresh around the mean of what it says.
-            x = a1 * x0 + s1 * _noise(x, generator)
-        else:
-            share = (s1 / a1 * a / s) ** 2  # rho_1^2 / rho_0^2
-            x = a1 * (share * (x / a) + (1 - share) * x0)
-            if s1 > 0:
-                x = x + a1 * (s / a) * math.sqrt(1 - share) * _noise(x, generator)
-        if trajectory:
-            path.append(x)
-    return Samples(
-        x, torch.stack(path) if trajectory else None, times, torch.tensor(sigma).double(), steps
-    )
+    if solver not in SOLVERS:
+        raise ValueError(f"expected solver one of {', '.join(SOLVERS)}, got {solver!r}")
+    if min(churn, churn_min, churn_noise) < 0 or not churn_min <= churn_max:
+        raise ValueError(
+            "expected churn, churn_noise >= 0 and 0 <= churn_min <= churn_max, got"
+            f" {churn}, {churn_noise}, {churn_min}, {churn_max}"
+        )
+    run = _Run(denoiser, start, label, bias, seed, generator, dtype, trajectory)
+    if solver == "rk45":
+        if steps is not None or churn != 0:
+            raise ValueError("rk45 chooses its own steps and has no churn: leave both out")
+        _check_stop(run.process, sigma_min, denoise_last)
+        return _rk45(run, sigma_min, denoise_last, rtol, atol, progress)
+    if rtol is not None or atol is not None:
+        raise ValueError("rtol and atol are rk45's; euler and heun have steps")
+    steps = ODE_STEPS if steps is None else steps
+    levels = _times(run.process, steps, sigma_min, denoise_last)
+    gain = min(churn / steps, math.sqrt(2) - 1)
+    with run.gradients():
+        for now, to in tqdm(
+            list(zip(levels[:-1], levels[1:], strict=True)), disable=not progress, desc=solver
+        ):
+            if gain > 0 and now.signal and churn_min <= now.sigma / now.alpha <= churn_max:
+                now = _churn(run, now, gain, churn_noise)
+            x0, eps = run.evaluate(run.x, now.t)
+            ahead = _euler(x0, eps, to)
+            # Ends without signal or without noise have no second slope: one step of first order,
+            # which leaves the order of the whole.
+            if solver == "heun" and now.signal and to.sigma > 0:
+                _, eps_ahead = run.evaluate(ahead, to.t)
+                scale = to.alpha / now.alpha
+                ahead = scale * run.x + (to.sigma - scale * now.sigma) / 2 * (eps + eps_ahead)
+            run.x = ahead
+            run.keep()
+    return run.samples(torch.tensor([level.t for level in levels], dtype=torch.float64))
+
+
+def _churn(run: _Run, now: _Level, gain: float, scale: float) -> _Level:
+    """Noise added to x, in sigma / alpha from r to r (1 + gain), and the level then."""
+    ratio = now.sigma / now.alpha
+    up = _level(run.process, run.process.time_of_ratio(ratio * (1 + gain)))
+    grown = up.alpha / now.alpha
+    added = math.sqrt(max(0.0, up.sigma**2 - (grown * now.sigma) ** 2))
+    if added == 0:  # a process that cannot go beyond its start
+        return now
+    run.x = grown * run.x + added * scale * run.noise()
+    return up
+
+
+def _rk45(
+    run: _Run,
+    sigma_min: float | None,
+    denoise_last: bool,
+    rtol: float | None,
+    atol: float | None,
+    progress: bool,
+) -> Samples:
+    """x = r (x0 cos a + eps sin a), r = hypot(alpha, sigma): d(x / r) / da = eps cos a - x0 sin a,
+    finite at both ends."""
+    process, kind, shape, device = run.process, run.x.dtype, run.x.shape, run.x.device
+    first, end = _level(process, process.t_noise), _level(process, process.t_data)
+    stop = process.sigma_min if sigma_min is None else sigma_min
+    last = end if stop <= end.sigma else _level(process, process.time_of_sigma(stop))
+    angles = [math.atan2(level.sigma, level.alpha) for level in (first, last)]
+
+    def level_at(angle: float) -> _Level:
+        for level, known in zip((first, last), angles, strict=True):
+            if angle == known:
+                return level
+        return _level(process, process.time_of_ratio(math.tan(angle)))
+
+    def physical(state: object, level: _Level) -> Tensor:
+        flat = torch.as_tensor(state, dtype=torch.float64) * math.hypot(level.alpha, level.sigma)
+        return flat.reshape(shape).to(device, kind)
+
+    default = TOLERANCES[kind]
+    with torch.no_grad(), tqdm(disable=not progress, desc="rk45", unit="evaluation") as bar:
+
+        def slope(angle: float, state: object) -> object:
+            level = level_at(angle)
+            x0, eps = run.evaluate(physical(state, level), level.t)
+            bar.update()
+            r = math.hypot(level.alpha, level.sigma)
+            turn = (level.alpha / r) * eps - (level.sigma / r) * x0
+            return turn.reshape(-1).to("cpu", torch.float64).numpy()
+
+        begin = run.x.detach().reshape(-1).to("cpu", torch.float64)
+        found = solve_ivp(
+            slope,
+            angles,
+            (begin / math.hypot(first.alpha, first.sigma)).numpy(),
+            method="RK45",
+            t_eval=None if run.record is not None else angles,
+            rtol=default[0] if rtol is None else rtol,
+            atol=default[1] if atol is None else atol,
+        )
+        if not found.success:
+            raise RuntimeError(f"rk45 stopped: {found.message}")
+        levels = [level_at(float(angle)) for angle in found.t]
+        states = [physical(y, level) for y, level in zip(found.y.T, levels, strict=True)]
+        run.x = states[-1]
+        if (sigma_min is None or denoise_last) and last.sigma > end.sigma:
+            run.x = _euler(*run.evaluate(run.x, last.t), end)
+            levels, states = [*levels, end], [*states, run.x]
+    if run.record is not None:
+        run.record = states
+    return run.samples(torch.tensor([level.t for level in levels], dtype=torch.float64))
+
+
+def sde(
+    denoiser: Denoiser,
+    start: int | Tensor,
+    steps: int = SDE_STEPS,
+    *,
+    sigma_min: float | None = None,
+    denoise_last: bool = False,
+    label: int | Tensor | None = None,
+    bias: Tensor | None = None,
+    seed: int | None = None,
+    generator: torch.Generator | None = None,
+    dtype: torch.dtype | None = None,
+    progress: bool = False,
+    trajectory: bool = False,
+) -> Samples:
+    r"""Samples of the reverse SDE by Euler-Maruyama, dx = (f x - g^2 score) dt + g dW, t running
+    from noise to data (Anderson 1982; Song et al., arXiv 2011.13456).
+
+    A step into sigma = 0 or out of alpha = 0, where its coefficients are infinite or overshoot, is
+    taken with x0 held instead: x = alpha' x0 + sigma' z.
+
+    Args: as :func:`ode`; fewer steps than about 100 are coarse.
+
+    Returns:
+        :class:`Samples`; nfe = steps.
+
+    Example:
+        >>> import torch
+        >>> from memokern import Denoiser, samplers
+        >>> rows = torch.tensor([[-1.0, 0.0], [1.0, 0.0]])
+        >>> samplers.sde(Denoiser(rows), 2, seed=0).x.abs().tolist()
+        [[1.0, 0.0], [1.0, 0.0]]
+    """
+    run = _Run(denoiser, start, label, bias, seed, generator, dtype, trajectory)
+    process = run.process
+    levels = _times(process, steps, sigma_min, denoise_last)
+    with run.gradients():
+        for now, to in tqdm(
+            list(zip(levels[:-1], levels[1:], strict=True)), disable=not progress, desc="sde"
+        ):
+            x0, eps = run.evaluate(run.x, now.t)
+            if to.sigma == 0:
+                run.x = to.alpha * x0
+            elif not now.signal:
+                run.x = to.alpha * x0 + to.sigma * run.noise()
+            else:
+                time = torch.tensor(now.t, dtype=torch.float64)
+                dt = to.t - now.t
+                # score = -eps / sigma; |dt| since g belongs to the noising, whichever way t runs.
+                spread = float(process.diffusion(time).square()) * abs(dt)
+                drift = float(process.drift(time)) * dt
+                run.x = (1 + drift) * run.x - (spread / now.sigma) * eps
+                run.x = run.x + math.sqrt(spread) * run.noise()
+            run.keep()
+    return run.samples(torch.tensor([level.t for level in levels], dtype=torch.float64))
