@@ -158,9 +158,9 @@ class Denoiser(nn.Module):
                 )
             else:
                 value = new.detach().to(old.device, copy=True)
-                if value.is_floating_point() and not key.endswith("log_weights"):
-                    if not bool(torch.isfinite(value).all()):
-                        error_msgs.append(f"{key}: expected finite values, got NaN or inf")
+                may_be_infinite = key.endswith("log_weights") or not value.is_floating_point()
+                if not may_be_infinite and not bool(torch.isfinite(value).all()):
+                    error_msgs.append(f"{key}: expected finite values, got NaN or inf")
                 fresh[key.removeprefix(prefix)] = value
         if not error_msgs:
             self._buffers.update(fresh)
@@ -178,7 +178,7 @@ class Denoiser(nn.Module):
     # --- evaluation -------------------------------------------------------------------------
 
     def _time(self, x: Tensor, t: float | Tensor) -> Tensor:
-        r"""t as [\*batch] or scalar float64; [\*batch, 1, ..., 1] as other samplers give it, too."""
+        r"""t as scalar or [\*batch] float64; other samplers give it as [\*batch, 1, ..., 1]."""
         time = torch.as_tensor(t, dtype=torch.float64, device=x.device)
         batch = functional.batch_shape(x, self._data)
         if time.dim() > len(batch):

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from scipy.integrate import solve_ivp
@@ -246,9 +247,7 @@ def ode(
     levels = _times(run.process, steps, sigma_min, denoise_last)
     gain = min(churn / steps, math.sqrt(2) - 1)
     with run.gradients():
-        for now, to in tqdm(
-            list(zip(levels[:-1], levels[1:], strict=True)), disable=not progress, desc=solver
-        ):
+        for now, to in tqdm(list(pairwise(levels)), disable=not progress, desc=solver):
             if gain > 0 and now.signal and churn_min <= now.sigma / now.alpha <= churn_max:
                 now = _churn(run, now, gain, churn_noise)
             x0, eps = run.evaluate(run.x, now.t)
@@ -373,9 +372,7 @@ def sde(
     process = run.process
     levels = _times(process, steps, sigma_min, denoise_last)
     with run.gradients():
-        for now, to in tqdm(
-            list(zip(levels[:-1], levels[1:], strict=True)), disable=not progress, desc="sde"
-        ):
+        for now, to in tqdm(list(pairwise(levels)), disable=not progress, desc="sde"):
             x0, eps = run.evaluate(run.x, now.t)
             if to.sigma == 0:
                 run.x = to.alpha * x0
