@@ -156,8 +156,7 @@ template <class R> MK_INLINE void exponentials(const Step<R>& s, State& st, R* p
   typedef typename Vec<R>::T V;
   const V m = splat<R>((R)st.m), lo = splat<R>(floor_of(R(0)));
   V sum = {}, st_ = {}, sb = {}, sw = {};
-  const int64_t used = round_up(s.tile->cnt, W);
-  for (int64_t j = 0; j < used; j += W) {
+  for (int64_t j = 0; j < s.NT; j += W) {  // beyond cnt: t = -inf, weight 0
     V d = load(p + j) - m;
     d = d < lo ? lo : d;
     V w = vexp(d);

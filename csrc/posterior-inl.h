@@ -21,11 +21,10 @@ template <class R> static Plan make_plan(int64_t B, int64_t N, int64_t D) {
   pl.Ds = pl.Dp + 64 / (int64_t)sizeof(R);  // odd number of cache lines apart: rows fall in different L1 sets
   if ((pl.Ds * (int64_t)sizeof(R) / 64) % 2 == 0) pl.Ds += 64 / (int64_t)sizeof(R);
   pl.packed = pl.B > FEW;
-  const int64_t budget = pl.packed ? (1 << 20) / (2 * (int64_t)sizeof(R)) : (128 << 10) / (int64_t)sizeof(R);
-  const int64_t unit = pl.packed ? NR : round_up(8, NR);
-  pl.NT = imax(budget / pl.Dp / NR * NR, pl.packed ? imax(NR, 32) : 8);
-  pl.NT = imin(pl.NT, 128);
-  pl.NT = round_up(imin(pl.NT, round_up(N, unit)), pl.packed ? NR : 8);
+  const int64_t budget = (pl.packed ? 512 << 10 : 128 << 10) / (int64_t)sizeof(R);
+  const int64_t unit = pl.packed ? NR : imax(8, W), least = pl.packed ? imax(NR, 32) : unit;
+  pl.NT = imin(imax(budget / pl.Dp / unit * unit, least), 128);
+  pl.NT = imin(pl.NT, round_up(N, unit));
   return pl;
 }
 
