@@ -21,6 +21,7 @@ from memokern import (
 )
 from memokern.cli import common
 
+SDE_STEPS = 200
 SOLVERS = ("euler", "heun", "rk45", "sde")
 REGULARIZER_HELP = (
     "none, tikhonov:c=1e-2, empirical-bayes:log_tau=-3, temperature:sigma_c=0.5, "
@@ -138,7 +139,6 @@ def sample(
     """
     if solver == "rk45" and steps is not None:
         raise common.WrongInput("--steps: rk45 chooses its own steps; leave --steps out")
-    steps = steps or (200 if solver == "sde" else 18)
     for option, value in (
         ("--tolerance", tolerance),
         ("--ratio", ratio_threshold),
@@ -190,7 +190,7 @@ def sample(
     started = time.perf_counter()
     with common.failure("sampling"), torch.no_grad():
         if solver == "sde":
-            found = samplers.sde(denoiser, count, steps, **options)
+            found = samplers.sde(denoiser, count, steps or SDE_STEPS, **options)
         else:
             found = samplers.ode(denoiser, count, steps, solver=solver, **options)
     elapsed = time.perf_counter() - started
