@@ -255,15 +255,14 @@ class Denoiser(nn.Module):
         posteriors = [part.posterior for part in parts]
         # A regulariser may have spread the queries: their own axis is the last per-query one.
         axis = posteriors[0].sigma.dim() - 1
-        fields = ("x", "mean", "log_z", "mean_logit", "mean_bias", "weight_sq", "sigma", "alpha")
+        fields = ["x", "mean", "log_z", "mean_logit", "mean_bias", "weight_sq"]
+        fields += ["sigma", "alpha", "temperature"]
         totals = [p.log_weight_total.expand(p.sigma.shape) for p in posteriors]
-        posterior = replace(
-            posteriors[0],
-            **{name: join([getattr(p, name) for p in posteriors], axis) for name in fields},
-            temperature=join([p.temperature for p in posteriors], axis),
-            n=self._data.n,
-            log_weight_total=join(totals, axis),
-        )
+        joined: dict[str, Any] = {
+            name: join([getattr(p, name) for p in posteriors], axis) for name in fields
+        }
+        joined["log_weight_total"] = join(totals, axis)
+        posterior = replace(posteriors[0], n=self._data.n, **joined)
         potentials = [p.log_potential for p in parts if p.log_potential is not None]
         potential = join(potentials, potentials[0].dim() - 1) if potentials else None
         return Prediction(

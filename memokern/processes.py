@@ -434,6 +434,20 @@ class DDPM(Process):
     def sigma(self, t: Tensor) -> Tensor:
         return (-torch.expm1(self._log_square(t))).sqrt()
 
+    def _time_of_log(self, value: Tensor) -> Tensor:
+        log = self._log.to(value.device)
+        # The piece that holds the value: log falls, so its negative is sorted.
+        above = torch.searchsorted(-log, -value.contiguous()).clamp(1, len(log) - 1)
+        first, second = log[above - 1], log[above]
+        return above - 2 + (value - first) / (second - first)
+
+    def _time_of_sigma(self, sigma: Tensor) -> Tensor:
+        return self._time_of_log(torch.log1p(-sigma.square()))
+
+    def time_of_ratio(self, ratio: float | Tensor) -> Tensor:
+        found = self._time_of_log(-torch.log1p(_level("ratio", ratio).square()))
+        return found.clamp(max=self.t_noise)
+
     def __repr__(self) -> str:
         return f"DDPM({len(self._log) - 1} steps)"
 
@@ -466,6 +480,21 @@ class Cosine(Process):
         step = self._scale * t
         product = torch.sin(step) * torch.sin(step + 2 * self._first)
         return product.clamp(min=0.0).sqrt() / math.cos(self._first)
+
+    def _time(self, square: Tensor, alpha: Tensor) -> Tensor:
+        """From sigma^2 and alpha: the same identity the other way, right at both ends."""
+        b, c = self._first, math.cos(self._first)
+        a = torch.atan2((math.sin(b) ** 2 + square * c**2).sqrt(), alpha * c)
+        step = torch.atan2(square * c**2 / torch.sin(a + b), torch.cos(a - b))
+        return step / self._scale
+
+    def _time_of_sigma(self, sigma: Tensor) -> Tensor:
+        square = sigma.square()
+        return self._time(square, (1 - square).clamp(min=0.0).sqrt())
+
+    def time_of_ratio(self, ratio: float | Tensor) -> Tensor:
+        angle = torch.atan(_level("ratio", ratio))
+        return self._time(torch.sin(angle).square(), torch.cos(angle))
 
 
 _KNOWN: dict[str, Callable[[], Process]] = {
