@@ -172,6 +172,8 @@ def _as_rows(data: TrainingSet | Tensor) -> _Rows:
         )
     scale, shift = (UINT8_SCALE, UINT8_SHIFT) if data.dtype == torch.uint8 else (1.0, 0.0)
     rows = data.reshape(data.shape[0], -1)
+    if rows.stride(1) != 1:  # the kernels read whole rows; a TrainingSet copies once, not per call
+        rows = rows.contiguous()
     return _Rows(rows, tuple(data.shape[1:]), scale, shift, None, None, None)
 
 
