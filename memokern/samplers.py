@@ -356,7 +356,8 @@ def sde(
     A step into sigma = 0 or out of alpha = 0, where its coefficients are infinite or overshoot, is
     taken with x0 held instead: x = alpha' x0 + sigma' z.
 
-    Args: as :func:`ode`; fewer steps than about 100 are coarse.
+    Args: as :func:`ode`. Each step leaves noise of variance g^2 \|dt\|, which after an early stop
+        should be small beside sigma_min^2: take steps enough, several hundred on even grids.
 
     Returns:
         :class:`Samples`; nfe = steps.
