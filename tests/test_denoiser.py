@@ -160,6 +160,7 @@ def test_state_dict_round_trip_and_the_callers_rows(labelled, tmp_path):
     holder = torch.nn.Sequential(torch.nn.Identity(), one)
     other = torch.nn.Sequential(torch.nn.Identity(), copy.deepcopy(two))
     other.load_state_dict(holder.state_dict())
+    assert other[1].rows.data_ptr() != one.rows.data_ptr()  # two modules, two memories
     assert torch.equal(other[1](x, 0.5), one(x, 0.5))
 
 
