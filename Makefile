@@ -31,7 +31,7 @@ demo: $(VENV)/.demo-installed
 	$(BIN)/memokern demo --out .demo
 
 test: $(VENV)/.dev-installed
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 lint: $(VENV)/.dev-installed
 	$(BIN)/ruff check .

@@ -15,7 +15,8 @@ def backend() -> str:
     value = os.environ.get(BACKEND, "").strip().lower() or "auto"
     if value not in _BACKENDS:
         raise RuntimeError(
-            f"{BACKEND} must be one of {', '.join(_BACKENDS)}, not {value!r}; unset it for the default"
+            f"{BACKEND} must be one of {', '.join(_BACKENDS)}, not {value!r}; unset it to"
+            " let memokern choose"
         )
     return value
 

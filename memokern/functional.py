@@ -129,14 +129,16 @@ class Posterior:
     def divergence(self) -> Tensor:
         """div score = alpha^2 tr C / (T sigma^4) - D / sigma^2, exact: no Hutchinson estimator."""
         s2 = self.sigma.square()
-        return (self.alpha.square() * self.covariance_trace / (self.temperature * s2) - self.dim) / s2
+        return (
+            self.alpha.square() * self.covariance_trace / (self.temperature * s2) - self.dim
+        ) / s2
 
 
 class Nearest(NamedTuple):
     """`distance` [*batch, k] float64, L2, ascending; `index` [*batch, k] int64 into the rows."""
 
     distance: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
 
 
 class _Rows(NamedTuple):
@@ -214,7 +216,7 @@ def per_query(name: str, value: PerQuery, batch: Sequence[int], device: torch.de
 
 
 def batch_shape(x: Tensor, data: TrainingSet | Tensor) -> torch.Size:
-    """[*batch] of queries x [*batch, *shape] on this data set; TypeError, ValueError if they differ."""
+    """[*batch] of queries x [*batch, *shape]; TypeError or ValueError if they are not that."""
     return _batch_shape(x, _as_rows(data))
 
 
@@ -234,7 +236,9 @@ def _traced(*tensors: Tensor | None) -> bool:
     functorch = torch._C._functorch
     return any(
         t is not None
-        and (functorch.is_functorch_wrapped_tensor(t) or isinstance(t, torch._subclasses.FakeTensor))
+        and (
+            functorch.is_functorch_wrapped_tensor(t) or isinstance(t, torch._subclasses.FakeTensor)
+        )
         for t in tensors
     )
 
@@ -454,9 +458,7 @@ def nearest(x: Tensor, data: TrainingSet | Tensor, k: int = 1) -> Nearest:
             " torch.autograd.grad"
         )
     flat = x.reshape(-1, dim)
-    sq, index = ops.nearest(
-        flat, rows.rows, k, rows.center, rows.sq_norms, rows.scale, rows.shift
-    )
+    sq, index = ops.nearest(flat, rows.rows, k, rows.center, rows.sq_norms, rows.scale, rows.shift)
     return Nearest(sq.sqrt().reshape(*batch, k), index.reshape(*batch, k))
 
 

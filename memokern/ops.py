@@ -36,7 +36,7 @@ from torch.autograd import forward_ad
 from memokern import backends
 from memokern.backends import reference
 
-_LIB = torch.library.Library("memokern", "DEF")  # noqa: TOR901 - lives as long as the module
+_LIB = torch.library.Library("memokern", "DEF")
 _DATA = "Tensor? center, Tensor? sq_norms"
 _HOW = "float scale, float shift, str kernel"
 _QUERY = "Tensor x, Tensor rows, Tensor sigma, Tensor alpha, Tensor temperature, Tensor? bias"
@@ -53,9 +53,7 @@ _LIB.define(
     f"posterior_double_backward({_QUERY}, Tensor? center, Tensor[] grads, Tensor[] grad_grads,"
     f" {_HOW}) -> Tensor[]"
 )
-_LIB.define(
-    f"posterior_backward_rows({_QUERY}, Tensor? center, Tensor[] grads, {_HOW}) -> Tensor"
-)
+_LIB.define(f"posterior_backward_rows({_QUERY}, Tensor? center, Tensor[] grads, {_HOW}) -> Tensor")
 _LIB.define(
     f"nearest(Tensor x, Tensor rows, SymInt k, {_DATA}, float scale, float shift)"
     " -> (Tensor, Tensor)"
@@ -180,7 +178,9 @@ def _refuse(what: str) -> Callable[..., Any]:
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor) -> Any:
-            raise RuntimeError(f"{what} has no further derivative; evaluate it without create_graph")
+            raise RuntimeError(
+                f"{what} has no further derivative; evaluate it without create_graph"
+            )
 
     op = getattr(_OPS, what)
 
@@ -265,8 +265,7 @@ def _vmap(name: str, per_query: frozenset[int]) -> Callable[..., Any]:
                 outs = op(*flat)
                 return tuple(v.unflatten(0, (size, -1)) for v in outs), (0,) * len(outs)
         each = [
-            op(*(a[i] if m else a for a, m in zip(moved, mapped, strict=True)))
-            for i in range(size)
+            op(*(a[i] if m else a for a, m in zip(moved, mapped, strict=True))) for i in range(size)
         ]
         outs = tuple(torch.stack(column) for column in zip(*each, strict=True))
         return outs, (0,) * len(outs)
@@ -279,9 +278,7 @@ for _name, _per_query in (
     ("posterior_backward", {0, 2, 3, 4, *range(8, 18)}),
     ("nearest", {0}),
 ):
-    torch.library.register_vmap(
-        f"memokern::{_name}", _vmap(_name, frozenset(_per_query)), lib=_LIB
-    )
+    torch.library.register_vmap(f"memokern::{_name}", _vmap(_name, frozenset(_per_query)), lib=_LIB)
 
 posterior = _OPS.posterior
 posterior_backward = _OPS.posterior_backward

@@ -244,7 +244,7 @@ X, ROWS = torch.zeros(3, 4), torch.ones(5, 4)
         (lambda: memokern.score(X, ROWS[0], 1.0), ValueError, r"expected data \[N"),
         (lambda: memokern.score(X, ROWS[:0], 1.0), ValueError, "N >= 1"),
         (lambda: memokern.score(X[:, :3], ROWS, 1.0), ValueError, r"expected x \[\*batch, 4\]"),
-        (lambda: memokern.score(X, ROWS, -1.0), ValueError, "expected sigma finite and >= 0, got -1"),
+        (lambda: memokern.score(X, ROWS, -1.0), ValueError, "sigma finite and >= 0, got -1"),
         (lambda: memokern.score(X, ROWS, math.nan), ValueError, "got nan"),
         (lambda: memokern.score(X, ROWS, torch.ones(2)), ValueError, "broadcasts to the batch"),
         (lambda: memokern.score(X, ROWS, "1"), TypeError, "sigma as a number"),

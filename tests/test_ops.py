@@ -144,9 +144,7 @@ def test_exports():
 
     rows, (x, sigma, *_) = problem(grad=False)
     batch = torch.export.Dim("batch")
-    program = torch.export.export(
-        Net(rows), (x, sigma), dynamic_shapes=({0: batch}, {0: batch})
-    )
+    program = torch.export.export(Net(rows), (x, sigma), dynamic_shapes=({0: batch}, {0: batch}))
     x2, sigma2 = torch.cat([x, x]), torch.cat([sigma, sigma])
     torch.testing.assert_close(program.module()(x2, sigma2), Net(rows)(x2, sigma2))
 

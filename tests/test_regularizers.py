@@ -101,9 +101,9 @@ def test_fit_finds_the_directions_and_variances():
     reg = CovarianceTikhonov.fit(0.1, rows, rank=2)
     # The sample variance of 2000 normals is off by sqrt(2 / 2000) = 3 % (one deviation).
     want = torch.tensor([25.0, 4.0], dtype=torch.float64)
-    torch.testing.assert_close(reg._values, want, rtol=0.15, atol=0)
-    torch.testing.assert_close(reg._rest, 0.01, rtol=0.15, atol=0)
-    assert reg._vectors[0, 0].abs() > 0.99 and reg._vectors[1, 1].abs() > 0.99
+    torch.testing.assert_close(reg.eigenvalues, want, rtol=0.15, atol=0)
+    torch.testing.assert_close(reg.rest, 0.01, rtol=0.15, atol=0)
+    assert reg.eigenvectors[0, 0].abs() > 0.99 and reg.eigenvectors[1, 1].abs() > 0.99
 
 
 def test_empirical_bayes_divides_by_the_larger_of_z_and_tau():
@@ -116,7 +116,7 @@ def test_empirical_bayes_divides_by_the_larger_of_z_and_tau():
     torch.testing.assert_close(got, want, **CLOSE)
 
 
-def test_empirical_bayes_fades_to_nothing_as_tau_falls():
+def test_empirical_bayes_is_the_plain_score_as_tau_falls():
     plain = evaluate(X, ROWS, SIGMA, ALPHA).score
     gated = evaluate(X, ROWS, SIGMA, ALPHA, regularizer=EmpiricalBayes(-1e4)).score
     torch.testing.assert_close(gated, plain, rtol=0, atol=0)
@@ -138,7 +138,9 @@ def test_smoothing_is_a_mean_over_row_biases():
         posterior(X, ROWS, SIGMA, ALPHA, bias=h * ALPHA * ROWS @ e / SIGMA**2).mean for e in eps
     ]
     want = (ALPHA * torch.stack(means).mean(0) - X) / SIGMA**2
-    torch.testing.assert_close(evaluate(X, ROWS, SIGMA, ALPHA, regularizer=reg).score, want, **CLOSE)
+    torch.testing.assert_close(
+        evaluate(X, ROWS, SIGMA, ALPHA, regularizer=reg).score, want, **CLOSE
+    )
 
 
 def test_smoothed_bank_is_the_score_of_the_kernel_density_estimate():
@@ -182,9 +184,53 @@ def test_gradients(reg):
 
 
 @pytest.mark.parametrize("reg", ALL, ids=repr)
+def test_second_gradients(reg):
+    # Both queries lie away from the kink of empirical Bayes, which is smooth elsewhere.
+    x = X[:2].clone().requires_grad_()
+    assert torch.autograd.gradgradcheck(
+        lambda q: evaluate(q, ROWS, SIGMA, ALPHA, regularizer=reg).score, (x,)
+    )
+
+
+@pytest.mark.parametrize("reg", ALL, ids=repr)
+def test_float32_agrees_with_float64(reg):
+    # The logits reach about ten: rounding x and the rows moves each by ten roundings.
+    out = evaluate(X.float(), ROWS.float(), SIGMA, ALPHA, regularizer=reg)
+    assert out.score.dtype == out.x0.dtype == torch.float32
+    want = evaluate(X, ROWS, SIGMA, ALPHA, regularizer=reg)
+    torch.testing.assert_close(out.x0.double(), want.x0, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out.score.double(), want.score, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+def test_empirical_bayes_at_sigma_zero_keeps_only_the_rows(normalized):
+    x = torch.cat([X[:2], ALPHA * ROWS[:1]])
+    out = evaluate(x, ROWS, 0.0, ALPHA, regularizer=EmpiricalBayes(-3.0, normalized))
+    torch.testing.assert_close(out.x0, x / ALPHA, **CLOSE)
+    assert torch.equal(out.residual, torch.zeros_like(x))
+
+
+def test_fit_is_the_eigendecomposition_of_the_covariance():
+    values, vectors = torch.linalg.eigh(torch.cov(ROWS.T))
+    reg = CovarianceTikhonov.fit(0.1, ROWS, rank=2)
+    torch.testing.assert_close(reg.eigenvalues, values.flip(0)[:2], **CLOSE)
+    along = (reg.eigenvectors @ vectors.flip(1)[:, :2]).abs()
+    torch.testing.assert_close(along, torch.eye(2, dtype=torch.float64), rtol=0, atol=1e-9)
+    assert math.isclose(reg.rest, values[0].item(), rel_tol=1e-9)
+
+
+def test_levels_may_differ_in_the_batch():
+    sigma = torch.linspace(0.2, 2.0, len(X), dtype=torch.float64)
+    reg = Tikhonov(lambda s: 0.3 * s) & EmpiricalBayes(lambda s: -s)
+    whole = evaluate(X, ROWS, sigma, ALPHA, regularizer=reg).score
+    for i, s in enumerate(sigma.tolist()):
+        one = Tikhonov(0.3 * s) & EmpiricalBayes(-s)
+        want = evaluate(X[i], ROWS, s, ALPHA, regularizer=one).score
+        torch.testing.assert_close(whole[i], want, **CLOSE)
+
+
+@pytest.mark.parametrize("reg", ALL, ids=repr)
 def test_finite_at_sigma_zero_in_float32_and_on_images(reg):
-    if isinstance(reg, EmpiricalBayes) and reg.normalized:
-        pytest.skip("a normalised density does not exist at sigma = 0")
     x, rows = X.float().reshape(2, 3, 3, 1), ROWS.float().reshape(11, 3, 1)
     out = evaluate(x, rows, 0.0, ALPHA, regularizer=reg)
     assert out.x0.shape == x.shape and out.x0.dtype == torch.float32
@@ -224,7 +270,8 @@ def test_parse():
         ("tikhonov", "needs c="),
         ("tikhonov:k=1", "knows c="),
         ("tikhonov:c=lots", "not a value"),
-        ("tikhonov:c=-1", "expected c >= 0"),
+        ("tikhonov:c=-1", "expected c finite and >= 0"),
+        ("tikhonov:c=1,c=2", "given twice"),
         ("smoothing:h=0.1,samples=3", "even number"),
         ("", "unknown regularizer ''"),
     ],
@@ -237,7 +284,7 @@ def test_parse_says_what_is_wrong(text, message):
 def test_wrong_arguments():
     with pytest.raises(TypeError, match="number or a function"):
         Tikhonov("0.1")
-    with pytest.raises(ValueError, match="finite|>= 0"):
+    with pytest.raises(ValueError, match="expected c >= 0, got nan"):
         Tikhonov(math.nan)
     with pytest.raises(ValueError, match="orthonormal"):
         CovarianceTikhonov(0.1, torch.ones(2), torch.ones(2, 3))
@@ -245,3 +292,16 @@ def test_wrong_arguments():
         evaluate(X, ROWS, SIGMA, regularizer="tikhonov:c=1")
     with pytest.raises(ValueError, match="one GaussianSmoothing"):
         Compose(GaussianSmoothing(0.1), GaussianSmoothing(0.1))
+    with pytest.raises(ValueError, match="one SmoothedBank"):
+        SmoothedBank(0.1) & (Tikhonov(0.1) & SmoothedBank(0.1))
+    with pytest.raises(ValueError, match=r"c\(sigma\) finite and >= 0, got"):
+        evaluate(X, ROWS, SIGMA, regularizer=Tikhonov(lambda s: s - 1))
+    with pytest.raises(ValueError, match=r"c\(sigma\).*broadcasts to the batch \(6,\)"):
+        evaluate(X, ROWS, SIGMA, regularizer=Tikhonov(lambda s: torch.ones(5)))
+    with pytest.raises(ValueError, match="2 numbers each and the rows 3"):
+        reg = CovarianceTikhonov(0.1, torch.ones(2), torch.eye(2))
+        evaluate(X, ROWS, SIGMA, regularizer=reg)
+    with pytest.raises(ValueError, match="fewer than rank = 2"):
+        CovarianceTikhonov.fit(0.1, torch.arange(5.0)[:, None] * torch.ones(3), rank=2)
+    with pytest.raises(ValueError, match=r"min\(N - 1, D\) = 3"):
+        CovarianceTikhonov.fit(0.1, ROWS, rank=4)

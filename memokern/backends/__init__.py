@@ -28,7 +28,7 @@ class Explanation(NamedTuple):
     detail: str
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def get(name: str) -> ModuleType:
     """The backend's module: ``"cpu"`` or ``"reference"``."""
     if name not in _LADDER:
@@ -37,11 +37,11 @@ def get(name: str) -> ModuleType:
 
 
 def choose(device: torch.device) -> ModuleType:
-    """The backend that runs tensors on `device`. Raises RuntimeError if the one asked for cannot."""
+    """The backend that runs tensors on `device`; RuntimeError if the one asked for cannot."""
     return _choose(device.type, env.backend())
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _choose(device_type: str, asked: str) -> ModuleType:
     if asked == "auto":
         if device_type == "cpu" and get("cpu").unavailable() is None:

@@ -92,7 +92,7 @@ def squared_distances(
 def _logits_and_weights(
     r2: Tensor, sigma: Tensor, temperature: Tensor, bias: Tensor | None, kernel: str, dim: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """[B, N] squared distances -> logits, weights, and [B, 1] whether the limit sigma -> 0 holds."""
+    """[B, N] squared distances -> logits, weights, and [B, 1] where a limit holds."""
     b = torch.zeros((), dtype=_F64, device=r2.device) if bias is None else bias
     with torch.no_grad():
         reachable = r2 if bias is None else torch.where(torch.isneginf(b), torch.inf, r2)
@@ -126,9 +126,7 @@ def posterior_block(
     """`posterior` for one block of float64 queries, differentiable in every tensor."""
     r2 = squared_distances(x, rows, alpha, center, scale, shift)
     logits, w, limit = _logits_and_weights(r2, sigma, temperature, bias, kernel, x.shape[1])
-    mean = center + sum(
-        w[:, where] @ (y - center) for where, y in _row_blocks(rows, scale, shift)
-    )
+    mean = center + sum(w[:, where] @ (y - center) for where, y in _row_blocks(rows, scale, shift))
     log_z = temperature * torch.logsumexp(logits / temperature[:, None], 1)
     mean_logit = (w * torch.where(torch.isfinite(logits), logits, 0.0)).sum(1)
     if bias is None:
@@ -139,7 +137,7 @@ def posterior_block(
     edge = -torch.inf if kernel == "gaussian" else torch.inf
     log_z = torch.where(limit[:, 0], edge, log_z)
     mean_logit = torch.where(limit[:, 0], edge, mean_logit)
-    # A query that is not finite knows nothing; without this, 0 * NaN rules would decide what it says.
+    # A query that is not finite knows nothing; without this, rules of 0 * NaN would decide.
     lost = ~torch.isfinite(x).all(1)
     log_z, mean_logit, mean_bias, weight_sq = (
         torch.where(lost, torch.nan, v) for v in (log_z, mean_logit, mean_bias, w.square().sum(1))
@@ -175,7 +173,16 @@ def posterior(
     c = _center(rows, center, scale, shift)
     parts = [
         posterior_block(
-            x[at].to(_F64), rows, sigma[at], alpha[at], temperature[at], bias, c, scale, shift, kernel
+            x[at].to(_F64),
+            rows,
+            sigma[at],
+            alpha[at],
+            temperature[at],
+            bias,
+            c,
+            scale,
+            shift,
+            kernel,
         )
         for at in _query_blocks(x.shape[0], rows.shape[0])
     ]
@@ -229,9 +236,7 @@ def _block_outputs(
 ) -> tuple[Tensor, ...]:
     x, sigma, alpha, temperature, *rest = leaves
     bias = rest[0] if rest else None
-    return posterior_block(
-        x, rows, sigma, alpha, temperature, bias, center, scale, shift, kernel
-    )
+    return posterior_block(x, rows, sigma, alpha, temperature, bias, center, scale, shift, kernel)
 
 
 def posterior_backward(
@@ -289,7 +294,7 @@ def posterior_double_backward(
     shift: float,
     kernel: str,
 ) -> list[Tensor]:
-    """Gradients of <grad_grads, posterior_backward> for (x, sigma, alpha, temperature, bias, *grads)."""
+    """Gradients of <grad_grads, posterior_backward> for the inputs, bias last, then for grads."""
     c = _center(rows, center, scale, shift)
     rows = rows.detach()
     heads = [torch.zeros_like(x, dtype=_F64)] + [torch.zeros_like(sigma) for _ in range(3)]
