@@ -1,4 +1,4 @@
-"""The tests' own truth: the definitions, in float64, by direct differences, as plainly as can be."""
+"""The tests' own truth: the definitions in float64, by direct differences, plainly."""
 
 import torch
 
