@@ -249,7 +249,7 @@ class VP(_RatioGrid):
         return torch.exp(-self._area(t) / 2)
 
     def sigma(self, t: Tensor) -> Tensor:
-        return (-torch.expm1(-self._area(t))).sqrt()
+        return (0.0 - torch.expm1(-self._area(t))).sqrt()  # 0 at 0, not -0
 
     def d_alpha(self, t: Tensor) -> Tensor:
         return -self.beta(t) / 2 * self.alpha(t)
@@ -432,7 +432,7 @@ class DDPM(Process):
         return torch.exp(self._log_square(t) / 2)
 
     def sigma(self, t: Tensor) -> Tensor:
-        return (-torch.expm1(self._log_square(t))).sqrt()
+        return (0.0 - torch.expm1(self._log_square(t))).sqrt()  # 0 at -1, not -0
 
     def _time_of_log(self, value: Tensor) -> Tensor:
         log = self._log.to(value.device)
