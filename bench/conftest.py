@@ -1,0 +1,41 @@
+"""Options of `python -m bench`, and the figures it collects."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import machine, peers
+from memokern import files
+
+DATA, RESULT = pytest.StashKey[Any](), pytest.StashKey[dict[str, Any]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--rows", type=int, default=50_000, help="N")
+    parser.addoption("--data", help="a file of rows for TrainingSet, in place of random ones")
+    parser.addoption("--out", help="where the figures go, as JSON")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[RESULT] = {
+        "machine": machine.describe(),
+        "sgemm": machine.sgemm(),
+        "read": machine.read_bandwidth(),
+        "skipped": {k: p.skip for k, p in peers.available().items() if p.skip},
+        "cases": [],
+        "accuracy": [],
+    }
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    out = session.config.getoption("--out")
+    if out:
+        files.write_json(Path(out), session.config.stash[RESULT])
+
+
+@pytest.fixture
+def result(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return request.config.stash[RESULT]
