@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import memokern
 from bench import table
 
 HERE = Path(__file__).resolve().parent
@@ -32,6 +33,12 @@ def main() -> int:
             print(f"bench: {error}", file=sys.stderr)
             return 2
         return 0
+    if args.data:
+        try:
+            memokern.TrainingSet(args.data)  # a wrong file is said now, whatever -k selects
+        except (OSError, TypeError, ValueError) as error:
+            print(f"bench: --data {args.data}: {error}", file=sys.stderr)
+            return 2
     out = args.json or Path("results") / f"bench-{time.strftime('%Y%m%d-%H%M%S')}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     rows = args.rows or (10_000 if args.quick else 50_000)
