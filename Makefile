@@ -38,7 +38,7 @@ lint: $(VENV)/.dev-installed
 	$(BIN)/mypy
 
 peers: $(VENV)/.dev-installed
-	$(BIN)/pip install -q --disable-pip-version-check -e ".[bench]"
+	$(BIN)/pip install -q --disable-pip-version-check "$(TORCH)" -e ".[bench]"
 
 bench: $(VENV)/.dev-installed
 	$(BIN)/python -m bench $(ARGS)
