@@ -2,6 +2,7 @@
 #pragma once
 #include "backward-inl.h"
 #include "nearest-inl.h"
+#include "small-inl.h"
 
 namespace memokern { namespace MEMOKERN_ISA_NS {
 

@@ -42,8 +42,8 @@ MK_INLINE void merge(State& a, State b, double& fa, double& fb) {
 }
 
 template <class R> struct Precision;
-template <> struct Precision<float> { static constexpr double u = 5.97e-8, theta = 1e-6, big = 1e30; };
-template <> struct Precision<double> { static constexpr double u = 1.12e-16, theta = 1e-13, big = 1e280; };
+template <> struct Precision<float> { static constexpr double u = 5.97e-8, theta = 1e-6, tolerance = 2e-5, big = 1e30, far = 1e60; };
+template <> struct Precision<double> { static constexpr double u = 1.12e-16, theta = 1e-13, tolerance = 1e-11, big = 1e280, far = 1e280; };
 
 template <class R> struct Query {
   const R* x;            // [D] as given
@@ -74,7 +74,8 @@ static Query<R> make_query(const Queries& in, const Source<R>& src, int64_t b, i
     xx += v * v;
   }
   q.xx = xx;
-  if (!(xx < Precision<R>::big) || !(q.sigma >= 0) || !(q.inv_t > 0) || !(q.inv_t < kInf)) {
+  if (!(xx < Precision<R>::far) ||  // beyond, products could overflow
+       !(q.sigma >= 0) || !(q.inv_t > 0) || !(q.inv_t < kInf)) {
     q.mode = kLost;
     for (int64_t d = 0; d < D; d++) xc[d] = 0;
     q.xx = 0;

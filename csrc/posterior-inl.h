@@ -124,10 +124,8 @@ static void sweep(const Source<R>& src, const Queries& in, const Plan& pl, doubl
   }
 }
 
-// The state of a query to its results.
-template <class R>
-static void finish(const Source<R>& src, const Plan& pl, const Query<R>& q, const State& st, R* acc, int64_t row, int64_t b, const Posterior& out) {
-  R* mean = (R*)out.mean + b * pl.D;
+// The state of a query to its statistics.
+template <class R> static void finish_stats(const Query<R>& q, const State& st, int64_t b, const Posterior& out) {
   double log_z = __builtin_nan(""), ml = log_z, mb = log_z, w2 = log_z;
   if (q.mode != kLost && st.s > 0) {
     const double lse = q.temperature * (st.m + __builtin_log(st.s)), e = q.temperature * (st.m + st.st / st.s);
@@ -150,7 +148,12 @@ static void finish(const Source<R>& src, const Plan& pl, const Query<R>& q, cons
   out.mean_logit[b] = ml;
   out.mean_bias[b] = mb;
   out.weight_sq[b] = w2;
+}
+template <class R>
+static void finish(const Source<R>& src, const Plan& pl, const Query<R>& q, const State& st, R* acc, int64_t row, int64_t b, const Posterior& out) {
   enum { NR = 2 * Vec<R>::W };
+  R* mean = (R*)out.mean + b * pl.D;
+  finish_stats(q, st, b, out);
   const bool lost = q.mode == kLost;
   for (int64_t d = 0; d < pl.D; d += NR) {
     const R* a = acc_at(pl, acc, row, d);
@@ -213,12 +216,9 @@ static double largest_bias(const double* bias, int64_t n) {
   return m;
 }
 
-template <class R> static int posterior_typed(const Rows& rows, const Queries& in, const Posterior& out, int threads) {
-  Centred<R> c;
-  if (in.b == 0) return 0;
-  if (!c.prepare(rows)) return 1;
+template <class R> static int posterior_general(const Centred<R>& c, const Queries& in, const Posterior& out, double b_max, int threads) {
+  const Rows& rows = c.src.rows;
   const Plan pl = make_plan<R>(in.b, rows.n, rows.d);
-  const double b_max = largest_bias(in.bias, rows.n);
   const int64_t blocks = (in.b + pl.B - 1) / pl.B, tiles = (rows.n + pl.NT - 1) / pl.NT;
   const bool by_queries = blocks >= 2 * threads || tiles < 2;
   int parts = (int)imax(1, imin(threads, by_queries ? blocks : tiles));
