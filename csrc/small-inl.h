@@ -26,8 +26,10 @@ static void small_chunk(Lanes<R, D>& q, const R* y, const R* b, const R* b0, int
     V r2 = {};
 #pragma GCC unroll 8
     for (int d = 0; d < D; d++) {
-      const V e = q.x[d] - q.alpha * splat<R>(y[r * D + d]);
-      r2 += e * e;
+      V e = q.x[d] - q.alpha * splat<R>(y[r * D + d]);
+      e *= e;
+      MK_ROUND(e);  // a fused sum would round the coordinates differently: symmetric rows must stay ties
+      r2 += e;
     }
     V t = -r2 * q.h;
     if (BIAS) t += q.inv_t * splat<R>(b[r]);

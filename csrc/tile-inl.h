@@ -70,8 +70,10 @@ static double exact_typed(const Source<R>& src, int64_t n, const R* x, double al
     memset((void*)xt, 0, sizeof xt);
     memcpy((void*)tail, raw + d, left * sizeof(S));
     memcpy((void*)xt, x + d, left * sizeof(R));
-    const V e = difference(xt, tail, alpha, scale, shift);
-    for (int i = 0; i < left; i++) s += e[i] * e[i];
+    V e = difference(xt, tail, alpha, scale, shift);
+    e *= e;
+    MK_ROUND(e);
+    for (int i = 0; i < left; i++) s += e[i];
   }
   return s;
 }
