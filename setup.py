@@ -1,4 +1,4 @@
-"""Build of the compiled module memokern._C. Needs a C++17 compiler (GCC >= 12 or Clang >= 15), no torch, no GPU."""
+"""Build of memokern._C. Needs a C++17 compiler (GCC >= 12 or Clang >= 15), no torch, no GPU."""
 
 import os
 import platform
@@ -21,7 +21,13 @@ if X86:
     }
 # Apple's compiler has no OpenMP of its own; without it the kernels run on one thread.
 OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]
-FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fvisibility=hidden"]
+FLAGS = [
+    "-O3",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=fast",
+    "-fvisibility=hidden",
+]
 FLAGS += ["-Wno-psabi"]  # vectors never cross a call between instruction sets
 
 
@@ -32,11 +38,19 @@ class BuildExt(build_ext):
         one, many = self.compiler._compile, self.compiler.compile
 
         def compile_one(obj, src, ext, cc_args, extra, pp_opts):
-            one(obj, src, ext, cc_args, [*extra, *ISA_FLAGS.get(src.replace(os.sep, "/"), [])], pp_opts)
+            one(
+                obj,
+                src,
+                ext,
+                cc_args,
+                [*extra, *ISA_FLAGS.get(src.replace(os.sep, "/"), [])],
+                pp_opts,
+            )
 
         def compile_many(sources, **kwargs):
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                return sum(pool.map(lambda s: many([s], **kwargs), sources), [])
+                done = pool.map(lambda s: many([s], **kwargs), sources)
+                return [o for objects in done for o in objects]
 
         self.compiler._compile, self.compiler.compile = compile_one, compile_many
         super().build_extensions()
@@ -51,7 +65,10 @@ setup(
             define_macros=[("MEMOKERN_HAVE_X86", "1")] if X86 else [],
             extra_compile_args=FLAGS + OPENMP,
             extra_link_args=OPENMP,
-            depends=["csrc/kernels.h", *sorted(f"csrc/{n}" for n in os.listdir("csrc") if "-inl" in n)],
+            depends=[
+                "csrc/kernels.h",
+                *sorted(f"csrc/{n}" for n in os.listdir("csrc") if "-inl" in n),
+            ],
         )
     ],
     cmdclass={"build_ext": BuildExt},

@@ -20,13 +20,25 @@ TESTS = os.path.join(os.path.dirname(__file__), "test_cpu_kernels.py")
 
 def child(isa: str, *command: str) -> subprocess.CompletedProcess[str]:
     env = os.environ | {"MEMOKERN_ISA": isa, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        [sys.executable, *command], env=env, capture_output=True, text=True, timeout=300
+    )
 
 
 @pytest.mark.parametrize("isa", [name for name in USABLE if name != cpu.isa()])
 def test_every_isa_passes_the_kernel_tests(isa: str) -> None:
-    """The tests of the kernels again, in a process of their own, with other kernels (`avx2w16`: the width of AVX-512)."""
-    done = child(isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", TESTS, "-k", "not far_offsets and not threads")
+    """The kernels' tests again, in a process of their own (`avx2w16`: the width of AVX-512)."""
+    done = child(
+        isa,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        TESTS,
+        "-k",
+        "not far_offsets and not threads",
+    )
     assert done.returncode == 0, done.stdout[-3000:]
 
 

@@ -16,7 +16,7 @@ if cpu.unavailable() is not None:
 F32, F64 = torch.float32, torch.float64
 ROW_TYPES = [F64, F32, torch.bfloat16, torch.float16, torch.uint8]
 TAILS = [1, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63]
-# Relative to the largest |y|: the contract of the float32 kernels, and float64 with room for 2^10 sums.
+# Relative to the largest |y|: the float32 kernels' contract; float64 with room for 2^10 sums.
 MEAN_TOL = {F32: 1e-5, F64: 1e-12}
 
 
@@ -24,8 +24,8 @@ def column(value: float, b: int) -> Tensor:
     return torch.full((b,), value, dtype=F64)
 
 
-def make(b: int, n: int, d: int, dtype: torch.dtype, sigma: float, *, alpha: float = 1.0, x_dtype: torch.dtype = F32,
-         seed: int = 0, offset: float = 0.0, repeat: float | None = None):  # fmt: skip
+def make(b: int, n: int, d: int, dtype: torch.dtype, sigma: float, *, alpha: float = 1.0,
+         x_dtype: torch.dtype = F32, seed: int = 0, offset: float = 0.0, repeat: float | None = None):  # fmt: skip
     """Rows, their scale and shift, and queries alpha y + sigma z around some of them."""
     g = torch.Generator().manual_seed(seed)
     scale, shift = (2 / 255, -1.0) if dtype == torch.uint8 else (1.0, 0.0)
@@ -65,14 +65,25 @@ def compare(got, want, rows, scale, shift, compute):
     assert all(torch.isfinite(v).all() for v in got)
     tol = MEAN_TOL[compute] * max(largest, 1e-30)
     assert (got[0].to(F64) - want[0]).abs().max().item() <= tol + (1e-12 if compute == F64 else 0)
-    # Weights are right to 1e-4 in float32: so are the logarithm of their sum and sum w^2. A mean of logits is off by
-    # the logits' own error and by 1e-4 of their spread.
+    # Weights are right to 1e-4 in float32: so are the logarithm of their sum and sum w^2. A mean
+    # of logits is off by the logits' own error and by 1e-4 of their spread.
     stat = 1e-4 if compute == F32 else 1e-9
     for a, e in zip(got[1:], want[1:], strict=True):
         assert ((a - e).abs() <= stat * (1 + e.abs())).all(), (a - e).abs().max()
 
 
-def run(x, rows, sigma, alpha=1.0, temperature=1.0, bias=None, scale=1.0, shift=0.0, kernel="gaussian", cached=False):
+def run(
+    x,
+    rows,
+    sigma,
+    alpha=1.0,
+    temperature=1.0,
+    bias=None,
+    scale=1.0,
+    shift=0.0,
+    kernel="gaussian",
+    cached=False,
+):
     b = x.shape[0]
     center = sq = None
     if cached:
@@ -84,7 +95,19 @@ def run(x, rows, sigma, alpha=1.0, temperature=1.0, bias=None, scale=1.0, shift=
     return got, columns
 
 
-def check(x, rows, scale, shift, sigma, *, alpha=1.0, temperature=1.0, bias=None, kernel="gaussian", cached=False):
+def check(
+    x,
+    rows,
+    scale,
+    shift,
+    sigma,
+    *,
+    alpha=1.0,
+    temperature=1.0,
+    bias=None,
+    kernel="gaussian",
+    cached=False,
+):
     got, columns = run(x, rows, sigma, alpha, temperature, bias, scale, shift, kernel, cached)
     compute = F64 if F64 in (x.dtype, rows.dtype) else F32
     assert got[0].dtype == x.dtype
@@ -119,7 +142,9 @@ def test_bias_temperature_alpha(dtype: torch.dtype, x_dtype: torch.dtype, kernel
     for b in (3, 40):
         for alpha in (1.0, 0.7, -1.3, 0.0):
             x, rows, scale, shift = make(b, 70, 19, dtype, 0.8, alpha=alpha, x_dtype=x_dtype)
-            check(x, rows, scale, shift, 0.8, alpha=alpha, temperature=1.7, bias=bias, kernel=kernel)
+            check(
+                x, rows, scale, shift, 0.8, alpha=alpha, temperature=1.7, bias=bias, kernel=kernel
+            )
 
 
 @pytest.mark.parametrize("sigma", [1e-3, 2e-3, 0.01, 0.1, 1.0, 5.0, 80.0, 1e3])
@@ -144,12 +169,14 @@ def test_far_queries_and_mixed_levels() -> None:
     alpha = torch.linspace(0.1, 1, 40, dtype=F64)
     one = torch.ones(40, dtype=F64)
     got = cpu.posterior(x, rows, sigma, alpha, one, None, None, None, 1.0, 0.0, "gaussian")
-    compare(got, oracle(x, rows, sigma, alpha, one, None, 1.0, 0.0, "gaussian"), rows, 1.0, 0.0, F32)
+    compare(
+        got, oracle(x, rows, sigma, alpha, one, None, 1.0, 0.0, "gaussian"), rows, 1.0, 0.0, F32
+    )
 
 
 @pytest.mark.parametrize("b,d", [(2, 30), (30, 30), (300, 2)])
 def test_identities(b: int, d: int) -> None:
-    """Shifted biases shift log Z; duplicated data do not move the mean; weights of equal rows are equal."""
+    """Shifted biases shift log Z; duplicated data leave the mean; equal rows weigh the same."""
     x, rows, _, _ = make(b, 50, d, F32, 0.6)
     bias = torch.linspace(-1, 1, 50, dtype=F64)
     first, _ = run(x, rows, 0.6, bias=bias)
@@ -245,7 +272,9 @@ def test_far_offsets() -> None:
     stride, n, d = 1 << 30, 4, 5
     memory = torch.empty(stride * (n - 1) + d, dtype=torch.uint8)  # never touched but at the rows
     rows = memory.as_strided((n, d), (stride, 1))
-    small = torch.randint(0, 256, (n, d), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    small = torch.randint(
+        0, 256, (n, d), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     rows.copy_(small)
     x = (small[-1:].float() * 2 / 255 - 1) + 0.01
     for b in (1, 20):
@@ -257,7 +286,7 @@ def test_far_offsets() -> None:
 
 @pytest.mark.parametrize("b,d", [(1, 100), (30, 100), (600, 2)])
 def test_threads(b: int, d: int) -> None:
-    """Same number of threads, same bits; another number, the same within rounding; many Python threads at once."""
+    """Same threads, same bits; another number, the same within rounding; many at once."""
     x, rows, _, _ = make(b, 2000, d, F32, 3.0)
     before = torch.get_num_threads()
     try:
@@ -302,7 +331,9 @@ def gradients(x, rows, sigma, alpha, temperature, bias, scale, shift, kernel, gr
     leaves = [v.to(F64).requires_grad_() for v in (x, sigma, alpha, temperature)]
     if bias is not None:
         leaves.append(bias.clone().requires_grad_())
-    values = oracle(leaves[0], rows, *leaves[1:4], leaves[4] if bias is not None else None, scale, shift, kernel)
+    values = oracle(
+        leaves[0], rows, *leaves[1:4], leaves[4] if bias is not None else None, scale, shift, kernel
+    )
     total = sum((v * g).sum() for v, g in zip(values, grads, strict=True))
     got = torch.autograd.grad(total, leaves, allow_unused=True)
     return [torch.zeros_like(v) if g is None else g for g, v in zip(got, leaves, strict=True)]
@@ -314,19 +345,27 @@ def test_backward(dtype: torch.dtype, kernel: str) -> None:
     x_dtype = F64 if dtype == F64 else F32
     bias = torch.randn(90, dtype=F64, generator=torch.Generator().manual_seed(3))
     bias[5] = -math.inf
-    for b, d, sigma, alpha in ((1, 3, 0.5, 1.0), (4, 33, 2.0, 0.6), (40, 17, 1.0, -0.8), (300, 2, 0.3, 1.0), (9, 300, 0.02, 1.0)):
+    for b, d, sigma, alpha in (
+        (1, 3, 0.5, 1.0),
+        (4, 33, 2.0, 0.6),
+        (40, 17, 1.0, -0.8),
+        (300, 2, 0.3, 1.0),
+        (9, 300, 0.02, 1.0),
+    ):
         for with_bias in (None, bias):
             x, rows, scale, shift = make(b, 90, d, dtype, sigma, alpha=alpha, x_dtype=x_dtype)
             got, columns = run(x, rows, sigma, alpha, 1.3, with_bias, scale, shift, kernel)
             g = torch.Generator().manual_seed(b)
             grads = [torch.randn(v.shape, dtype=v.dtype, generator=g) for v in got]
-            back = cpu.posterior_backward(x, rows, *columns, with_bias, None, None, *got, *grads, scale, shift, kernel)
+            back = cpu.posterior_backward(
+                x, rows, *columns, with_bias, None, None, *got, *grads, scale, shift, kernel
+            )
             want = gradients(x, rows, *columns, with_bias, scale, shift, kernel, grads)
             assert back[0].dtype == x.dtype
             assert back[4].shape == ((0,) if with_bias is None else (90,))
             for a, e in zip(back, want, strict=False):
-                # float32 carries mean and products: 1e-4 of the largest gradient of the kind. The oracle itself
-                # subtracts logits, hence 4 units in the last place of those.
+                # float32 carries mean and products: 1e-4 of the largest gradient of the kind. The
+                # oracle itself subtracts logits, hence 4 units in the last place of those.
                 tol = (1e-4 if x_dtype == F32 else 1e-9) * (e.abs().max().item() + 1e-2)
                 tol += 4 * 2.2e-16 * got[2].abs().max().item()
                 assert (a.to(F64) - e).abs().max().item() <= tol, (kernel, b, d, sigma)
@@ -339,7 +378,21 @@ def test_backward_at_the_limit() -> None:
     got, columns = run(x, rows, 0.0, bias=bias)
     one, zero = torch.ones(1, dtype=F64), torch.zeros(1, dtype=F64)
     back = cpu.posterior_backward(
-        x, rows, *columns, bias, None, None, *got, torch.ones(1, 2), one, one, zero, one, 1.0, 0.0, "gaussian"
+        x,
+        rows,
+        *columns,
+        bias,
+        None,
+        None,
+        *got,
+        torch.ones(1, 2),
+        one,
+        one,
+        zero,
+        one,
+        1.0,
+        0.0,
+        "gaussian",
     )
     assert torch.equal(back[0], torch.zeros(1, 2)) and back[1].item() == 0 and back[2].item() == 0
     w = torch.tensor([0.25, 0.75], dtype=F64)  # the tie: d sum w^2 / d b_n = 2 w_n (w_n - sum w^2)
@@ -350,7 +403,13 @@ def test_backward_at_the_limit() -> None:
 @pytest.mark.parametrize("dtype", ROW_TYPES)
 @pytest.mark.parametrize("b", [1, 7, 40])
 def test_nearest(dtype: torch.dtype, b: int) -> None:
-    for n, d, offset in ((1, 1, 0.0), (33, 7, 0.0), (700, 40, 0.0), (700, 40, 500.0), (129, 300, 0.0)):
+    for n, d, offset in (
+        (1, 1, 0.0),
+        (33, 7, 0.0),
+        (700, 40, 0.0),
+        (700, 40, 500.0),
+        (129, 300, 0.0),
+    ):
         x, rows, scale, shift = make(b, n, d, dtype, 0.3, offset=offset)
         if n > 20:
             rows[n // 2] = rows[3]  # a tie: the lower index first
@@ -370,7 +429,9 @@ def test_exponential(double: bool) -> None:
     from memokern import _C
 
     dtype = F64 if double else F32
-    x = torch.cat([torch.linspace(-86.9, 0, 1_000_003, dtype=F64), -torch.logspace(-12, 0, 10_001, dtype=F64)]).to(dtype)
+    x = torch.cat(
+        [torch.linspace(-86.9, 0, 1_000_003, dtype=F64), -torch.logspace(-12, 0, 10_001, dtype=F64)]
+    ).to(dtype)
     y = torch.full_like(x, math.nan)
     _C.exp(double, x.data_ptr(), y.data_ptr(), x.numel())
     want = torch.exp(x.to(F64))

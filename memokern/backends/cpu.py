@@ -25,10 +25,10 @@ _KERNELS = {"gaussian": 0, "log": 1}
 _F64 = torch.float64
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _module() -> ModuleType:
     """The compiled module, set to the instruction set asked for. Raises ImportError without it."""
-    from memokern import _C
+    from memokern import _C  # type: ignore[attr-defined]  # compiled: mypy cannot see it
 
     asked = env.isa()
     try:
@@ -43,7 +43,9 @@ def unavailable() -> str | None:
     try:
         _module()
     except ImportError as error:
-        return f"the compiled module is missing ({error}); install memokern with a C++ compiler at hand"
+        return (
+            f"the compiled module is missing ({error}); install memokern with a C++ compiler at hand"
+        )
     return None
 
 
@@ -64,13 +66,16 @@ def _rows(
     """The rows as the module takes them, and the tensors that must outlive the call."""
     if rows.dtype not in _ROW_TYPES:
         known = ", ".join(str(t).removeprefix("torch.") for t in _ROW_TYPES)
-        raise TypeError(f"rows must be one of {known}, not {str(rows.dtype).removeprefix('torch.')}")
+        raise TypeError(
+            f"rows must be one of {known}, not {str(rows.dtype).removeprefix('torch.')}"
+        )
     n, d = rows.shape
     if (center is None) != (sq_norms is None):
         raise ValueError("center and sq_norms belong together: give both or neither")
     if d > 1 and rows.stride(1) != 1:
         raise ValueError(
-            f"each row must be contiguous (stride 1), not stride {rows.stride(1)}: call rows.contiguous() once"
+            f"each row must be contiguous (stride 1), not stride {rows.stride(1)}: call"
+            " rows.contiguous() once"
         )
     keep = (
         None if center is None else center.to(_F64).contiguous(),
@@ -82,7 +87,15 @@ def _rows(
         raise ValueError(f"sq_norms must have shape [{n}], not {list(keep[1].shape)}")
     stride = rows.stride(0) if n > 1 else d
     args = _module().Rows(
-        rows.data_ptr(), n, d, stride, _ROW_TYPES[rows.dtype], scale, shift, _ptr(keep[0]), _ptr(keep[1])
+        rows.data_ptr(),
+        n,
+        d,
+        stride,
+        _ROW_TYPES[rows.dtype],
+        scale,
+        shift,
+        _ptr(keep[0]),
+        _ptr(keep[1]),
     )
     return args, keep
 
@@ -131,9 +144,12 @@ def posterior(
     q, (s, a, t), b = _queries(x, rows, sigma, alpha, temperature, bias)
     args, keep = _rows(rows, center, sq_norms, scale, shift)
     mean = torch.empty_like(q)
-    stats = tuple(torch.empty(q.shape[0], dtype=_F64) for _ in range(4))  # no views: outputs of an op may not alias
+    stats = tuple(
+        torch.empty(q.shape[0], dtype=_F64) for _ in range(4)
+    )  # no views: outputs of an op may not alias
     _module().posterior(
-        args, q.dtype == _F64, q.data_ptr(), q.shape[0], s.data_ptr(), a.data_ptr(), t.data_ptr(), _ptr(b),
+        args, q.dtype == _F64, q.data_ptr(), q.shape[0],
+        s.data_ptr(), a.data_ptr(), t.data_ptr(), _ptr(b),
         _KERNELS[kernel], torch.get_num_threads(), mean.data_ptr(), *(v.data_ptr() for v in stats),
     )  # fmt: skip
     del keep
@@ -175,8 +191,10 @@ def posterior_backward(
     grads = tuple(torch.empty(q.shape[0], dtype=_F64) for _ in range(3))
     grad_bias = torch.empty(0 if b is None else b.shape[0], dtype=_F64)
     _module().backward(
-        args, q.dtype == _F64, q.data_ptr(), q.shape[0], s.data_ptr(), a.data_ptr(), t.data_ptr(), _ptr(b),
-        _KERNELS[kernel], torch.get_num_threads(), mean.data_ptr(), stats.data_ptr(), grad_mean.data_ptr(),
+        args, q.dtype == _F64, q.data_ptr(), q.shape[0],
+        s.data_ptr(), a.data_ptr(), t.data_ptr(), _ptr(b),
+        _KERNELS[kernel], torch.get_num_threads(),
+        mean.data_ptr(), stats.data_ptr(), grad_mean.data_ptr(),
         grad_stats.data_ptr(), grad_x.data_ptr(),
         *(v.data_ptr() for v in grads), 0 if b is None else grad_bias.data_ptr(),
     )  # fmt: skip
@@ -202,7 +220,14 @@ def nearest(
     sq_dist = torch.empty(q.shape[0], k, dtype=_F64)
     index = torch.empty(q.shape[0], k, dtype=torch.int64)
     _module().nearest(
-        args, q.dtype == _F64, q.data_ptr(), q.shape[0], k, torch.get_num_threads(), sq_dist.data_ptr(), index.data_ptr()
+        args,
+        q.dtype == _F64,
+        q.data_ptr(),
+        q.shape[0],
+        k,
+        torch.get_num_threads(),
+        sq_dist.data_ptr(),
+        index.data_ptr(),
     )
     del keep
     return sq_dist, index
