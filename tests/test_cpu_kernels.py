@@ -25,7 +25,8 @@ def column(value: float, b: int) -> Tensor:
 
 
 def make(b: int, n: int, d: int, dtype: torch.dtype, sigma: float, *, alpha: float = 1.0,
-         x_dtype: torch.dtype = F32, seed: int = 0, offset: float = 0.0, repeat: float | None = None):  # fmt: skip
+         x_dtype: torch.dtype = F32,
+         seed: int = 0, offset: float = 0.0, repeat: float | None = None):  # fmt: skip
     """Rows, their scale and shift, and queries alpha y + sigma z around some of them."""
     g = torch.Generator().manual_seed(seed)
     scale, shift = (2 / 255, -1.0) if dtype == torch.uint8 else (1.0, 0.0)

@@ -44,7 +44,8 @@ def unavailable() -> str | None:
         _module()
     except ImportError as error:
         return (
-            f"the compiled module is missing ({error}); install memokern with a C++ compiler at hand"
+            f"the compiled module is missing ({error}): install memokern where there is a C++"
+            " compiler"
         )
     return None
 
