@@ -49,9 +49,8 @@ def collect() -> dict[str, Any]:
     Example:
         >>> from memokern import info
         >>> facts = info.collect()
-        >>> sorted(facts)
-        ['backends', 'cpu', 'environment', 'isa', 'libraries', 'memokern', 'platform', 'python',
-        'threads']
+        >>> sorted(facts)[:4]
+        ['backends', 'cpu', 'environment', 'isa']
         >>> [row["available"] for row in facts["backends"] if row["name"] == "reference"]
         [True]
     """

@@ -302,6 +302,14 @@ def test_info_is_text_or_json() -> None:
     assert facts["threads"] == torch.get_num_threads()
 
 
+@pytest.mark.parametrize("command", ["info", "sample", "demo", "reproduce weights"])
+def test_a_wrong_environment_variable_gets_one_line(tmp_path, command) -> None:
+    done = process(*command.split(), cwd=tmp_path, MEMOKERN_BACKEND="cpu", MEMOKERN_ISA="magic")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1 and "MEMOKERN_ISA=magic" in done.stderr
+    assert "error: " in done.stderr and list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("command", ["", "sample", "memorization", "reproduce", "demo", "info"])
 def test_help_describes_itself(command) -> None:
     done = call(*command.split(), "--help")

@@ -13,7 +13,7 @@ from typing import Any
 import click
 import torch
 
-from memokern import TrainingSet, files
+from memokern import TrainingSet, backends, files
 
 DIGITS = "digits"  # the word that stands for the embedded data set
 
@@ -66,6 +66,12 @@ def wrong_input(about: str | None = None, key_option: str = "--key") -> Iterator
         # The library speaks of its argument; here it is an option.
         message = (str(error) or type(error).__name__).replace("with key=", f"with {key_option}")
         raise WrongInput(f"{about}: {message}" if about else message) from error
+
+
+def check_machine() -> None:
+    """Refuse a wrong MEMOKERN_ environment variable before anything is computed or written."""
+    with wrong_input():
+        backends.choose(torch.device("cpu"))
 
 
 @contextlib.contextmanager

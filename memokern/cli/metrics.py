@@ -88,6 +88,7 @@ def memorization(
         if not 0 < value < float("inf"):
             raise common.WrongInput(f"{option}: expected a positive number, got {value}")
     common.check_outputs([("--json", report, (".json",))], force)
+    common.check_machine()
     training = common.load(data, data_key, "DATA", "--data-key")
     rows = common.load_rows(samples, samples_key, training, "SAMPLES")
     if training.n < 2:

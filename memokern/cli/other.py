@@ -58,6 +58,7 @@ def reproduce(
             )
     with common.wrong_input():
         figures.require()
+    common.check_machine()
     if out.exists() and not out.is_dir():
         raise common.WrongInput(f"--out: {str(out)!r} is a file, not a folder")
     with common.wrong_input("--out"):
@@ -89,7 +90,8 @@ def info(as_json: bool) -> None:
     """Versions, instruction set, threads, and which backends can run here, with the reason where
     one cannot.
     """
-    facts = _info.collect()
+    with common.wrong_input():  # an environment variable that nobody knows
+        facts = _info.collect()
     click.echo(json.dumps(facts, indent=2) if as_json else _info.render(facts))
 
 
@@ -112,6 +114,7 @@ def demo(out: Path, samples: int, seed: int) -> None:
     """
     with common.wrong_input():
         figures.require()
+    common.check_machine()
     if out.exists() and not out.is_dir():
         raise common.WrongInput(f"--out: {str(out)!r} is a file, not a folder")
     with common.wrong_input("--out"):

@@ -157,6 +157,7 @@ def sample(
     if picture is not None:
         with common.wrong_input("--picture"):
             figures.require()
+    common.check_machine()
     training = common.load(data, key, "--data")
     if picture is not None and figures.image_layout(training.shape) is None:
         raise common.WrongInput(
