@@ -3,7 +3,7 @@ copies with Tikhonov.
 
 64 x 64 pixels (D = 4096), N = 2, EDM's stochastic Heun sampler in 40 steps. A sample is memorised
 where, thresholded at one half, it equals a training image in every pixel. Tikhonov leaves y + z
-sqrt(c): with c = 0.05 about 1.3 % of the pixels cross the threshold, so that no sample matches. The
+sqrt(c): with c = 0.05 1 to 2 % of the pixels cross the threshold, so that no sample matches. The
 exact score cannot make a third square; it can only stop copying.
 """
 
