@@ -10,7 +10,7 @@ import pytest
 from bench import machine, peers
 from memokern import files
 
-DATA, RESULT = pytest.StashKey[Any](), pytest.StashKey[dict[str, Any]]()
+RESULT = pytest.StashKey[dict[str, Any]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import NamedTuple
@@ -96,6 +97,7 @@ PREPARE: dict[str, Callable[[Tensor], Callable[[Tensor, float], Tensor]]] = {
 LIBRARY = {"ideal": "smalldiffusion", "keops": "pykeops.torch"}
 
 
+@functools.cache
 def available() -> dict[str, Peer]:
     """All of them, with the one-line reason where one cannot run here."""
     return {

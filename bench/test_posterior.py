@@ -11,6 +11,7 @@ import torch
 
 import memokern
 from bench import peers, table
+from memokern.data import UINT8_SCALE, UINT8_SHIFT
 
 DTYPES = {"float32": torch.float32, "uint8": torch.uint8, "bf16": torch.bfloat16,
           "fp16": torch.float16, "float64": torch.float64}  # fmt: skip
@@ -29,7 +30,7 @@ def make(n: int, d: int, kind: str) -> torch.Tensor:
 
 def values(rows: torch.Tensor) -> torch.Tensor:
     """The rows as numbers: what a uint8 row stands for."""
-    return rows.double() * (2 / 255) - 1 if rows.dtype == torch.uint8 else rows
+    return rows.double() * UINT8_SCALE + UINT8_SHIFT if rows.dtype == torch.uint8 else rows
 
 
 def ids(case: tuple[int, int | None, int, str]) -> str:
@@ -47,7 +48,8 @@ def test_mean(
     b, fixed, d, kind = case
     path = request.config.getoption("--data")
     if path and not fixed and kind == "float32":
-        rows = values(memokern.TrainingSet(path).rows).float()
+        data = memokern.TrainingSet(path)  # which knows its own scale and shift
+        rows = data.dequantize(data.rows).float()
         d = rows.shape[1]
     else:
         rows = make(fixed or request.config.getoption("--rows"), d, kind)

@@ -58,9 +58,7 @@ class Posterior:
     log_weight_total: Tensor
 
     def _wide(self, value: Tensor) -> Tensor:
-        """A number per query, shaped to multiply x, in x's type."""
-        extra = self.x.dim() - value.dim()
-        return value.reshape(value.shape + (1,) * extra).to(self.x.dtype)
+        return wide(value, self.x)
 
     @property
     def residual(self) -> Tensor:
@@ -88,10 +86,7 @@ class Posterior:
         The default derivatives are those of flow matching's straight path, alpha = t,
         sigma = 1 - t, where it is (mean - x) / (1 - t) (arXiv 2506.03719).
         """
-        da = per_query("d_alpha", d_alpha, self.sigma.shape, self.x.device)
-        ds = per_query("d_sigma", d_sigma, self.sigma.shape, self.x.device)
-        rate = ds / self.sigma
-        return self._wide(rate) * self.x + self._wide(da - self.alpha * rate) * self.mean
+        return flow_velocity(self.x, self.mean, self.sigma, self.alpha, d_alpha, d_sigma)
 
     @property
     def log_density(self) -> Tensor:
@@ -220,7 +215,7 @@ def batch_shape(x: Tensor, data: TrainingSet | Tensor) -> torch.Size:
     return _batch_shape(x, _as_rows(data))
 
 
-def _require(name: str, value: PerQuery, tensor: Tensor, ok: Tensor, what: str) -> None:
+def require(name: str, value: PerQuery, tensor: Tensor, ok: Tensor, what: str) -> None:
     """Raises where a value is out of range; tensors under a compiler or transform are trusted."""
     if _traced(tensor):
         return
@@ -228,6 +223,20 @@ def _require(name: str, value: PerQuery, tensor: Tensor, ok: Tensor, what: str) 
     if not bool(good):
         got = value if not isinstance(value, Tensor) else tensor[~ok][0].item()
         raise ValueError(f"expected {name} {what}, got {got}")
+
+
+def wide(value: Tensor, like: Tensor) -> Tensor:
+    """A number per query, shaped to multiply `like`, in its type."""
+    return value.reshape(value.shape + (1,) * (like.dim() - value.dim())).to(like.dtype)
+
+
+def flow_velocity(
+    x: Tensor, x0: Tensor, sigma: Tensor, alpha: Tensor, d_alpha: PerQuery, d_sigma: PerQuery
+) -> Tensor:
+    """(sigma'/sigma) x + (alpha' - alpha sigma'/sigma) x0, the probability flow's dx/dt."""
+    da = per_query("d_alpha", d_alpha, sigma.shape, x.device)
+    rate = per_query("d_sigma", d_sigma, sigma.shape, x.device) / sigma
+    return wide(rate, x) * x + wide(da - alpha * rate, x) * x0
 
 
 def _traced(*tensors: Tensor | None) -> bool:
@@ -284,6 +293,30 @@ def _bias(bias: Tensor | None, rows: _Rows) -> tuple[Tensor | None, Tensor]:
     return bias, total
 
 
+def _asked(
+    x: Tensor,
+    data: TrainingSet | Tensor,
+    sigma: PerQuery,
+    alpha: PerQuery,
+    temperature: PerQuery,
+    bias: Tensor | None,
+    kernel: str,
+) -> tuple[_Rows, torch.Size, tuple[Tensor, Tensor, Tensor], Tensor | None, Tensor]:
+    """A call's arguments, checked: rows, [*batch], sigma, alpha and temperature [*batch], the bias
+    with the rows' log weights, and log sum exp of it."""
+    rows = _as_rows(data)
+    batch = _batch_shape(x, rows)
+    if kernel not in KERNELS:
+        raise ValueError(f"expected kernel one of {', '.join(KERNELS)}, got {kernel!r}")
+    s = per_query("sigma", sigma, batch, x.device)
+    a = per_query("alpha", alpha, batch, x.device)
+    t = per_query("temperature", temperature, batch, x.device)
+    require("sigma", sigma, s, (s >= 0) & torch.isfinite(s), "finite and >= 0")
+    require("alpha", alpha, a, torch.isfinite(a), "finite")
+    require("temperature", temperature, t, (t > 0) & torch.isfinite(t), "finite and > 0")
+    return rows, batch, (s, a, t), *_bias(bias, rows)
+
+
 def posterior(
     x: Tensor,
     data: TrainingSet | Tensor,
@@ -337,19 +370,9 @@ def posterior(
         >>> round(p.covariance_trace.item(), 6)
         1.0
     """
-    rows = _as_rows(data)
-    batch = _batch_shape(x, rows)
-    if kernel not in KERNELS:
-        raise ValueError(f"expected kernel one of {', '.join(KERNELS)}, got {kernel!r}")
     if method not in METHODS:
         raise ValueError(f"expected method one of {', '.join(METHODS)}, got {method!r}")
-    s = per_query("sigma", sigma, batch, x.device)
-    a = per_query("alpha", alpha, batch, x.device)
-    t = per_query("temperature", temperature, batch, x.device)
-    _require("sigma", sigma, s, (s >= 0) & torch.isfinite(s), "finite and >= 0")
-    _require("alpha", alpha, a, torch.isfinite(a), "finite")
-    _require("temperature", temperature, t, (t > 0) & torch.isfinite(t), "finite and > 0")
-    b, total = _bias(bias, rows)
+    rows, batch, (s, a, t), b, total = _asked(x, data, sigma, alpha, temperature, bias, kernel)
     dim = rows.rows.shape[1]
     transformed = _transformed(x, rows.rows, s, a, t, b)
     run = reference.posterior if transformed else ops.posterior
@@ -517,23 +540,13 @@ def weights(
         >>> memokern.weights(torch.zeros(1, 1), torch.tensor([[-1.0], [1.0]]), 0.5).tolist()
         [[0.5, 0.5]]
     """
-    rows = _as_rows(data)
-    batch = _batch_shape(x, rows)
+    rows, batch, (s, a, t), b, _ = _asked(x, data, sigma, alpha, temperature, bias, kernel)
     n, dim = rows.rows.shape
     if math.prod(batch) * n > MAX_DENSE_WEIGHTS:
         raise ValueError(
             f"weights of {math.prod(batch)} queries on {n} rows are more than"
             f" {MAX_DENSE_WEIGHTS} numbers; posterior() gives their mean, entropy and ess in O(B D)"
         )
-    if kernel not in KERNELS:
-        raise ValueError(f"expected kernel one of {', '.join(KERNELS)}, got {kernel!r}")
-    s = per_query("sigma", sigma, batch, x.device)
-    a = per_query("alpha", alpha, batch, x.device)
-    t = per_query("temperature", temperature, batch, x.device)
-    _require("sigma", sigma, s, (s >= 0) & torch.isfinite(s), "finite and >= 0")
-    _require("alpha", alpha, a, torch.isfinite(a), "finite")
-    _require("temperature", temperature, t, (t > 0) & torch.isfinite(t), "finite and > 0")
-    b, _ = _bias(bias, rows)
     w = reference.weights(
         x.reshape(-1, dim), rows.rows, s.reshape(-1), a.reshape(-1), t.reshape(-1), b,
         rows.center, rows.scale, rows.shift, kernel,

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from memokern import functional
-from memokern.data import TrainingSet
-from memokern.functional import PerQuery, Posterior
+from memokern.data import CHUNK_ELEMENTS, TrainingSet
+from memokern.functional import PerQuery, Posterior, wide
 
 Data = TrainingSet | Tensor
 # A number, or a function of the noise level: [*batch] float64 -> [*batch] float64.
@@ -52,13 +52,13 @@ def _at(name: str, level: Level, sigma: Tensor, low: float, *, strict: bool = Fa
     if callable(level):
         ok = torch.isfinite(out) & (out > low if strict else out >= low)
         what = f"finite and {'>' if strict else '>='} {low:g}"
-        functional._require(f"{name}(sigma)", value, out, ok, what)
+        functional.require(f"{name}(sigma)", value, out, ok, what)
     return out
 
 
-def _wide(value: Tensor, like: Tensor) -> Tensor:
-    """A number per query, shaped to multiply like, in its type."""
-    return value.reshape(value.shape + (1,) * (like.dim() - value.dim())).to(like.dtype)
+def _shrink(s2: Tensor, c: Tensor) -> Tensor:
+    """s2 / (s2 + c), and 1 where c = 0, also at s2 = 0."""
+    return torch.where(c == 0, 1.0, s2 / torch.where(c == 0, 1.0, s2 + c))
 
 
 @dataclass(frozen=True)
@@ -181,12 +181,10 @@ class Tikhonov(Regularizer):
         self.c = _level("c", c, 0.0)
 
     def _factor(self, sigma: Tensor) -> Tensor:
-        c = _at("c", self.c, sigma, 0.0)
-        s2 = sigma.square()
-        return torch.where(c == 0, 1.0, s2 / torch.where(c == 0, 1.0, s2 + c))
+        return _shrink(sigma.square(), _at("c", self.c, sigma, 0.0))
 
     def gate(self, residual: Tensor, query: Query, posterior: Posterior) -> Tensor:
-        return _wide(self._factor(query.sigma), residual) * residual
+        return wide(self._factor(query.sigma), residual) * residual
 
     def log_potential(self, posterior: Posterior, query: Query) -> Tensor:
         return self._factor(query.sigma) * posterior.log_z
@@ -256,25 +254,25 @@ class CovarianceTikhonov(Regularizer):
             raise TypeError(f"expected rank as an int, got {type(rank).__name__}")
         if not 1 <= rank <= limit:
             raise ValueError(f"expected 1 <= rank <= min(N - 1, D) = {limit}, got {rank}")
-        chunk = max(1, (1 << 22) // rows.dim)
+        chunk = max(1, CHUNK_ELEMENTS // rows.dim)
         starts = range(0, rows.n, chunk)
 
         def read(start: int) -> Tensor:
-            index = torch.arange(start, min(start + chunk, rows.n), device=rows.device)
-            return rows.gather(index).flatten(1).to(torch.float64)
+            return rows.dequantize(rows.rows[start : start + chunk]).to(torch.float64)
 
         center = torch.stack([read(start).sum(0) for start in starts]).sum(0) / rows.n
+        squares = [float((read(start) - center).square().sum()) for start in starts]
+        total = sum(squares) / (rows.n - 1)
         start_basis = torch.randn(
             rows.dim, min(rows.dim, rank + 8), dtype=torch.float64,
             generator=torch.Generator().manual_seed(0),
         )  # fmt: skip
         basis, _ = torch.linalg.qr(start_basis.to(rows.device))
         for _ in range(6):
-            image, total = torch.zeros_like(basis), 0.0
+            image = torch.zeros_like(basis)
             for start in starts:
                 part = read(start) - center
                 image += part.T @ (part @ basis) / (rows.n - 1)
-                total += float(part.square().sum()) / (rows.n - 1)
             found = basis
             basis, _ = torch.linalg.qr(image)
         # Rayleigh-Ritz in the last basis whose image is known.
@@ -300,10 +298,7 @@ class CovarianceTikhonov(Regularizer):
         values = self.eigenvalues.to(flat.device)
         vectors = self.eigenvectors.to(flat.device, flat.dtype)
         s2, c = query.sigma.square()[..., None], _at("c", self.c, query.sigma, 0.0)[..., None]
-        # c = 0 leaves the residual alone, also at sigma = 0.
-        safe = torch.where(c == 0, 1.0, c)
-        inside = torch.where(c == 0, 1.0, s2 / (s2 + safe / values))
-        outside = torch.where(c == 0, 1.0, s2 / (s2 + safe / self.rest))
+        inside, outside = _shrink(s2, c / values), _shrink(s2, c / self.rest)
         along = flat @ vectors.T
         out = outside.to(flat.dtype) * flat + ((inside - outside).to(flat.dtype) * along) @ vectors
         return out.reshape(residual.shape)
@@ -349,7 +344,7 @@ class EmpiricalBayes(Regularizer):
         return log_p - _at("log_tau", self.log_tau, query.sigma, -math.inf)
 
     def gate(self, residual: Tensor, query: Query, posterior: Posterior) -> Tensor:
-        return _wide(self._excess(posterior, query).clamp(max=0.0).exp(), residual) * residual
+        return wide(self._excess(posterior, query).clamp(max=0.0).exp(), residual) * residual
 
     def log_potential(self, posterior: Posterior, query: Query) -> Tensor:
         excess = self._excess(posterior, query)
@@ -433,7 +428,7 @@ class GaussianSmoothing(Regularizer):
         eps = self.shifts(query)
         batch = query.sigma.dim()
         eps = eps.reshape(eps.shape[:1] + (1,) * batch + eps.shape[1:])
-        x = query.x + _wide(_at("h", self.h, query.sigma, 0.0), query.x) * eps
+        x = query.x + wide(_at("h", self.h, query.sigma, 0.0), query.x) * eps
         size = (self.samples, *query.sigma.shape)
         return replace(
             query,
@@ -474,13 +469,13 @@ class SmoothedBank(Regularizer):
         return (query.alpha * _at("h", self.h, query.sigma, 0.0)).square()
 
     def prepare(self, query: Query, data: Data) -> Query:
-        wide = (query.sigma.square() + self._spread2(query)).sqrt()
-        return replace(query, sigma=torch.where(self._spread2(query) == 0, query.sigma, wide))
+        h2 = self._spread2(query)
+        wider = (query.sigma.square() + h2).sqrt()
+        return replace(query, sigma=torch.where(h2 == 0, query.sigma, wider))
 
     def gate(self, residual: Tensor, query: Query, posterior: Posterior) -> Tensor:
-        s2, h2 = query.sigma.square(), self._spread2(query)
-        factor = torch.where(h2 == 0, 1.0, s2 / torch.where(h2 == 0, 1.0, s2 + h2))
-        return _wide(factor, residual) * residual
+        factor = _shrink(query.sigma.square(), self._spread2(query))
+        return wide(factor, residual) * residual
 
     def log_potential(self, posterior: Posterior, query: Query) -> Tensor:
         return posterior.log_z
@@ -534,25 +529,22 @@ class Prediction:
     @property
     def score(self) -> Tensor:
         """R' / sigma^2."""
-        sigma = _wide(self.sigma, self.x)
+        sigma = wide(self.sigma, self.x)
         return self.residual / sigma / sigma
 
     @property
     def eps(self) -> Tensor:
         """-sigma score."""
-        return -self.residual / _wide(self.sigma, self.x)
+        return -self.residual / wide(self.sigma, self.x)
 
     @property
     def v(self) -> Tensor:
         """alpha eps - sigma x0."""
-        return _wide(self.alpha, self.x) * self.eps - _wide(self.sigma, self.x) * self.x0
+        return wide(self.alpha, self.x) * self.eps - wide(self.sigma, self.x) * self.x0
 
     def velocity(self, d_alpha: PerQuery = 1.0, d_sigma: PerQuery = -1.0) -> Tensor:
         """(sigma'/sigma) x + (alpha' - alpha sigma'/sigma) x0, of the probability flow."""
-        rate = torch.as_tensor(d_sigma, dtype=torch.float64, device=self.x.device) / self.sigma
-        da = torch.as_tensor(d_alpha, dtype=torch.float64, device=self.x.device)
-        pull = (da - self.alpha * rate).expand(self.sigma.shape)
-        return _wide(rate, self.x) * self.x + _wide(pull, self.x) * self.x0
+        return functional.flow_velocity(self.x, self.x0, self.sigma, self.alpha, d_alpha, d_sigma)
 
 
 def evaluate(
@@ -584,23 +576,23 @@ def evaluate(
             f" {type(regularizer).__name__}; parse('tikhonov:c=0.01') makes one from text"
         )
     asked = _ask(x, data, sigma, alpha, bias)
-    wide = reg.spread(asked)
-    query = reg.prepare(wide, data)
+    spread = reg.spread(asked)
+    query = reg.prepare(spread, data)
     posterior = functional.posterior(
         query.x, data, query.sigma, query.alpha, query.temperature,
         bias=query.bias, kernel=query.kernel, method=method,
     )  # fmt: skip
     plain = posterior.residual
-    gated = reg.gate(plain, wide, posterior)
+    gated = reg.gate(plain, spread, posterior)
     residual = reg.gather(gated)
     back = posterior.mean
     if gated is not plain:
         # That is x0 = (x + R') / alpha, written so that nothing cancels.
-        a = _wide(wide.alpha, wide.x)
+        a = wide(spread.alpha, spread.x)
         back = back + torch.where(a == 0, 0.0, (gated - plain) / torch.where(a == 0, 1.0, a))
     x0 = reg.gather(back)
     return Prediction(
-        x, asked.sigma, asked.alpha, x0, residual, posterior, reg.log_potential(posterior, wide)
+        x, asked.sigma, asked.alpha, x0, residual, posterior, reg.log_potential(posterior, spread)
     )
 
 

@@ -109,10 +109,7 @@ def _queries(
     x: Tensor, rows: Tensor, sigma: Tensor, alpha: Tensor, temperature: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, list[Tensor], Tensor | None]:
     """Contiguous copies where needed: x in the compute type, the rest in float64."""
-    if x.ndim != 2 or rows.ndim != 2 or x.shape[1] != rows.shape[1] or rows.shape[0] < 1:
-        raise ValueError(
-            f"expected x [B, D] and rows [N >= 1, D], not {list(x.shape)} and {list(rows.shape)}"
-        )
+    q = _queried(x, rows)
     columns = [t.to(_F64).contiguous() for t in (sigma, alpha, temperature)]
     for name, t in zip(("sigma", "alpha", "temperature"), columns, strict=True):
         if t.shape != (x.shape[0],):
@@ -121,11 +118,16 @@ def _queries(
         bias = bias.to(_F64).contiguous()
         if bias.shape != (rows.shape[0],):
             raise ValueError(f"bias must have shape [{rows.shape[0]}], not {list(bias.shape)}")
-    return x.to(_compute_type(x, rows)).contiguous(), columns, bias
+    return q, columns, bias
 
 
-def _compute_type(x: Tensor, rows: Tensor) -> torch.dtype:
-    return _F64 if _F64 in (x.dtype, rows.dtype) else torch.float32
+def _queried(x: Tensor, rows: Tensor) -> Tensor:
+    """x, contiguous, in the compute type."""
+    if x.ndim != 2 or rows.ndim != 2 or x.shape[1] != rows.shape[1] or rows.shape[0] < 1:
+        raise ValueError(
+            f"expected x [B, D] and rows [N >= 1, D], not {list(x.shape)} and {list(rows.shape)}"
+        )
+    return x.to(_F64 if _F64 in (x.dtype, rows.dtype) else torch.float32).contiguous()
 
 
 def posterior(
@@ -213,8 +215,7 @@ def nearest(
     shift: float,
 ) -> tuple[Tensor, Tensor]:
     """The k smallest |x - y_n|^2 by direct differences, ascending, ties to the lower index."""
-    ones = torch.ones(x.shape[0], dtype=_F64)
-    q, _, _ = _queries(x, rows, ones, ones, ones, None)
+    q = _queried(x, rows)
     if not 1 <= k <= rows.shape[0]:
         raise ValueError(f"k must lie between 1 and the number of rows, {rows.shape[0]}; got {k}")
     args, keep = _rows(rows, center, sq_norms, scale, shift)

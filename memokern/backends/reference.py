@@ -92,7 +92,7 @@ def squared_distances(
 def _logits_and_weights(
     r2: Tensor, sigma: Tensor, temperature: Tensor, bias: Tensor | None, kernel: str, dim: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """[B, N] squared distances -> logits, weights, and [B, 1] where a limit holds."""
+    """[B, N] squared distances -> logits, weights, and [B, 1] where the logit is infinite."""
     b = torch.zeros((), dtype=_F64, device=r2.device) if bias is None else bias
     with torch.no_grad():
         reachable = r2 if bias is None else torch.where(torch.isneginf(b), torch.inf, r2)
@@ -108,7 +108,7 @@ def _logits_and_weights(
         pull = -0.5 * dim * torch.log(torch.where(r2 == 0, 1.0, r2) / dim)
     logits = torch.where(limit, at_limit, pull) + b
     weights = torch.softmax(logits / temperature[:, None], 1)
-    return logits, weights, limit & (best != 0 if kernel == "gaussian" else best == 0)
+    return logits, weights, limit & (best != 0) if kernel == "gaussian" else limit
 
 
 def posterior_block(

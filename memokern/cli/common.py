@@ -6,14 +6,14 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
 
-from memokern import TrainingSet, backends, files
+from memokern import TrainingSet, backends, figures, files
 
 DIGITS = "digits"  # the word that stands for the embedded data set
 
@@ -122,6 +122,53 @@ def load_rows(source: str, key: str | None, data: TrainingSet, about: str) -> to
         if not rows.isfinite().all():
             raise ValueError("samples hold NaN or infinite values")
         return rows.reshape(len(rows), *data.shape)
+
+
+def criteria(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of the criteria that `sample` and `memorization` share."""
+    for option in (
+        click.option(
+            "--ratio",
+            "ratio_threshold",
+            default=1 / 3,
+            show_default="1/3",
+            type=float,
+            help="Ratio criterion: nearest over second nearest distance below this.",
+        ),
+        click.option(
+            "--tolerance",
+            default=1e-2,
+            show_default=True,
+            type=float,
+            help="Collapse criterion: L2 distance to the nearest row below this.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def check_positive(options: Mapping[str, float | None]) -> None:
+    """Refuse option values that are not finite and > 0; None is an option left out."""
+    for option, value in options.items():
+        if value is not None and not 0 < value < float("inf"):
+            raise WrongInput(f"{option}: expected a positive number, got {value}")
+
+
+def check_two_rows(data: TrainingSet, about: str) -> None:
+    """Refuse data in which no row is the second nearest."""
+    if data.n < 2:
+        raise WrongInput(f"{about}: the ratio criterion needs at least 2 rows, got {data.n}")
+
+
+def picture_folder(out: Path) -> None:
+    """Make the folder of a command that draws, once what it needs is known to be there."""
+    with wrong_input():
+        figures.require()
+    check_machine()
+    if out.exists() and not out.is_dir():
+        raise WrongInput(f"--out: {str(out)!r} is a file, not a folder")
+    with wrong_input("--out"):
+        out.mkdir(parents=True, exist_ok=True)
 
 
 def check_outputs(outputs: Sequence[tuple[str, Path | None, tuple[str, ...]]], force: bool) -> None:

@@ -21,21 +21,7 @@ from memokern.cli import common
 @click.option(
     "--data-key", metavar="NAME", help="Which array of the data's .npz or .safetensors file."
 )
-@click.option(
-    "--tolerance",
-    default=1e-2,
-    show_default=True,
-    type=float,
-    help="Collapse: L2 distance below this.",
-)
-@click.option(
-    "--ratio",
-    "threshold",
-    default=1 / 3,
-    show_default="1/3",
-    type=float,
-    help="Ratio: nearest over second nearest distance below this.",
-)
+@common.criteria
 @click.option(
     "--neighbours",
     default=50,
@@ -72,7 +58,7 @@ def memorization(
     samples_key: str | None,
     data_key: str | None,
     tolerance: float,
-    threshold: float,
+    ratio_threshold: float,
     neighbours: int,
     binary: float | None,
     show: int,
@@ -84,32 +70,21 @@ def memorization(
 
     Both in the same units; uint8 DATA are pixels in [-1, 1].
     """
-    for option, value in (("--tolerance", tolerance), ("--ratio", threshold)):
-        if not 0 < value < float("inf"):
-            raise common.WrongInput(f"{option}: expected a positive number, got {value}")
+    common.check_positive({"--tolerance": tolerance, "--ratio": ratio_threshold})
     common.check_outputs([("--json", report, (".json",))], force)
     common.check_machine()
     training = common.load(data, data_key, "DATA", "--data-key")
     rows = common.load_rows(samples, samples_key, training, "SAMPLES")
-    if training.n < 2:
-        raise common.WrongInput(
-            f"DATA: the ratio criterion needs at least 2 rows, got {training.n}"
-        )
-    k = min(neighbours, training.n)
-    collapse = metrics.collapse(rows, training, tolerance)
-    found = {
-        "collapse": (collapse, f"distance to the nearest row < {tolerance:g}"),
-        "ratio": (
-            metrics.ratio(rows, training, threshold),
-            f"nearest / second nearest < {threshold:.3g}",
-        ),
-        "carlini": (metrics.carlini(rows, training, k=k), f"distance / mean distance to {k} rows"),
+    common.check_two_rows(training, "DATA")
+    meanings = {
+        "collapse": f"distance to the nearest row < {tolerance:g}",
+        "ratio": f"nearest / second nearest < {ratio_threshold:.3g}",
+        "carlini": f"distance / mean distance to {min(neighbours, training.n)} rows",
+        "exact": "" if binary is None else f"equal after thresholding at {binary:g}",
     }
-    if binary is not None:
-        found["exact"] = (
-            metrics.exact_match(rows, training, binary),
-            f"equal after thresholding at {binary:g}",
-        )
+    found = metrics.report(
+        rows, training, tol=tolerance, threshold=ratio_threshold, k=neighbours, level=binary
+    )
     if report is not None:
         with common.failure("cannot write"):
             files.write_json(
@@ -120,19 +95,19 @@ def memorization(
                     "count": len(rows),
                     **{
                         name: {
-                            "meaning": meaning,
+                            "meaning": meanings[name],
                             "fraction": float(result.fraction),
                             "memorized": result.memorized,
                             "value": result.value,
                             "index": result.index,
                             "distance": result.distance,
                         }
-                        for name, (result, meaning) in found.items()
+                        for name, result in found.items()
                     },
                 },
             )
     lines = []
-    for name, (result, meaning) in found.items():
+    for name, result in found.items():
         statistic = result.value
         lines.append(
             [
@@ -141,7 +116,7 @@ def memorization(
                 f"{int(result.memorized.sum())} of {len(rows)}",
                 f"{float(statistic.median()):.4g}",
                 f"{float(statistic.min()):.4g}",
-                meaning,
+                meanings[name],
             ]
         )
     click.echo(
@@ -152,14 +127,15 @@ def memorization(
         )
     )
     if show:
+        collapse = found["collapse"]
         order = torch.argsort(collapse.distance, stable=True)[:show].tolist()
         each = [
             [
                 str(i),
                 str(int(collapse.index[i])),
                 f"{float(collapse.distance[i]):.4g}",
-                f"{float(found['ratio'][0].value[i]):.4g}",
-                f"{float(found['carlini'][0].value[i]):.4g}",
+                f"{float(found['ratio'].value[i]):.4g}",
+                f"{float(found['carlini'].value[i]):.4g}",
             ]
             for i in order
         ]

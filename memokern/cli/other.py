@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from memokern import demo as _demo
-from memokern import experiments, figures
+from memokern import experiments
 from memokern import info as _info
 from memokern.cli import common
 
@@ -56,13 +56,7 @@ def reproduce(
             raise ValueError(
                 f"unknown experiment {name!r}; known: {', '.join(experiments.EXPERIMENTS)}, all"
             )
-    with common.wrong_input():
-        figures.require()
-    common.check_machine()
-    if out.exists() and not out.is_dir():
-        raise common.WrongInput(f"--out: {str(out)!r} is a file, not a folder")
-    with common.wrong_input("--out"):
-        out.mkdir(parents=True, exist_ok=True)
+    common.picture_folder(out)
     common.check_outputs(
         [
             ("--out", path, (f".{suffix}", ".json"))
@@ -112,13 +106,7 @@ def demo(out: Path, samples: int, seed: int) -> None:
     """Sample the embedded handwritten digits three ways: not regularised, Tikhonov, empirical
     Bayes.
     """
-    with common.wrong_input():
-        figures.require()
-    common.check_machine()
-    if out.exists() and not out.is_dir():
-        raise common.WrongInput(f"--out: {str(out)!r} is a file, not a folder")
-    with common.wrong_input("--out"):
-        out.mkdir(parents=True, exist_ok=True)
+    common.picture_folder(out)
     click.echo(_demo.introduction(samples))
     results = _demo.run(samples, seed, progress=common.progress_wanted())
     click.echo("\n" + _demo.render(results))

@@ -21,7 +21,6 @@ from memokern import (
 )
 from memokern.cli import common
 
-SDE_STEPS = 200
 SOLVERS = ("euler", "heun", "rk45", "sde")
 REGULARIZER_HELP = (
     "none, tikhonov:c=1e-2, empirical-bayes:log_tau=-3, temperature:sigma_c=0.5, "
@@ -61,7 +60,8 @@ REGULARIZER_HELP = (
     "--steps",
     type=click.IntRange(min=1),
     default=None,
-    help="Steps of the solver (rk45 chooses its own).  [default: 18; 200 for sde]",
+    help="Steps of the solver (rk45 chooses its own).  "
+    f"[default: {samplers.ODE_STEPS}; {samplers.SDE_STEPS} for sde]",
 )
 @click.option(
     "-n",
@@ -77,21 +77,7 @@ REGULARIZER_HELP = (
 @click.option(
     "--sigma-min", type=float, metavar="SIGMA", help="Stop early, at this level of noise."
 )
-@click.option(
-    "--tolerance",
-    default=1e-2,
-    show_default=True,
-    type=float,
-    help="Collapse criterion: L2 distance to the nearest row below this.",
-)
-@click.option(
-    "--ratio",
-    "ratio_threshold",
-    default=1 / 3,
-    show_default="1/3",
-    type=float,
-    help="Ratio criterion: nearest over second nearest distance below this.",
-)
+@common.criteria
 @click.option(
     "-o",
     "--output",
@@ -139,13 +125,9 @@ def sample(
     """
     if solver == "rk45" and steps is not None:
         raise common.WrongInput("--steps: rk45 chooses its own steps; leave --steps out")
-    for option, value in (
-        ("--tolerance", tolerance),
-        ("--ratio", ratio_threshold),
-        ("--sigma-min", sigma_min),
-    ):
-        if value is not None and not 0 < value < float("inf"):
-            raise common.WrongInput(f"{option}: expected a positive number, got {value}")
+    common.check_positive(
+        {"--tolerance": tolerance, "--ratio": ratio_threshold, "--sigma-min": sigma_min}
+    )
     with common.wrong_input("--regularizer"):
         regularizer = regularizers.parse("+".join(regularizer_texts) or "none")
     outputs = (
@@ -165,10 +147,7 @@ def sample(
             f"W], [H, W, C]) "
             "nor points in the plane"
         )
-    if training.n < 2:
-        raise common.WrongInput(
-            f"--data: the ratio criterion needs at least 2 rows, got {training.n}"
-        )
+    common.check_two_rows(training, "--data")
 
     flow = processes.get(process)
     start = torch.tensor(flow.t_noise, dtype=torch.float64)
@@ -191,7 +170,7 @@ def sample(
     started = time.perf_counter()
     with common.failure("sampling"), torch.no_grad():
         if solver == "sde":
-            found = samplers.sde(denoiser, count, steps or SDE_STEPS, **options)
+            found = samplers.sde(denoiser, count, steps or samplers.SDE_STEPS, **options)
         else:
             found = samplers.ode(denoiser, count, steps, solver=solver, **options)
     elapsed = time.perf_counter() - started
@@ -224,8 +203,8 @@ def measure(
     found: samplers.Samples, data: TrainingSet, tolerance: float, threshold: float
 ) -> dict[str, Any]:
     """Memorisation by both criteria; per-sample values under "each"."""
-    collapse = memorization.collapse(found.x, data, tolerance)
-    ratio = memorization.ratio(found.x, data, threshold)
+    criteria = memorization.report(found.x, data, tol=tolerance, threshold=threshold, k=2)
+    collapse, ratio = criteria["collapse"], criteria["ratio"]
     return {
         "samples": len(found.x),
         "collapse": {"tolerance": tolerance, "fraction": float(collapse.fraction)},
