@@ -352,10 +352,12 @@ def posterior(
 
     Numerics: distances that matter are right at every sigma (no cancellation); float32 queries on
     float32, half-precision or uint8 rows accumulate in float32, anything float64 in float64; the
-    numbers per query are float64. A query with NaN or inf gives NaN and leaves the others alone.
+    numbers per query are float64. A query with NaN or inf gives NaN and leaves the others alone; so
+    does, with the compiled kernels, one about 1e30 (float64: 1e140) or more away from the rows.
 
     Gradients: for x, sigma, alpha, temperature, bias (twice) and floating-point rows given as a
     tensor (once); forward mode and torch.func.grad, jvp work too, through the slower reference.
+    Not reliable: kernel="log" in float32 for an x within rounding of a row.
 
     Cost: 4 B N D operations; memory O(B D) beyond the inputs with the compiled kernels.
 
@@ -451,7 +453,11 @@ def log_density(
 
 
 def nearest(x: Tensor, data: TrainingSet | Tensor, k: int = 1) -> Nearest:
-    r"""The k nearest rows in L2, exact: found and measured by direct differences.
+    r"""The k nearest rows in L2, measured by direct differences.
+
+    The compiled kernels find candidates by products, with a margin for their rounding that takes
+    rounding errors as independent: rows made to defeat it could be passed over. The reference
+    (MEMOKERN_BACKEND=reference) compares all rows by direct differences.
 
     Args:
         x: [\*batch, \*shape] float32 or float64. data: N rows, as for :func:`posterior`.
