@@ -10,7 +10,7 @@ namespace memokern { namespace MEMOKERN_ISA_NS {
 
 struct Sums {
   double w, drift;   // sum of w; sum of w <g, y - mean> / T, zero but for rounding: subtracted at the end
-  double q, qc;      // sums of q and of q c, with d l / d x = c (alpha y - x)
+  double q, qc;      // sums of q, and of q c but for the rows in `near`, with d l / d x = c (alpha y - x)
   double ql;         // sum of q (l - b)
   double qa, wa;     // sums of q c <x - alpha y, yc>, and of w <x - alpha y, yc>
   double temp;       // sum of w (l - E) h, h: what multiplies d w
@@ -19,17 +19,21 @@ struct Sums {
 template <class R> struct BackWork {
   Work<R> fwd;
   R *gc, *pg;          // [B][Ds] gradients of the mean; [B][NT] their products with the rows
+  double* row;         // [D] a row as given
+  R* near;             // [B][Ds] sum of q c (alpha y - x) over the rows taken by direct differences
   double *g_shift;     // [B] <g, mean - center>
   Sums* sums;          // [B]
   double* grad_bias;   // [N] or null
   Arena arena;
   bool reserve(const Plan& pl, bool bias, int64_t N) {
     if (!fwd.reserve(pl, bias)) return false;
-    if (!arena.reserve(Arena::bytes<R>(pl.B * pl.Ds) + Arena::bytes<R>(pl.B * pl.NT) + Arena::bytes<double>(pl.B) +
+    if (!arena.reserve(2 * Arena::bytes<R>(pl.B * pl.Ds) + Arena::bytes<R>(pl.B * pl.NT) + Arena::bytes<double>(pl.B) + Arena::bytes<double>(pl.D) +
                        Arena::bytes<Sums>(pl.B) + (bias ? Arena::bytes<double>(N) : 0)))
       return false;
     gc = arena.take<R>(pl.B * pl.Ds);
     pg = arena.take<R>(pl.B * pl.NT);
+    row = arena.take<double>(pl.D);
+    near = arena.take<R>(pl.B * pl.Ds);
     g_shift = arena.take<double>(pl.B);
     sums = arena.take<Sums>(pl.B);
     grad_bias = bias ? arena.take<double>(N) : nullptr;
@@ -37,30 +41,28 @@ template <class R> struct BackWork {
   }
 };
 
-// The row by direct differences: |x - alpha y|^2, <x - alpha y, yc>, <g, y - mean>.
+// The row by direct differences: |x - alpha y|^2, <x - alpha y, yc>, <g, y - mean>. Leaves y in row.
 template <class R>
-static void exact_row(const Source<R>& src, const Query<R>& q, const double* mean, const double* g, int64_t n, R* buf, double* out) {
-  Source<R> raw = src;
+static void exact_row(const Source<R>& src, const Query<R>& q, const double* mean, const double* g, int64_t n, double* row, double* out) {
   out[0] = exact_for(src)(src, n, q.x, q.alpha);
-  fetch_for(src)(raw, n, 0, src.rows.d, buf);
+  values_for(src)(src, n, row);
   double xy = 0, gy = 0;
   for (int64_t d = 0; d < src.rows.d; d++) {
-    const double yc = buf[d], y = yc + src.center[d];
-    xy += ((double)q.x[d] - q.alpha * y) * yc;
-    gy += g[d] * (y - mean[d]);
+    xy += ((double)q.x[d] - q.alpha * row[d]) * (row[d] - src.center[d]);
+    gy += g[d] * (row[d] - mean[d]);
   }
   out[1] = xy;
   out[2] = gy;
 }
 
 template <class R>
-static void backward_step(const Step<R>& s, const Gradients& io, const Query<R>& q, int64_t b, double g_shift, R* row, R* logit, R* p, R* pg, Sums& a, double* grad_bias) {
+static void backward_step(const Step<R>& s, const Gradients& io, const Query<R>& q, int64_t b, double g_shift, double* row, R* logit, R* p, R* pg, R* near, Sums& a, double* grad_bias) {
   const bool log_map = q.mode == kLogMap;
   const double T = q.temperature, E = io.mean_logit[b], Eb = io.mean_bias[b], S = io.weight_sq[b];
   const double gL = io.g_log_z[b], gE = io.g_mean_logit[b], gb = io.g_mean_bias[b], gS = io.g_weight_sq[b];
   const double common = log_map ? 0 : q.xxt * T, tz = (io.log_z[b] + common) / T, err = error_of(q, s);
-  const double lo = err > Precision<R>::theta ? threshold<R>(tz, err) : kInf;
-  const double delta = 2 * err + 4e-6 * Precision<R>::u * q.xx, half = 0.5 * (double)s.D;
+  const double lo = err > Precision<R>::theta ? threshold<R>(tz, err) : kInf, half = 0.5 * (double)s.D;
+  const double delta = log_map ? delta_of(q, s) : 0;
   if (!log_map && (double)logits(q, s, p, logit) < tz + floor_of(R(0)) - err) {  // the whole tile is without weight
     for (int64_t j = 0; j < s.NT; j++) p[j] = 0;
     return;
@@ -72,48 +74,54 @@ static void backward_step(const Step<R>& s, const Gradients& io, const Query<R>&
     bool direct;
     if (log_map) {
       r2 = q.xx - 2 * ((double)p[j] * q.a1 - (double)s.tile->sq[j] * q.a2);
-      const double near = r2 - delta, e = near > 0 ? half * delta / near / T : kInf;
-      const double high = near > 0 ? (bj - half * __builtin_log(near / s.D)) / T : kInf;
+      const double least = r2 - delta, e = least > 0 ? half * delta / least / T : kInf;
+      const double high = least > 0 ? (bj - half * __builtin_log(least / s.D)) / T : kInf;
       direct = bj != -kInf && e > Precision<R>::theta && high > tz + __builtin_log(Precision<R>::theta / dmin(1, e));
       t = high;
     } else {
       t = logit[j];
-      direct = t > lo;
-      if (direct && bj == -kInf) direct = false;
+      direct = !(t <= lo);
     }
     if (bj == -kInf || (!direct && t - tz < floor_of(R(0)))) { p[j] = 0; continue; }
-    double xy, gy;
+    double l, xy, gy;
     if (direct) {
       exact_row(*s.src, q, io.mean + b * s.D, io.g_mean + b * s.D, s.tile->n0 + j, row, exact);
       r2 = exact[0];
       xy = exact[1];
       gy = exact[2];
-      if (!log_map) t = q.xxt - 0.5 * (r2 / q.sigma) / q.sigma / T + bj / T;
+      l = bj - 0.5 * (r2 / q.sigma) / q.sigma;
     } else {
       xy = (double)p[j] - q.alpha * s.tile->sq[j];
       gy = (double)pg[j] - g_shift;
+      l = t * T - common;
     }
-    if (log_map) t = (bj - half * __builtin_log(r2 / s.D)) / T;
-    const double w = __builtin_exp(t - tz), l = t * T - common;
+    if (log_map) l = bj - half * __builtin_log(r2 / s.D);
+    const double w = __builtin_exp((l - io.log_z[b]) / T);
     const double hg = gy / T, ho = gE * (l - E) / T + gb * (bj - Eb) / T + 2 * gS * (w - S) / T;
     const double coeff = w * (gL + gE + hg + ho), c = log_map ? s.D / r2 : 1;
     a.w += w;
     a.drift += w * hg;
     a.q += coeff;
-    a.qc += coeff * c;
     a.ql += coeff * (l - bj);
     a.qa += coeff * c * xy;
     a.wa += w * xy;
     a.temp += w * (l - E) * (hg + ho);
     if (grad_bias) grad_bias[s.tile->n0 + j] += coeff + gb * w;
-    p[j] = (R)(coeff * c);
+    if (direct) {  // its term of grad_x as it is: in the sums below it would cancel where r is small
+      for (int64_t d = 0; d < s.D; d++)
+        near[d] += (R)(coeff * c * (q.alpha * row[d] - (double)q.x[d]));
+      p[j] = R(0);
+    } else {
+      a.qc += coeff * c;
+      p[j] = (R)(coeff * c);
+    }
   }
 }
 
 // A query at its limit (sigma = 0, or an exact hit of the log kernel): only the nearest rows have weight, and only the
 // bias and the temperature still move it. r2 [N] is work space. Without a bias only a finite log_z moves (by T).
 template <class R>
-static void backward_limit(const Step<R>& s, const Gradients& io, const Query<R>& q, int64_t b, R* row, double* r2, double* grad_bias, int threads) {
+static void backward_limit(const Step<R>& s, const Gradients& io, const Query<R>& q, int64_t b, double* row, double* r2, double* grad_bias, int threads) {
   const int64_t N = s.src->rows.n, D = s.D;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
   for (int64_t n = 0; n < N; n++) r2[n] = s.bias && s.bias[n] == -kInf ? kInf : s.exact(*s.src, n, q.x, q.alpha);
@@ -144,9 +152,10 @@ static void backward_sweep(const Source<R>& src, const Queries& in, const Gradie
   Work<R>& f = w.fwd;
   memset((void*)w.sums, 0, pl.B * sizeof(Sums));
   memset((void*)f.acc, 0, pl.B * pl.Ds * sizeof(R));
+  memset((void*)w.near, 0, pl.B * pl.Ds * sizeof(R));
   for (int64_t b = 0; b < B; b++) {
     const double *g = io.g_mean + (b0 + b) * pl.D, *mean = io.mean + (b0 + b) * pl.D;
-    f.q[b] = make_query(in, src, b0 + b, pl.D, f.xc + b * pl.Ds);
+    f.q[b] = make_query(in, src, b0 + b, pl, f.xc + b * pl.Ds);
     w.g_shift[b] = 0;
     for (int64_t d = 0; d < pl.D; d++) {
       w.gc[b * pl.Ds + d] = (R)g[d];
@@ -164,7 +173,7 @@ static void backward_sweep(const Source<R>& src, const Queries& in, const Gradie
     for (int64_t b = 0; b < B; b++) {
       R* p = f.p + b * pl.NT;
       if (f.q[b].mode == kSoft || f.q[b].mode == kLogMap)
-        backward_step(s, io, f.q[b], b0 + b, w.g_shift[b], f.row, f.t, p, w.pg + b * pl.NT, w.sums[b], w.grad_bias);
+        backward_step(s, io, f.q[b], b0 + b, w.g_shift[b], w.row, f.t, p, w.pg + b * pl.NT, w.near + b * pl.Ds, w.sums[b], w.grad_bias);
       else
         memset((void*)p, 0, pl.NT * sizeof(R));
     }
@@ -174,7 +183,7 @@ static void backward_sweep(const Source<R>& src, const Queries& in, const Gradie
 
 // The sums of all parts to the gradients of query b.
 template <class R>
-static void backward_finish(const Source<R>& src, const Plan& pl, const Queries& in, const Gradients& io, const Query<R>& q, const Sums& a, const R* xc, R* acc, int64_t row, int64_t b) {
+static void backward_finish(const Source<R>& src, const Plan& pl, const Queries& in, const Gradients& io, const Query<R>& q, const Sums& a, const R* xc, R* acc, const R* near, int64_t row, int64_t b) {
   R* gx = (R*)io.grad_x + b * pl.D;
   const double nan = __builtin_nan("");
   const bool moves = q.mode == kSoft || q.mode == kLogMap;
@@ -194,7 +203,7 @@ static void backward_finish(const Source<R>& src, const Plan& pl, const Queries&
     const R* p = acc_at(pl, acc, row, d);
     for (int64_t i = 0; i < imin(NR, pl.D - d); i++) {
       const double c = src.center[d + i];
-      const double g = q.alpha * (p[i] - drift * a.w * (mean[d + i] - c)) - (double)xc[d + i] * qc;
+      const double g = q.alpha * (p[i] - drift * a.w * (mean[d + i] - c)) - (double)xc[d + i] * qc + near[row * pl.Ds + d + i];
       gx[d + i] = (R)(g * is2);
       cx -= c * g;
     }
@@ -230,7 +239,7 @@ template <class R> static int backward_typed(const Rows& rows, const Queries& in
         backward_sweep(c.src, in, io, pl, b_max, b0, B, n0, n1, work[i]);
         if (!by_queries) continue;
         for (int64_t b = 0; b < B; b++)
-          backward_finish(c.src, pl, in, io, work[i].fwd.q[b], work[i].sums[b], work[i].fwd.xc + b * pl.Ds, work[i].fwd.acc, b, b0 + b);
+          backward_finish(c.src, pl, in, io, work[i].fwd.q[b], work[i].sums[b], work[i].fwd.xc + b * pl.Ds, work[i].fwd.acc, work[i].near, b, b0 + b);
       }
     }
     if (by_queries) break;
@@ -241,19 +250,20 @@ template <class R> static int backward_typed(const Rows& rows, const Queries& in
         const double* from = (const double*)&work[i].sums[b];
         double* to = (double*)&work[0].sums[b];
         for (size_t e = 0; e < sizeof(Sums) / sizeof(double); e++) to[e] += from[e];
+        for (int64_t d = 0; d < pl.D; d++) work[0].near[b * pl.Ds + d] += work[i].near[b * pl.Ds + d];
         for (int64_t d = 0; d < pl.Dp; d += 2 * Vec<R>::W) {
           R *a = acc_at(pl, f.acc, b, d), *z = acc_at(pl, work[i].fwd.acc, b, d);
           for (int e = 0; e < 2 * Vec<R>::W; e++) a[e] += z[e];
         }
       }
-      backward_finish(c.src, pl, in, io, f.q[b], work[0].sums[b], f.xc + b * pl.Ds, f.acc, b, b0 + b);
+      backward_finish(c.src, pl, in, io, f.q[b], work[0].sums[b], f.xc + b * pl.Ds, f.acc, work[0].near, b, b0 + b);
     }
   }
   const Step<R> s = make_step(c.src, pl, in.bias, b_max, work[0].fwd);
   Arena distances;
   double* r2 = nullptr;
   for (int64_t b = 0; b < in.b; b++) {
-    const Query<R> q = make_query(in, c.src, b, pl.D, work[0].fwd.xc);
+    const Query<R> q = make_query(in, c.src, b, pl, work[0].fwd.xc);
     const double log_z = io.log_z[b];
     if (q.mode == kLost && io.grad_bias) io.grad_bias[0] = __builtin_nan("");
     if (q.mode != kHard && !(q.mode == kLogMap && log_z == kInf)) continue;
@@ -262,7 +272,7 @@ template <class R> static int backward_typed(const Rows& rows, const Queries& in
       if (!distances.reserve(Arena::bytes<double>(rows.n))) return 1;
       r2 = distances.take<double>(rows.n);
     }
-    backward_limit(s, io, q, b, work[0].fwd.row, r2, io.grad_bias, threads);
+    backward_limit(s, io, q, b, work[0].row, r2, io.grad_bias, threads);
   }
   if (io.grad_bias)
     for (int i = 0; i < parts; i++)

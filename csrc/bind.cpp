@@ -118,6 +118,8 @@ PYBIND11_MODULE(_C, m) {
     if (f64) current->exp_f64(ptr<double>(x), ptr<double>(y), n);
     else current->exp_f32(ptr<float>(x), ptr<float>(y), n);
   }, "The kernels' exponential, for its test.");
+  m.def("merge", [](uintptr_t a, uintptr_t b, uintptr_t factors) { current->merge(ptr<double>(a), ptr<double>(b), ptr<double>(factors)); },
+        "The kernels' merge of two states, for its test.");
 }
 
 }  // namespace memokern

@@ -26,8 +26,15 @@ template <class R> static void run_exp(const R* x, R* y, int64_t n) {
     memcpy(y + i, t, m * sizeof(R));
   }
 }
+static void run_merge(double* a, const double* b, double* factors) {
+  State s, t;
+  memcpy((void*)&s, a, sizeof s);
+  memcpy((void*)&t, b, sizeof t);
+  merge(s, t, factors[0], factors[1]);
+  memcpy(a, &s, sizeof s);
+}
 #define MK_STR(x) #x
 #define MK_NAME(x) MK_STR(x)
-static const Table kTable = {MK_NAME(MEMOKERN_ISA_NS), Vec<float>::W, run_posterior, run_backward, run_nearest, run_exp<float>, run_exp<double>};
+static const Table kTable = {MK_NAME(MEMOKERN_ISA_NS), Vec<float>::W, run_posterior, run_backward, run_nearest, run_exp<float>, run_exp<double>, run_merge};
 
 } }  // namespace

@@ -69,6 +69,7 @@ struct Table {
   int (*nearest)(const Rows&, const Queries&, const Nearest&, bool f64, int threads);
   void (*exp_f32)(const float* x, float* y, int64_t n);
   void (*exp_f64)(const double* x, double* y, int64_t n);
+  void (*merge)(double* a, const double* b, double* factors);  // [6] states (State in logits-inl.h), [2]
 };
 
 const Table* table_baseline();

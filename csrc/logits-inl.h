@@ -1,7 +1,7 @@
 // From products to weights: what is known of a query, its running state, and one tile's step.
 //
-// Logits are handled as t = (l + |xc|^2 / (2 sigma^2)) / T: the part that all rows share is left out, so that float
-// holds what differs. t is approximate; its error is bounded by `err` (below), and every row whose weight that error
+// A tile's logits are handled as t = (l + |xc|^2 / (2 sigma^2)) / T: the part that all rows share is left out, so that float
+// holds what differs; the state's m has it again, so exact logits lose nothing to it. t is approximate; its error is bounded by `err` (below), and every row whose weight that error
 // could change by more than THETA is evaluated again by direct differences in double.
 #pragma once
 #include "tile-inl.h"
@@ -42,26 +42,53 @@ MK_INLINE void merge(State& a, State b, double& fa, double& fb) {
 }
 
 template <class R> struct Precision;
-template <> struct Precision<float> { static constexpr double u = 5.97e-8, theta = 1e-6, tolerance = 2e-5, big = 1e30, far = 1e60; };
-template <> struct Precision<double> { static constexpr double u = 1.12e-16, theta = 1e-13, tolerance = 1e-11, big = 1e280, far = 1e280; };
+template <> struct Precision<float> { static constexpr double u = 5.97e-8, theta = 1e-6, tolerance = 2e-5, big = 1e30, safe = 1e37; };
+template <> struct Precision<double> { static constexpr double u = 1.12e-16, theta = 1e-13, tolerance = 1e-11, big = 1e280, safe = 1e300; };
 
 template <class R> struct Query {
   const R* x;            // [D] as given
+  double d;              // D
   Mode mode;
   double alpha, sigma, temperature, inv_t;
   double xx;             // |xc|^2
   double a1, a2;         // t = a1 <xc, yc> - a2 |yc|^2 + b / T
   double xxt;            // |xc|^2 / (2 sigma^2 T)
-  double e1, e2, e3;     // err = e1 |yc| + e2 |yc|^2 + e3 |b|
+  double e0, e1, e2, e3; // err = e0 + e1 |yc| + e2 |yc|^2 + e3 |b|
 };
 
-// Error of t. A product of two centred and rounded vectors, summed in blocks of K = min(D, KC), is off by about
-// u |xc||yc| (4 + sqrt(K) / 2): the rounding of the inputs, and partial sums that grow along K (for coherent vectors;
-// the worst case, K u, is never approached: Higham & Mary 2019). The norm and the bias are rounded once.
+// Error of t where weights are smooth. A product of two centred and rounded vectors, whose terms go through K additions,
+// is off by about u |xc||yc| (4 + sqrt(K) / 2): the rounding of the inputs, and partial sums that grow along K (for
+// coherent vectors; roundings are taken as independent: Higham & Mary 2019). The norm and the bias are rounded once;
+// so is the scale, which shifts all rows alike. `hit`: a direct difference of 0 need not be one when centred.
+template <class R> static void estimate_query(const Plan& pl, const Source<R>& src, Query<R>& q) {
+  const double u = Precision<R>::u, c = 4 + 0.5 * __builtin_sqrt((double)pl.depth), x = __builtin_sqrt(q.xx);
+  const double hit = 4.5e-16 * __builtin_fabs(q.alpha) * src.pad;
+  q.e0 = __builtin_fabs(q.a1) * src.pad * x * (src.rows.scale == 1 ? 0 : 2 * u) + (q.mode == kSoft ? 0 : hit * (x + hit));
+  q.e1 = c * u * __builtin_fabs(q.a1) * x;
+  q.e2 = 4 * u * q.a2;
+  q.e3 = q.mode == kSoft ? 2 * u * q.inv_t : 0;  // the log kernel adds it in double
+}
+// The same where the nearest row must be found (sigma = 0): an upper bound, for any data. With a = |alpha|:
+//   the product: K additions, the product itself, xc, yc, and t's own two roundings: (K + 8) u a |xc||yc|
+//   a row: raw * scale + offset, with scale and offset rounded: |d yc| <= 4 u (|yc| + pad), since |raw scale| <= |yc| + pad
+//   its norm: K additions where the tile sums it: (K + 8) u / 2 a^2 |yc|^2, and d yc again
+//   double: x - alpha center and x - alpha y (`hit`); |xc|^2 and r^2: (D + 16) 2^-53 of each, the latter in nearness()
+// The terms of second order are below a hundredth of these as long as K u < 0.005, that is D < 600,000 in float.
+template <class R> static void prove_query(const Plan& pl, const Source<R>& src, Query<R>& q) {
+  const double u = 1.01 * Precision<R>::u, a = __builtin_fabs(q.alpha), x = __builtin_sqrt(q.xx), k = pl.depth + 8;
+  const double hit = 4.5e-16 * a * src.pad;
+  q.e0 = 4 * u * src.pad * a * x + hit * (x + hit) + (pl.D + 16) * 1.2e-16 * q.xx;
+  q.e1 = u * a * ((k + 4) * x + 4 * src.pad * a);
+  q.e2 = 0.5 * u * a * a * (k + 8);
+  q.e3 = 0;
+}
+
 template <class R>
-static Query<R> make_query(const Queries& in, const Source<R>& src, int64_t b, int64_t D, R* xc) {
+static Query<R> make_query(const Queries& in, const Source<R>& src, int64_t b, const Plan& pl, R* xc) {
+  const int64_t D = pl.D;
   Query<R> q;
   q.x = (const R*)in.x + b * D;
+  q.d = (double)D;
   q.alpha = in.alpha[b];
   q.sigma = in.sigma[b];
   q.temperature = in.temperature[b];
@@ -74,8 +101,7 @@ static Query<R> make_query(const Queries& in, const Source<R>& src, int64_t b, i
     xx += v * v;
   }
   q.xx = xx;
-  if (!(xx < Precision<R>::far) ||  // beyond, products could overflow
-       !(q.sigma >= 0) || !(q.inv_t > 0) || !(q.inv_t < kInf)) {
+  if (!(xx < kInf) || !(q.sigma >= 0) || !(q.inv_t > 0) || !(q.inv_t < kInf)) {
     q.mode = kLost;
     for (int64_t d = 0; d < D; d++) xc[d] = 0;
     q.xx = 0;
@@ -88,13 +114,10 @@ static Query<R> make_query(const Queries& in, const Source<R>& src, int64_t b, i
       scale = 1;
     }
   }
-  const double u = Precision<R>::u, c = 4 + 0.5 * __builtin_sqrt((double)imin(D, KC));
   q.a1 = q.alpha * scale;
   q.a2 = 0.5 * q.alpha * q.alpha * scale;
   q.xxt = 0.5 * xx * scale;
-  q.e1 = c * u * __builtin_fabs(q.a1) * __builtin_sqrt(xx);
-  q.e2 = 4 * u * q.a2;
-  q.e3 = 2 * u * q.inv_t;
+  if (q.mode == kHard) prove_query(pl, src, q); else estimate_query(pl, src, q);
   return q;
 }
 
@@ -112,8 +135,14 @@ template <class R> struct Step {
   double* cand_t;       // [NT] their exact logits (kHard: squared distances)
 };
 
+// Infinite where a product could overflow: then every row is evaluated exactly.
 template <class R> MK_INLINE double error_of(const Query<R>& q, const Step<R>& s) {
-  return q.e1 * __builtin_sqrt(s.tile->sq_max) + q.e2 * s.tile->sq_max + (s.b && q.mode != kHard ? q.e3 * s.b_max : 0);
+  const double y2 = s.tile->sq_max, err = q.e0 + q.e1 * __builtin_sqrt(y2) + q.e2 * y2 + (s.b ? q.e3 * s.b_max : 0);
+  return q.xx < Precision<R>::safe && y2 < Precision<R>::safe && err < Precision<R>::big ? err : kInf;
+}
+// sigma = 0: below which approximate t = (|xc|^2 - r^2) / 2 a row is surely farther than r^2 = key.
+template <class R> MK_INLINE double nearness(const Query<R>& q, double key, double err) {
+  return 0.5 * (q.xx - key) - err - (key < kInf ? (q.d + 16) * 1.2e-16 * key : 0);
 }
 template <class R> MK_INLINE double bias_of(const Step<R>& s, int64_t j) { return s.bias ? s.bias[s.tile->n0 + j] : 0; }
 template <class R> MK_INLINE double exact_r2(const Query<R>& q, const Step<R>& s, int64_t j) {
@@ -151,15 +180,15 @@ template <class R> MK_INLINE R logits(const Query<R>& q, const Step<R>& s, const
   return best;
 }
 
-// p: t in, e^(t - st.m) out, added to the state. st.m is already the largest.
-template <class R> MK_INLINE void exponentials(const Step<R>& s, State& st, R* p) {
+// p: t in, e^(t - xxt - st.m) out, added to the state. st.m is already the largest.
+template <class R> MK_INLINE void exponentials(const Query<R>& q, const Step<R>& s, State& st, R* p) {
   enum { W = Vec<R>::W };
   typedef typename Vec<R>::T V;
-  const V m = splat<R>((R)st.m), lo = splat<R>(floor_of(R(0)));
+  const V m = splat<R>((R)(st.m + q.xxt)), lo = splat<R>(floor_of(R(0)));
   V sum = {}, st_ = {}, sb = {}, sw = {};
   for (int64_t j = 0; j < s.NT; j += W) {  // beyond cnt: t = -inf, weight 0
     V d = load(p + j) - m;
-    d = d < lo ? lo : d;
+    d = d > lo ? d : lo;  // also where both are -inf
     V w = vexp(d);
     store(p + j, w);
     sum += w;
@@ -187,35 +216,37 @@ template <class R> MK_INLINE void add_exact(const Step<R>& s, State& st, R* p, i
 // One tile for one query: p [NT] holds dots and becomes weights relative to st.m. Returns the factor for acc.
 template <class R> static double step_soft(const Query<R>& q, const Step<R>& s, State& st, R* p) {
   const double top = logits(q, s, p, p);
+  const double err = error_of(q, s);
+  const bool all = err == kInf;
   st.key = 0;
-  if (top == -kInf) {
+  if (top == -kInf && !all) {
     for (int64_t j = 0; j < s.NT; j++) p[j] = 0;
     return 1;
   }
-  const double err = error_of(q, s);
   int count = 0;
-  double m = dmax(st.m, top);
+  double m = dmax(st.m, top - q.xxt);
   if (err > Precision<R>::theta) {
-    const double lower = dmax(st.s > 0 ? st.m + __builtin_log(st.s) : -kInf, top - err), lo = threshold<R>(lower, err);
-    if (top > lo) {
+    const double lower = dmax(st.s > 0 ? st.m + q.xxt + __builtin_log(st.s) : -kInf, top - err), lo = threshold<R>(lower, err);
+    if (all || top > lo) {
       double rest = -kInf;
       m = st.m;
       for (int64_t j = 0; j < s.tile->cnt; j++) {
-        if (!((double)p[j] > lo)) {
+        if (all ? bias_of(s, j) == -kInf : !((double)p[j] > lo)) {
+          if (all) p[j] = (R)-kInf;
           rest = dmax(rest, p[j]);
           continue;
         }
         s.cand[count] = (int)j;
-        s.cand_t[count] = q.xxt - 0.5 * (exact_r2(q, s, j) / q.sigma) / q.sigma * q.inv_t + bias_of(s, j) * q.inv_t;
+        s.cand_t[count] = -0.5 * (exact_r2(q, s, j) / q.sigma) / q.sigma * q.inv_t + bias_of(s, j) * q.inv_t;
         m = dmax(m, s.cand_t[count]);
         p[j] = (R)-kInf;
         count++;
       }
-      m = dmax(m, rest);
+      m = dmax(m, rest - q.xxt);
     }
   }
   const double f = st.s > 0 ? rescale(st, m) : (st.m = m, 1.0);
-  exponentials(s, st, p);
+  exponentials(q, s, st, p);
   add_exact(s, st, p, count);
   return f;
 }
@@ -226,9 +257,9 @@ template <class R> static double step_hard(const Query<R>& q, const Step<R>& s, 
   double best = st.key;
   int count = 0;
   // t = (|xc|^2 - r^2) / 2: the approximate top may be an excluded row, so it only bounds when there is no bias.
-  const double lo = dmax(0.5 * (q.xx - st.key), s.bias ? -kInf : top - err) - err - 1e-12 * q.xx;
+  const double lo = dmax(nearness(q, st.key, err), s.bias ? -kInf : nearness(q, dmax(0, q.xx - 2 * (top - err)), err));
   for (int64_t j = 0; j < s.tile->cnt; j++) {
-    if (!((double)p[j] >= lo) || bias_of(s, j) == -kInf) continue;
+    if ((double)p[j] < lo || bias_of(s, j) == -kInf) continue;
     s.cand[count] = (int)j;
     s.cand_t[count] = exact_r2(q, s, j);
     best = dmin(best, s.cand_t[count]);
@@ -256,14 +287,17 @@ template <class R> static double step_hard(const Query<R>& q, const Step<R>& s, 
   return f;
 }
 
+// The log kernel: error of r^2.
+template <class R> MK_INLINE double delta_of(const Query<R>& q, const Step<R>& s) {
+  return 2 * error_of(q, s) + 4e-6 * Precision<R>::u * q.xx;
+}
 // The log kernel: l = -(D/2) log(r^2 / D) + b; an exact hit outweighs everything.
 template <class R> static double step_log(const Query<R>& q, const Step<R>& s, State& st, R* p) {
-  const double half = 0.5 * (double)s.D, ynorm = __builtin_sqrt(s.tile->sq_max);
-  const double delta = 2 * (q.e1 * ynorm + q.e2 * s.tile->sq_max) + 4 * Precision<R>::u * 1e-6 * q.xx;
+  const double half = 0.5 * (double)s.D, delta = delta_of(q, s);
   double lower = st.s > 0 ? st.m + __builtin_log(st.s) : -kInf;
   for (int64_t j = 0; j < s.tile->cnt; j++) {  // a lower bound from this tile's best row
     const double r2 = q.xx - 2 * ((double)p[j] * q.a1 - (double)s.tile->sq[j] * q.a2) + delta;
-    if (st.key != 0) lower = dmax(lower, (bias_of(s, j) - half * __builtin_log(r2 / s.D)) * q.inv_t);
+    if (st.key != 0 && r2 < kInf) lower = dmax(lower, (bias_of(s, j) - half * __builtin_log(r2 / s.D)) * q.inv_t);
   }
   for (int64_t j = s.tile->cnt; j < s.NT; j++) p[j] = 0;
   int count = 0, hits = 0;

@@ -1,7 +1,7 @@
 // nearest: the k rows of least |x - y|^2, exactly.
 //
-// The sweep's first product gives every squared distance up to a bound; a row whose distance could be among the k best
-// is evaluated by direct differences in double. Each part keeps k (distance, index) pairs per query, ascending, the
+// The sweep's first product gives every squared distance up to a worst-case bound (prove_query); a row whose distance
+// could be among the k best is evaluated by direct differences in double. Each part keeps k (distance, index) pairs per query, ascending, the
 // lower index first; parts are joined by inserting one list into the other.
 #pragma once
 #include "posterior-inl.h"
@@ -22,7 +22,7 @@ MK_INLINE void insert(double* dist, int64_t* index, int64_t k, double d, int64_t
 template <class R>
 static void nearest_sweep(const Source<R>& src, const Queries& in, const Plan& pl, int64_t b0, int64_t B, int64_t n0, int64_t n1, int64_t k, double* dist, int64_t* index, Work<R>& w) {
   const typename Pack<R>::F pack = pack_for(src);
-  for (int64_t b = 0; b < B; b++) w.q[b] = make_query(in, src, b0 + b, pl.D, w.xc + b * pl.Ds);
+  for (int64_t b = 0; b < B; b++) w.q[b] = make_query(in, src, b0 + b, pl, w.xc + b * pl.Ds);
   for (int64_t i = 0; i < B * k; i++) {
     dist[i] = kInf;
     index[i] = INT64_MAX;
@@ -37,10 +37,10 @@ static void nearest_sweep(const Source<R>& src, const Queries& in, const Plan& p
       if (q.mode == kLost) continue;
       R* p = w.p + b * pl.NT;
       double* best = dist + b * k;
-      const double top = logits(q, s, p, p), err = error_of(q, s) + 1e-12 * q.xx;  // t = (|xc|^2 - r^2) / 2
-      if (top < 0.5 * (q.xx - best[k - 1]) - err) continue;
+      const double top = logits(q, s, p, p), err = error_of(q, s);
+      if (top < nearness(q, best[k - 1], err)) continue;
       for (int64_t j = 0; j < w.tile.cnt; j++)
-        if ((double)p[j] >= 0.5 * (q.xx - best[k - 1]) - err) insert(best, index + b * k, k, exact_r2(q, s, j), w.tile.n0 + j);
+        if (!((double)p[j] < nearness(q, best[k - 1], err))) insert(best, index + b * k, k, exact_r2(q, s, j), w.tile.n0 + j);
     }
   }
 }

@@ -21,6 +21,7 @@ template <class R> static Plan make_plan(int64_t B, int64_t N, int64_t D) {
   pl.Ds = pl.Dp + 64 / (int64_t)sizeof(R);  // odd number of cache lines apart: rows fall in different L1 sets
   if ((pl.Ds * (int64_t)sizeof(R) / 64) % 2 == 0) pl.Ds += 64 / (int64_t)sizeof(R);
   pl.packed = pl.B > FEW;
+  pl.depth = pl.packed ? imin(D, KC) + D / KC + 1 : D / (2 * W) + 8;
   const int64_t budget = (pl.packed ? 512 << 10 : 128 << 10) / (int64_t)sizeof(R);
   const int64_t unit = pl.packed ? NR : imax(8, W), least = pl.packed ? imax(NR, 32) : unit;
   pl.NT = imin(imax(budget / pl.Dp / unit * unit, least), 128);
@@ -31,7 +32,7 @@ template <class R> static Plan make_plan(int64_t B, int64_t N, int64_t D) {
 // What a part works with: the buffers of a tile and of a block of queries.
 template <class R> struct Work {
   Tile<R> tile;
-  R *p, *xc, *acc, *b, *b0, *row, *t;
+  R *p, *xc, *acc, *b, *b0, *t;
   int* cand;
   double* cand_t;
   State* st;        // [B]
@@ -41,7 +42,7 @@ template <class R> struct Work {
     const int64_t tile_len = pl.NT * (pl.Ds + 64);
     if (!arena.reserve(Arena::bytes<R>(tile_len) * (pl.packed ? 2 : 1) + Arena::bytes<R>(pl.NT + 64) * 3 +
                        Arena::bytes<R>(pl.B * pl.NT) + 2 * Arena::bytes<R>(pl.B * pl.Ds) + Arena::bytes<int>(pl.NT) +
-                       Arena::bytes<double>(pl.NT) + Arena::bytes<State>(pl.B) + Arena::bytes<Query<R> >(pl.B) + Arena::bytes<R>(pl.Ds + 64) + Arena::bytes<R>(pl.NT + 64)))
+                       Arena::bytes<double>(pl.NT) + Arena::bytes<State>(pl.B) + Arena::bytes<Query<R> >(pl.B) + Arena::bytes<R>(pl.NT + 64)))
       return false;
     tile.y2 = arena.take<R>(tile_len);
     tile.y1 = pl.packed ? arena.take<R>(tile_len) : nullptr;
@@ -55,7 +56,6 @@ template <class R> struct Work {
     cand_t = arena.take<double>(pl.NT);
     st = arena.take<State>(pl.B);
     q = arena.take<Query<R> >(pl.B);
-    row = arena.take<R>(pl.Ds + 64);
     t = arena.take<R>(pl.NT + 64);
     return true;
   }
@@ -99,7 +99,7 @@ template <class R>
 static void sweep(const Source<R>& src, const Queries& in, const Plan& pl, double b_max, int64_t b0, int64_t B, int64_t n0, int64_t n1, Work<R>& w) {
   const typename Pack<R>::F pack = pack_for(src);
   for (int64_t b = 0; b < B; b++) {
-    w.q[b] = make_query(in, src, b0 + b, pl.D, w.xc + b * pl.Ds);
+    w.q[b] = make_query(in, src, b0 + b, pl, w.xc + b * pl.Ds);
     w.st[b] = neutral();
   }
   memset((void*)w.acc, 0, pl.B * pl.Ds * sizeof(R));
@@ -132,9 +132,8 @@ template <class R> static void finish_stats(const Query<R>& q, const State& st, 
     mb = st.sb / st.s;
     w2 = st.sw2 / (st.s * st.s);
     if (q.mode == kSoft) {
-      const double common = q.xxt * q.temperature;
-      log_z = lse - common;
-      ml = e - common;
+      log_z = lse;
+      ml = e;
     } else if (q.mode == kHard) {
       const double d = st.key > 0 ? -0.5 * (st.key / q.sigma) / q.sigma : 0;
       log_z = lse + d;
@@ -189,7 +188,13 @@ template <class R> struct Centred {
       for (int64_t d = 0; d < rows.d; d++) center[d] = (R)(center[d] / some * rows.scale + rows.shift);
     }
     src.scale = (R)rows.scale;
-    for (int64_t d = 0; d < rows.d; d++) offset[d] = (R)(rows.shift - center[d]);
+    double off = 0, mid = 0;
+    for (int64_t d = 0; d < rows.d; d++) {
+      offset[d] = (R)(rows.shift - center[d]);
+      off += (double)offset[d] * offset[d];
+      mid += center[d] * center[d];
+    }
+    src.pad = __builtin_sqrt(off) + __builtin_sqrt(mid);
     return true;
   }
 };

@@ -70,6 +70,8 @@ static void small_chunk(Lanes<R, D>& q, const R* y, const R* b, const R* b0, int
 template <class R, int D>
 static int small_part(const Source<R>& src, const Queries& in, double b_max, int64_t b0, int64_t b1, const Posterior& out, char* left) {
   enum { W = Vec<R>::W };
+  Plan pl = {};
+  pl.D = pl.depth = src.rows.d;
   const int64_t d_real = src.rows.d, N = src.rows.n, block = imin(SMALL_BLOCK, round_up(b1 - b0, W));
   Arena arena;
   if (!arena.reserve(Arena::bytes<Lanes<R, D> >(block / W) + Arena::bytes<Query<R> >(block) + Arena::bytes<R>(ROWS * D + 64) + 2 * Arena::bytes<R>(ROWS) +
@@ -86,7 +88,7 @@ static int small_part(const Source<R>& src, const Queries& in, double b_max, int
     for (int64_t i = 0; i < vectors * W; i++) {
       Lanes<R, D>& v = lanes[i / W];
       const int e = i % W;
-      q[i] = make_query(in, src, q0 + imin(i, count - 1), d_real, row);
+      q[i] = make_query(in, src, q0 + imin(i, count - 1), pl, row);
       const bool soft = q[i].mode == kSoft;
       for (int64_t d = 0; d < d_real; d++) v.x[d][e] = row[d];
       v.alpha[e] = (R)(soft ? q[i].alpha : 0);
@@ -128,7 +130,6 @@ static int small_part(const Source<R>& src, const Queries& in, double b_max, int
       left[at - b0] = q[i].mode != kSoft || !(err < Precision<R>::tolerance) || !(v.s[e] > 0);
       if (left[at - b0]) continue;
       State st = {0, m, v.s[e], v.st[e], v.sb[e], v.sw2[e]};
-      q[i].xxt = 0;  // the logit is whole
       double acc[D];
       for (int d = 0; d < D; d++) acc[d] = v.acc[d][e];
       R* mean = (R*)out.mean + at * d_real;

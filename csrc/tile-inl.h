@@ -18,6 +18,7 @@ template <class R> struct Source {
   R scale;
   const R* offset;       // [Dp] shift - center, zero beyond d
   const double* center;  // [Dp]
+  double pad;            // |offset| + |center|: what centring may add to the rounding of a row
 };
 
 template <class R, class S>
@@ -89,13 +90,30 @@ static double exact_typed(const Source<R>& src, int64_t n, const R* x, double al
 template <class R> struct Exact { typedef double (*F)(const Source<R>&, int64_t, const R*, double); };
 template <class R> static typename Exact<R>::F exact_for(const Source<R>& src) { MK_BY_TYPE(R, exact_typed) }
 template <class R, class S> static void fetch_typed(const Source<R>& src, int64_t n, int64_t d0, int64_t cnt, R* dst) { fetch<R, S>(src, n, d0, cnt, dst); }
+// The row as it was given, not centred, in double.
+template <class R, class S> static void values_typed(const Source<R>& src, int64_t n, double* dst) {
+  enum { W = Vec<double>::W };
+  const S* raw = (const S*)src.rows.data + n * src.rows.stride;
+  const double scale = src.rows.scale, shift = src.rows.shift;
+  int64_t d = 0;
+  for (; d + W <= src.rows.d; d += W) store(dst + d, Convert<double, S>::vec(raw + d) * scale + shift);
+  if (d == src.rows.d) return;
+  S tail[W];
+  memset((void*)tail, 0, sizeof tail);
+  memcpy((void*)tail, raw + d, (src.rows.d - d) * sizeof(S));
+  const Vec<double>::T v = Convert<double, S>::vec(tail) * scale + shift;
+  for (int64_t i = 0; d + i < src.rows.d; i++) dst[d + i] = v[i];
+}
+template <class R> struct Values { typedef void (*F)(const Source<R>&, int64_t, double*); };
+template <class R> static typename Values<R>::F values_for(const Source<R>& src) { MK_BY_TYPE(R, values_typed) }
 template <class R> struct Fetch { typedef void (*F)(const Source<R>&, int64_t, int64_t, int64_t, R*); };
 template <class R> static typename Fetch<R>::F fetch_for(const Source<R>& src) { MK_BY_TYPE(R, fetch_typed) }
 
 // The shapes one sweep works with.
 struct Plan {
   bool packed;
-  int64_t B, Bp, D, Dp, Ds, NT;  // queries of a block; features padded, and their stride in row-major buffers
+  int64_t B, D, Dp, Ds, NT;  // queries of a block; features padded, and their stride in row-major buffers
+  int64_t depth;             // most additions that one term of a product goes through
 };
 
 template <class R> struct Tile {

@@ -15,7 +15,8 @@ if cpu.unavailable() is not None:
 from memokern import _C  # noqa: E402
 
 USABLE = [name for name, supported in _C.isas() if supported]
-TESTS = os.path.join(os.path.dirname(__file__), "test_cpu_kernels.py")
+HERE = os.path.dirname(__file__)
+TESTS = [os.path.join(HERE, f"test_cpu_{name}.py") for name in ("kernels", "backward", "nearest")]
 
 
 def child(isa: str, *command: str) -> subprocess.CompletedProcess[str]:
@@ -35,7 +36,7 @@ def test_every_isa_passes_the_kernel_tests(isa: str) -> None:
         "-q",
         "-p",
         "no:cacheprovider",
-        TESTS,
+        *TESTS,
         "-k",
         "not far_offsets and not threads",
     )

@@ -1,4 +1,4 @@
-"""The compiled kernels against an oracle in float64 that shares nothing with them."""
+"""The compiled sweep against an oracle in float64 that shares nothing with it."""
 
 from __future__ import annotations
 
@@ -7,114 +7,10 @@ import threading
 
 import pytest
 import torch
+from kernel_cases import F32, F64, ROW_TYPES, check, column, compare, cpu, make, oracle, run
 from torch import Tensor
 
-cpu = pytest.importorskip("memokern.backends.cpu")
-if cpu.unavailable() is not None:
-    pytest.skip(cpu.unavailable(), allow_module_level=True)
-
-F32, F64 = torch.float32, torch.float64
-ROW_TYPES = [F64, F32, torch.bfloat16, torch.float16, torch.uint8]
 TAILS = [1, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63]
-# Relative to the largest |y|: the float32 kernels' contract; float64 with room for 2^10 sums.
-MEAN_TOL = {F32: 1e-5, F64: 1e-12}
-
-
-def column(value: float, b: int) -> Tensor:
-    return torch.full((b,), value, dtype=F64)
-
-
-def make(b: int, n: int, d: int, dtype: torch.dtype, sigma: float, *, alpha: float = 1.0,
-         x_dtype: torch.dtype = F32,
-         seed: int = 0, offset: float = 0.0, repeat: float | None = None):  # fmt: skip
-    """Rows, their scale and shift, and queries alpha y + sigma z around some of them."""
-    g = torch.Generator().manual_seed(seed)
-    scale, shift = (2 / 255, -1.0) if dtype == torch.uint8 else (1.0, 0.0)
-    if dtype == torch.uint8:
-        rows = torch.randint(0, 256, (n, d), dtype=dtype, generator=g)
-    else:
-        rows = torch.randn(n, d, dtype=F64, generator=g) + offset
-        if repeat is not None:  # near-duplicates of the first row
-            rows[n // 2 :] = rows[0] + repeat * torch.randn(n - n // 2, d, dtype=F64, generator=g)
-        rows = rows.to(dtype)
-    y = rows.to(F64) * scale + shift
-    pick = torch.arange(b) % n
-    x = (alpha * y[pick] + sigma * torch.randn(b, d, dtype=F64, generator=g)).to(x_dtype)
-    return x, rows, scale, shift
-
-
-def oracle(x, rows, sigma, alpha, temperature, bias, scale, shift, kernel):
-    """The formulas, densely, by direct differences; sigma > 0 and no exact hits."""
-    b = torch.zeros(rows.shape[0], dtype=F64) if bias is None else bias
-    kept = torch.isfinite(b)
-    y, b = (rows.to(F64) * scale + shift)[kept], b[kept]
-    xd = x.to(F64)
-    r2 = torch.stack([(xd - alpha[:, None] * row).square().sum(1) for row in y], 1)
-    d = x.shape[1]
-    if kernel == "gaussian":
-        logit = -r2 / (2 * sigma[:, None] ** 2)
-    else:
-        logit = -d / 2 * torch.log(r2 / d)
-    logit = logit + b
-    w = torch.softmax(logit / temperature[:, None], 1)
-    log_z = temperature * torch.logsumexp(logit / temperature[:, None], 1)
-    return w @ y, log_z, (w * logit).sum(1), (w * b).sum(1), w.square().sum(1)
-
-
-def compare(got, want, rows, scale, shift, compute):
-    largest = (rows.to(F64) * scale + shift).abs().max().item()
-    assert all(torch.isfinite(v).all() for v in got)
-    tol = MEAN_TOL[compute] * max(largest, 1e-30)
-    assert (got[0].to(F64) - want[0]).abs().max().item() <= tol + (1e-12 if compute == F64 else 0)
-    # Weights are right to 1e-4 in float32: so are the logarithm of their sum and sum w^2. A mean
-    # of logits is off by the logits' own error and by 1e-4 of their spread.
-    stat = 1e-4 if compute == F32 else 1e-9
-    for a, e in zip(got[1:], want[1:], strict=True):
-        assert ((a - e).abs() <= stat * (1 + e.abs())).all(), (a - e).abs().max()
-
-
-def run(
-    x,
-    rows,
-    sigma,
-    alpha=1.0,
-    temperature=1.0,
-    bias=None,
-    scale=1.0,
-    shift=0.0,
-    kernel="gaussian",
-    cached=False,
-):
-    b = x.shape[0]
-    center = sq = None
-    if cached:
-        y = rows.to(F64) * scale + shift
-        center = y.mean(0).to(F64 if rows.dtype == F64 else F32)
-        sq = (y - center.to(F64)).square().sum(1)
-    columns = [column(v, b) for v in (sigma, alpha, temperature)]
-    got = cpu.posterior(x, rows, *columns, bias, center, sq, scale, shift, kernel)
-    return got, columns
-
-
-def check(
-    x,
-    rows,
-    scale,
-    shift,
-    sigma,
-    *,
-    alpha=1.0,
-    temperature=1.0,
-    bias=None,
-    kernel="gaussian",
-    cached=False,
-):
-    got, columns = run(x, rows, sigma, alpha, temperature, bias, scale, shift, kernel, cached)
-    compute = F64 if F64 in (x.dtype, rows.dtype) else F32
-    assert got[0].dtype == x.dtype
-    want = oracle(x, rows, *columns, bias, scale, shift, kernel)
-    compare(got, want, rows, scale, shift, F32 if x.dtype == F32 else compute)
-    return got
 
 
 @pytest.mark.parametrize("dtype", ROW_TYPES)
@@ -328,100 +224,86 @@ def test_split_of_the_batch(b: int, d: int) -> None:
         torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5)
 
 
-def gradients(x, rows, sigma, alpha, temperature, bias, scale, shift, kernel, grads):
-    leaves = [v.to(F64).requires_grad_() for v in (x, sigma, alpha, temperature)]
-    if bias is not None:
-        leaves.append(bias.clone().requires_grad_())
-    values = oracle(
-        leaves[0], rows, *leaves[1:4], leaves[4] if bias is not None else None, scale, shift, kernel
-    )
-    total = sum((v * g).sum() for v, g in zip(values, grads, strict=True))
-    got = torch.autograd.grad(total, leaves, allow_unused=True)
-    return [torch.zeros_like(v) if g is None else g for g, v in zip(got, leaves, strict=True)]
+@pytest.mark.parametrize("b", [1, 12, 64])
+@pytest.mark.parametrize("d", [2, 40])
+def test_far_rows_and_queries(b: int, d: int) -> None:
+    """Squares that overflow in float32: exact distances decide, and nothing becomes NaN."""
+    rows = torch.randn(50, d, generator=torch.Generator().manual_seed(0))
+    rows[7] = 1e25
+    rows[11] = -1e25
+    x = torch.full((b, d), 1e25)
+    got, _ = run(x, rows, 1e23)
+    assert torch.equal(got[0], rows[7:8].expand(b, d))
+    torch.testing.assert_close(got[1], torch.zeros(b, dtype=F64))
+    got, _ = run(-x, rows, 0.0)
+    assert torch.equal(got[0], rows[11:12].expand(b, d))
+    x[:, 0] = 3e30
+    got, _ = run(x, rows, 1e30)
+    check(x, rows, 1.0, 0.0, 1e30)
 
 
-@pytest.mark.parametrize("kernel", ["gaussian", "log"])
-@pytest.mark.parametrize("dtype", ROW_TYPES)
-def test_backward(dtype: torch.dtype, kernel: str) -> None:
-    x_dtype = F64 if dtype == F64 else F32
-    bias = torch.randn(90, dtype=F64, generator=torch.Generator().manual_seed(3))
-    bias[5] = -math.inf
-    for b, d, sigma, alpha in (
-        (1, 3, 0.5, 1.0),
-        (4, 33, 2.0, 0.6),
-        (40, 17, 1.0, -0.8),
-        (300, 2, 0.3, 1.0),
-        (9, 300, 0.02, 1.0),
-    ):
-        for with_bias in (None, bias):
-            x, rows, scale, shift = make(b, 90, d, dtype, sigma, alpha=alpha, x_dtype=x_dtype)
-            got, columns = run(x, rows, sigma, alpha, 1.3, with_bias, scale, shift, kernel)
-            g = torch.Generator().manual_seed(b)
-            grads = [torch.randn(v.shape, dtype=v.dtype, generator=g) for v in got]
-            back = cpu.posterior_backward(
-                x, rows, *columns, with_bias, None, None, *got, *grads, scale, shift, kernel
-            )
-            want = gradients(x, rows, *columns, with_bias, scale, shift, kernel, grads)
-            assert back[0].dtype == x.dtype
-            assert back[4].shape == ((0,) if with_bias is None else (90,))
-            for a, e in zip(back, want, strict=False):
-                # float32 carries mean and products: 1e-4 of the largest gradient of the kind. The
-                # oracle itself subtracts logits, hence 4 units in the last place of those.
-                tol = (1e-4 if x_dtype == F32 else 1e-9) * (e.abs().max().item() + 1e-2)
-                tol += 4 * 2.2e-16 * got[2].abs().max().item()
-                assert (a.to(F64) - e).abs().max().item() <= tol, (kernel, b, d, sigma)
-
-
-def test_backward_at_the_limit() -> None:
-    rows = torch.tensor([[0.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
-    x = torch.tensor([[0.9, 0.1]])
-    bias = torch.tensor([0.0, 0.0, math.log(3)], dtype=F64)
-    got, columns = run(x, rows, 0.0, bias=bias)
-    one, zero = torch.ones(1, dtype=F64), torch.zeros(1, dtype=F64)
+@pytest.mark.parametrize("b,d", [(1, 40), (12, 40), (64, 3)])
+def test_outputs_are_written_everywhere(b: int, d: int, poisoned: None) -> None:
+    """Fresh memory is full of NaN here: what a kernel leaves out would show."""
+    x, rows, _, _ = make(b, 70, d, F32, 0.5)
+    bias = torch.zeros(70, dtype=F64)
+    assert torch.isnan(torch.empty(5)).all()
+    got, columns = run(x, rows, 0.5, bias=bias)
+    grads = [torch.ones_like(v) for v in got]
     back = cpu.posterior_backward(
-        x,
-        rows,
-        *columns,
-        bias,
-        None,
-        None,
-        *got,
-        torch.ones(1, 2),
-        one,
-        one,
-        zero,
-        one,
-        1.0,
-        0.0,
-        "gaussian",
+        x, rows, *columns, bias, None, None, *got, *grads, 1.0, 0.0, "gaussian"
     )
-    assert torch.equal(back[0], torch.zeros(1, 2)) and back[1].item() == 0 and back[2].item() == 0
-    w = torch.tensor([0.25, 0.75], dtype=F64)  # the tie: d sum w^2 / d b_n = 2 w_n (w_n - sum w^2)
-    torch.testing.assert_close(back[4][1:], 2 * w * (w - w.square().sum()))
-    assert back[4][0].item() == 0
+    distance, index = cpu.nearest(x, rows, 2, None, None, 1.0, 0.0)
+    assert all(torch.isfinite(v).all() for v in (*got, *back, distance))
+    assert ((index >= 0) & (index < 70)).all()
 
 
-@pytest.mark.parametrize("dtype", ROW_TYPES)
-@pytest.mark.parametrize("b", [1, 7, 40])
-def test_nearest(dtype: torch.dtype, b: int) -> None:
-    for n, d, offset in (
-        (1, 1, 0.0),
-        (33, 7, 0.0),
-        (700, 40, 0.0),
-        (700, 40, 500.0),
-        (129, 300, 0.0),
-    ):
-        x, rows, scale, shift = make(b, n, d, dtype, 0.3, offset=offset)
-        if n > 20:
-            rows[n // 2] = rows[3]  # a tie: the lower index first
-            x[0] = (rows[3].to(F64) * scale + shift).to(F32)
-        y = rows.to(F64) * scale + shift
-        r2 = torch.stack([(q - y).square().sum(1) for q in x.to(F64)])
-        for k in {1, min(2, n), min(50, n)}:
-            distance, index = cpu.nearest(x, rows, k, None, None, scale, shift)
-            value, order = torch.sort(r2, dim=1, stable=True)
-            torch.testing.assert_close(distance, value[:, :k], rtol=1e-12, atol=1e-24)
-            assert torch.equal(index, order[:, :k])
+@pytest.fixture
+def poisoned():
+    """Deterministic mode fills new tensors with NaN, and integers with their largest value."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def merged(a: Tensor, b: Tensor) -> Tensor:
+    """The kernels' merge of two states (key, m, s, st, sb, sw2, *acc), each [6 + D]."""
+    from memokern import _C
+
+    out, other, factors = a.clone(), b.clone(), torch.empty(2, dtype=F64)
+    _C.merge(out.data_ptr(), other.data_ptr(), factors.data_ptr())
+    both = torch.stack([a[6:], b[6:]])
+    scaled = torch.where(factors[:, None] == 0, 0.0, factors[:, None] * both)
+    return torch.cat([out[:6], scaled.sum(0)])
+
+
+def state(logits: Tensor, bias: Tensor, y: Tensor, key: float = 0.0) -> Tensor:
+    """The state of some rows, by its definition."""
+    m = logits.max()
+    w = torch.exp(logits - m)
+    sums = [w.sum(), (w * (logits - m)).sum(), (w * bias).sum(), w.square().sum()]
+    return torch.cat([torch.stack([torch.tensor(key, dtype=F64), m, *sums]), w @ y])
+
+
+def test_merge_is_a_monoid() -> None:
+    """Parts join to the whole, in any grouping and order; the empty state changes nothing."""
+    g = torch.Generator().manual_seed(0)
+    logits, bias = 30 * torch.randn(12, dtype=F64, generator=g), torch.randn(12, dtype=F64)
+    y = torch.randn(12, 4, dtype=F64, generator=g)
+    parts = [state(logits[i], bias[i], y[i]) for i in torch.arange(12).split([3, 4, 5])]
+    a, b, c = parts
+    whole = state(logits, bias, y)
+    close = {"rtol": 1e-13, "atol": 1e-13}
+    torch.testing.assert_close(merged(merged(a, b), c), whole, **close)
+    torch.testing.assert_close(merged(a, merged(b, c)), whole, **close)
+    torch.testing.assert_close(merged(c, merged(b, a)), whole, **close)
+    empty = torch.tensor([math.inf, -math.inf, *[0.0] * 8], dtype=F64)
+    assert torch.equal(merged(a, empty), a) and torch.equal(merged(empty, a), a)
+    assert torch.equal(merged(empty, empty), empty)
+    # Only the smallest key counts: sigma = 0, where it is the squared distance.
+    near = state(logits[:3], bias[:3], y[:3], key=0.5)
+    far = state(logits[3:], bias[3:], y[3:], key=2.0)
+    assert torch.equal(merged(near, far), near) and torch.equal(merged(far, near), near)
 
 
 @pytest.mark.parametrize("double", [False, True])

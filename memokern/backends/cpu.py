@@ -185,6 +185,10 @@ def posterior_backward(
     """Gradients for x, sigma, alpha, temperature and bias; see :mod:`memokern.ops`."""
     q, (s, a, t), b = _queries(x, rows, sigma, alpha, temperature, bias)
     args, keep = _rows(rows, center, sq_norms, scale, shift)
+    if q.dtype != x.dtype:  # x's type rounded the mean: what is left of <g, y - mean> would be noise
+        mean = posterior(
+            q, rows, sigma, alpha, temperature, bias, center, sq_norms, scale, shift, kernel
+        )[0]
     mean, grad_mean = mean.to(_F64).contiguous(), grad_mean.to(_F64).contiguous()
     stats = torch.stack([v.to(_F64) for v in (log_z, mean_logit, mean_bias, weight_sq)])
     grad_stats = torch.stack(

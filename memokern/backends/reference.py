@@ -78,7 +78,7 @@ def squared_distances(
         squares.append(yc.square().sum(1))
         products.append(xc @ yc.T)
         with torch.no_grad():
-            direct.append(_direct(xc.detach(), yc.detach(), alpha.detach()))
+            direct.append(_direct(x.detach(), y.detach(), alpha.detach()))
     expanded = (
         xc.square().sum(1, keepdim=True)
         + alpha[:, None].square() * torch.cat(squares)
