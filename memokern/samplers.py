@@ -18,7 +18,7 @@ from scipy.integrate import solve_ivp
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from memokern import functional
+from memokern import checks, functional
 from memokern.denoiser import Denoiser
 from memokern.processes import Process
 
@@ -82,6 +82,14 @@ class _Run:
             raise TypeError(f"expected a memokern.Denoiser, got {type(denoiser).__name__}")
         if seed is not None and generator is not None:
             raise ValueError("give seed or generator, not both")
+        if not isinstance(generator, torch.Generator | None):
+            raise TypeError(
+                f"expected generator as a torch.Generator, got {type(generator).__name__};"
+                " a number goes to seed="
+            )
+        if seed is not None:
+            hint = "; leave it out for PyTorch's own generator"
+            seed = checks.integer("seed", seed, -(2**63), 2**64 - 1, hint)
         if dtype not in (None, *TOLERANCES):
             raise TypeError(f"expected dtype torch.float32 or torch.float64, got {dtype}")
         # From a seed on the CPU, so that it means the same noise on every device.
@@ -99,15 +107,11 @@ class _Run:
             if not bool(torch.isfinite(x).all()):
                 raise ValueError("expected finite starts, got NaN or inf")
             return x
-        if isinstance(start, bool) or not isinstance(start, int):
-            raise TypeError(
-                "expected the number of samples or the starts as a tensor, got"
-                f" {type(start).__name__}"
-            )
-        if start < 1:
-            raise ValueError(f"expected at least 1 sample, got {start}")
+        count = checks.integer(
+            "start", start, 1, hint="; it is the number of samples, or a tensor of the starts"
+        )
         kind = data.compute_dtype if dtype is None else dtype
-        return self.process.prior((start, *data.shape), self.generator, kind, data.device)
+        return self.process.prior((count, *data.shape), self.generator, kind, data.device)
 
     def evaluate(self, x: Tensor, t: float) -> tuple[Tensor, Tensor]:
         """x0 and eps."""
@@ -138,12 +142,9 @@ class _Run:
 def _times(
     process: Process, steps: int, sigma_min: float | None, denoise_last: bool
 ) -> list[_Level]:
-    if isinstance(steps, bool) or not isinstance(steps, int):
-        raise TypeError(f"expected steps as an int, got {type(steps).__name__}")
-    if steps < 1:
-        raise ValueError(f"expected at least 1 step, got {steps}")
+    count = checks.integer("steps", steps, 1)
     _check_stop(process, sigma_min, denoise_last)
-    times = process.times(steps + 1, sigma_min).tolist()
+    times = process.times(count + 1, sigma_min).tolist()
     return [_level(process, t) for t in times + [process.t_data] * denoise_last]
 
 
@@ -152,11 +153,12 @@ def _check_stop(process: Process, sigma_min: float | None, denoise_last: bool) -
         if denoise_last:
             raise ValueError("denoise_last goes with sigma_min: without it the end is denoised")
         return
+    hint = "; leave it out to go to the data"
+    level = checks.number("sigma_min", sigma_min, 0.0, strict=True, hint=hint)
     high = _level(process, process.t_noise).sigma
-    if not 0 < sigma_min < high:
+    if level >= high:
         raise ValueError(
-            f"expected sigma_min between 0 and {high:.6g}, where {process!r} starts, got"
-            f" {sigma_min}; leave it out to go to the data"
+            f"expected sigma_min below {high:.6g}, where {process!r} starts, got {sigma_min}{hint}"
         )
 
 
@@ -230,17 +232,22 @@ def ode(
     """
     if solver not in SOLVERS:
         raise ValueError(f"expected solver one of {', '.join(SOLVERS)}, got {solver!r}")
-    if min(churn, churn_min, churn_noise) < 0 or not churn_min <= churn_max:
-        raise ValueError(
-            "expected churn, churn_noise >= 0 and 0 <= churn_min <= churn_max, got"
-            f" {churn}, {churn_noise}, {churn_min}, {churn_max}"
-        )
+    churn = checks.number("churn", churn, 0.0)
+    churn_noise = checks.number("churn_noise", churn_noise, 0.0)
+    churn_min = checks.number("churn_min", churn_min, 0.0)
+    hint = f"; churn_min is {churn_min:g}"
+    churn_max = checks.number("churn_max", churn_max, churn_min, infinite=True, hint=hint)
     run = _Run(denoiser, start, label, bias, seed, generator, dtype, trajectory)
     if solver == "rk45":
         if steps is not None or churn != 0:
             raise ValueError("rk45 chooses its own steps and has no churn: leave both out")
         _check_stop(run.process, sigma_min, denoise_last)
-        return _rk45(run, sigma_min, denoise_last, rtol, atol, progress)
+        relative, absolute = TOLERANCES[run.x.dtype]
+        if rtol is not None:
+            relative = checks.number("rtol", rtol, 0.0, strict=True)
+        if atol is not None:
+            absolute = checks.number("atol", atol, 0.0)
+        return _rk45(run, sigma_min, denoise_last, relative, absolute, progress)
     if rtol is not None or atol is not None:
         raise ValueError("rtol and atol are rk45's; euler and heun have steps")
     steps = ODE_STEPS if steps is None else steps
@@ -279,8 +286,8 @@ def _rk45(
     run: _Run,
     sigma_min: float | None,
     denoise_last: bool,
-    rtol: float | None,
-    atol: float | None,
+    rtol: float,
+    atol: float,
     progress: bool,
 ) -> Samples:
     """x = r (x0 cos a + eps sin a), r = hypot(alpha, sigma): d(x / r) / da = eps cos a - x0 sin a,
@@ -301,7 +308,6 @@ def _rk45(
         flat = torch.as_tensor(state, dtype=torch.float64) * math.hypot(level.alpha, level.sigma)
         return flat.reshape(shape).to(device, kind)
 
-    default = TOLERANCES[kind]
     with torch.no_grad(), tqdm(disable=not progress, desc="rk45", unit="evaluation") as bar:
 
         def slope(angle: float, state: object) -> object:
@@ -319,8 +325,8 @@ def _rk45(
             (begin / math.hypot(first.alpha, first.sigma)).numpy(),
             method="RK45",
             t_eval=None if run.record is not None else angles,
-            rtol=default[0] if rtol is None else rtol,
-            atol=default[1] if atol is None else atol,
+            rtol=rtol,
+            atol=atol,
         )
         if not found.success:
             raise RuntimeError(f"rk45 stopped: {found.message}")

@@ -1,5 +1,6 @@
 """Samplers: where they end, their order, their noise, early stops, wrong arguments."""
 
+import inspect
 import math
 
 import numpy as np
@@ -280,25 +281,55 @@ def test_a_users_own_process():
         assert memokern.nearest(found.x, points()).distance.max() < 1e-3
 
 
+def test_numbers_of_numpy_are_numbers():
+    denoiser = Denoiser(points())
+    plain = samplers.ode(denoiser, 3, 6, sigma_min=0.25, churn=2.0, seed=5)
+    numpy = samplers.ode(
+        denoiser, np.int64(3), np.int32(6), sigma_min=np.float32(0.25), churn=np.float64(2.0),
+        seed=np.uint8(5),
+    )  # fmt: skip
+    assert torch.equal(plain.x, numpy.x)
+
+
 BAD = [
     ({"solver": "dpm"}, ValueError, "euler, heun, rk45"),
-    ({"steps": 0}, ValueError, "at least 1 step"),
+    ({"steps": 0}, ValueError, "expected steps >= 1, got 0"),
     ({"steps": 2.5}, TypeError, "steps as an int"),
-    ({"start": 0}, ValueError, "at least 1 sample"),
+    ({"steps": True}, TypeError, "steps as an int, got bool"),
+    ({"start": 0}, ValueError, "expected start >= 1, got 0; it is the number of samples"),
     ({"start": 2.0}, TypeError, "number of samples"),
     ({"start": torch.zeros(3, 5)}, ValueError, "to match the rows"),
     ({"start": torch.full((1, 2), math.nan)}, ValueError, "finite starts"),
     ({"start": torch.zeros(2, 2).half()}, TypeError, "float32 or float64"),
     ({"dtype": torch.bfloat16}, TypeError, "float32 or torch.float64"),
-    ({"sigma_min": 0.0}, ValueError, "between 0 and 80"),
-    ({"sigma_min": 80.0}, ValueError, "between 0 and 80"),
-    ({"sigma_min": math.nan}, ValueError, "between 0 and 80"),
+    ({"sigma_min": 0.0}, ValueError, "sigma_min finite and > 0, got 0.0; leave it out"),
+    ({"sigma_min": 80.0}, ValueError, "sigma_min below 80, where EDM.* starts, got 80.0; leave"),
+    ({"sigma_min": math.nan}, ValueError, "sigma_min finite and > 0, got nan"),
+    ({"sigma_min": math.inf}, ValueError, "sigma_min finite and > 0, got inf"),
+    ({"sigma_min": "0.1"}, TypeError, "sigma_min as a number, got str; leave it out"),
+    ({"solver": "rk45", "sigma_min": "0.1"}, TypeError, "sigma_min as a number, got str"),
     ({"denoise_last": True}, ValueError, "goes with sigma_min"),
-    ({"churn": -1.0}, ValueError, "churn"),
+    ({"churn": -1.0}, ValueError, "expected churn finite and >= 0, got -1.0"),
+    ({"churn": math.nan}, ValueError, "expected churn finite and >= 0, got nan"),
+    ({"churn": "much"}, TypeError, "expected churn as a number, got str"),
+    ({"churn_noise": math.nan}, ValueError, "expected churn_noise finite and >= 0, got nan"),
+    ({"churn_min": math.nan}, ValueError, "expected churn_min finite and >= 0, got nan"),
+    ({"churn_max": math.nan}, ValueError, "expected churn_max >= 0, got nan"),
+    ({"churn_min": 2.0, "churn_max": 1.0}, ValueError, "churn_max >= 2, got 1.0; churn_min is 2"),
     ({"solver": "rk45", "steps": 3}, ValueError, "its own steps"),
     ({"solver": "rk45", "churn": 3.0}, ValueError, "its own steps"),
+    ({"solver": "rk45", "rtol": 0.0}, ValueError, "expected rtol finite and > 0, got 0.0"),
+    ({"solver": "rk45", "rtol": -1e-3}, ValueError, "expected rtol finite and > 0, got -0.001"),
+    ({"solver": "rk45", "rtol": math.nan}, ValueError, "expected rtol finite and > 0, got nan"),
+    ({"solver": "rk45", "atol": -1.0}, ValueError, "expected atol finite and >= 0, got -1.0"),
+    ({"solver": "rk45", "atol": math.nan}, ValueError, "expected atol finite and >= 0, got nan"),
+    ({"solver": "rk45", "atol": [1.0]}, TypeError, "expected atol as a number, got list"),
     ({"rtol": 1e-3}, ValueError, "are rk45's"),
     ({"seed": 1, "generator": torch.Generator()}, ValueError, "not both"),
+    ({"seed": 1.5}, TypeError, "seed as an int, got float; leave it out"),
+    ({"seed": "1"}, TypeError, "seed as an int, got str"),
+    ({"seed": 2**64}, ValueError, r"expected seed in -9\d+\.\.18\d+, got 18446744073709551616"),
+    ({"generator": 7}, TypeError, r"generator as a torch\.Generator, got int; .* seed="),
     ({"denoiser": torch.nn.Identity()}, TypeError, r"memokern\.Denoiser"),
 ]
 
@@ -310,8 +341,7 @@ def test_wrong_arguments_are_refused_early(options, error, match, monkeypatch):
     options = {"denoiser": Denoiser(points()), "start": 2, **options}
     with pytest.raises(error, match=match):
         samplers.ode(**options)
-    unknown = {"solver", "churn", "rtol"} & options.keys()
-    if not unknown:
+    if options.keys() <= inspect.signature(samplers.sde).parameters.keys():
         with pytest.raises(error, match=match):
             samplers.sde(**options)
     assert not called

@@ -12,8 +12,8 @@ import memokern
 ROOT = Path(memokern.__file__).parent
 # From the bottom to the top: a module imports only from the lines above its own.
 LAYERS = [
-    ["env", "files", "processes"],
-    ["backends", "datasets"],
+    ["checks", "env", "files"],
+    ["backends", "datasets", "processes"],
     ["ops", "data"],
     ["functional"],
     ["regularizers", "memorization"],
