@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from memokern import TrainingSet, demo, files
+from memokern import TrainingSet, demo, files, memorization
 from memokern.cli import main
 
 DIGIT_ROWS = 1797
@@ -339,3 +339,19 @@ def test_mean_at_floor_stays_on_a_training_point_and_blends_elsewhere() -> None:
     x = torch.tensor([[2.0, 0.0], [1.0, 3.0]])
     mean = demo.mean_at_floor(x, data, log_tau=-2.0)
     torch.testing.assert_close(mean, torch.tensor([[2.0, 0.0], [1.0, 0.0]]))
+
+
+def test_demo_searches_neighbours_once_for_both_criteria(monkeypatch) -> None:
+    searches, search = [], memorization.functional.nearest
+
+    def counting(x, data, k=1):
+        searches.append((len(x), k))
+        return search(x, data, k)
+
+    monkeypatch.setattr(memorization.functional, "nearest", counting)
+    results = demo.run(3)
+    assert searches == [(3, 2)] * 3
+    for result in results:
+        assert torch.equal(result.collapse.index, result.ratio.index)
+        again = memorization.collapse(result.shown, TrainingSet.digits(), demo.TOLERANCE)
+        assert torch.equal(result.collapse.distance, again.distance)
