@@ -407,7 +407,8 @@ def _vector(name: str, value: Any, n: int) -> torch.Tensor:
     if isinstance(value, np.ndarray):
         value = files.as_tensor(value, name)
     try:
-        tensor = torch.as_tensor(value)
+        # Lists are read on the CPU, whatever torch.device() context this is called in.
+        tensor = value if isinstance(value, torch.Tensor) else torch.as_tensor(value, device="cpu")
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(
             f"expected {name} as a tensor, array or list of numbers, got {type(value).__name__}"
@@ -435,6 +436,8 @@ def _checked_log_weights(log_weights: Any, n: int, device: torch.device) -> torc
     if log_weights is None:
         return None
     tensor = _vector("log_weights", log_weights, n).to(device, torch.float64)
+    if tensor.is_meta:  # shapes without values
+        return tensor
     bad = torch.isnan(tensor) | (tensor == math.inf)
     if bad.any():
         first = int(bad.nonzero()[0])
@@ -451,7 +454,7 @@ def _chunks(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def _require_finite(rows: torch.Tensor) -> None:
-    if not rows.dtype.is_floating_point:
+    if rows.is_meta or not rows.dtype.is_floating_point:
         return
     start = 0
     for chunk in _chunks(rows):

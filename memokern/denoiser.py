@@ -24,6 +24,7 @@ class Denoiser(nn.Module):
     and `log_weights` where the set has them. `state_dict` holds these, not the process and the
     regulariser, which are code; loading needs a set of the same shape and row type. `.to()` moves
     the buffers; to another floating-point type it converts floating-point rows and nothing else.
+    `.to("meta")` keeps shapes and scale and lets the values go; loading a state brings them back.
 
     Args:
         data: a TrainingSet, or rows [N, \*shape].
@@ -89,8 +90,7 @@ class Denoiser(nn.Module):
         self.prediction, self.method = prediction, method
         self._name = data.name
         self.register_buffer("rows", data.rows.reshape((data.n, *data.shape)))
-        affine = torch.tensor([data.scale, data.shift], dtype=torch.float64, device=data.device)
-        self.register_buffer("affine", affine)
+        self.register_buffer("affine", self._affine(data).to(data.device))
         self.register_buffer("labels", data.labels)
         self.register_buffer("log_weights", data.log_weights)
         self._data = data
@@ -103,9 +103,13 @@ class Denoiser(nn.Module):
         """The training set, on the buffers' device."""
         return self._data
 
-    def _renew(self) -> None:
+    @staticmethod
+    def _affine(data: TrainingSet) -> Tensor:
+        """[scale, shift], made on the CPU whatever torch.device() context this is called in."""
+        return torch.tensor([data.scale, data.shift], dtype=torch.float64, device="cpu")
+
+    def _renew(self, scale: float, shift: float) -> None:
         """The training set on the buffers as they are now."""
-        scale, shift = self.affine.tolist()
         self._data = TrainingSet(
             self.rows,
             labels=self.labels,
@@ -120,11 +124,16 @@ class Denoiser(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Denoiser:
         rows, exact = self.rows, {"affine": self.affine, "log_weights": self.log_weights}
         super()._apply(fn, recurse)
+        device = self.rows.device
         for name, value in exact.items():
-            if value is not None:  # moved, but float64 in any case
-                self._buffers[name] = value.to(self.rows.device)
+            if value is None:
+                continue
+            if value.is_meta and device.type != "meta":  # to_empty(): there is nothing to copy
+                zeros = torch.zeros_like(value, device="cpu")
+                value = self._affine(self._data) if name == "affine" else zeros
+            self._buffers[name] = value.to(device)  # moved, but float64 in any case
         if self.rows is not rows:
-            self._renew()
+            self._renew(self._data.scale, self._data.shift)
         return self
 
     def _load_from_state_dict(
@@ -157,14 +166,18 @@ class Denoiser(nn.Module):
                     " shape and type first"
                 )
             else:
-                value = new.detach().to(old.device, copy=True)
-                may_be_infinite = key.endswith("log_weights") or not value.is_floating_point()
+                # A Denoiser on the meta device has nothing to keep: it goes where the values are.
+                value = new.detach().to(new.device if old.is_meta else old.device, copy=True)
+                unchecked = value.is_meta or not value.is_floating_point()
+                may_be_infinite = unchecked or key.endswith("log_weights")
                 if not may_be_infinite and not bool(torch.isfinite(value).all()):
                     error_msgs.append(f"{key}: expected finite values, got NaN or inf")
                 fresh[key.removeprefix(prefix)] = value
         if not error_msgs:
             self._buffers.update(fresh)
-            self._renew()
+            known = self._data
+            affine = [known.scale, known.shift] if self.affine.is_meta else self.affine.tolist()
+            self._renew(*affine)
 
     def _of_label(self, label: int) -> tuple[Tensor, TrainingSet]:
         """The indices of the rows with this label, and those rows."""
@@ -211,6 +224,11 @@ class Denoiser(nn.Module):
         sigma, alpha = self.process.sigma(time), self.process.alpha(time)
         if label is None:
             return self._evaluate(x, self._data, sigma, alpha, bias)
+        if self.rows.is_meta:
+            raise RuntimeError(
+                "labels choose rows by their values, and a Denoiser on the meta device has none:"
+                " load a state first, or leave label out"
+            )
         labels = torch.as_tensor(label, device=self.rows.device)
         if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
             raise TypeError(f"expected label as integers, got {labels.dtype}")
@@ -252,27 +270,34 @@ class Denoiser(nn.Module):
             whole = torch.cat(values, axis).index_select(axis, back)
             return whole.reshape(*whole.shape[:axis], *batch, *whole.shape[axis + 1 :])
 
-        posteriors = [part.posterior for part in parts]
         # A regulariser may have spread the queries: their own axis is the last per-query one.
-        axis = posteriors[0].sigma.dim() - 1
-        fields = ["x", "mean", "log_z", "mean_logit", "mean_bias", "weight_sq"]
-        fields += ["sigma", "alpha", "temperature"]
-        totals = [p.log_weight_total.expand(p.sigma.shape) for p in posteriors]
-        joined: dict[str, Any] = {
-            name: join([getattr(p, name) for p in posteriors], axis) for name in fields
-        }
-        joined["log_weight_total"] = join(totals, axis)
-        posterior = replace(posteriors[0], n=self._data.n, **joined)
-        potentials = [p.log_potential for p in parts if p.log_potential is not None]
-        potential = join(potentials, potentials[0].dim() - 1) if potentials else None
-        return Prediction(
-            x,
-            sigma,
-            alpha,
-            join([p.x0 for p in parts], 0),
-            join([p.residual for p in parts], 0),
-            posterior,
-            potential,
+        axis = parts[0].posterior.sigma.dim() - 1
+
+        def joined(values: list[Any], *fields: str) -> dict[str, Any]:
+            return {name: join([getattr(v, name) for v in values], axis) for name in fields}
+
+        numbers = ("x", "sigma", "alpha", "temperature")
+        sums = ("mean", "log_z", "mean_logit", "mean_bias", "weight_sq")
+        posteriors = [part.posterior for part in parts]
+        queries = [part.query for part in parts]
+        posterior = replace(
+            posteriors[0],
+            n=self._data.n,
+            log_weight_total=join(
+                [p.log_weight_total.expand(p.sigma.shape) for p in posteriors], axis
+            ),
+            **joined(posteriors, *numbers, *sums),
+        )
+        query = replace(queries[0], bias=bias, **joined(queries, *numbers))
+        return replace(
+            parts[0],
+            x=x,
+            sigma=sigma,
+            alpha=alpha,
+            x0=join([p.x0 for p in parts], 0),
+            residual=join([p.residual for p in parts], 0),
+            posterior=posterior,
+            query=query,
         )
 
     def forward(

@@ -216,7 +216,8 @@ def batch_shape(x: Tensor, data: TrainingSet | Tensor) -> torch.Size:
 
 
 def require(name: str, value: PerQuery, tensor: Tensor, ok: Tensor, what: str) -> None:
-    """Raises where a value is out of range; tensors under a compiler or transform are trusted."""
+    """Raises where a value is out of range; tensors under a compiler or transform, or without
+    values (meta), are trusted."""
     if _traced(tensor):
         return
     good = ok.all()
@@ -246,7 +247,9 @@ def _traced(*tensors: Tensor | None) -> bool:
     return any(
         t is not None
         and (
-            functorch.is_functorch_wrapped_tensor(t) or isinstance(t, torch._subclasses.FakeTensor)
+            t.is_meta
+            or functorch.is_functorch_wrapped_tensor(t)
+            or isinstance(t, torch._subclasses.FakeTensor)
         )
         for t in tensors
     )
@@ -353,11 +356,10 @@ def posterior(
     Numerics: distances that matter are right at every sigma (no cancellation); float32 queries on
     float32, half-precision or uint8 rows accumulate in float32, anything float64 in float64; the
     numbers per query are float64. A query with NaN or inf gives NaN and leaves the others alone; so
-    does, with the compiled kernels, one about 1e30 (float64: 1e140) or more away from the rows.
+    does a float64 query whose squared norm overflows (1e154).
 
     Gradients: for x, sigma, alpha, temperature, bias (twice) and floating-point rows given as a
     tensor (once); forward mode and torch.func.grad, jvp work too, through the slower reference.
-    Not reliable: kernel="log" in float32 for an x within rounding of a row.
 
     Cost: 4 B N D operations; memory O(B D) beyond the inputs with the compiled kernels.
 
@@ -453,11 +455,10 @@ def log_density(
 
 
 def nearest(x: Tensor, data: TrainingSet | Tensor, k: int = 1) -> Nearest:
-    r"""The k nearest rows in L2, measured by direct differences.
+    r"""The k nearest rows in L2, exactly: by direct differences in float64.
 
-    The compiled kernels find candidates by products, with a margin for their rounding that takes
-    rounding errors as independent: rows made to defeat it could be passed over. The reference
-    (MEMOKERN_BACKEND=reference) compares all rows by direct differences.
+    The compiled kernels evaluate only rows that a product with a proven bound on its rounding
+    cannot rule out; the reference (MEMOKERN_BACKEND=reference) evaluates all.
 
     Args:
         x: [\*batch, \*shape] float32 or float64. data: N rows, as for :func:`posterior`.

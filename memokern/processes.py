@@ -403,13 +403,13 @@ class DDPM(Process):
 
     def __init__(self, alphas_cumprod: Tensor | Sequence[float] | None = None) -> None:
         if alphas_cumprod is None:
-            betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+            betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64, device="cpu")
             values = torch.cumprod(1 - betas, 0)
         else:
             values = torch.as_tensor(alphas_cumprod).detach().to("cpu", torch.float64)
         if values.dim() != 1 or len(values) == 0:
             raise ValueError(f"expected alphas_cumprod [T], got {tuple(values.shape)}")
-        whole = torch.cat([torch.ones(1, dtype=torch.float64), values])
+        whole = torch.cat([values.new_ones(1), values])
         if not (bool((whole.diff() < 0).all()) and float(values[-1]) > 0):
             raise ValueError(
                 "expected alphas_cumprod strictly decreasing in (0, 1), the first the least noisy;"
@@ -426,7 +426,7 @@ class DDPM(Process):
         """log alpha^2, extended along the first and last piece beyond the ends."""
         log = self._log.to(t.device)
         piece = (t.detach() + 1).floor().long().clamp(0, len(log) - 2)
-        return torch.lerp(log[piece], log[piece + 1], t + 1 - piece)
+        return torch.lerp(log.take(piece), log.take(piece + 1), t + 1 - piece)
 
     def alpha(self, t: Tensor) -> Tensor:
         return torch.exp(self._log_square(t) / 2)
@@ -523,7 +523,7 @@ def get(name: str) -> Process:
 
 
 def _tensor(value: float) -> Tensor:
-    return torch.tensor(value, dtype=torch.float64)
+    return torch.tensor(value, dtype=torch.float64, device="cpu")
 
 
 def _level(name: str, value: float | Tensor) -> Tensor:

@@ -8,15 +8,18 @@ change the logits in their order, then gate in their order.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from memokern import functional
+from memokern import checks, functional
 from memokern.data import CHUNK_ELEMENTS, TrainingSet
 from memokern.functional import PerQuery, Posterior, wide
+
+# CovarianceTikhonov.fit: directions beyond the rank, and the largest |Sigma v - lambda v| / lambda.
+OVERSAMPLING, TOLERANCE = 8, 1e-2
 
 Data = TrainingSet | Tensor
 # A number, or a function of the noise level: [*batch] float64 -> [*batch] float64.
@@ -27,16 +30,7 @@ def _level(name: str, value: Level, low: float, *, strict: bool = False) -> Leve
     """Checks a number; a function of sigma is checked where it is used."""
     if callable(value):
         return value
-    if isinstance(value, bool) or not isinstance(value, float | int):
-        raise TypeError(
-            f"expected {name} as a number or a function of sigma, got {type(value).__name__}"
-        )
-    good = math.isfinite(value) and (value > low if strict else value >= low)
-    if not good:
-        raise ValueError(
-            f"expected {name} finite and {'>' if strict else '>='} {low:g}, got {value}"
-        )
-    return float(value)
+    return checks.number(name, value, low, strict=strict, hint="; or a function of sigma")
 
 
 def _shown(value: object) -> str:
@@ -236,56 +230,42 @@ class CovarianceTikhonov(Regularizer):
                 f"expected orthonormal eigenvectors, got rows off by {gap.abs().max().item():.1e}"
             )
         self.eigenvalues, self.eigenvectors = values, vectors
-        self.rest = float(values.min()) if rest is None else float(rest)
-        if not (self.rest > 0 and math.isfinite(self.rest)):
-            raise ValueError(f"expected rest finite and > 0, got {rest}")
+        smallest = float(values.min())
+        self.rest = smallest if rest is None else checks.number("rest", rest, 0.0, strict=True)
 
     @classmethod
     def fit(cls, c: Level, data: Data, rank: int = 64) -> CovarianceTikhonov:
-        """The leading `rank` directions of the data's covariance; directions outside get the mean
-        of the variance left over.
+        r"""The leading `rank` directions of the data's covariance; directions outside get the mean
+        of the variance left over. All rows count alike.
 
-        Subspace iteration in float64 (seeded), exact where rank + 8 >= D. All rows count, in
-        chunks of 32 MiB. Cost: 24 N D (rank + 8) operations; memory 2 D (rank + 8) numbers.
+        Block Krylov iteration in float64 from seeded noise, until every direction has
+        \|Sigma v - lambda v\| <= 0.01 lambda: each lambda is then within 1 % of an eigenvalue (as
+        a rule far nearer), and never above the one that it stands for.
+
+        Args: c: as above. data: N >= 2 rows. rank: 1 <= rank <= min(N - 1, D).
+
+        Raises: TypeError, ValueError: a rank that is no int or out of range, or more than the data
+            span.
+
+        Cost: a pass over the rows is 4 N D (rank + 8) operations, in chunks of 32 MiB, and keeps
+        16 D (rank + 8) bytes. Photographs take about five passes (50,000 of 3072 bytes: 6 to 10 s
+        on 2 cores), data without leading directions up to about twenty.
+
+        Example:
+            >>> from memokern import TrainingSet
+            >>> from memokern.regularizers import CovarianceTikhonov
+            >>> CovarianceTikhonov.fit(0.1, TrainingSet.digits(), rank=8)
+            CovarianceTikhonov(c=0.1, rank=8)
         """
         rows = data if isinstance(data, TrainingSet) else TrainingSet(data)
-        limit = min(rows.n - 1, rows.dim)
-        if isinstance(rank, bool) or not isinstance(rank, int):
-            raise TypeError(f"expected rank as an int, got {type(rank).__name__}")
-        if not 1 <= rank <= limit:
-            raise ValueError(f"expected 1 <= rank <= min(N - 1, D) = {limit}, got {rank}")
-        chunk = max(1, CHUNK_ELEMENTS // rows.dim)
-        starts = range(0, rows.n, chunk)
-
-        def read(start: int) -> Tensor:
-            return rows.dequantize(rows.rows[start : start + chunk]).to(torch.float64)
-
-        center = torch.stack([read(start).sum(0) for start in starts]).sum(0) / rows.n
-        squares = [float((read(start) - center).square().sum()) for start in starts]
-        total = sum(squares) / (rows.n - 1)
-        start_basis = torch.randn(
-            rows.dim, min(rows.dim, rank + 8), dtype=torch.float64,
-            generator=torch.Generator().manual_seed(0),
-        )  # fmt: skip
-        basis, _ = torch.linalg.qr(start_basis.to(rows.device))
-        for _ in range(6):
-            image = torch.zeros_like(basis)
-            for start in starts:
-                part = read(start) - center
-                image += part.T @ (part @ basis) / (rows.n - 1)
-            found = basis
-            basis, _ = torch.linalg.qr(image)
-        # Rayleigh-Ritz in the last basis whose image is known.
-        ritz = found.T @ image
-        values, turn = torch.linalg.eigh((ritz + ritz.T) / 2)
-        values = values.flip(0)[:rank]
+        rank = checks.integer("rank", rank, 1, min(rows.n - 1, rows.dim), "; N - 1 and D limit it")
+        values, vectors, total = _leading_directions(rows, rank)
         if not bool(values[-1] > 1e-12 * values[0]):
             raise ValueError(f"the data span fewer than rank = {rank} directions; lower it")
         outside = rows.dim - rank
         rest = (total - float(values.sum())) / outside if outside else 0.0
         # Data inside the basis have no variance left: the smallest one stands for it.
         floor = float(values[-1])
-        vectors = (found @ turn).T.flip(0)[:rank]
         return cls(c, values, vectors, rest if rest > 1e-6 * floor else floor)
 
     def gate(self, residual: Tensor, query: Query, posterior: Posterior) -> Tensor:
@@ -305,6 +285,48 @@ class CovarianceTikhonov(Regularizer):
 
     def __repr__(self) -> str:
         return f"CovarianceTikhonov(c={_shown(self.c)}, rank={len(self.eigenvalues)})"
+
+
+def _leading_directions(rows: TrainingSet, rank: int) -> tuple[Tensor, Tensor, float]:
+    """The leading eigenvalues [rank], eigenvectors [rank, D] and the trace of the covariance."""
+    chunk = max(1, CHUNK_ELEMENTS // rows.dim)
+
+    def parts() -> Iterator[Tensor]:
+        for start in range(0, rows.n, chunk):
+            yield rows.dequantize(rows.rows[start : start + chunk]).to(torch.float64)
+
+    center = torch.stack([part.sum(0) for part in parts()]).sum(0) / rows.n
+    trace = sum(float((part - center).square().sum()) for part in parts()) / (rows.n - 1)
+
+    def covariance(vectors: Tensor) -> Tensor:
+        image = torch.zeros_like(vectors)
+        for part in parts():
+            offset = part - center  # not in place: float64 rows are not copied
+            image += offset.T @ (offset @ vectors)
+        return image / (rows.n - 1)
+
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(
+        rows.dim, min(rows.dim, rank + OVERSAMPLING), dtype=torch.float64, generator=generator
+    )
+    basis, _ = torch.linalg.qr(start.to(rows.device))
+    image = covariance(basis)
+    while True:
+        # Rayleigh-Ritz in the whole basis, whose image is known.
+        ritz = basis.T @ image
+        values, turn = torch.linalg.eigh((ritz + ritz.T) / 2)
+        values, turn = values.flip(0)[:rank], turn.flip(1)[:, :rank]
+        vectors = basis @ turn
+        gap = (image @ turn - vectors * values).norm(dim=0)
+        converged = bool((gap <= TOLERANCE * values).all())
+        spanned = bool(values[-1] > 1e-12 * values[0])
+        if converged or not spanned or basis.shape[1] == rows.dim:
+            return values, vectors.T, trace
+        # What the last image adds to the basis, orthonormal even where that is nothing.
+        width = min(basis.shape[1] + start.shape[1], rows.dim)
+        whole, _ = torch.linalg.qr(torch.cat([basis, image[:, -start.shape[1] :]], 1)[:, :width])
+        fresh = whole[:, basis.shape[1] :]
+        basis, image = torch.cat([basis, fresh], 1), torch.cat([image, covariance(fresh)], 1)
 
 
 class EmpiricalBayes(Regularizer):
@@ -396,7 +418,7 @@ class GaussianSmoothing(Regularizer):
         h: > 0, in units of x; a number or a function of sigma. samples: M, even.
         seed: of the eps_m, which are the same at every call.
 
-    Cost: M times the sweep.
+    Cost: M times the sweep. torch.compile breaks the graph where the eps_m are drawn.
 
     Example:
         >>> import torch
@@ -408,14 +430,10 @@ class GaussianSmoothing(Regularizer):
 
     def __init__(self, h: Level, samples: int = 16, seed: int = 0) -> None:
         self.h = _level("h", h, 0.0, strict=True)
-        if isinstance(samples, bool) or not isinstance(samples, int):
-            raise TypeError(f"expected samples as an int, got {type(samples).__name__}")
-        if samples < 2 or samples % 2:
-            raise ValueError(f"expected an even number of samples >= 2 (pairs), got {samples}")
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise TypeError(f"expected seed as an int, got {type(seed).__name__}")
-        self.samples = samples
-        self.seed = seed
+        self.samples = checks.integer("samples", samples, 2)
+        if self.samples % 2:
+            raise ValueError(f"expected an even number of samples (pairs), got {samples}")
+        self.seed = checks.integer("seed", seed, -(2**63), 2**64 - 1)
 
     def shifts(self, query: Query) -> Tensor:
         r"""eps_m [M, \*shape], antithetic."""
@@ -499,10 +517,7 @@ class NoiseUnconditioned(Regularizer):
     """
 
     def __init__(self, temperature: float = 1.0) -> None:
-        level = _level("temperature", temperature, 0.0, strict=True)
-        if callable(level):
-            raise TypeError("expected temperature as a number")
-        self.temperature = level
+        self.temperature = checks.number("temperature", temperature, 0.0, strict=True)
 
     def prepare(self, query: Query, data: Data) -> Query:
         return replace(query, kernel="log", temperature=query.temperature * self.temperature)
@@ -515,7 +530,7 @@ class Prediction:
     Attributes:
         x, sigma, alpha: as asked. x0: mean + (R' - R) / alpha. residual: R' = sigma^2 score.
         posterior: of the sweep behind it (with the regulariser's sigma and temperature).
-        log_potential: phi [\*batch] with score = grad_x phi, None where there is none.
+        query, regularizer: what `log_potential` is computed from.
     """
 
     x: Tensor
@@ -524,7 +539,13 @@ class Prediction:
     x0: Tensor
     residual: Tensor
     posterior: Posterior
-    log_potential: Tensor | None
+    query: Query = field(repr=False)
+    regularizer: Regularizer
+
+    @property
+    def log_potential(self) -> Tensor | None:
+        r"""phi [\*batch] with score = grad_x phi, None where there is none. Computed when asked."""
+        return self.regularizer.log_potential(self.posterior, self.query)
 
     @property
     def score(self) -> Tensor:
@@ -591,9 +612,7 @@ def evaluate(
         a = wide(spread.alpha, spread.x)
         back = back + torch.where(a == 0, 0.0, (gated - plain) / torch.where(a == 0, 1.0, a))
     x0 = reg.gather(back)
-    return Prediction(
-        x, asked.sigma, asked.alpha, x0, residual, posterior, reg.log_potential(posterior, spread)
-    )
+    return Prediction(x, asked.sigma, asked.alpha, x0, residual, posterior, spread, reg)
 
 
 def _ask(x: Tensor, data: Data, sigma: PerQuery, alpha: PerQuery, bias: Tensor | None) -> Query:

@@ -204,8 +204,52 @@ def test_to_another_type_converts_rows_and_nothing_else(labelled):
     # Rows rounded to 24 bits, 6e-8, times the logits' slope |x| |y| / sigma^2 < 100.
     x = normal(4, 2, 3)
     torch.testing.assert_close(network(x, 0.7), Denoiser(labelled)(x, 0.7), rtol=1e-5, atol=1e-5)
-    pixels = Denoiser(TrainingSet.digits()).double()
-    assert pixels.rows.dtype == torch.uint8
+    pixels = Denoiser(TrainingSet.digits()).double().half()
+    assert pixels.rows.dtype == torch.uint8 and pixels.affine.dtype == torch.float64
+
+
+def test_meta_keeps_shapes_and_a_state_brings_the_values_back(labelled):
+    digits = TrainingSet.digits()
+    x = normal(2, 8, 8, dtype=torch.float32)
+    for data in (labelled, digits):
+        network = Denoiser(data, processes.VP(), regularizers.EmpiricalBayes(-3.0))
+        state, query = network.state_dict(), x if data is digits else normal(2, 2, 3)
+        expected = network(query, 0.7, 1)
+        for back in ("load", "to_empty"):
+            shell = copy.deepcopy(network).to("meta")
+            assert {b.device.type for b in shell.buffers()} == {"meta"}
+            assert (shell.data.n, shell.data.shape) == (data.n, data.shape)
+            assert (shell.data.scale, shell.data.shift) == (data.scale, data.shift)
+            out = shell(query.to("meta"), 0.7)
+            assert out.is_meta and out.shape == query.shape and out.dtype == query.dtype
+            with pytest.raises(RuntimeError, match="load a state first"):
+                shell(query.to("meta"), 0.7, 1)
+            with pytest.raises(NotImplementedError, match="to_empty"):
+                shell.to("cpu")
+            if back == "to_empty":
+                shell = copy.deepcopy(shell).to_empty(device="cpu")
+                assert shell.affine.tolist() == [data.scale, data.shift]
+            shell.load_state_dict(state)
+            assert torch.equal(shell(query, 0.7, 1), expected)
+            assert shell.log_weights is None or torch.equal(shell.log_weights, data.log_weights)
+    assert not network.rows.is_meta and digits.rows.device.type == "cpu"
+
+
+@pytest.mark.parametrize("name", processes.NAMES)
+def test_made_under_the_meta_device(name):
+    """Data that are given stay where they are; only what the context makes is on meta."""
+    digits = TrainingSet.digits()
+    with torch.device("meta"):
+        given = Denoiser(TrainingSet.digits(), processes.get(name))
+        made = TrainingSet(torch.ones(5, 3), labels=range(5), log_weights=[0.0] * 5)
+        shell = copy.deepcopy(Denoiser(made, processes.get(name)))
+    assert {b.device.type for b in given.buffers()} == {"cpu"}
+    x = normal(2, 8, 8, dtype=torch.float32)
+    t = given.process.time_of_sigma(0.5)
+    assert torch.equal(given(x, t), Denoiser(digits, processes.get(name))(x, t))
+    assert {b.device.type for b in shell.buffers()} == {"meta"}
+    assert shell(torch.ones(4, 3, device="meta"), t).shape == (4, 3)
+    assert samplers.ode(shell, 4, 3, seed=0).x.shape == (4, 3)
 
 
 def test_compiles(labelled):

@@ -219,6 +219,46 @@ def test_fit_is_the_eigendecomposition_of_the_covariance():
     assert math.isclose(reg.rest, values[0].item(), rel_tol=1e-9)
 
 
+SPECTRA = {
+    "steep": lambda k: k**-2.0,
+    "slow": lambda k: k**-0.5,
+    "flat": torch.ones_like,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.uint8])
+@pytest.mark.parametrize("name", SPECTRA)
+def test_fit_keeps_its_tolerance(name, dtype):
+    """|Sigma v - lambda v| <= 0.01 lambda, so each lambda is within 1 % of an eigenvalue; and
+    Cauchy's interlacing: none exceeds the eigenvalue of its place. Beside the last of 20 the next
+    ones are near: one product with the covariance is not enough."""
+    generator = torch.Generator().manual_seed(3)
+    scale = SPECTRA[name](torch.arange(1.0, 301.0, dtype=torch.float64)).sqrt()
+    turn = torch.linalg.qr(torch.randn(300, 300, generator=generator, dtype=torch.float64))[0]
+    rows = torch.randn(700, 300, generator=generator, dtype=torch.float64) * scale @ turn
+    if dtype == torch.uint8:
+        rows = (127 + 250 / rows.abs().max() / 2 * rows).round().to(torch.uint8)
+    before = rows.clone()
+    data = TrainingSet(rows)
+    reg = CovarianceTikhonov.fit(0.1, data, rank=20)
+    assert torch.equal(rows, before)
+    sigma = torch.cov(data.dequantize(data.rows).double().T)
+    exact = torch.linalg.eigvalsh(sigma).flip(0)
+    values, vectors = reg.eigenvalues, reg.eigenvectors
+    assert ((sigma @ vectors.T - vectors.T * values).norm(dim=0) <= 0.0101 * values).all()
+    assert (values <= exact[:20] * (1 + 1e-5)).all()  # the dequantised rows are float32
+    torch.testing.assert_close(values, exact[:20], rtol=0.01, atol=0)
+    rest = (exact.sum() - values.sum()) / 280
+    assert reg.rest == pytest.approx(float(rest), rel=1e-5)
+
+
+def test_fit_of_more_features_than_rows():
+    rows = torch.randn(40, 500, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    exact = torch.linalg.eigvalsh(torch.cov(rows.T)).flip(0)
+    reg = CovarianceTikhonov.fit(0.1, rows, rank=39)
+    torch.testing.assert_close(reg.eigenvalues, exact[:39], rtol=0.01, atol=0)
+
+
 def test_levels_may_differ_in_the_batch():
     sigma = torch.linspace(0.2, 2.0, len(X), dtype=torch.float64)
     reg = Tikhonov(lambda s: 0.3 * s) & EmpiricalBayes(lambda s: -s)
@@ -282,7 +322,7 @@ def test_parse_says_what_is_wrong(text, message):
 
 
 def test_wrong_arguments():
-    with pytest.raises(TypeError, match="number or a function"):
+    with pytest.raises(TypeError, match="c as a number, got str; or a function of sigma"):
         Tikhonov("0.1")
     with pytest.raises(ValueError, match="got nan"):
         Tikhonov(math.nan)
@@ -303,5 +343,44 @@ def test_wrong_arguments():
         evaluate(X, ROWS, SIGMA, regularizer=reg)
     with pytest.raises(ValueError, match="fewer than rank = 2"):
         CovarianceTikhonov.fit(0.1, torch.arange(5.0)[:, None] * torch.ones(3), rank=2)
-    with pytest.raises(ValueError, match=r"min\(N - 1, D\) = 3"):
+    with pytest.raises(ValueError, match=r"expected rank in 1\.\.3, got 4; N - 1 and D limit it"):
         CovarianceTikhonov.fit(0.1, ROWS, rank=4)
+    with pytest.raises(TypeError, match="rank as an int, got float"):
+        CovarianceTikhonov.fit(0.1, ROWS, rank=2.0)
+    with pytest.raises(ValueError, match="expected rest finite and > 0, got 0"):
+        CovarianceTikhonov(0.1, torch.ones(3), torch.eye(3), rest=0)
+    with pytest.raises(TypeError, match="samples as an int, got float"):
+        GaussianSmoothing(0.1, samples=4.0)
+    with pytest.raises(TypeError, match="seed as an int, got float"):
+        GaussianSmoothing(0.1, seed=0.5)
+    with pytest.raises(TypeError, match="temperature as a number, got function"):
+        NoiseUnconditioned(lambda s: s)
+
+
+def test_the_potential_is_computed_only_when_asked():
+    asked = []
+
+    class Counting(Tikhonov):
+        def log_potential(self, posterior, query):
+            asked.append(query.sigma)
+            return super().log_potential(posterior, query)
+
+    out = evaluate(X, ROWS, SIGMA, ALPHA, regularizer=Counting(0.3))
+    assert torch.isfinite(out.score).all() and torch.isfinite(out.velocity()).all() and not asked
+    want = SIGMA**2 / (SIGMA**2 + 0.3) * posterior(X, ROWS, SIGMA, ALPHA).log_z
+    torch.testing.assert_close(out.log_potential, want, **CLOSE)
+    assert len(asked) == 1
+
+
+def test_a_compiled_prediction_still_has_its_potential():
+    both = Tikhonov(0.3) & Temperature(2.0)
+    for chosen in (Tikhonov(0.3), EmpiricalBayes(-3.0, normalized=True), both):
+        compiled = torch.compile(
+            lambda x, r=chosen: evaluate(x, ROWS, SIGMA, ALPHA, regularizer=r),
+            fullgraph=True, backend="eager",
+        )  # fmt: skip
+        out, want = compiled(X), evaluate(X, ROWS, SIGMA, ALPHA, regularizer=chosen)
+        torch.testing.assert_close(out.score, want.score, **CLOSE)
+        assert (out.log_potential is None) == (chosen is both)
+        if chosen is not both:
+            torch.testing.assert_close(out.log_potential, want.log_potential, **CLOSE)
