@@ -291,7 +291,7 @@ class TrainingSet:
     def where(self, label: int | Sequence[int]) -> TrainingSet:
         """The rows with this label, or one of these labels: the empirical p(y | label).
 
-        ValueError if there are none.
+        ValueError if there are none; TypeError for labels that are not integers.
 
         Example:
             >>> from memokern.data import TrainingSet
@@ -300,7 +300,12 @@ class TrainingSet:
         """
         if self.labels is None:
             raise ValueError("this training set has no labels: give labels= when making it")
-        wanted = torch.as_tensor(label, device=self.device).reshape(-1)
+        try:
+            wanted = torch.as_tensor(label, device=self.device).reshape(-1)
+        except (TypeError, ValueError, RuntimeError):  # no number, or beyond int64
+            wanted = torch.empty(0)
+        if not sources.is_integer(wanted.dtype):
+            raise TypeError(f"expected a label, or several, of integers (int64), got {label!r}")
         mask = torch.isin(self.labels, wanted)
         if not mask.any():
             known = self.labels.unique().tolist()

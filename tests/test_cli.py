@@ -118,6 +118,46 @@ def test_a_key_chooses_the_array(tmp_path) -> None:
     assert "2 rows of shape [2], torch.float32" in done.output
 
 
+def test_a_label_restricts_the_samples_and_rows_keep_their_numbers(tmp_path) -> None:
+    path, report = tmp_path / "d.npz", tmp_path / "r.json"
+    digits = TrainingSet.digits()
+    for data, solver in (("digits", "heun"), (tmp_path / "half.safetensors", "sde")):
+        if data != "digits":
+            digits.subset(slice(0, 900)).save(data)
+        done = call(
+            "sample", "--data", data, "--label", 7, "--solver", solver, "-n", 9,
+            "-o", path, "--json", report, "--force",
+        )  # fmt: skip
+        assert done.exit_code == 0, done.output
+        table, facts = files.read_table(path), json.loads(report.read_text())
+        index = torch.from_numpy(table["nearest_index"])
+        # Indices into the whole data, so that they are the user's row numbers.
+        assert (digits.labels[index] == 7).all() and len(index.unique()) > 1
+        matched = digits.gather(index).numpy()
+        np.testing.assert_allclose(table["samples"], matched, atol=0.01)
+        rows = digits if data == "digits" else TrainingSet(data)
+        count = int((rows.labels == 7).sum())
+        assert (facts["label"], facts["rows_swept"], facts["device"]) == (7, count, "cpu")
+        assert f"sampled from {count} of label 7" in done.stdout
+    assert "sampled from all\n" in call("sample", "-n", 1, "--steps", 2).stdout
+
+
+def test_the_device_asked_for_is_used(tmp_path) -> None:
+    """On the CPU what is the default; on an accelerator, where there is one, the same samples."""
+    paths = {"default": tmp_path / "default.npz", "cpu": tmp_path / "cpu.npz"}
+    if torch.accelerator.is_available():
+        paths[torch.accelerator.current_accelerator().type] = tmp_path / "accelerator.npz"
+    for name, path in paths.items():
+        device = [] if name == "default" else ["--device", name]
+        done = call("sample", "-n", 3, "--label", 2, "-o", path, *device)
+        assert done.exit_code == 0, done.output
+        assert f"on {'cpu' if name == 'default' else name}" in done.stdout
+    first, *others = (files.read_table(path) for path in paths.values())
+    for other in others:
+        np.testing.assert_array_equal(first["nearest_index"], other["nearest_index"])
+        np.testing.assert_allclose(first["samples"], other["samples"], atol=1e-5)
+
+
 def test_existing_outputs_are_kept_unless_forced(tmp_path) -> None:
     path = tmp_path / "a.npz"
     path.write_text("mine")
@@ -171,6 +211,13 @@ sample -n -3 => -3 is not in the range
 sample -n many => 'many' is not a valid integer
 sample --sigma-min -1 => --sigma-min: expected a positive number, got -1.0
 sample --sigma-min 80 => --sigma-min: edm starts at sigma = 80; expected less, got 80
+sample --label 10 => --label: no row has the label 10; the labels are [0, 1, 2, 3, 4, 5, 6, 7, 8
+sample --label three => 'three' is not a valid integer
+sample --label 99999999999999999999 => --label: expected a label, or several, of integers (int64)
+sample --data plane.npy --label 0 => --label: the data have no labels; a .npz or .safetensors file
+sample --device magic => --device: no 'magic' on this machine; there is cpu
+sample --device meta => --device: no 'meta' on this machine; there is cpu
+sample --device cpu --device cuda:99 => --device: no 'cuda:99' on this machine; there is cpu
 sample --tolerance nan => --tolerance: expected a positive number, got nan
 sample --ratio 0 => --ratio: expected a positive number
 sample -o a.txt => --output: the name must end in .npz

@@ -390,6 +390,9 @@ def test_where():
     assert data.where([0, 2]).rows.flatten().tolist() == [1.0, 3.0]
     with pytest.raises(ValueError, match=r"no row has the label 7; the labels are \[0, 1, 2\]"):
         data.where(7)
+    for wrong in (1.0, [1.0], "1", None, True, 2**70, []):
+        with pytest.raises(TypeError, match=r"several, of integers \(int64\), got"):
+            data.where(wrong)
     with pytest.raises(ValueError, match="no labels"):
         TrainingSet(torch.zeros(1, 1)).where(0)
 

@@ -68,10 +68,25 @@ def wrong_input(about: str | None = None, key_option: str = "--key") -> Iterator
         raise WrongInput(f"{about}: {message}" if about else message) from error
 
 
-def check_machine() -> None:
+def check_machine(device: torch.device | None = None) -> None:
     """Refuse a wrong MEMOKERN_ environment variable before anything is computed or written."""
     with wrong_input():
-        backends.choose(torch.device("cpu"))
+        backends.choose(torch.device("cpu") if device is None else device)
+
+
+def device(name: str) -> torch.device:
+    """The device of that name, if PyTorch has it on this machine."""
+    known = {"cpu": torch.device("cpu")}
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is not None:
+        for i in range(torch.accelerator.device_count()):
+            known[f"{accelerator.type}:{i}"] = torch.device(accelerator.type, i)
+        known[accelerator.type] = torch.device(
+            accelerator.type, torch.accelerator.current_device_index()
+        )
+    if name not in known:
+        raise WrongInput(f"--device: no {name!r} on this machine; there is {', '.join(known)}")
+    return known[name]
 
 
 @contextlib.contextmanager

@@ -73,9 +73,25 @@ REGULARIZER_HELP = (
     type=click.IntRange(min=1),
     help="How many samples.",
 )
+@click.option(
+    "--label",
+    type=int,
+    metavar="INT",
+    help="Sample from the rows of this class only: an integer of the data's array 'labels'. "
+    "Memorisation is still measured against all rows.",
+)
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1))
 @click.option(
     "--sigma-min", type=float, metavar="SIGMA", help="Stop early, at this level of noise."
+)
+@click.option(
+    "--device",
+    "device_name",
+    default="cpu",
+    show_default=True,
+    metavar="DEVICE",
+    help="Where to compute: cpu, or a device that PyTorch has here (cuda, cuda:1, mps, ...). "
+    "The same seed starts from the same noise on all of them.",
 )
 @common.criteria
 @click.option(
@@ -110,8 +126,10 @@ def sample(
     solver: str,
     steps: int | None,
     count: int,
+    label: int | None,
     seed: int,
     sigma_min: float | None,
+    device_name: str,
     tolerance: float,
     ratio_threshold: float,
     output: Path | None,
@@ -122,6 +140,8 @@ def sample(
     """Sample with the closed-form score of a training set and report how much of it is memorised.
 
     Example: memokern sample --regularizer tikhonov:c=0.1 -n 24 --picture samples.png
+
+    Example: memokern sample --label 3 --output threes.npz
     """
     if solver == "rk45" and steps is not None:
         raise common.WrongInput("--steps: rk45 chooses its own steps; leave --steps out")
@@ -139,8 +159,10 @@ def sample(
     if picture is not None:
         with common.wrong_input("--picture"):
             figures.require()
-    common.check_machine()
+    device = common.device(device_name)
+    common.check_machine(device)
     training = common.load(data, key, "--data")
+    swept = training.n if label is None else _rows_of_label(training, label)
     if picture is not None and figures.image_layout(training.shape) is None:
         raise common.WrongInput(
             f"--picture: rows of shape {list(training.shape)} are neither images ([H, W], [C, H, "
@@ -158,12 +180,14 @@ def sample(
             f"{sigma_min:g}"
         )
     with common.wrong_input(), torch.no_grad():
+        training = training.to(device)
         denoiser = Denoiser(training, process=flow, regularizer=regularizer)
         # One query first: it refuses what cannot be combined before the long work, and the caches
         # that a training set fills once stay out of the times.
-        denoiser(flow.prior((1, *training.shape)), start)
+        denoiser(flow.prior((1, *training.shape), device=device), start, label)
     options: dict[str, Any] = {
         "sigma_min": sigma_min,
+        "label": label,
         "seed": seed,
         "progress": common.progress_wanted(),
     }
@@ -173,6 +197,8 @@ def sample(
             found = samplers.sde(denoiser, count, steps or samplers.SDE_STEPS, **options)
         else:
             found = samplers.ode(denoiser, count, steps, solver=solver, **options)
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
     elapsed = time.perf_counter() - started
     facts = measure(found, training, tolerance, ratio_threshold)
     facts |= {
@@ -182,6 +208,9 @@ def sample(
             "shape": list(training.shape),
             "dtype": str(training.dtype),
         },
+        "label": label,
+        "rows_swept": swept,
+        "device": str(device),
         "process": process,
         "solver": solver,
         "regularizer": "+".join(regularizer_texts) or "none",
@@ -197,6 +226,17 @@ def sample(
     for path in (output, picture, report):
         if path is not None:
             click.echo(f"wrote        {path}")
+
+
+def _rows_of_label(data: TrainingSet, label: int) -> int:
+    """How many rows have this label; wrong input if none has, or none can."""
+    if data.labels is None:
+        raise common.WrongInput(
+            "--label: the data have no labels; a .npz or .safetensors file brings them as an "
+            "array 'labels' of one integer for each row"
+        )
+    with common.wrong_input("--label"):
+        return len(data.where(label))
 
 
 def measure(
@@ -223,14 +263,16 @@ def measure(
 def render(facts: dict[str, Any]) -> str:
     """The report as lines to read."""
     data, count = facts["data"], facts["samples"]
-    rate = count * data["rows"] / facts["seconds_per_evaluation"]
+    rate = count * facts["rows_swept"] / facts["seconds_per_evaluation"]
+    swept = "all" if facts["label"] is None else f"{facts['rows_swept']} of label {facts['label']}"
     return "\n".join(
         [
             f"data         {data['name'] or 'unnamed'}: {data['rows']} rows of shape "
-            f"{data['shape']}, {data['dtype']}",
+            f"{data['shape']}, {data['dtype']}; sampled from {swept}",
             f"sampler      {facts['process']}, {facts['solver']}, {facts['score_evaluations']} "
             f"score evaluations, "
-            f"sigma {facts['sigma_from']:.4g} to {facts['sigma_to']:.4g}, seed {facts['seed']}",
+            f"sigma {facts['sigma_from']:.4g} to {facts['sigma_to']:.4g}, seed {facts['seed']}, "
+            f"on {facts['device']}",
             f"regulariser  {facts['regularizer']}",
             f"memorised    collapse {facts['collapse']['fraction']:7.1%} of {count}: "
             f"nearest training row closer than {facts['collapse']['tolerance']:g}",
@@ -262,7 +304,7 @@ def _write(
             if figures.image_layout(data.shape) == "points":
                 figure = figures.scatter(
                     samples,
-                    data.gather(torch.arange(data.n)).numpy(),
+                    data.gather(torch.arange(data.n)).cpu().numpy(),
                     memorized.numpy(),
                     title=title,
                 )
