@@ -1,4 +1,4 @@
-"""`python -m bench`: runs the benchmarks with pytest and prints the table."""
+"""`python -m bench`: runs the benchmarks with pytest and prints the table, targets included."""
 
 from __future__ import annotations
 
@@ -7,56 +7,80 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import memokern
-from bench import table
+from bench import report
 
 HERE = Path(__file__).resolve().parent
 
 
-def main() -> int:
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m bench", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="N = 10,000 instead of 50,000")
-    parser.add_argument("--rows", type=int, help="N")
+    parser.add_argument("--quick", action="store_true", help="a few cases, N = 10,000: a minute")
+    parser.add_argument("--rows", type=int, help="N (50,000)")
     parser.add_argument("-k", metavar="WORDS", help="only the cases that match, as pytest's -k")
     parser.add_argument("--data", help="a file of rows (.npy, .npz, .safetensors)")
     parser.add_argument("--json", type=Path, help="where the figures go (default: results/)")
-    parser.add_argument("--markdown", action="store_true", help="the table as Markdown")
+    parser.add_argument("--load", type=Path, help="print figures already taken, run nothing")
+    parser.add_argument("--markdown", nargs="?", const="-", metavar="FILE",
+                        help="the README's table, into FILE (between its marks)")  # fmt: skip
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="two files")
-    args = parser.parse_args()
-    if args.compare:
-        try:
-            print(table.compare(*(json.loads(p.read_text()) for p in args.compare)))
-        except (OSError, ValueError) as error:
-            print(f"bench: {error}", file=sys.stderr)
-            return 2
-        return 0
+    return parser.parse_args()
+
+
+def _print(result: dict[str, Any], markdown: str | None) -> None:
+    if markdown == "-":
+        print(report.markdown(result))
+        return
+    print(report.text(result))
+    if markdown:
+        report.write(Path(markdown), report.markdown(result))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def _run(args: argparse.Namespace) -> int:
+    out = args.json or Path("results") / f"bench-{time.strftime('%Y%m%d-%H%M%S')}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    rows = args.rows or (10_000 if args.quick else 50_000)
+    options = [str(HERE), "-q", "--benchmark-disable-gc", "--benchmark-columns=min", "-W",
+               "default", f"--rows={rows}", f"--out={out.resolve()}", "-p", "no:cacheprovider",
+               "--rootdir", str(HERE.parent)]  # fmt: skip
+    options += ["--quick"] if args.quick else []
+    options += ["-k", args.k] if args.k else []
+    options += [f"--data={Path(args.data).resolve()}"] if args.data else []
+    started = time.time()
+    status = int(pytest.main(options))
+    if out.exists() and out.stat().st_mtime >= started:
+        _print(_read(out), args.markdown)
+        print(f"figures in {out}", file=sys.stderr)
+    return status
+
+
+def main() -> int:
+    args = _arguments()
+    try:
+        if args.compare:
+            print(report.compare(*map(_read, args.compare)))
+            return 0
+        if args.load:
+            _print(_read(args.load), args.markdown)
+            return 0
+    except (OSError, ValueError) as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
     if args.data:
         try:
             memokern.TrainingSet(args.data)  # a wrong file is said now, whatever -k selects
         except (OSError, TypeError, ValueError) as error:
             print(f"bench: --data {args.data}: {error}", file=sys.stderr)
             return 2
-    out = args.json or Path("results") / f"bench-{time.strftime('%Y%m%d-%H%M%S')}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    rows = args.rows or (10_000 if args.quick else 50_000)
-    options = [str(HERE), "-q", "--benchmark-disable-gc", "--benchmark-columns=median", "-W",
-               "default", f"--rows={rows}", f"--out={out.resolve()}", "-p", "no:cacheprovider",
-               "--rootdir", str(HERE.parent)]  # fmt: skip
-    options += ["-k", args.k] if args.k else []
-    options += [f"--data={Path(args.data).resolve()}"] if args.data else []
-    status = int(pytest.main(options))
-    if out.exists():
-        result = json.loads(out.read_text())
-        print(table.render(result, args.markdown))
-        for line in result["accuracy"]:
-            errors = "  ".join(f"{k} {v:.1e}" if v is not None else f"{k} nan"
-                               for k, v in line["errors"].items())  # fmt: skip
-            print(f"sigma {line['sigma']:<6} {errors}")
-        print(f"figures in {out}")
-    return status
+    return _run(args)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from bench import machine, peers
+from bench import cases, machine
 from memokern import files
 
 RESULT = pytest.StashKey[dict[str, Any]]()
@@ -15,6 +15,7 @@ RESULT = pytest.StashKey[dict[str, Any]]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--rows", type=int, default=50_000, help="N")
+    parser.addoption("--quick", action="store_true", help="a few cases, fewer rounds")
     parser.addoption("--data", help="a file of rows for TrainingSet, in place of random ones")
     parser.addoption("--out", help="where the figures go, as JSON")
 
@@ -22,12 +23,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[RESULT] = {
         "machine": machine.describe(),
-        "sgemm": machine.sgemm(),
-        "read": machine.read_bandwidth(),
-        "skipped": {k: p.skip for k, p in peers.available().items() if p.skip},
+        "skipped": {},
         "cases": [],
+        "memory": [],
         "accuracy": [],
     }
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "case" in metafunc.fixturenames:
+        option = metafunc.config.getoption
+        dim = cases.read(option("data")).shape[1] if option("data") else None
+        chosen = cases.select(option("quick"), dim)
+        metafunc.parametrize("case", chosen, ids=[c.name.replace(" ", "-") for c in chosen])
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

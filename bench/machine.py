@@ -1,39 +1,29 @@
-"""What this machine can do, measured in the same run as the cases, and what it is."""
+"""What this machine can do, measured in the same rounds as the cases, and what it is."""
 
 from __future__ import annotations
 
 import platform
-import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 
 import torch
 
 from memokern import info
 
-
-def seconds(run: Callable[[], object], rounds: int = 5) -> float:
-    """The median time of a call, after one to warm up."""
-    run()
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return median(times)
+SGEMM = 2048
+READ_BYTES = 1 << 28  # much larger than the caches
 
 
-def sgemm(n: int = 2048) -> float:
-    """Operations per second of an n^3 float32 matrix product."""
-    a, b, out = torch.randn(n, n), torch.randn(n, n), torch.empty(n, n)
-    return 2 * n**3 / seconds(lambda: torch.mm(a, b, out=out))
+def limits() -> dict[str, Callable[[], object]]:
+    """A 2048^3 float32 matrix product ("sgemm"), and the sum of 256 MB of float32 ("read")."""
+    a, b, out = torch.randn(3, SGEMM, SGEMM)
+    data = torch.ones(READ_BYTES // 4)
+    return {"sgemm": lambda: torch.mm(a, b, out=out), "read": data.sum}
 
 
-def read_bandwidth(nbytes: int = 1 << 28) -> float:
-    """Bytes per second of summing a float32 array much larger than the caches."""
-    data = torch.ones(nbytes // 4)
-    return nbytes / seconds(data.sum)
+def rates(seconds: dict[str, float]) -> dict[str, float]:
+    """Operations per second and bytes per second from the times of `limits()`."""
+    return {"sgemm": 2 * SGEMM**3 / seconds["sgemm"], "read": READ_BYTES / seconds["read"]}
 
 
 def _model() -> str:

@@ -1,32 +1,33 @@
-"""What memokern is compared with: each a function (x [B, D], rows [N, D], sigma) -> mean [B, D]."""
+"""What memokern is compared with.
+
+`MEAN`: each prepares, untimed, what may be kept between calls, and returns a function
+(x [B, D], sigma) -> mean [B, D]. `NEAREST`: the same, returning (x, k) -> distances [B, k].
+"""
 
 from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 from collections.abc import Callable
-from typing import NamedTuple
+from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 import memokern
 
-
-class Peer(NamedTuple):
-    """`prepare(rows)` does, untimed, what may be kept between calls; None where it can't run."""
-
-    prepare: Callable[[Tensor], Callable[[Tensor, float], Tensor]]
-    skip: str | None = None
+Mean = Callable[[Tensor, float], Tensor]
 
 
-def _memokern(rows: Tensor) -> Callable[[Tensor, float], Tensor]:
+def _memokern(rows: Tensor) -> Mean:
     data = memokern.TrainingSet(rows)
     _ = data.sq_norms, data.center  # cached once, as `cached` and `sdpa` cache their norms
     return lambda x, sigma: memokern.denoise(x, data, sigma)
 
 
-def _cached(rows: Tensor) -> Callable[[Tensor, float], Tensor]:
+def _cached(rows: Tensor) -> Mean:
     half = rows.square().sum(1) / 2
     return lambda x, s: torch.softmax((x @ rows.T - half) / s**2, 1) @ rows
 
@@ -37,11 +38,11 @@ def naive(x: Tensor, rows: Tensor, sigma: float) -> Tensor:
     return torch.softmax(-r2 / (2 * sigma**2), 1) @ rows
 
 
-def _cdist(rows: Tensor) -> Callable[[Tensor, float], Tensor]:
+def _cdist(rows: Tensor) -> Mean:
     return lambda x, s: torch.softmax(-torch.cdist(x, rows).square() / (2 * s**2), 1) @ rows
 
 
-def _sdpa(rows: Tensor) -> Callable[[Tensor, float], Tensor]:
+def _sdpa(rows: Tensor) -> Mean:
     half = rows.square().sum(1) / 2
 
     def run(x: Tensor, s: float) -> Tensor:
@@ -54,18 +55,31 @@ def _sdpa(rows: Tensor) -> Callable[[Tensor, float], Tensor]:
     return run
 
 
-def _compiled(rows: Tensor) -> Callable[[Tensor, float], Tensor]:
+def _compiled(rows: Tensor) -> Mean:
     run = torch.compile(naive)
     return lambda x, s: run(x, rows, s)
 
 
-def _ideal(rows: Tensor) -> Callable[[Tensor, float], Tensor]:
-    # it asks its data set for len() and items only
-    model = importlib.import_module("smalldiffusion").IdealDenoiser(list(rows))
+def _smalldiffusion() -> ModuleType:
+    """smalldiffusion/model.py by itself: the package's own import wants torchvision, which would
+    bring another torch, and the denoiser uses none of it."""
+    package = importlib.util.find_spec("smalldiffusion")
+    if package is None or not package.submodule_search_locations:
+        raise ModuleNotFoundError("No module named 'smalldiffusion'")
+    path = Path(package.submodule_search_locations[0]) / "model.py"
+    spec = importlib.util.spec_from_file_location("smalldiffusion_model", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _ideal(rows: Tensor) -> Mean:
+    model = _smalldiffusion().IdealDenoiser(rows)  # it asks a data set for len() and items only
     return lambda x, s: x - s * model(x, torch.tensor(s, dtype=x.dtype))
 
 
-def _keops(rows: Tensor) -> Callable[[Tensor, float], Tensor]:
+def _keops(rows: Tensor) -> Mean:
     lazy = importlib.import_module("pykeops.torch").LazyTensor
     y = lazy(rows[None].contiguous())
 
@@ -76,15 +90,25 @@ def _keops(rows: Tensor) -> Callable[[Tensor, float], Tensor]:
     return run
 
 
-def _missing(module: str) -> str | None:
-    try:
-        importlib.import_module(module)
-    except Exception as error:  # an optional library may fail at import in any way
-        return f"{module}: {type(error).__name__}: {str(error).splitlines()[0][:80]}"
-    return None
+def _memokern_nearest(rows: Tensor) -> Callable[[Tensor, int], Tensor]:
+    data = memokern.TrainingSet(rows)
+    _ = data.sq_norms, data.center
+    return lambda x, k: memokern.nearest(x, data, k).distance
 
 
-PREPARE: dict[str, Callable[[Tensor], Callable[[Tensor, float], Tensor]]] = {
+def _faiss(rows: Tensor) -> Callable[[Tensor, int], Tensor]:
+    faiss = importlib.import_module("faiss")
+    index = faiss.IndexFlatL2(rows.shape[1])
+    index.add(rows.numpy())
+
+    def run(x: Tensor, k: int) -> Tensor:
+        faiss.omp_set_num_threads(torch.get_num_threads())
+        return torch.from_numpy(index.search(x.numpy(), k)[0]).sqrt()
+
+    return run
+
+
+MEAN: dict[str, Callable[[Tensor], Mean]] = {
     "memokern": _memokern,
     "cached": _cached,
     "naive": lambda rows: lambda x, s: naive(x, rows, s),
@@ -94,28 +118,50 @@ PREPARE: dict[str, Callable[[Tensor], Callable[[Tensor, float], Tensor]]] = {
     "ideal": _ideal,
     "keops": _keops,
 }
-LIBRARY = {"ideal": "smalldiffusion", "keops": "pykeops.torch"}
+NEAREST = {"memokern": _memokern_nearest, "faiss": _faiss}
+ALL = {*MEAN, *NEAREST}
+LIBRARY: dict[str, Callable[[], object]] = {
+    "ideal": _smalldiffusion,
+    "keops": lambda: importlib.import_module("pykeops.torch"),
+    "faiss": lambda: importlib.import_module("faiss"),
+}
 
 
 @functools.cache
-def available() -> dict[str, Peer]:
-    """All of them, with the one-line reason where one cannot run here."""
-    return {
-        name: Peer(prepare, _missing(LIBRARY[name]) if name in LIBRARY else None)
-        for name, prepare in PREPARE.items()
-    }
+def missing(name: str) -> str | None:
+    """None, or one line: why this peer cannot run here (`make peers` installs them)."""
+    try:
+        LIBRARY.get(name, lambda: None)()
+    except Exception as error:  # an optional library may fail at import in any way
+        return reason(error)
+    return None
 
 
-def reference(x: Tensor, rows: Tensor, sigma: float, chunk: int = 2048) -> Tensor:
-    """The mean in float64 by direct differences, a chunk of rows at a time."""
+def reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:100]}"
+
+
+def squares(x: Tensor, rows: Tensor, chunk: int = 2048) -> Tensor:
+    """[B, N] float64 squared distances by direct differences, a chunk of rows at a time."""
     x = x.double()
-    top = torch.full((len(x), 1), -torch.inf, dtype=torch.float64)
-    total, mean = torch.zeros_like(top), torch.zeros_like(x)
-    for y in rows.split(chunk):
-        y = y.double()
-        r2 = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").square()
-        logits = -r2 / (2 * sigma**2)
-        new = torch.maximum(top, logits.amax(1, keepdim=True))
-        w, keep = torch.exp(logits - new), torch.exp(top - new)
-        total, mean, top = total * keep + w.sum(1, keepdim=True), mean * keep + w @ y, new
-    return mean / total
+    mode = "donot_use_mm_for_euclid_dist"
+    parts = [torch.cdist(x, y.double(), compute_mode=mode).square() for y in rows.split(chunk)]
+    return torch.cat(parts, 1)
+
+
+def reference(
+    x: Tensor, rows: Tensor, sigma: float, grad: Tensor | None = None, chunk: int = 2048
+) -> Tensor:
+    """The mean in float64 by direct differences; with grad [B, D], the gradient for x of
+    <grad, mean>: sum w (y - mean) <y - mean, grad> / sigma^2."""
+    w = torch.softmax(-squares(x, rows, chunk) / (2 * sigma**2), 1).split(chunk, 1)
+    parts = list(zip(w, rows.split(chunk), strict=True))
+    zero = torch.zeros(x.shape, dtype=torch.float64)
+    mean = sum((a @ y.double() for a, y in parts), zero)
+    if grad is None:
+        return mean
+    for a, y in parts:
+        along = (grad.double()[:, None] * (y.double() - mean[:, None])).sum(2)
+        zero += (a * along) @ y.double() - (a * along).sum(1, keepdim=True) * mean
+    return zero / sigma**2

@@ -1,87 +1,86 @@
-"""The table's arithmetic and its print."""
+"""The table's arithmetic: rates, shares of the machine's limits, and the targets."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from bench.cases import OURS
+from bench.peers import ALL
+
 WRONG = 1e-3  # error above which a time is marked "!": the speed of a wrong result
 
 
-def figures(
-    b: int, n: int, d: int, itemsize: int, seconds: float, sgemm: float, read: float
-) -> dict[str, float]:
-    """Rates, their shares of the machine's, and the ratio to the floor: 4 B N D operations at the
-    rate of a large sgemm, or one read of the rows, whichever takes longer."""
-    operations, nbytes = 4 * b * n * d, n * d * itemsize
-    floor = max(operations / sgemm, nbytes / read)
-    return {
+def figures(case: dict[str, Any], name: str) -> dict[str, float]:
+    """Rates and, where the limits were measured, their shares and the ratio to the floor: the
+    operations at the rate of a large sgemm, or one read of the rows, whichever takes longer."""
+    run = case["runs"][name]
+    operations = (2 if case["op"] == "nearest" else 4) * case["b"] * case["n"] * case["d"]
+    nbytes, seconds = case["n"] * case["d"] * run["itemsize"], run["seconds"]
+    out = {
         "ms": 1e3 * seconds,
         "gflops": operations / seconds / 1e9,
         "gbs": nbytes / seconds / 1e9,
-        "sgemm": operations / seconds / sgemm,
-        "read": nbytes / seconds / read,
-        "floor": seconds / floor,
     }
+    if "sgemm" in case:
+        floor = max(operations / case["sgemm"], nbytes / case["read"])
+        out |= {
+            "sgemm": operations / seconds / case["sgemm"],
+            "read": nbytes / seconds / case["read"],
+            "floor": seconds / floor,
+        }
+    return out
 
 
-def render(result: dict[str, Any], markdown: bool = False) -> str:
-    """One line per case and peer; markdown: one line per case, how many times faster we are."""
-    lines = _ratios(result) if markdown else _figures(result)
-    lines += ["", f"! error above {WRONG:g}: the speed of a wrong result"]
-    lines += [f"not run: {name}: {why}" for name, why in result["skipped"].items()]
-    return "\n".join(lines)
+def fastest_peer(case: dict[str, Any]) -> str | None:
+    peers = [name for name in case["runs"] if name in ALL - {OURS}]
+    return min(peers, key=lambda name: case["runs"][name]["seconds"]) if peers else None
 
 
-def _mark(entry: dict[str, float]) -> str:
-    return "" if entry["error"] <= WRONG else "!"
+def value(case: dict[str, Any], target: dict[str, Any]) -> float | None:
+    """The figure that a target is about; None where what it needs did not run."""
+    runs, kind = case["runs"], target["kind"]
+    if kind == "ratio":
+        if target["slow"] not in runs or target["fast"] not in runs:
+            return None
+        return runs[target["slow"]]["seconds"] / runs[target["fast"]]["seconds"]
+    if kind == "fastest":
+        peer = fastest_peer(case)
+        return runs[peer]["seconds"] / runs[OURS]["seconds"] if peer else None
+    if kind == "error":
+        return runs[target["fast"]]["error"]
+    return figures(case, target["fast"]).get(kind)
 
 
-def _figures(result: dict[str, Any]) -> list[str]:
-    lines = [
-        f"{result['machine']['cpu']}: sgemm {result['sgemm'] / 1e9:.1f} GFLOP/s, "
-        f"read {result['read'] / 1e9:.1f} GB/s",
-        f"{'case':<24}{'peer':<10}{'ms':>10}{'times ours':>11}{'error':>9}"
-        f"{'GFLOP/s':>9}{'GB/s':>7}{'sgemm':>7}{'read':>7}{'x floor':>9}",
+def verdict(case: dict[str, Any], target: dict[str, Any]) -> tuple[str, bool | None]:
+    """(what was measured and what it should be, whether it is met)."""
+    found, goal = value(case, target), target["goal"]
+    sign = "<=" if target["at_most"] else ">="
+    what = {
+        "sgemm": "of sgemm",
+        "floor": "x floor",
+        "error": "error",
+        "fastest": f"x faster than the fastest peer, {fastest_peer(case)}",
+        "ratio": f"{target['slow']} / {target['fast']}",
+    }[target["kind"]]
+    if found is None:
+        return f"{what}: not measured", None
+    met = found <= goal if target["at_most"] else found >= goal
+    return f"{what} {_number(found)} ({sign} {_number(goal)})", met
+
+
+def _number(x: float) -> str:
+    return f"{x:.1e}" if 0 < x < 0.01 else f"{x:.2f}" if x < 100 else f"{x:.0f}"
+
+
+def verdicts(result: dict[str, Any]) -> list[tuple[str, str, bool | None]]:
+    """(case, figure beside target, met) of every target, memory included."""
+    out = [
+        (case["name"], *verdict(case, target))
+        for case in result["cases"]
+        for target in case["targets"]
     ]
-    for case in result["cases"]:
-        mine = case["peers"]["memokern"]["ms"]
-        for name, f in case["peers"].items():
-            lines.append(
-                f"{case['name']:<24}{name + _mark(f):<10}{f['ms']:>10.4g}{f['ms'] / mine:>11.2f}"
-                f"{f['error']:>9.0e}{f['gflops']:>9.1f}{f['gbs']:>7.1f}{f['sgemm']:>7.2f}"
-                f"{f['read']:>7.2f}{f['floor']:>9.2f}"
-            )
-    return lines
-
-
-def _ratios(result: dict[str, Any]) -> list[str]:
-    cases = result["cases"]
-    names = list(dict.fromkeys(k for c in cases for k in c["peers"] if k != "memokern"))
-    lines = ["| case | memokern, ms | " + " | ".join(names) + " |"]
-    lines.append("|" + " --- |" * (len(names) + 2))
-    for case in cases:
-        peers, mine = case["peers"], case["peers"]["memokern"]["ms"]
-        cells = [
-            f"{peers[k]['ms'] / mine:.2f}x{_mark(peers[k])}" if k in peers else "" for k in names
-        ]
-        start = f"| {case['name']} (N = {case['rows']}) | {mine:.4g} | "
-        lines.append(start + " | ".join(cells) + " |")
-    return lines
-
-
-def compare(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """Times after over times before. ValueError where the machines differ."""
-    if old["machine"] != new["machine"]:
-        keys = sorted({*old["machine"], *new["machine"]})
-        pairs = [(k, old["machine"].get(k), new["machine"].get(k)) for k in keys]
-        differ = "; ".join(f"{k}: {a} and {b}" for k, a, b in pairs if a != b)
-        raise ValueError(f"figures of different machines are not compared ({differ})")
-    before = {(c["name"], c["rows"]): c["peers"] for c in old["cases"]}
-    lines = []
-    for case in new["cases"]:
-        known = before.get((case["name"], case["rows"]), {})
-        for name, f in case["peers"].items():
-            if name in known:
-                a, b = known[name]["ms"], f["ms"]
-                lines.append(f"{case['name']:<24}{name:<10}{a:>10.4g} -> {b:<10.4g}{b / a:>7.3f}")
-    return "\n".join(lines) if lines else "no case is in both"
+    for case in result["memory"]:
+        taken, allowed = case["bytes"][OURS], case["allowed"]
+        text = f"MB beyond inputs {taken / 1e6:.1f} (<= {allowed / 1e6:.1f})"
+        out.append((f"memory of {case['op']} B={case['b']} D={case['d']}", text, taken <= allowed))
+    return out

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import peers, table
+from bench import cases, peers, report, runs, table
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -20,31 +20,96 @@ def bench(*args):
 
 
 def test_a_small_run_through_the_entry_point(tmp_path):
-    out = tmp_path / "figures.json"
-    run = bench("--rows", 200, "-k", "accuracy", "--json", out)
+    out, page = tmp_path / "figures.json", tmp_path / "page.md"
+    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    words = "accuracy or nearest or types"
+    run = bench("--quick", "--rows", 300, "-k", words, "--json", out, "--markdown", page)
     assert run.returncode == 0, run.stdout + run.stderr
     result = json.loads(out.read_text())
     assert [line["sigma"] for line in result["accuracy"]] == [80.0, 1.0, 0.1, 0.01, 0.002]
-    assert result["sgemm"] > 0 and result["read"] > 0
-    assert "GFLOP/s" in run.stdout
+    assert {case["op"] for case in result["cases"]} == {"nearest", "types"}
+    assert "targets met" in run.stdout and "float32 / uint8" in run.stdout
+    text = page.read_text()
+    assert text == f"before\n{report.BEGIN}\n{report.markdown(result)}\n{report.END}\nafter\n"
+    assert bench("--load", out, "--markdown").stdout == report.markdown(result) + "\n"
 
 
-@pytest.mark.parametrize("name", ["memokern", "cached", "naive", "cdist", "sdpa"])
+@pytest.mark.parametrize("name", ["memokern", "cached", "naive", "cdist", "sdpa", "ideal"])
 def test_peers_agree_with_float64_where_nothing_cancels(name):
+    if peers.missing(name):
+        pytest.skip(peers.missing(name))
     torch.manual_seed(0)
     rows = torch.randn(50, 6)
     x = rows[:5] + torch.randn(5, 6)
     truth = peers.reference(x, rows, 1.0, chunk=7)
-    got = peers.available()[name].prepare(rows)(x, 1.0)
+    got = peers.MEAN[name](rows)(x, 1.0)
     # logits of size r^2 / 2 < 50 carry a few float32 roundings of 6e-8 each
     assert float((got - truth).abs().max()) < 50 * 8 * 6e-8
 
 
+def test_the_references_gradient_is_that_of_its_mean():
+    torch.manual_seed(0)
+    rows, grad = torch.randn(20, 3).double(), torch.randn(4, 3).double()
+    x = torch.randn(4, 3).double().requires_grad_()
+    r2 = (x[:, None] - rows).square().sum(2)
+    mean = torch.softmax(-r2 / (2 * 0.7**2), 1) @ rows
+    (truth,) = torch.autograd.grad(mean, x, grad)
+    got = peers.reference(x.detach(), rows, 0.7, grad, chunk=6)
+    torch.testing.assert_close(got, truth, rtol=1e-10, atol=1e-12)
+
+
+def test_every_case_names_what_can_be_built_and_its_targets_name_its_runs():
+    own = {"forward", "1 thread", "2 threads", *cases.DTYPES}
+    for case in cases.select():
+        assert set(case.runs) <= peers.ALL | own, case
+        for target in case.targets:
+            assert {target.slow, target.fast} <= {"", *case.runs}, case
+    assert len({case.name for case in cases.select()}) == len(cases.select())
+    assert 0 < len(cases.select(quick=True)) < len(cases.select()) / 2
+
+
+def test_a_wrong_result_has_an_error():
+    x = torch.ones(9, 2)
+    run = runs.Run(lambda: x, torch.ones(4, 2).double())
+    assert run.error(x) == 0
+    assert run.error(1.5 * x) == pytest.approx(0.5)
+    assert run.error(x * float("nan")) == float("inf")
+
+
+def case(**seconds):
+    figures = {
+        name: {"seconds": s, "spread": 1.0, "rounds": 3, "error": 1e-7, "itemsize": 4}
+        for name, s in seconds.items()
+    }
+    return {"name": "mean B=2 D=5", "op": "mean", "b": 2, "n": 10, "d": 5, "runs": figures,
+            "targets": [], "sgemm": 1e9, "read": 1e8}  # fmt: skip
+
+
 def test_arithmetic():
-    f = table.figures(b=2, n=10, d=5, itemsize=4, seconds=1e-6, sgemm=1e9, read=1e8)
+    f = table.figures(case(memokern=1e-6), "memokern")
     assert f["gflops"] == pytest.approx(0.4)  # 400 operations in a microsecond
     assert f["gbs"] == pytest.approx(0.2)  # 200 bytes
+    assert f["sgemm"] == pytest.approx(0.4)
     assert f["floor"] == pytest.approx(0.5)  # 2 us to read, 0.4 us to compute
+
+
+@pytest.mark.parametrize(
+    "target, found, met",
+    [
+        (cases.Target("sgemm", 0.5), 0.4, False),
+        (cases.Target("floor", 0.6, at_most=True), 0.5, True),
+        (cases.Target("ratio", 3.0, "sdpa"), 2.0, False),
+        (cases.Target("ratio", 2.0, "sdpa"), 2.0, True),
+        (cases.Target("ratio", 2.0, "keops"), None, None),
+        (cases.FASTEST, 2.0, True),
+        (cases.Target("error", 1e-8, at_most=True), 1e-7, False),
+    ],
+)
+def test_targets(target, found, met):
+    measured = case(memokern=1e-6, sdpa=2e-6, naive=3e-6)
+    measured["targets"] = [vars(target)]
+    assert table.value(measured, vars(target)) == (None if found is None else pytest.approx(found))
+    assert table.verdict(measured, vars(target))[1] is met
 
 
 def test_figures_of_two_machines_are_refused(tmp_path):

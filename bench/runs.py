@@ -1,0 +1,152 @@
+"""From a case to what is timed in it: for each name a call, and how wrong its result is."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+from torch import Tensor
+
+import memokern
+from bench import peers
+from bench.cases import DTYPES, OURS, Case, K, queries
+from memokern.data import UINT8_SCALE, UINT8_SHIFT
+
+CHECKED = 4  # queries compared with the float64 reference, which is slow
+
+
+@dataclass
+class Run:
+    """before() is called, untimed, ahead of each call."""
+
+    call: Callable[[], Tensor]
+    truth: Tensor  # of the checked queries
+    before: Callable[[], object] = lambda: None
+    itemsize: int = 4  # bytes of a stored number
+
+    def error(self, got: Tensor) -> float:
+        """The largest difference from the truth over the largest true value; inf for NaN."""
+        difference = float((_checked(got).double() - self.truth).abs().max())
+        return difference / float(self.truth.abs().max()) if math.isfinite(difference) else math.inf
+
+    def seconds(self) -> float:
+        self.before()
+        start = time.perf_counter()
+        self.call()
+        return time.perf_counter() - start
+
+
+Make = Callable[[str], Run]
+
+
+def _checked(x: Tensor) -> Tensor:
+    return x[torch.linspace(0, len(x) - 1, min(len(x), CHECKED)).long()]
+
+
+def _mean(case: Case, rows: Tensor) -> Make:
+    x = queries(rows, case.b, case.noise)
+    truth = peers.reference(_checked(x), rows, case.noise)
+
+    def make(name: str) -> Run:
+        mean = peers.MEAN[name](rows)
+        return Run(lambda: mean(x, case.noise), truth)
+
+    return make
+
+
+def _threads(case: Case, rows: Tensor) -> Make:
+    x = queries(rows, case.b, case.noise)
+    truth = peers.reference(_checked(x), rows, case.noise)
+    mean = peers.MEAN[OURS](rows)
+
+    def make(name: str) -> Run:
+        count = int(name.split()[0])
+        return Run(lambda: mean(x, case.noise), truth, lambda: torch.set_num_threads(count))
+
+    return make
+
+
+def _types(case: Case, rows: Tensor) -> Make:
+    """rows: uint8; the same values in other types."""
+
+    def make(name: str) -> Run:
+        stored = rows
+        if name != "uint8":
+            stored = torch.empty(rows.shape, dtype=DTYPES[name])
+            for out, part in zip(stored.split(4096), rows.split(4096), strict=True):
+                out.copy_(part.float().mul_(UINT8_SCALE).add_(UINT8_SHIFT))
+        data = memokern.TrainingSet(stored)
+        _ = data.sq_norms
+        values = data.dequantize(data.rows)
+        x = queries(values, case.b, case.noise)
+        truth = peers.reference(_checked(x), values, case.noise)
+        return Run(lambda: memokern.denoise(x, data, case.noise), truth, itemsize=stored.itemsize)
+
+    return make
+
+
+def _backward(case: Case, rows: Tensor) -> Make:
+    """The backward alone, through autograd; beside it our forward."""
+    x = queries(rows, case.b, case.noise)
+    grad = torch.randn_like(x)
+
+    def make(name: str) -> Run:
+        if name == "forward":
+            mean = peers.MEAN[OURS](rows)
+            truth = peers.reference(_checked(x), rows, case.noise)
+            return Run(lambda: mean(x, case.noise), truth)
+        leaf = x.clone().requires_grad_()
+        value = peers.MEAN[name](rows)(leaf, case.noise)
+        truth = peers.reference(_checked(x), rows, case.noise, _checked(grad))
+        return Run(lambda: torch.autograd.grad(value, leaf, grad, retain_graph=True)[0], truth)
+
+    return make
+
+
+def _nearest(case: Case, rows: Tensor) -> Make:
+    x = queries(rows, case.b, case.noise)
+    truth = peers.squares(_checked(x), rows).topk(K, largest=False).values.sqrt()
+
+    def make(name: str) -> Run:
+        search = peers.NEAREST[name](rows)
+        return Run(lambda: search(x, K), truth)
+
+    return make
+
+
+_MAKERS = {
+    "mean": _mean, "threads": _threads, "types": _types, "backward": _backward, "nearest": _nearest
+}  # fmt: skip
+
+
+def build(case: Case, rows: Tensor, skipped: dict[str, str]) -> tuple[dict[str, Run], dict]:
+    """The runs of a case that can run here, each called once: (runs, errors). The reasons of the
+    others go to `skipped`."""
+    make = _MAKERS[case.op](case, rows)
+    runs: dict[str, Run] = {}
+    errors: dict[str, float] = {}
+    for name in case.runs:
+        why = peers.missing(name)
+        if why:
+            skipped[name] = why
+            continue
+        try:
+            run = make(name)
+            run.before()
+            errors[name] = run.error(run.call())
+            runs[name] = run
+        except Exception as error:  # a peer's failure is a finding, ours is not
+            if name not in peers.ALL or name == OURS:
+                raise
+            skipped[f"{name} in {case.name}"] = peers.reason(error)
+    return runs, errors
+
+
+def best(times: list[float]) -> dict[str, float]:
+    """The best round stands for the machine undisturbed; median over best says how disturbed it
+    was."""
+    return {"seconds": min(times), "spread": median(times) / min(times), "rounds": len(times)}

@@ -1,0 +1,27 @@
+"""Memory beyond the inputs: a few B x D buffers for each thread, whatever N is."""
+
+import sys
+
+import pytest
+
+from bench import memory
+
+B, N, D, THREADS = 256, 40_000, 256, 2
+pytestmark = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="reads Linux's record of the peak"
+)
+
+
+@pytest.mark.parametrize("op", ["mean", "backward", "nearest"])
+def test_memory_of_a_call(op):
+    # measure() refuses to answer unless it sees a temporary of 100 MB as such
+    taken = memory.measure(op, "memokern", B, N, D, THREADS)["bytes"]
+    assert taken < memory.allowed(B, D, THREADS)
+    assert taken < N * B * 4 / 2
+
+
+def test_the_method_sees_an_n_x_b_matrix():
+    """The plain formula keeps two of them."""
+    taken = memory.measure("mean", "cached", 256, N, 64, THREADS)["bytes"]
+    matrix = 4 * 256 * N
+    assert 1.9 * matrix < taken < 2.5 * matrix
