@@ -8,6 +8,7 @@
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+SMALLDIFFUSION ?= smalldiffusion==0.5.0
 VENV ?= .venv
 BIN = $(VENV)/bin
 SOURCES = $(wildcard csrc/*) $(wildcard csrc/*/*) setup.py pyproject.toml
@@ -39,6 +40,7 @@ lint: $(VENV)/.dev-installed
 
 peers: $(VENV)/.dev-installed
 	$(BIN)/pip install -q --disable-pip-version-check "$(TORCH)" -e ".[bench]"
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps "$(SMALLDIFFUSION)"
 
 bench: $(VENV)/.dev-installed
 	$(BIN)/python -m bench $(ARGS)

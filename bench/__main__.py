@@ -15,13 +15,14 @@ import memokern
 from bench import report
 
 HERE = Path(__file__).resolve().parent
+RAN = (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.INTERRUPTED)
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m bench", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a few cases, N = 10,000: a minute")
     parser.add_argument("--rows", type=int, help="N (50,000)")
-    parser.add_argument("-k", metavar="WORDS", help="only the cases that match, as pytest's -k")
+    parser.add_argument("-k", metavar="WORDS", help="pytest's -k: nearest, B64-D3072, memory ...")
     parser.add_argument("--data", help="a file of rows (.npy, .npz, .safetensors)")
     parser.add_argument("--json", type=Path, help="where the figures go (default: results/)")
     parser.add_argument("--load", type=Path, help="print figures already taken, run nothing")
@@ -56,7 +57,7 @@ def _run(args: argparse.Namespace) -> int:
     options += [f"--data={Path(args.data).resolve()}"] if args.data else []
     started = time.time()
     status = int(pytest.main(options))
-    if out.exists() and out.stat().st_mtime >= started:
+    if status in RAN and out.exists() and out.stat().st_mtime >= started:
         _print(_read(out), args.markdown)
         print(f"figures in {out}", file=sys.stderr)
     return status

@@ -19,7 +19,7 @@ DTYPES = {
     "uint8": torch.uint8,
 }
 MEAN_PEERS = ("cached", "naive", "cdist", "sdpa", "compile")
-KEOPS_DIM = 64  # KeOps unrolls a formula over D: beyond this it compiles for minutes and crawls
+KEOPS_DIM = 64  # KeOps is made for D below 100, its documentation says
 K = 2  # neighbours in the `nearest` case
 OURS = "memokern"
 
@@ -57,6 +57,11 @@ class Case:
         n = f" N={self.n}" if self.n else ""
         sigma = f" sigma={self.sigma:g}" if self.sigma else ""
         return f"{self.op} B={self.b}{n} D={self.d}{sigma}"
+
+    @property
+    def id(self) -> str:
+        """The name as -k takes it."""
+        return self.name.replace(" ", "-").replace("=", "")
 
     @property
     def noise(self) -> float:

@@ -35,7 +35,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         option = metafunc.config.getoption
         dim = cases.read(option("data")).shape[1] if option("data") else None
         chosen = cases.select(option("quick"), dim)
-        metafunc.parametrize("case", chosen, ids=[c.name.replace(" ", "-") for c in chosen])
+        metafunc.parametrize("case", chosen, ids=[c.id for c in chosen])
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

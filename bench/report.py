@@ -9,6 +9,7 @@ from bench import table
 from bench.cases import OURS
 
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
+TINY = 10_000  # numbers in a case that is all overhead
 SIGN = {True: "met", False: "MISSED", None: "not measured"}
 
 
@@ -62,6 +63,10 @@ def _mark(run: dict[str, float]) -> str:
 
 def _notes(result: dict[str, Any]) -> list[str]:
     notes = [f"! error above {table.WRONG:g}: the speed of a wrong result"]
+    for case in result["cases"]:
+        if OURS in case["runs"] and case["b"] * case["n"] * case["d"] < TINY:
+            micro = 1e6 * case["runs"][OURS]["seconds"]
+            notes.append(f"overhead per call: {micro:.0f} us, nearly all of {case['name']}")
     return notes + [f"not run: {name}: {why}" for name, why in result["skipped"].items()]
 
 
