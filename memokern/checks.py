@@ -57,7 +57,19 @@ def number(
     found = float(value)
     in_range = found > low if strict else found >= low  # False for NaN
     if not in_range or (math.isinf(found) and not infinite):
-        limits = [] if infinite else ["finite"]
-        limits += [f"{'>' if strict else '>='} {low:g}"] if low > -math.inf else []
-        raise ValueError(f"expected {name} {' and '.join(limits) or 'not NaN'}, got {value}{hint}")
+        allowed = limits(low, strict=strict, infinite=infinite)
+        raise ValueError(f"expected {name} {allowed}, got {value}{hint}")
     return found
+
+
+def limits(low: float, *, strict: bool = False, infinite: bool = False) -> str:
+    """In words, the range that `number` allows.
+
+    Example:
+        >>> from memokern import checks
+        >>> checks.limits(0.0, strict=True)
+        'finite and > 0'
+    """
+    words = [] if infinite else ["finite"]
+    words += [f"{'>' if strict else '>='} {low:g}"] if low > -math.inf else []
+    return " and ".join(words) or "not NaN"

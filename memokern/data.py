@@ -6,7 +6,6 @@ inside the kernels. A data set on disk stays there, memory-mapped.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -15,14 +14,17 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from memokern import datasets, files
+from memokern import checks, datasets, files
 from memokern.datasets import sources
-
-ROW_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.uint8)
-# uint8 images: 0..255 -> [-1, 1], the convention of diffusion models.
-UINT8_SCALE, UINT8_SHIFT = 2 / 255, -1.0
-# Elements of a chunk in the sweeps below: 32 MiB as float64, never a float copy of all rows.
-CHUNK_ELEMENTS = 1 << 22
+from memokern.rows import (
+    UINT8_SCALE,
+    UINT8_SHIFT,
+    check_rows,
+    checked_labels,
+    checked_log_weights,
+    chunks,
+    require_finite,
+)
 
 
 class TrainingSet:
@@ -118,21 +120,27 @@ class TrainingSet:
                 "expected rows as a tensor, a numpy array, a path or a torch Dataset, "
                 f"got {type(rows).__name__}"
             )
-        tensor = _checked_rows(tensor)
+        check_rows(tensor)
+        if tensor.requires_grad:
+            raise ValueError(
+                "rows require a gradient, and a TrainingSet caches norms that would not follow "
+                "them: pass rows.detach(), or the tensor itself to memokern's functions"
+            )
         is_uint8 = tensor.dtype == torch.uint8
         self.shape = tuple(tensor.shape[1:])
         self.rows = tensor.reshape(tensor.shape[0], -1).contiguous()
-        self.scale = _number("scale", scale, UINT8_SCALE if is_uint8 else 1.0)
-        self.shift = _number("shift", shift, UINT8_SHIFT if is_uint8 else 0.0)
+        default = (UINT8_SCALE, UINT8_SHIFT) if is_uint8 else (1.0, 0.0)
+        self.scale = checks.number("scale", default[0] if scale is None else scale)
+        self.shift = checks.number("shift", default[1] if shift is None else shift)
         if self.scale == 0:
             raise ValueError("expected a scale other than 0, which would make all rows equal")
-        self.labels = _checked_labels(labels, self.n, self.device)
-        self.log_weights = _checked_log_weights(log_weights, self.n, self.device)
+        self.labels = checked_labels(labels, self.n, self.device)
+        self.log_weights = checked_log_weights(log_weights, self.n, self.device)
         self.name = name
         self._center: torch.Tensor | None = None
         self._sq_norms: torch.Tensor | None = None
         if check:
-            _require_finite(self.rows)
+            require_finite(self.rows)
 
     @classmethod
     def digits(cls) -> TrainingSet:
@@ -198,7 +206,7 @@ class TrainingSet:
         """The mean of the rows, [D] float32 (float64 for float64 rows). Computed at first use."""
         if self._center is None:
             total = torch.zeros(self.dim, dtype=torch.float64, device=self.device)
-            for chunk in _chunks(self.rows):
+            for chunk in chunks(self.rows):
                 total += chunk.sum(dim=0, dtype=torch.float64)
             mean = total / self.n * self.scale + self.shift
             self._center = mean.to(self.compute_dtype)
@@ -212,7 +220,7 @@ class TrainingSet:
             offset = self.shift - self.center.to(torch.float64)
             norms = torch.empty(self.n, dtype=torch.float64, device=self.device)
             start = 0
-            for chunk in _chunks(self.rows):
+            for chunk in chunks(self.rows):
                 value = chunk.to(torch.float64, copy=True).mul_(self.scale).add_(offset)
                 torch.sum(value.square_(), dim=1, out=norms[start : start + len(chunk)])
                 start += len(chunk)
@@ -374,103 +382,6 @@ class TrainingSet:
                 "to read rows from any other file use TrainingSet(path)"
             )
         return cls(path, check=check)
-
-
-# --- checks -----------------------------------------------------------------------------------
-
-
-def _checked_rows(rows: torch.Tensor) -> torch.Tensor:
-    if rows.dtype not in ROW_DTYPES:
-        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in ROW_DTYPES)
-        raise TypeError(
-            f"expected rows of type {known}, got {str(rows.dtype).removeprefix('torch.')}: convert "
-            "them, images in 0..255 with .to(torch.uint8), anything else with .to(torch.float32)"
-        )
-    if rows.layout != torch.strided:
-        raise TypeError(f"expected dense rows, got layout {rows.layout}: use .to_dense()")
-    if rows.ndim == 0 or rows.numel() == 0:
-        got = list(rows.shape)
-        raise ValueError(f"expected rows [N, *shape] with N >= 1 and D >= 1, got {got}")
-    if rows.requires_grad:
-        raise ValueError(
-            "rows require a gradient, and a TrainingSet caches norms that would not follow them: "
-            "pass rows.detach(), or the tensor itself to memokern's functions"
-        )
-    return rows
-
-
-def _number(name: str, value: float | None, default: float) -> float:
-    if value is None:
-        return default
-    if not math.isfinite(float(value)):
-        raise ValueError(f"expected a finite {name}, got {value}")
-    return float(value)
-
-
-def _vector(name: str, value: Any, n: int) -> torch.Tensor:
-    """[n] values of the caller's own: a copy, so that what was checked stays true."""
-    if isinstance(value, np.ndarray):
-        value = files.as_tensor(value, name)
-    try:
-        # Lists are read on the CPU, whatever torch.device() context this is called in.
-        tensor = value if isinstance(value, torch.Tensor) else torch.as_tensor(value, device="cpu")
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(
-            f"expected {name} as a tensor, array or list of numbers, got {type(value).__name__}"
-        ) from None
-    if tuple(tensor.shape) != (n,):
-        raise ValueError(f"expected {name} [{n}], one for each row, got {list(tensor.shape)}")
-    if tensor.requires_grad:
-        raise ValueError(
-            f"{name} require a gradient, which a TrainingSet cannot pass on: give them as bias= "
-            "to memokern's functions, or detach them"
-        )
-    return tensor.clone()
-
-
-def _checked_labels(labels: Any, n: int, device: torch.device) -> torch.Tensor | None:
-    if labels is None:
-        return None
-    tensor = _vector("labels", labels, n)
-    if not sources.is_integer(tensor.dtype):
-        raise TypeError(f"expected labels of an integer type, got {tensor.dtype}")
-    return tensor.to(device, torch.int64)
-
-
-def _checked_log_weights(log_weights: Any, n: int, device: torch.device) -> torch.Tensor | None:
-    if log_weights is None:
-        return None
-    tensor = _vector("log_weights", log_weights, n).to(device, torch.float64)
-    if tensor.is_meta:  # shapes without values
-        return tensor
-    bad = torch.isnan(tensor) | (tensor == math.inf)
-    if bad.any():
-        first = int(bad.nonzero()[0])
-        raise ValueError(
-            f"expected log_weights to be finite or -inf, got {float(tensor[first])} at row {first}"
-        )
-    if bool((tensor == -math.inf).all()):
-        raise ValueError("all log_weights are -inf: at least one row must have weight")
-    return tensor
-
-
-def _chunks(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return rows.split(max(1, CHUNK_ELEMENTS // rows.shape[1]))
-
-
-def _require_finite(rows: torch.Tensor) -> None:
-    if rows.is_meta or not rows.dtype.is_floating_point:
-        return
-    start = 0
-    for chunk in _chunks(rows):
-        # NaN comes through min and max, so one pass without a temporary decides.
-        if not torch.isfinite(torch.stack(chunk.aminmax())).all():
-            bad = (~torch.isfinite(chunk)).any(dim=1).nonzero()
-            raise ValueError(
-                f"expected finite rows, got NaN or infinite values in row {start + int(bad[0])}: "
-                "remove such rows or replace the values"
-            )
-        start += len(chunk)
 
 
 def _readable(nbytes: int) -> str:

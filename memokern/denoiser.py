@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memokern import functional, regularizers
+from memokern import functional, queries, regularizers
 from memokern.data import TrainingSet
 from memokern.processes import EDM, Process
 from memokern.regularizers import Prediction, Regularizer
@@ -193,7 +193,7 @@ class Denoiser(nn.Module):
     def _time(self, x: Tensor, t: float | Tensor) -> Tensor:
         r"""t as scalar or [\*batch] float64; other samplers give it as [\*batch, 1, ..., 1]."""
         time = torch.as_tensor(t, dtype=torch.float64, device=x.device)
-        batch = functional.batch_shape(x, self._data)
+        batch = queries.batch_shape(x, self._data)
         if time.dim() > len(batch):
             extra = time.shape[len(batch) :]
             if any(size != 1 for size in extra):
@@ -235,7 +235,7 @@ class Denoiser(nn.Module):
         if labels.dim() == 0:
             index, rows = self._of_label(int(labels))
             return self._evaluate(x, rows, sigma, alpha, None if bias is None else bias[index])
-        batch = functional.batch_shape(x, self._data)
+        batch = queries.batch_shape(x, self._data)
         if labels.shape != batch:
             raise ValueError(
                 f"expected label as one integer or one per query {tuple(batch)}, got"

@@ -14,7 +14,8 @@ import torch
 from tqdm import tqdm
 
 from memokern import files, functional
-from memokern.data import CHUNK_ELEMENTS, TrainingSet
+from memokern.data import TrainingSet
+from memokern.rows import chunks
 
 # Samples of one nearest-row search: the progress bar moves in these steps.
 CHUNK = 1024
@@ -180,8 +181,9 @@ def exact_match(
     if not np.isfinite(threshold):
         raise ValueError(f"expected a finite threshold, got {threshold}")
     samples, data = _checked(samples, data)
-    chunks = data.rows.split(max(1, CHUNK_ELEMENTS // data.dim))
-    bits = torch.cat([(data.dequantize(chunk) > threshold).to(torch.uint8) for chunk in chunks])
+    bits = torch.cat(
+        [(data.dequantize(chunk) > threshold).to(torch.uint8) for chunk in chunks(data.rows)]
+    )
     # A comparison makes a number of NaN; put it back, so that such a sample matches nothing.
     sample_bits = (samples > threshold).to(samples.dtype).masked_fill_(samples.isnan(), torch.nan)
     binary = TrainingSet(bits.reshape(data.n, *data.shape), scale=1, shift=0)
@@ -298,8 +300,7 @@ def _nearest(
     """Distances [S, k] float64, ascending, and rows [S, k] of the k nearest training rows."""
 
     def parts() -> Iterator[functional.Nearest]:
-        chunks = samples.split(CHUNK)
-        for chunk in tqdm(chunks, desc="nearest rows", disable=not progress):
+        for chunk in tqdm(samples.split(CHUNK), desc="nearest rows", disable=not progress):
             yield functional.nearest(chunk, data, k)
 
     found = list(parts())

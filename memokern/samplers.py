@@ -18,7 +18,7 @@ from scipy.integrate import solve_ivp
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from memokern import checks, functional
+from memokern import checks, queries
 from memokern.denoiser import Denoiser
 from memokern.processes import Process
 
@@ -103,7 +103,7 @@ class _Run:
         data = self.denoiser.data
         if isinstance(start, Tensor):
             x = start if dtype is None else start.to(dtype)
-            functional.batch_shape(x, data)  # type, device and shape
+            queries.batch_shape(x, data)  # type, device and shape
             if not bool(torch.isfinite(x).all()):
                 raise ValueError("expected finite starts, got NaN or inf")
             return x

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from memokern import memorization
+from memokern import memorization, rows
 from memokern.data import TrainingSet
 
 # Rows on a line: distances can be read off.
@@ -102,7 +102,7 @@ def test_exact_match_by_hand():
 
 
 def test_exact_match_counts_in_chunks(monkeypatch):
-    monkeypatch.setattr(memorization, "CHUNK_ELEMENTS", 3 * 48)
+    monkeypatch.setattr(rows, "CHUNK_ELEMENTS", 3 * 48)
     samples, data = random_case(torch.float32)
     found = memorization.exact_match(samples, data, 0.1)
     bits, sample_bits = data[:] > 0.1, samples > 0.1

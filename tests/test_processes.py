@@ -96,10 +96,12 @@ def test_times_run_from_noise_to_the_end_asked_for(process):
         assert float(early[0]) == process.t_noise
         assert float(process.sigma(early)[-1]) == pytest.approx(0.1, rel=1e-9)
         assert (process.sigma(early).diff() < 0).all()
-    with pytest.raises(ValueError, match="at least 2"):
+    with pytest.raises(ValueError, match="expected n >= 2, got 1; the first and the last"):
         process.times(1)
     with pytest.raises(TypeError, match="as an int"):
         process.times(2.0)
+    with pytest.raises(TypeError, match="expected sigma as a number, got str"):
+        process.times(3, "0.1")
 
 
 def test_papers_constants():
@@ -176,16 +178,19 @@ def test_prior_is_noise_at_the_first_level():
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        (lambda: VE(1.0), "s0 > 1"),
-        (lambda: VP(3.0, 1.0), "beta_min < beta_max"),
-        (lambda: EDM(0.0), "sigma_min < sigma_max"),
-        (lambda: EDM(rho=0.0), "rho > 0"),
-        (lambda: Cosine(0.0), "s > 0"),
+        (lambda: VE(1.0), "s0 finite and > 1, got 1"),
+        (lambda: VP(0.0, 1.0), "beta_min finite and > 0, got 0"),
+        (lambda: VP(3.0, 1.0), "beta_max finite and > 3, got 1.0; more than beta_min"),
+        (lambda: EDM(0.0), "sigma_min finite and > 0, got 0"),
+        (lambda: EDM(0.1, 0.1), "sigma_max finite and > 0.1, got 0.1; more than sigma_min"),
+        (lambda: EDM(rho=0.0), "rho finite and > 0, got 0"),
+        (lambda: Cosine(math.nan), "s finite and > 0, got nan"),
         (lambda: DDPM([0.5, 0.6]), "strictly decreasing"),
         (lambda: DDPM([0.5, 0.0]), "strictly decreasing"),
         (lambda: DDPM([[0.5]]), r"\[T\]"),
         (lambda: processes.get("edn"), "ve, vp, score-sde-vp, edm"),
-        (lambda: EDM().time_of_sigma(math.nan), "sigma >= 0"),
+        (lambda: EDM().time_of_sigma(math.nan), "sigma >= 0, got nan"),
+        (lambda: EDM().time_of_ratio(tensor([0.5, -1.0])), "ratio >= 0, got -1"),
     ],
 )
 def test_wrong_constants(make, match):

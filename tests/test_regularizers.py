@@ -336,6 +336,8 @@ def test_wrong_arguments():
         SmoothedBank(0.1) & (Tikhonov(0.1) & SmoothedBank(0.1))
     with pytest.raises(ValueError, match=r"c\(sigma\) finite and >= 0, got"):
         evaluate(X, ROWS, SIGMA, regularizer=Tikhonov(lambda s: s - 1))
+    with pytest.raises(ValueError, match=r"log_tau\(sigma\) finite, got nan"):
+        evaluate(X, ROWS, SIGMA, regularizer=EmpiricalBayes(lambda s: s * math.nan))
     with pytest.raises(ValueError, match=r"c\(sigma\).*broadcasts to the batch \(6,\)"):
         evaluate(X, ROWS, SIGMA, regularizer=Tikhonov(lambda s: torch.ones(5)))
     with pytest.raises(ValueError, match="2 numbers each and the rows 3"):

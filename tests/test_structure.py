@@ -14,7 +14,10 @@ ROOT = Path(memokern.__file__).parent
 LAYERS = [
     ["checks", "env", "files"],
     ["backends", "datasets", "processes"],
-    ["ops", "data"],
+    ["ops", "rows"],
+    ["data"],
+    ["queries"],
+    ["results"],
     ["functional"],
     ["regularizers", "memorization"],
     ["denoiser"],
@@ -24,6 +27,18 @@ LAYERS = [
     ["cli"],
     ["__main__"],
 ]
+# The same inside the packages whose files build on each other.
+INSIDE = {
+    "processes": [["base"], ["continuous", "schedules"], ["__init__"]],
+    "regularizers": [
+        ["base"],
+        ["covariance", "density", "prediction", "smoothing", "tikhonov", "weights"],
+        ["text"],
+        ["__init__"],
+    ],
+    "experiments": [["base"], ["planar"], ["squares", "structured", "sweeps"], ["__init__"]],
+    "cli": [["common"], ["metrics", "other", "sample"], ["__init__"]],
+}
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 # The package's own names, for those above all that they are defined in.
 RANK["memokern"] = RANK["denoiser"]
@@ -33,7 +48,8 @@ def module_of(path: Path) -> str:
     return path.relative_to(ROOT).parts[0].removesuffix(".py")
 
 
-def imported(path: Path) -> set[str]:
+def names_imported(path: Path) -> set[str]:
+    """Dotted names below memokern; a module and what is taken from it are one name."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -41,8 +57,12 @@ def imported(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "memokern":
             assert node.level == 0
             found |= {f"{node.module}.{a.name}" for a in node.names}
+    return found
+
+
+def imported(path: Path) -> set[str]:
     tops = set()
-    for name in found:
+    for name in names_imported(path):
         parts = name.split(".")
         tops.add(parts[1] if len(parts) > 1 and parts[1] in RANK else "memokern")
     return tops
@@ -62,8 +82,26 @@ def test_imports_point_down(path):
         assert RANK[name] < RANK[here], f"{here} imports {name}"
 
 
+@pytest.mark.parametrize("package", INSIDE)
+def test_imports_point_down_inside(package):
+    rank = {name: i for i, layer in enumerate(INSIDE[package]) for name in layer}
+    paths = {path.stem: path for path in (ROOT / package).glob("*.py")}
+    assert paths.keys() == rank.keys()
+    for here, path in paths.items():
+        for name in names_imported(path):
+            parts = name.split(".")
+            if parts[1:2] == [package]:
+                other = parts[2] if len(parts) > 2 and parts[2] in rank else "__init__"
+                assert rank[other] < rank[here], f"{package}/{path.name} imports {name}"
+
+
 def test_every_module_has_a_layer():
     assert {module_of(p) for p in FILES} == RANK.keys() - {"memokern"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_file_can_be_held_in_mind(path):
+    assert len(path.read_text().splitlines()) <= 400
 
 
 MISSING = ["matplotlib", "triton", "memokern._C", "sklearn", "pytest"]

@@ -1,0 +1,184 @@
+"""What every process is, and the grid of noise levels that most of them use."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from memokern import checks
+
+# Karras et al., arXiv 2206.00364: the exponent of the grid of noise levels, and its lowest level.
+RHO = 7.0
+SIGMA_MIN = 0.002
+# Halvings of an interval of floats until it is one spacing wide, with some to spare.
+BISECTIONS = 70
+
+
+class Process(ABC):
+    r"""x_t = alpha(t) y + sigma(t) z. A subclass gives `alpha` and `sigma`; the rest follows.
+
+    Both take and return float64 tensors of any shape and must be differentiable by autograd;
+    sigma / alpha must grow strictly from t_data to t_noise, whichever is larger.
+
+    Attributes:
+        t_noise: where sampling starts. t_data: where it ends, with sigma = 0 or the least there is.
+        sigma_min: the least level > 0 on the process's own grid, and where adaptive solvers stop
+            before the last step.
+
+    Singular ends: where sigma = 0, `d_sigma` may be infinite (VE and VP: sigma is like sqrt(t));
+    where alpha = 0, `drift` and `diffusion` are infinite. The samplers never use them there.
+    """
+
+    t_noise: float = 1.0
+    t_data: float = 0.0
+    sigma_min: float = SIGMA_MIN
+
+    @abstractmethod
+    def alpha(self, t: Tensor) -> Tensor:
+        """The signal's scale, in t's shape, float64."""
+
+    @abstractmethod
+    def sigma(self, t: Tensor) -> Tensor:
+        """The noise level, in t's shape, float64."""
+
+    def d_alpha(self, t: Tensor) -> Tensor:
+        """alpha'(t)."""
+        return _derivative(self.alpha, t)
+
+    def d_sigma(self, t: Tensor) -> Tensor:
+        """sigma'(t)."""
+        return _derivative(self.sigma, t)
+
+    def drift(self, t: Tensor) -> Tensor:
+        """f(t) = alpha' / alpha of dx = f x dt + g dW."""
+        return self.d_alpha(t) / self.alpha(t)
+
+    def diffusion(self, t: Tensor) -> Tensor:
+        r"""g(t) >= 0, g^2 = \|d sigma^2 / dt - 2 f sigma^2\|.
+
+        The absolute value is for processes whose data are at the later time (flow matching): there
+        the noising runs backwards in t, and g belongs to it.
+        """
+        sigma = self.sigma(t)
+        squared = 2 * sigma * (self.d_sigma(t) - self.drift(t) * sigma)
+        return squared.abs().sqrt()
+
+    def ratio(self, t: Tensor) -> Tensor:
+        """sigma / alpha, the noise level of x / alpha; inf where alpha = 0."""
+        return self.sigma(t) / self.alpha(t)
+
+    def time_of_sigma(self, sigma: float | Tensor) -> Tensor:
+        """The time at which the noise level is sigma, between t_data and t_noise; float64.
+
+        By bisection, to the last bit or so, where the process has no closed form. Raises ValueError
+        for a level that the process does not reach.
+        """
+        level = level_of("sigma", sigma)
+        low, high = (float(self.sigma(scalar(t))) for t in (self.t_data, self.t_noise))
+        bad = ~((level >= low) & (level <= high * (1 + 1e-12)))
+        if bool(bad.any()):
+            raise ValueError(
+                f"expected sigma in [{low:.6g}, {high:.6g}], the levels of {self!r}, got"
+                f" {level[bad].flatten()[0].item():.6g}"
+            )
+        return self._time_of_sigma(level)
+
+    def time_of_ratio(self, ratio: float | Tensor) -> Tensor:
+        """The time at which sigma / alpha is `ratio`; by bisection the nearer end for one that is
+        not reached, by a closed form the time outside that has it."""
+        return self._solve(self.ratio, level_of("ratio", ratio))
+
+    def _time_of_sigma(self, sigma: Tensor) -> Tensor:
+        return self._solve(self.sigma, sigma)
+
+    def _solve(self, increasing: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:
+        """The t with increasing(t) = value, increasing from t_data to t_noise."""
+        low, high = torch.full_like(value, self.t_data), torch.full_like(value, self.t_noise)
+        with torch.no_grad():
+            for _ in range(BISECTIONS):
+                middle = (low + high) / 2
+                below = increasing(middle) < value
+                low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+            # Exactly the end, where the value is the end's: sigma = 0 must be reached, not nearly.
+            end = increasing(torch.full_like(value, self.t_data)) >= value
+            return torch.where(end, self.t_data, high)
+
+    def times(self, n: int, sigma_min: float | None = None) -> Tensor:
+        """n times [n] float64 from t_noise to t_data, or to the time of sigma_min; n >= 2.
+
+        Here evenly spaced in t; some processes have a grid of their own.
+        """
+        n = checks.integer("n", n, 2, hint="; the first and the last time are two")
+        last = self.t_data if sigma_min is None else float(self.time_of_sigma(sigma_min))
+        return torch.linspace(self.t_noise, last, n, dtype=torch.float64, device="cpu")
+
+    def prior(
+        self,
+        shape: Sequence[int],
+        generator: torch.Generator | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> Tensor:
+        """sigma(t_noise) z: the starts of sampling; what is left of the data there is neglected."""
+        place = device if generator is None else generator.device
+        noise = torch.randn(tuple(shape), generator=generator, dtype=dtype, device=place)
+        return noise.to(device) * float(self.sigma(scalar(self.t_noise)))
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{k}={v:g}" for k, v in vars(self).items() if isinstance(v, float | int))
+        return f"{type(self).__name__}({shown})"
+
+
+class RatioGrid(Process):
+    """A process whose time grid is the one of Karras et al. in sigma / alpha."""
+
+    rho: float = RHO
+
+    def times(self, n: int, sigma_min: float | None = None) -> Tensor:
+        """n times [n] float64: the rho = 7 grid in sigma / alpha from t_noise to the time of
+        sigma_min (arXiv 2206.00364, eq. 5); without it n - 1 such times, to the process's own
+        sigma_min, then t_data, where sigma = 0."""
+        n = checks.integer("n", n, 2, hint="; the first and the last time are two")
+        count = n - 1 if sigma_min is None else n
+        start = scalar(self.t_noise)
+        last = self.time_of_sigma(self.sigma_min if sigma_min is None else sigma_min)
+        high, low = (float(self.ratio(t)) ** (1 / self.rho) for t in (start, last))
+        if count == 1:
+            inner = start[None]
+        else:
+            roots = torch.linspace(high, low, count, dtype=torch.float64, device="cpu")
+            inner = self.time_of_ratio(roots**self.rho)
+            # As they are, not through their levels and back.
+            inner[0], inner[-1] = start, last
+        return inner if sigma_min is not None else torch.cat([inner, scalar(self.t_data)[None]])
+
+
+def scalar(value: float) -> Tensor:
+    """On the CPU, whatever torch.device() context this is called in."""
+    return torch.tensor(value, dtype=torch.float64, device="cpu")
+
+
+def level_of(name: str, value: float | Tensor) -> Tensor:
+    """A noise level >= 0, or a tensor of them, as float64."""
+    if not isinstance(value, Tensor):
+        return scalar(checks.number(name, value, 0.0, infinite=True))
+    level = value.to(torch.float64)
+    bad = torch.isnan(level) | (level < 0)
+    if bool(bad.any()):
+        raise ValueError(f"expected {name} >= 0, got {level[bad].flatten()[0].item():.6g}")
+    return level
+
+
+def _derivative(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
+    """function'(t) for an elementwise function; with a graph where t has one."""
+    again = t.requires_grad and torch.is_grad_enabled()
+    with torch.enable_grad():
+        point = t if again else t.detach().requires_grad_()
+        value = function(point)
+        if not value.requires_grad:  # does not depend on t
+            return torch.zeros_like(t)
+        (slope,) = torch.autograd.grad(value.sum(), point, create_graph=again, allow_unused=True)
+    return torch.zeros_like(t) if slope is None else slope

@@ -1,0 +1,215 @@
+"""Processes in continuous time whose derivatives are written out."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from memokern import checks
+from memokern.processes.base import RHO, SIGMA_MIN, Process, RatioGrid, level_of
+
+
+class VE(RatioGrid):
+    """Variance exploding: alpha = 1, sigma^2 = (s0^(2t) - 1) / (2 ln s0), f = 0, g = s0^t.
+
+    t in [0, 1]; with s0 = 10 the process of the released code of arXiv 2501.15785.
+
+    Example:
+        >>> import torch
+        >>> from memokern.processes import VE
+        >>> round(VE().sigma(torch.tensor(1.0, dtype=torch.float64)).item(), 4)
+        4.6365
+    """
+
+    def __init__(self, s0: float = 10.0) -> None:
+        self.s0 = checks.number("s0", s0, 1.0, strict=True)
+        self._rate = 2 * math.log(self.s0)
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return (torch.expm1(self._rate * t) / self._rate).sqrt()
+
+    def d_alpha(self, t: Tensor) -> Tensor:
+        return torch.zeros_like(t)
+
+    def d_sigma(self, t: Tensor) -> Tensor:
+        return torch.exp(self._rate * t) / (2 * self.sigma(t))
+
+    def drift(self, t: Tensor) -> Tensor:
+        return torch.zeros_like(t)
+
+    def diffusion(self, t: Tensor) -> Tensor:
+        return torch.exp(self._rate / 2 * t)
+
+    def _time_of_sigma(self, sigma: Tensor) -> Tensor:
+        return torch.log1p(self._rate * sigma.square()) / self._rate
+
+    def time_of_ratio(self, ratio: float | Tensor) -> Tensor:
+        return self._time_of_sigma(level_of("ratio", ratio))
+
+
+class VP(RatioGrid):
+    """Variance preserving: alpha = exp(-A/2), sigma^2 = 1 - exp(-A), A the integral of beta.
+
+    beta(t) = beta_min + t (beta_max - beta_min), t in [0, 1], f = -beta/2, g = sqrt(beta). The
+    defaults 0.001 and 3 are those of the released code of arXiv 2501.15785. alpha is 0.47 at t = 1
+    with them: the start of sampling neglects a good part of the data.
+
+    Example:
+        >>> import torch
+        >>> from memokern.processes import VP
+        >>> t = torch.tensor(0.7, dtype=torch.float64)
+        >>> round((VP().alpha(t) ** 2 + VP().sigma(t) ** 2).item(), 12)
+        1.0
+    """
+
+    def __init__(self, beta_min: float = 0.001, beta_max: float = 3.0) -> None:
+        self.beta_min = checks.number("beta_min", beta_min, 0.0, strict=True)
+        self.beta_max = checks.number(
+            "beta_max", beta_max, self.beta_min, strict=True, hint="; more than beta_min"
+        )
+
+    def beta(self, t: Tensor) -> Tensor:
+        """beta_min + t (beta_max - beta_min)."""
+        return self.beta_min + t * (self.beta_max - self.beta_min)
+
+    def _area(self, t: Tensor) -> Tensor:
+        return t * (self.beta_min + t * ((self.beta_max - self.beta_min) / 2))
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.exp(-self._area(t) / 2)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return (0.0 - torch.expm1(-self._area(t))).sqrt()  # 0 at 0, not -0
+
+    def d_alpha(self, t: Tensor) -> Tensor:
+        return -self.beta(t) / 2 * self.alpha(t)
+
+    def d_sigma(self, t: Tensor) -> Tensor:
+        return self.beta(t) * torch.exp(-self._area(t)) / (2 * self.sigma(t))
+
+    def drift(self, t: Tensor) -> Tensor:
+        return -self.beta(t) / 2
+
+    def diffusion(self, t: Tensor) -> Tensor:
+        return self.beta(t).sqrt()
+
+    def _time_of_area(self, area: Tensor) -> Tensor:
+        slope = self.beta_max - self.beta_min
+        root = (self.beta_min**2 + 2 * slope * area).sqrt()
+        return 2 * area / (self.beta_min + root)  # not (root - beta_min) / slope: it cancels
+
+    def _time_of_sigma(self, sigma: Tensor) -> Tensor:
+        return self._time_of_area(-torch.log1p(-sigma.square().clamp(max=1.0)))
+
+    def time_of_ratio(self, ratio: float | Tensor) -> Tensor:
+        return self._time_of_area(torch.log1p(level_of("ratio", ratio).square()))
+
+
+class ScoreSDEVP(VP):
+    """VP with beta from 0.1 to 20, as DDPM in continuous time (Song et al., arXiv 2011.13456).
+
+    Example:
+        >>> import torch
+        >>> from memokern.processes import ScoreSDEVP
+        >>> round(ScoreSDEVP().alpha(torch.tensor(1.0, dtype=torch.float64)).item(), 4)
+        0.0066
+    """
+
+    def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0) -> None:
+        super().__init__(beta_min, beta_max)
+
+
+class EDM(RatioGrid):
+    """alpha = 1, sigma = t, f = 0, g = sqrt(2t) (Karras et al., arXiv 2206.00364).
+
+    Its grid is (sigma_max^(1/rho) + i/(n-1) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho, then 0.
+
+    Args:
+        sigma_min, sigma_max: the lowest level > 0 and the highest, in units of the data.
+        rho: 7 in the paper; larger puts more levels near sigma_min.
+
+    Example:
+        >>> from memokern.processes import EDM
+        >>> [round(t, 3) for t in EDM().times(4).tolist()]
+        [80.0, 2.515, 0.002, 0.0]
+    """
+
+    def __init__(self, sigma_min: float = SIGMA_MIN, sigma_max: float = 80.0, rho: float = RHO):
+        self.sigma_min = checks.number("sigma_min", sigma_min, 0.0, strict=True)
+        self.sigma_max = checks.number(
+            "sigma_max", sigma_max, self.sigma_min, strict=True, hint="; more than sigma_min"
+        )
+        self.rho = checks.number("rho", rho, 0.0, strict=True)
+
+    @property
+    def t_noise(self) -> float:  # type: ignore[override]
+        """sigma_max."""
+        return self.sigma_max
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return t
+
+    def d_alpha(self, t: Tensor) -> Tensor:
+        return torch.zeros_like(t)
+
+    def d_sigma(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+    def drift(self, t: Tensor) -> Tensor:
+        return torch.zeros_like(t)
+
+    def diffusion(self, t: Tensor) -> Tensor:
+        return (2 * t).sqrt()
+
+    def _time_of_sigma(self, sigma: Tensor) -> Tensor:
+        return sigma
+
+    def time_of_ratio(self, ratio: float | Tensor) -> Tensor:
+        return level_of("ratio", ratio)
+
+
+class FlowMatching(Process):
+    """alpha = t, sigma = 1 - t: noise at t = 0, data at t = 1, velocity (x0 - x) / (1 - t).
+
+    The straight path of flow matching (Lipman et al., arXiv 2210.02747; its closed form in
+    arXiv 2506.03719). Evenly spaced times. At t = 0 drift and diffusion are infinite.
+
+    Example:
+        >>> from memokern.processes import FlowMatching
+        >>> FlowMatching().times(3).tolist()
+        [0.0, 0.5, 1.0]
+    """
+
+    t_noise, t_data = 0.0, 1.0
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return t
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return 1 - t
+
+    def d_alpha(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+    def d_sigma(self, t: Tensor) -> Tensor:
+        return -torch.ones_like(t)
+
+    def drift(self, t: Tensor) -> Tensor:
+        return 1 / t
+
+    def diffusion(self, t: Tensor) -> Tensor:
+        return (2 * (1 - t) / t).sqrt()
+
+    def _time_of_sigma(self, sigma: Tensor) -> Tensor:
+        return 1 - sigma
+
+    def time_of_ratio(self, ratio: float | Tensor) -> Tensor:
+        return 1 / (1 + level_of("ratio", ratio))

@@ -1,0 +1,127 @@
+"""The noise schedules of DDPM networks: one given step by step, and the cosine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from memokern import checks
+from memokern.processes.base import Process, level_of
+
+
+class DDPM(Process):
+    """A discrete schedule: alpha^2 = alphas_cumprod[t], sigma^2 = 1 - alpha^2 (arXiv 2006.11239).
+
+    t is the index 0 .. T-1 that a DDPM network takes, and any number between: log alpha^2 is
+    interpolated linearly, to 0 at t = -1, where the data are. Evenly spaced times.
+
+    Args:
+        alphas_cumprod: [T], strictly decreasing, in (0, 1); None for Ho et al.'s 1000 steps with
+            beta from 1e-4 to 0.02.
+
+    Example:
+        >>> import torch
+        >>> from memokern.processes import DDPM
+        >>> process = DDPM(torch.tensor([0.81, 0.36]))
+        >>> t = torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64)
+        >>> [round(a, 6) for a in process.alpha(t).tolist()]
+        [1.0, 0.9, 0.6]
+    """
+
+    t_data = -1.0
+
+    def __init__(self, alphas_cumprod: Tensor | Sequence[float] | None = None) -> None:
+        if alphas_cumprod is None:
+            betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64, device="cpu")
+            values = torch.cumprod(1 - betas, 0)
+        else:
+            values = torch.as_tensor(alphas_cumprod).detach().to("cpu", torch.float64)
+        if values.dim() != 1 or len(values) == 0:
+            raise ValueError(f"expected alphas_cumprod [T], got {tuple(values.shape)}")
+        whole = torch.cat([values.new_ones(1), values])
+        if not (bool((whole.diff() < 0).all()) and float(values[-1]) > 0):
+            raise ValueError(
+                "expected alphas_cumprod strictly decreasing in (0, 1), the first the least noisy;"
+                f" got {values[0].item():g} ... {values[-1].item():g}"
+            )
+        self._log = whole.log()
+
+    @property
+    def t_noise(self) -> float:  # type: ignore[override]
+        """T - 1, the noisiest index."""
+        return float(len(self._log) - 2)
+
+    def _log_square(self, t: Tensor) -> Tensor:
+        """log alpha^2, extended along the first and last piece beyond the ends."""
+        log = self._log.to(t.device)
+        piece = (t.detach() + 1).floor().long().clamp(0, len(log) - 2)
+        return torch.lerp(log.take(piece), log.take(piece + 1), t + 1 - piece)
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.exp(self._log_square(t) / 2)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return (0.0 - torch.expm1(self._log_square(t))).sqrt()  # 0 at -1, not -0
+
+    def _time_of_log(self, value: Tensor) -> Tensor:
+        log = self._log.to(value.device)
+        # The piece that holds the value: log falls, so its negative is sorted.
+        above = torch.searchsorted(-log, -value.contiguous()).clamp(1, len(log) - 1)
+        first, second = log[above - 1], log[above]
+        return above - 2 + (value - first) / (second - first)
+
+    def _time_of_sigma(self, sigma: Tensor) -> Tensor:
+        return self._time_of_log(torch.log1p(-sigma.square()))
+
+    def time_of_ratio(self, ratio: float | Tensor) -> Tensor:
+        found = self._time_of_log(-torch.log1p(level_of("ratio", ratio).square()))
+        return found.clamp(max=self.t_noise)
+
+    def __repr__(self) -> str:
+        return f"DDPM({len(self._log) - 1} steps)"
+
+
+class Cosine(Process):
+    """alpha = cos(a(t)) / cos(a(0)), a(t) = (pi/2) (t + s) / (1 + s), sigma^2 = 1 - alpha^2.
+
+    Nichol & Dhariwal, arXiv 2102.09672, with s = 0.008; t in [0, 1], alpha(1) = 0. Evenly spaced
+    times.
+
+    Example:
+        >>> import torch
+        >>> from memokern.processes import Cosine
+        >>> round(Cosine().alpha(torch.tensor(0.5, dtype=torch.float64)).item() ** 2, 4)
+        0.4938
+    """
+
+    def __init__(self, s: float = 0.008) -> None:
+        self.s = checks.number("s", s, 0.0, strict=True)
+        self._scale = math.pi / 2 / (1 + self.s)
+        self._first = self._scale * self.s
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.cos(self._scale * t + self._first) / math.cos(self._first)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        # cos(b)^2 - cos(a)^2 = sin(a - b) sin(a + b): 1 - alpha^2 would cancel near t = 0.
+        step = self._scale * t
+        product = torch.sin(step) * torch.sin(step + 2 * self._first)
+        return product.clamp(min=0.0).sqrt() / math.cos(self._first)
+
+    def _time(self, square: Tensor, alpha: Tensor) -> Tensor:
+        """From sigma^2 and alpha: the same identity the other way, right at both ends."""
+        b, c = self._first, math.cos(self._first)
+        a = torch.atan2((math.sin(b) ** 2 + square * c**2).sqrt(), alpha * c)
+        step = torch.atan2(square * c**2 / torch.sin(a + b), torch.cos(a - b))
+        return step / self._scale
+
+    def _time_of_sigma(self, sigma: Tensor) -> Tensor:
+        square = sigma.square()
+        return self._time(square, (1 - square).clamp(min=0.0).sqrt())
+
+    def time_of_ratio(self, ratio: float | Tensor) -> Tensor:
+        angle = torch.atan(level_of("ratio", ratio))
+        return self._time(torch.sin(angle).square(), torch.cos(angle))

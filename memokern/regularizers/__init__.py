@@ -1,0 +1,35 @@
+r"""Regularised scores: small classes that change the logits before the sweep, or gate its result.
+
+The residual R = alpha mean - x is what is gated: with R' the gated one, score = R' / sigma^2 and
+x0 = mean + (R' - R) / alpha, both as the unregularised ones when R' = R. Composed regularisers
+change the logits in their order, then gate in their order.
+"""
+
+from __future__ import annotations
+
+from memokern.regularizers.base import Compose, Data, Level, Query, Regularizer
+from memokern.regularizers.covariance import CovarianceTikhonov
+from memokern.regularizers.density import EmpiricalBayes
+from memokern.regularizers.prediction import Prediction, evaluate
+from memokern.regularizers.smoothing import GaussianSmoothing, SmoothedBank
+from memokern.regularizers.text import parse
+from memokern.regularizers.tikhonov import Tikhonov
+from memokern.regularizers.weights import NoiseUnconditioned, Temperature
+
+__all__ = [
+    "Compose",
+    "CovarianceTikhonov",
+    "Data",
+    "EmpiricalBayes",
+    "GaussianSmoothing",
+    "Level",
+    "NoiseUnconditioned",
+    "Prediction",
+    "Query",
+    "Regularizer",
+    "SmoothedBank",
+    "Temperature",
+    "Tikhonov",
+    "evaluate",
+    "parse",
+]

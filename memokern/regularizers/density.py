@@ -1,0 +1,57 @@
+"""Empirical Bayes: a floor under the density."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from memokern.queries import wide
+from memokern.regularizers.base import Level, Query, Regularizer, check_level, level_at
+from memokern.results import Posterior
+
+
+class EmpiricalBayes(Regularizer):
+    r"""Weights exp(l_n) / max(Z, tau): score = (alpha mean - x) / sigma^2 min(1, Z / tau).
+
+    The asymptotically consistent regulariser (arXiv 2501.15785, section 5.2; Wibisono et al.,
+    arXiv 2402.07747): far from the data, where the density is not known, the score fades.
+    Potential: log Z where Z > tau, else Z / tau + log tau - 1.
+
+    Args:
+        log_tau: log tau, since Z underflows in high dimension (Z is about N exp(-D/2) at a typical
+            x); a number or a function of sigma.
+        normalized: the floor is on the density p(x) instead of on Z.
+
+    At sigma = 0 the score fades everywhere but on the rows: x0 = x / alpha.
+
+    Example:
+        >>> import torch
+        >>> from memokern.regularizers import EmpiricalBayes, evaluate
+        >>> x, rows = torch.tensor([[2.0]]), torch.tensor([[0.0]])  # log Z = -2
+        >>> s = evaluate(x, rows, 1.0, regularizer=EmpiricalBayes(log_tau=-1.0)).score
+        >>> round(s.item(), 4)  # -2 exp(-1)
+        -0.7358
+    """
+
+    def __init__(self, log_tau: Level, normalized: bool = False) -> None:
+        self.log_tau = check_level("log_tau", log_tau, -math.inf, strict=True)
+        self.normalized = bool(normalized)
+
+    def _excess(self, posterior: Posterior, query: Query) -> Tensor:
+        """log(Z / tau), with p(x) for Z if normalized."""
+        log_p = posterior.log_z
+        if self.normalized:
+            # At sigma = 0 the limit of the density: infinite on a row, 0 elsewhere.
+            spike = torch.where(torch.isneginf(log_p), log_p, torch.inf)
+            log_p = torch.where(posterior.sigma == 0, spike, posterior.log_density)
+        return log_p - level_at("log_tau", self.log_tau, query.sigma, -math.inf)
+
+    def gate(self, residual: Tensor, query: Query, posterior: Posterior) -> Tensor:
+        return wide(self._excess(posterior, query).clamp(max=0.0).exp(), residual) * residual
+
+    def log_potential(self, posterior: Posterior, query: Query) -> Tensor:
+        excess = self._excess(posterior, query)
+        log_tau = level_at("log_tau", self.log_tau, query.sigma, -math.inf)
+        return log_tau + torch.where(excess > 0, excess, torch.exp(excess.clamp(max=0.0)) - 1)

@@ -1,0 +1,112 @@
+"""A regularised evaluation, and what follows from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from memokern import functional, queries, results
+from memokern.queries import PerQuery, wide
+from memokern.regularizers.base import Data, Query, Regularizer
+from memokern.results import Posterior
+
+
+@dataclass(frozen=True)
+class Prediction:
+    r"""A regularised evaluation: residual R' [\*batch, \*shape] and what follows from it.
+
+    Attributes:
+        x, sigma, alpha: as asked. x0: mean + (R' - R) / alpha. residual: R' = sigma^2 score.
+        posterior: of the sweep behind it (with the regulariser's sigma and temperature).
+        query, regularizer: what `log_potential` is computed from.
+    """
+
+    x: Tensor
+    sigma: Tensor
+    alpha: Tensor
+    x0: Tensor
+    residual: Tensor
+    posterior: Posterior
+    query: Query = field(repr=False)
+    regularizer: Regularizer
+
+    @property
+    def log_potential(self) -> Tensor | None:
+        r"""phi [\*batch] with score = grad_x phi, None where there is none. Computed when asked."""
+        return self.regularizer.log_potential(self.posterior, self.query)
+
+    @property
+    def score(self) -> Tensor:
+        """R' / sigma^2."""
+        sigma = wide(self.sigma, self.x)
+        return self.residual / sigma / sigma
+
+    @property
+    def eps(self) -> Tensor:
+        """-sigma score."""
+        return -self.residual / wide(self.sigma, self.x)
+
+    @property
+    def v(self) -> Tensor:
+        """alpha eps - sigma x0."""
+        return wide(self.alpha, self.x) * self.eps - wide(self.sigma, self.x) * self.x0
+
+    def velocity(self, d_alpha: PerQuery = 1.0, d_sigma: PerQuery = -1.0) -> Tensor:
+        """(sigma'/sigma) x + (alpha' - alpha sigma'/sigma) x0, of the probability flow."""
+        return results.flow_velocity(self.x, self.x0, self.sigma, self.alpha, d_alpha, d_sigma)
+
+
+def evaluate(
+    x: Tensor,
+    data: Data,
+    sigma: PerQuery,
+    alpha: PerQuery = 1.0,
+    *,
+    regularizer: Regularizer | None = None,
+    bias: Tensor | None = None,
+    method: str = "auto",
+) -> Prediction:
+    r"""The regularised score at x, and x0, eps, v and velocity from it.
+
+    Args: as :func:`memokern.posterior`; regularizer: None for the score that memorises.
+
+    With alpha = 0 and a regulariser x0 is the mean, ungated: x says nothing about the data.
+
+    Example:
+        >>> import torch
+        >>> from memokern.regularizers import evaluate
+        >>> evaluate(torch.tensor([[3.0]]), torch.tensor([[1.0]]), 2.0).score.tolist()
+        [[-0.5]]
+    """
+    reg = Regularizer() if regularizer is None else regularizer
+    if not isinstance(reg, Regularizer):
+        raise TypeError(
+            f"expected regularizer as a memokern.regularizers.Regularizer, got"
+            f" {type(regularizer).__name__}; parse('tikhonov:c=0.01') makes one from text"
+        )
+    asked = _ask(x, data, sigma, alpha, bias)
+    spread = reg.spread(asked)
+    query = reg.prepare(spread, data)
+    posterior = functional.posterior(
+        query.x, data, query.sigma, query.alpha, query.temperature,
+        bias=query.bias, kernel=query.kernel, method=method,
+    )  # fmt: skip
+    plain = posterior.residual
+    gated = reg.gate(plain, spread, posterior)
+    residual = reg.gather(gated)
+    back = posterior.mean
+    if gated is not plain:
+        # That is x0 = (x + R') / alpha, written so that nothing cancels.
+        a = wide(spread.alpha, spread.x)
+        back = back + torch.where(a == 0, 0.0, (gated - plain) / torch.where(a == 0, 1.0, a))
+    x0 = reg.gather(back)
+    return Prediction(x, asked.sigma, asked.alpha, x0, residual, posterior, spread, reg)
+
+
+def _ask(x: Tensor, data: Data, sigma: PerQuery, alpha: PerQuery, bias: Tensor | None) -> Query:
+    batch = queries.batch_shape(x, data)
+    s = queries.per_query("sigma", sigma, batch, x.device)
+    a = queries.per_query("alpha", alpha, batch, x.device)
+    return Query(x, s, a, torch.ones_like(s), bias)

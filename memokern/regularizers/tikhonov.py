@@ -1,0 +1,39 @@
+"""Tikhonov: a penalty on the length of the score."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from memokern.queries import wide
+from memokern.regularizers.base import Level, Query, Regularizer, check_level, level_at, shrink
+from memokern.results import Posterior
+
+
+class Tikhonov(Regularizer):
+    r"""score = (alpha mean - x) / (sigma^2 + c): the weights keep sigma^2.
+
+    The minimiser of E\|s - s_target\|^2 + (c / sigma^2) \|s\|^2 (arXiv 2501.15785, eq. 5.7).
+    Potential: sigma^2 / (sigma^2 + c) log Z.
+
+    Args:
+        c: >= 0, in units of sigma^2; a number or a function of sigma [\*batch].
+
+    Example:
+        >>> import torch
+        >>> from memokern.regularizers import Tikhonov, evaluate
+        >>> x, rows = torch.tensor([[3.0]]), torch.tensor([[1.0]])
+        >>> evaluate(x, rows, 1.0, regularizer=Tikhonov(3.0)).score.tolist()
+        [[-0.5]]
+    """
+
+    def __init__(self, c: Level) -> None:
+        self.c = check_level("c", c, 0.0)
+
+    def _factor(self, sigma: Tensor) -> Tensor:
+        return shrink(sigma.square(), level_at("c", self.c, sigma, 0.0))
+
+    def gate(self, residual: Tensor, query: Query, posterior: Posterior) -> Tensor:
+        return wide(self._factor(query.sigma), residual) * residual
+
+    def log_potential(self, posterior: Posterior, query: Query) -> Tensor:
+        return self._factor(query.sigma) * posterior.log_z

@@ -1,0 +1,129 @@
+"""What the public functions return."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from memokern.queries import PerQuery, per_query, wide
+
+
+@dataclass(frozen=True)
+class Posterior:
+    r"""What one sweep over the data says about x = alpha y + sigma z, y a row, z standard normal.
+
+    With logits l_n = -\|x - alpha y_n\|^2 / (2 sigma^2) + b_n and weights w = softmax(l / T).
+
+    Attributes:
+        x: the queries [\*batch, \*shape].
+        mean: sum w y, the ideal denoiser's x0 [\*batch, \*shape], in x's type.
+        log_z: T logsumexp(l / T); mean_logit: sum w l; mean_bias: sum w b; weight_sq: sum w^2;
+            each [\*batch] float64.
+        sigma, alpha, temperature: as used, [\*batch] float64.
+        n: the number of rows N. log_weight_total: log sum_n exp(b_n), log N without a bias.
+        dim: D.
+    """
+
+    x: Tensor
+    mean: Tensor
+    log_z: Tensor
+    mean_logit: Tensor
+    mean_bias: Tensor
+    weight_sq: Tensor
+    sigma: Tensor
+    alpha: Tensor
+    temperature: Tensor
+    n: int
+    dim: int
+    log_weight_total: Tensor
+
+    def _wide(self, value: Tensor) -> Tensor:
+        return wide(value, self.x)
+
+    @property
+    def residual(self) -> Tensor:
+        """alpha mean - x = sigma^2 score, finite at every sigma."""
+        return self._wide(self.alpha) * self.mean - self.x
+
+    @property
+    def score(self) -> Tensor:
+        """(alpha mean - x) / sigma^2; not finite at sigma = 0 unless x is a row."""
+        return self.residual / self._wide(self.sigma) / self._wide(self.sigma)
+
+    @property
+    def eps(self) -> Tensor:
+        """(x - alpha mean) / sigma = -sigma score."""
+        return -self.residual / self._wide(self.sigma)
+
+    @property
+    def v(self) -> Tensor:
+        """alpha eps - sigma mean (Salimans & Ho, arXiv 2202.00512)."""
+        return self._wide(self.alpha) * self.eps - self._wide(self.sigma) * self.mean
+
+    def velocity(self, d_alpha: PerQuery = 1.0, d_sigma: PerQuery = -1.0) -> Tensor:
+        """(sigma'/sigma) x + (alpha' - alpha sigma'/sigma) mean: that of the probability flow.
+
+        The default derivatives are those of flow matching's straight path, alpha = t,
+        sigma = 1 - t, where it is (mean - x) / (1 - t) (arXiv 2506.03719).
+        """
+        return flow_velocity(self.x, self.mean, self.sigma, self.alpha, d_alpha, d_sigma)
+
+    @property
+    def log_density(self) -> Tensor:
+        """log_z - log sum exp b - (D / 2) log(2 pi sigma^2): the mixture's log p(x) [*batch]."""
+        half_log = math.log(2 * math.pi) / 2 + torch.log(self.sigma)
+        return self.log_z - self.log_weight_total - self.dim * half_log
+
+    @property
+    def ess(self) -> Tensor:
+        """1 / sum w^2: how many rows share the weight, from 1 (memorised) to N."""
+        return 1 / self.weight_sq
+
+    @property
+    def entropy(self) -> Tensor:
+        """-sum w log w = (log_z - mean_logit) / T; at sigma = 0 the limit, log ess (equal ties)."""
+        value = (self.log_z - self.mean_logit) / self.temperature
+        limit = ~(torch.isfinite(self.log_z) & torch.isfinite(self.mean_logit))
+        value = torch.where(limit, torch.log(self.ess), value)
+        return value.clamp(min=0.0)
+
+    @property
+    def covariance_trace(self) -> Tensor:
+        """tr Cov_w(y) = (-2 sigma^2 (sum w l - sum w b) - |x - alpha mean|^2) / alpha^2.
+
+        A difference of two squares: absolute error about 1e-7 |x - alpha mean|^2 / alpha^2 for
+        float32 queries, and 0 where that is larger than the trace. Gaussian kernel, alpha != 0.
+        """
+        r2 = -2 * self.sigma.square() * (self.mean_logit - self.mean_bias)
+        gap = self.residual.to(torch.float64)
+        gap = gap.flatten(self.sigma.dim()).square().sum(-1)
+        trace = (r2 - gap) / self.alpha.square()
+        return torch.where(self.sigma == 0, 0.0, trace.clamp(min=0.0))
+
+    @property
+    def divergence(self) -> Tensor:
+        """div score = alpha^2 tr C / (T sigma^4) - D / sigma^2, exact: no Hutchinson estimator."""
+        s2 = self.sigma.square()
+        return (
+            self.alpha.square() * self.covariance_trace / (self.temperature * s2) - self.dim
+        ) / s2
+
+
+class Nearest(NamedTuple):
+    """`distance` [*batch, k] float64, L2, ascending; `index` [*batch, k] int64 into the rows."""
+
+    distance: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
+
+
+def flow_velocity(
+    x: Tensor, x0: Tensor, sigma: Tensor, alpha: Tensor, d_alpha: PerQuery, d_sigma: PerQuery
+) -> Tensor:
+    """(sigma'/sigma) x + (alpha' - alpha sigma'/sigma) x0, the probability flow's dx/dt."""
+    da = per_query("d_alpha", d_alpha, sigma.shape, x.device)
+    rate = per_query("d_sigma", d_sigma, sigma.shape, x.device) / sigma
+    return wide(rate, x) * x + wide(da - alpha * rate, x) * x0

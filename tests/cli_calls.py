@@ -1,0 +1,29 @@
+"""How the tests call the command line: in this process, or in one of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import click.testing
+
+from memokern.cli import main
+
+
+def call(*arguments: object) -> click.testing.Result:
+    return click.testing.CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def process(*arguments: object, cwd=None, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`memokern` in a process of its own, by its module so that the test sees the tree that is
+    imported here.
+    """
+    return subprocess.run(
+        [sys.executable, "-m", "memokern", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | environment,
+        timeout=120,
+    )
