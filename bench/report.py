@@ -57,12 +57,18 @@ def _machine(result: dict[str, Any]) -> str:
     return "; ".join(parts)
 
 
-def _mark(run: dict[str, float]) -> str:
-    return "" if run["error"] <= table.WRONG else "!"
+def _mark(run: dict[str, Any]) -> str:
+    return ("" if run["error"] <= table.WRONG else "!") + ("" if run["quiet"] else "~")
 
 
 def _notes(result: dict[str, Any]) -> list[str]:
-    notes = [f"! error above {table.WRONG:g}: the speed of a wrong result"]
+    runs = [run for case in result["cases"] for run in case["runs"].values()]
+    marks = "".join(map(_mark, runs))
+    notes = []
+    if "!" in marks:
+        notes.append(f"! error above {table.WRONG:g}: the speed of a wrong result")
+    if "~" in marks:
+        notes.append("~ other processes disturbed every round")
     for case in result["cases"]:
         if OURS in case["runs"] and case["b"] * case["n"] * case["d"] < TINY:
             micro = 1e6 * case["runs"][OURS]["seconds"]

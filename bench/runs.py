@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import median
 
 import torch
 from torch import Tensor
@@ -32,12 +30,6 @@ class Run:
         """The largest difference from the truth over the largest true value; inf for NaN."""
         difference = float((_checked(got).double() - self.truth).abs().max())
         return difference / float(self.truth.abs().max()) if math.isfinite(difference) else math.inf
-
-    def seconds(self) -> float:
-        self.before()
-        start = time.perf_counter()
-        self.call()
-        return time.perf_counter() - start
 
 
 Make = Callable[[str], Run]
@@ -144,9 +136,3 @@ def build(case: Case, rows: Tensor, skipped: dict[str, str]) -> tuple[dict[str, 
                 raise
             skipped[f"{name} in {case.name}"] = peers.reason(error)
     return runs, errors
-
-
-def best(times: list[float]) -> dict[str, float]:
-    """The best round stands for the machine undisturbed; median over best says how disturbed it
-    was."""
-    return {"seconds": min(times), "spread": median(times) / min(times), "rounds": len(times)}

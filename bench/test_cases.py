@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import cases, machine, memory, peers, runs
+from bench import cases, machine, memory, peers, runs, timing
 from bench.cases import OURS, Case
 
 TOLERANCE = 1e-5  # of our error, relative
@@ -20,7 +20,11 @@ NOT_QUICK = ("compile", "keops")  # they compile for many seconds
 
 
 def test_speed(
-    case: Case, result: dict[str, Any], request: pytest.FixtureRequest, benchmark: Any
+    case: Case,
+    result: dict[str, Any],
+    clock: timing.Clock,
+    request: pytest.FixtureRequest,
+    benchmark: Any,
 ) -> None:
     option = request.config.getoption
     quick, path, skipped = option("quick"), option("data"), result["skipped"]
@@ -36,40 +40,47 @@ def test_speed(
         assert name in peers.ALL - {OURS} or error < TOLERANCE, (case.name, errors)
 
     operations = 4 * case.b * len(rows) * case.d
-    others = {name: run.seconds for name, run in built.items() if name != case.runs[0]}
-    if operations >= LARGE:
-        limits = machine.limits()
-        others |= {name: lambda call=call: _seconds(call) for name, call in limits.items()}
-    mine = built[case.runs[0]]
-    once = {name: measure() for name, measure in others.items()}
-    total = sum(once.values()) + mine.seconds()
+    limits = machine.limits() if operations >= LARGE else {}
+    first, *others = built
+    calls = {name: (built[name].call, built[name].before) for name in others}
+    calls |= {name: (call, lambda: None) for name, call in limits.items()}
+    times: dict[str, list[tuple[float, bool]]] = {name: [] for name in [first, *calls]}
+    once = {name: clock.time(*call)[0] for name, call in calls.items()}
+    mine = (built[first].call, built[first].before)
+    total = sum(once.values()) + clock.time(*mine)[0]
     rounds = int(min(MOST, max(ROUNDS, (QUICK_BUDGET if quick else BUDGET) / total)))
-    times: dict[str, list[float]] = {name: [] for name in others}
 
     def turn() -> None:
         """Everyone else's round, then what goes ahead of ours: a busy moment meets them all."""
         torch.set_num_threads(threads)
-        for name, measure in others.items():
+        for name, call in calls.items():
             if once[name] < SLOW or len(times[name]) < 2 or name not in peers.ALL:
-                times[name].append(measure())
-        mine.before()
+                times[name].append(clock.time(*call))
+        mine[1]()
+        clock.start()
 
-    benchmark.pedantic(mine.call, setup=turn, rounds=rounds, iterations=1)
+    alone: list[bool] = []
+    benchmark.pedantic(
+        mine[0], setup=turn, teardown=lambda: alone.append(clock.alone()), rounds=rounds
+    )
+    times[first] = list(zip(benchmark.stats.stats.data, alone, strict=True))
+    if not any(alone):
+        times[first].append(clock.time(*mine))
     torch.set_num_threads(threads)
-    times = {case.runs[0]: list(benchmark.stats.stats.data), **times}
     found = {
-        name: {**runs.best(times[name]), "error": errors[name], "itemsize": run.itemsize}
+        name: {**timing.best(times[name]), "error": errors[name], "itemsize": run.itemsize}
         for name, run in built.items()
     }
     entry = {"name": case.name, "op": case.op, "b": case.b, "n": len(rows), "d": case.d}
     entry |= {"runs": found, "targets": [asdict(t) for t in case.targets]}
-    if operations >= LARGE:
-        entry |= machine.rates({name: min(times[name]) for name in limits})
+    if limits:
+        entry |= machine.rates({name: timing.best(times[name])["seconds"] for name in limits})
     result["cases"].append(entry)
 
 
-def _seconds(call: Any) -> float:
-    return runs.Run(call, torch.empty(0)).seconds()
+@pytest.fixture(scope="module")
+def clock(request: pytest.FixtureRequest) -> timing.Clock:
+    return timing.Clock(0) if request.config.getoption("quick") else timing.Clock()
 
 
 @pytest.mark.parametrize("op", ["mean", "backward", "nearest"])
