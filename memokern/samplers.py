@@ -216,7 +216,8 @@ def ode(
 
     Raises:
         TypeError, ValueError: wrong arguments, before anything is computed. RuntimeError: rk45
-        cannot go on.
+        cannot go on, as from alpha = 0 (flow matching, cosine) with a regulariser that gates: see
+        :func:`memokern.regularizers.evaluate`.
 
     Gradients: with respect to starts that require them, for euler and heun.
 
@@ -329,7 +330,13 @@ def _rk45(
             atol=atol,
         )
         if not found.success:
-            raise RuntimeError(f"rk45 stopped: {found.message}")
+            hint = (
+                ""
+                if first.signal
+                else "; a gate (Tikhonov, empirical Bayes) makes the flow singular where alpha = 0,"
+                " as at the start here: take euler or heun, or a process like EDM"
+            )
+            raise RuntimeError(f"rk45 stopped: {found.message.rstrip('.')}{hint}")
         levels = [level_at(float(angle)) for angle in found.t]
         states = [physical(y, level) for y, level in zip(found.y.T, levels, strict=True)]
         run.x = states[-1]

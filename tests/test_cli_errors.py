@@ -106,6 +106,17 @@ def test_wrong_input_through_the_real_entry_point(tmp_path) -> None:
     assert done.stderr == "memokern sample: error: --data: no such file: 'missing.npy'\n"
 
 
+def test_a_solver_that_cannot_go_on_gets_one_line_and_exit_code_1(tmp_path) -> None:
+    """A gated score is singular where alpha = 0: there x0 = (x + R') / alpha."""
+    done = call(
+        "sample", "--process", "cosine", "--regularizer", "tikhonov:c=0.03", "--solver", "rk45",
+        "-n", 2, "-o", tmp_path / "a.npz",
+    )  # fmt: skip
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert done.stderr.count("\n") == 1 and "rk45 stopped: " in done.stderr
+    assert "take euler or heun" in done.stderr and list(tmp_path.iterdir()) == []
+
+
 def test_missing_matplotlib_is_told_before_the_work(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(TrainingSet, "digits", None)  # reading data would fail

@@ -139,6 +139,19 @@ def test_ddpm_meets_its_schedule_at_the_indices():
     torch.testing.assert_close(DDPM(values.tolist()).alpha(t), process.alpha(t))
 
 
+def test_ddpm_on_the_grid_and_evenly():
+    """The grid is that of its continuous time; rho None keeps DDIM's indices."""
+    even = DDPM(rho=None)
+    assert even.times(1001).tolist() == [999.0 - i for i in range(1001)]
+    torch.testing.assert_close(even.times(3, 0.5)[1], (999 + even.time_of_sigma(0.5)) / 2)
+    process = DDPM()
+    for last, n in ((None, 19), (0.1, 18)):
+        t = process.times(n, last)[:18]
+        roots = process.ratio(t) ** (1 / 7)
+        torch.testing.assert_close(roots.diff(), roots.diff()[:1].expand(17), rtol=1e-9, atol=0)
+    assert (repr(process), repr(even)) == ("DDPM(1000 steps, rho=7)", "DDPM(1000 steps, even)")
+
+
 @pytest.mark.parametrize("process", [VE(), VP(), ScoreSDEVP(), Cosine()], ids=repr)
 def test_small_sigma_keeps_its_digits(process):
     """sigma^2 = g(0)^2 t (1 + O(t)) as t -> 0: no cancellation in 1 - alpha^2."""
@@ -188,6 +201,7 @@ def test_prior_is_noise_at_the_first_level():
         (lambda: DDPM([0.5, 0.6]), "strictly decreasing"),
         (lambda: DDPM([0.5, 0.0]), "strictly decreasing"),
         (lambda: DDPM([[0.5]]), r"\[T\]"),
+        (lambda: DDPM(rho=-7), "rho finite and > 0, got -7"),
         (lambda: processes.get("edn"), "ve, vp, score-sde-vp, edm"),
         (lambda: EDM().time_of_sigma(math.nan), "sigma >= 0, got nan"),
         (lambda: EDM().time_of_ratio(tensor([0.5, -1.0])), "ratio >= 0, got -1"),

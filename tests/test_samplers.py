@@ -112,6 +112,23 @@ def test_smoothed_bank_of_one_row_is_a_gaussian(name, solver):
     assert stats.kstest(z, "norm").pvalue > 1e-5
 
 
+def test_the_grid_of_ddpm_is_finer_where_it_matters():
+    """The flow of a smoothed bank has an exact end; 18 steps of Heun come nearer to it on the
+    default grid than evenly. Measured: 0.14 and 0.43."""
+    regularizer = regularizers.SmoothedBank(0.15)
+    start = processes.DDPM().prior((16, 8, 8), torch.Generator().manual_seed(0), torch.float64)
+    ends = []
+    for rho, options in (
+        (7.0, {"solver": "rk45", "rtol": 1e-7, "atol": 1e-9}),
+        (7.0, {"steps": 18}),
+        (None, {"steps": 18}),
+    ):
+        denoiser = Denoiser(TrainingSet.digits(), processes.DDPM(rho=rho), regularizer)
+        ends.append(samplers.ode(denoiser, start, **options).x)
+    grid, even = ((end - ends[0]).flatten(1).norm(dim=1).median() for end in ends[1:])
+    assert grid < 0.2 and even > 2 * grid
+
+
 def test_heun_on_the_edm_grid_evaluates_as_karras_say():
     denoiser = Denoiser(points())
     assert samplers.ode(denoiser, 2, 18, solver="heun", seed=0).nfe == 35

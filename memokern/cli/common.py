@@ -90,13 +90,13 @@ def device(name: str) -> torch.device:
 
 
 @contextlib.contextmanager
-def failure(about: str) -> Iterator[None]:
-    """Turn a failure of the machine (a full disk, too little memory) into one line and exit code
-    1.
+def failure(about: str, *others: type[Exception]) -> Iterator[None]:
+    """Turn a failure of the machine (a full disk, too little memory), and `others`, into one line
+    and exit code 1.
     """
     try:
         yield
-    except (OSError, MemoryError) as error:
+    except (OSError, MemoryError, *others) as error:
         raise click.ClickException(f"{about}: {error or type(error).__name__}") from error
 
 

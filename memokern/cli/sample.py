@@ -192,7 +192,8 @@ def sample(
         "progress": common.progress_wanted(),
     }
     started = time.perf_counter()
-    with common.failure("sampling"), torch.no_grad():
+    # RuntimeError: rk45 that cannot go on, a device without memory.
+    with common.failure("sampling", RuntimeError), torch.no_grad():
         if solver == "sde":
             found = samplers.sde(denoiser, count, steps or samplers.SDE_STEPS, **options)
         else:

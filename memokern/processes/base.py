@@ -133,14 +133,16 @@ class Process(ABC):
 
 
 class RatioGrid(Process):
-    """A process whose time grid is the one of Karras et al. in sigma / alpha."""
+    """A process whose time grid is the one of Karras et al. in sigma / alpha; rho None: even."""
 
-    rho: float = RHO
+    rho: float | None = RHO
 
     def times(self, n: int, sigma_min: float | None = None) -> Tensor:
         """n times [n] float64: the rho = 7 grid in sigma / alpha from t_noise to the time of
         sigma_min (arXiv 2206.00364, eq. 5); without it n - 1 such times, to the process's own
         sigma_min, then t_data, where sigma = 0."""
+        if self.rho is None:
+            return super().times(n, sigma_min)
         n = checks.integer("n", n, 2, hint="; the first and the last time are two")
         count = n - 1 if sigma_min is None else n
         start = scalar(self.t_noise)

@@ -9,18 +9,23 @@ import torch
 from torch import Tensor
 
 from memokern import checks
-from memokern.processes.base import Process, level_of
+from memokern.processes.base import RHO, Process, RatioGrid, level_of
 
 
-class DDPM(Process):
+class DDPM(RatioGrid):
     """A discrete schedule: alpha^2 = alphas_cumprod[t], sigma^2 = 1 - alpha^2 (arXiv 2006.11239).
 
     t is the index 0 .. T-1 that a DDPM network takes, and any number between: log alpha^2 is
-    interpolated linearly, to 0 at t = -1, where the data are. Evenly spaced times.
+    interpolated linearly, to 0 at t = -1, where the data are.
 
     Args:
         alphas_cumprod: [T], strictly decreasing, in (0, 1); None for Ho et al.'s 1000 steps with
             beta from 1e-4 to 0.02.
+        rho: of the grid of sigma / alpha, as :class:`EDM`'s. None: evenly spaced t, as DDPM's and
+            DDIM's samplers go. On the probability flow of 2000 photographs (SmoothedBank, Heun)
+            the median distance from the exact end was 2.07 in 18 even steps and 0.41 on the grid,
+            1.43 and 0.07 in 40. The reverse SDE is better served by even steps: 200 of them left
+            0.4 % too much variance, 200 of the grid 2 %.
 
     Example:
         >>> import torch
@@ -33,7 +38,10 @@ class DDPM(Process):
 
     t_data = -1.0
 
-    def __init__(self, alphas_cumprod: Tensor | Sequence[float] | None = None) -> None:
+    def __init__(
+        self, alphas_cumprod: Tensor | Sequence[float] | None = None, rho: float | None = RHO
+    ) -> None:
+        self.rho = None if rho is None else checks.number("rho", rho, 0.0, strict=True)
         if alphas_cumprod is None:
             betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64, device="cpu")
             values = torch.cumprod(1 - betas, 0)
@@ -81,7 +89,8 @@ class DDPM(Process):
         return found.clamp(max=self.t_noise)
 
     def __repr__(self) -> str:
-        return f"DDPM({len(self._log) - 1} steps)"
+        spacing = "even" if self.rho is None else f"rho={self.rho:g}"
+        return f"DDPM({len(self._log) - 1} steps, {spacing})"
 
 
 class Cosine(Process):

@@ -72,7 +72,9 @@ def evaluate(
 
     Args: as :func:`memokern.posterior`; regularizer: None for the score that memorises.
 
-    With alpha = 0 and a regulariser x0 is the mean, ungated: x says nothing about the data.
+    With alpha = 0 and a regulariser x0 is the mean, ungated: x says nothing about the data. Near it
+    a gated x0 grows like x / alpha, so that the probability flow of a process that starts at
+    alpha = 0 (flow matching, cosine) is singular there and what it ends in depends on the steps.
 
     Example:
         >>> import torch
