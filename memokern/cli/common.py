@@ -90,13 +90,15 @@ def device(name: str) -> torch.device:
 
 
 @contextlib.contextmanager
-def failure(about: str, *others: type[Exception]) -> Iterator[None]:
-    """Turn a failure of the machine (a full disk, too little memory), and `others`, into one line
-    and exit code 1.
+def failure(
+    about: str, kinds: tuple[type[Exception], ...] = (OSError, MemoryError)
+) -> Iterator[None]:
+    """Turn a failure of the machine (a full disk, too little memory), or of other `kinds`, into one
+    line and exit code 1.
     """
     try:
         yield
-    except (OSError, MemoryError, *others) as error:
+    except kinds as error:
         raise click.ClickException(f"{about}: {error or type(error).__name__}") from error
 
 

@@ -193,7 +193,8 @@ def sample(
     }
     started = time.perf_counter()
     # RuntimeError: rk45 that cannot go on, a device without memory.
-    with common.failure("sampling", RuntimeError), torch.no_grad():
+    stopped = (OSError, MemoryError, RuntimeError)
+    with common.failure("sampling", stopped), torch.no_grad():
         if solver == "sde":
             found = samplers.sde(denoiser, count, steps or samplers.SDE_STEPS, **options)
         else:
