@@ -185,7 +185,8 @@ def posterior_backward(
     """Gradients for x, sigma, alpha, temperature and bias; see :mod:`memokern.ops`."""
     q, (s, a, t), b = _queries(x, rows, sigma, alpha, temperature, bias)
     args, keep = _rows(rows, center, sq_norms, scale, shift)
-    if q.dtype != x.dtype:  # x's type rounded the mean: what is left of <g, y - mean> would be noise
+    # x's type rounded the mean: what is left of <g, y - mean> would be noise.
+    if q.dtype != x.dtype:
         mean = posterior(
             q, rows, sigma, alpha, temperature, bias, center, sq_norms, scale, shift, kernel
         )[0]
