@@ -78,10 +78,12 @@ def _notes(result: dict[str, Any]) -> list[str]:
 
 def markdown(result: dict[str, Any]) -> str:
     """The README's table: each case with its targets, and how many times longer peers take."""
+    n = max((case["n"] for case in result["cases"]), default=0)
     columns = [c for c in result["cases"] if OURS in c["runs"] and c["op"] != "backward"]
     names = list(dict.fromkeys(k for c in columns for k in c["runs"] if k != OURS))
     lines = [
-        f"Measured on {_machine(result)} (lowest and highest over the run).",
+        f"Measured on {_machine(result)} (lowest and highest over the run). N = {n:,} where "
+        "none is given.",
         "",
         f"| case | ms | figure (target) | {' | '.join(names)} |",
         "|" + " --- |" * (len(names) + 3),
@@ -93,19 +95,15 @@ def markdown(result: dict[str, Any]) -> str:
             f"{runs[k]['seconds'] / mine:.2f}{_mark(runs[k])}" if k in runs else "" for k in names
         ]
         goals = "; ".join(_goal(case, t) for t in case["targets"])
-        lines.append(f"| {_title(case)} | {1e3 * mine:.4g} | {goals} | {' | '.join(cells)} |")
+        lines.append(f"| {case['name']} | {1e3 * mine:.4g} | {goals} | {' | '.join(cells)} |")
     lines += ["", "| case | times, ms | figure (target) |", "| --- | --- | --- |"]
     for case in result["cases"]:
         if case not in columns:
             times = ", ".join(f"{k} {1e3 * r['seconds']:.4g}" for k, r in case["runs"].items())
             goals = "; ".join(_goal(case, t) for t in case["targets"])
-            lines.append(f"| {_title(case)} | {times} | {goals} |")
+            lines.append(f"| {case['name']} | {times} | {goals} |")
     lines += _memory(result) + _accuracy(result)
     return "\n".join([*lines, "", *(f"{note}  " for note in _notes(result))]).rstrip()
-
-
-def _title(case: dict[str, Any]) -> str:
-    return f"{case['name']}" if " N=" in case["name"] else f"{case['name']} N={case['n']}"
 
 
 def _goal(case: dict[str, Any], target: dict[str, Any]) -> str:
@@ -121,7 +119,7 @@ def _memory(result: dict[str, Any]) -> list[str]:
     lines.append("|" + " --- |" * (len(names) + 2))
     for case in result["memory"]:
         cells = [f"{case['bytes'][k] / 1e6:.1f}" if k in case["bytes"] else "" for k in names]
-        title = f"{case['op']} B={case['b']} D={case['d']} N={case['n']}"
+        title = f"{case['op']} B={case['b']} D={case['d']}"
         lines.append(f"| {title} | {' | '.join(cells)} | {case['allowed'] / 1e6:.1f} |")
     return lines
 

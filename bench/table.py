@@ -59,17 +59,17 @@ def verdict(case: dict[str, Any], target: dict[str, Any]) -> tuple[str, bool | N
         "sgemm": "of sgemm",
         "floor": "x floor",
         "error": "error",
-        "fastest": f"x faster than the fastest peer, {fastest_peer(case)}",
+        "fastest": f"fastest peer ({fastest_peer(case)}) / memokern",
         "ratio": f"{target['slow']} / {target['fast']}",
     }[target["kind"]]
     if found is None:
         return f"{what}: not measured", None
     met = found <= goal if target["at_most"] else found >= goal
-    return f"{what} {_number(found)} ({sign} {_number(goal)})", met
+    return f"{what} {_number(found)} ({sign} {goal:.4g})", met
 
 
 def _number(x: float) -> str:
-    return f"{x:.1e}" if 0 < x < 0.01 else f"{x:.2f}" if x < 100 else f"{x:.0f}"
+    return f"{x:.1e}" if 0 < x < 0.01 else f"{x:.2f}"
 
 
 def verdicts(result: dict[str, Any]) -> list[tuple[str, str, bool | None]]:
@@ -81,6 +81,6 @@ def verdicts(result: dict[str, Any]) -> list[tuple[str, str, bool | None]]:
     ]
     for case in result["memory"]:
         taken, allowed = case["bytes"][OURS], case["allowed"]
-        text = f"MB beyond inputs {taken / 1e6:.1f} (<= {allowed / 1e6:.1f})"
+        text = f"MB beyond inputs {taken / 1e6:.1f} (<= {allowed / 1e6:.4g})"
         out.append((f"memory of {case['op']} B={case['b']} D={case['d']}", text, taken <= allowed))
     return out
