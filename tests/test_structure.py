@@ -36,6 +36,7 @@ INSIDE = {
         ["text"],
         ["__init__"],
     ],
+    "samplers": [["base"], ["flow", "reverse"], ["__init__"]],
     "experiments": [["base"], ["planar"], ["squares", "structured", "sweeps"], ["__init__"]],
     "cli": [["common"], ["metrics", "other", "sample"], ["__init__"]],
 }

@@ -1,0 +1,164 @@
+"""What the samplers share: a run, its levels of noise, and what it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from memokern import checks, queries
+from memokern.denoiser import Denoiser
+from memokern.processes import Process
+
+DTYPES = (torch.float32, torch.float64)
+# Where alpha / sigma is less, x says nothing about the data, and 1 / alpha is not used.
+NO_SIGNAL = 1e-4
+
+
+@dataclass(frozen=True)
+class Samples:
+    r"""What a sampler returns.
+
+    Attributes:
+        x: the samples [S, \*shape]. trajectory: [K, S, \*shape], the start included; or None.
+        times, sigmas: [K] float64, the process times and noise levels of the trajectory's states
+            (rk45 without trajectory: the first and the last).
+        nfe: evaluations of the denoiser, each of all S queries.
+    """
+
+    x: Tensor
+    trajectory: Tensor | None
+    times: Tensor
+    sigmas: Tensor
+    nfe: int
+
+
+@dataclass(frozen=True)
+class Level:
+    """A time of a process, and what it means there."""
+
+    t: float
+    alpha: float
+    sigma: float
+
+    @property
+    def signal(self) -> bool:
+        """Whether x still says something about the data."""
+        return self.alpha > NO_SIGNAL * self.sigma
+
+
+def level_of(process: Process, t: float | Tensor) -> Level:
+    """The level at time t."""
+    time = torch.as_tensor(t, dtype=torch.float64, device="cpu").detach()
+    return Level(float(time), float(process.alpha(time)), float(process.sigma(time)))
+
+
+class Run:
+    """One run: what is evaluated, the noise, the count and the record."""
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        start: int | Tensor,
+        label: int | Tensor | None,
+        bias: Tensor | None,
+        seed: int | None,
+        generator: torch.Generator | None,
+        dtype: torch.dtype | None,
+        trajectory: bool,
+    ) -> None:
+        if not isinstance(denoiser, Denoiser):
+            raise TypeError(f"expected a memokern.Denoiser, got {type(denoiser).__name__}")
+        if seed is not None and generator is not None:
+            raise ValueError("give seed or generator, not both")
+        if not isinstance(generator, torch.Generator | None):
+            raise TypeError(
+                f"expected generator as a torch.Generator, got {type(generator).__name__};"
+                " a number goes to seed="
+            )
+        if seed is not None:
+            hint = "; leave it out for PyTorch's own generator"
+            seed = checks.integer("seed", seed, -(2**63), 2**64 - 1, hint)
+        if dtype not in (None, *DTYPES):
+            raise TypeError(f"expected dtype torch.float32 or torch.float64, got {dtype}")
+        # From a seed on the CPU, so that it means the same noise on every device.
+        self.generator = torch.Generator().manual_seed(seed) if seed is not None else generator
+        self.denoiser, self.process = denoiser, denoiser.process
+        self.label, self.bias, self.nfe = label, bias, 0
+        self.x = self._start(start, dtype)
+        self.record: list[Tensor] | None = [self.x] if trajectory else None
+
+    def _start(self, start: int | Tensor, dtype: torch.dtype | None) -> Tensor:
+        data = self.denoiser.data
+        if isinstance(start, Tensor):
+            x = start if dtype is None else start.to(dtype)
+            queries.batch_shape(x, data)  # type, device and shape
+            if not bool(torch.isfinite(x).all()):
+                raise ValueError("expected finite starts, got NaN or inf")
+            return x
+        count = checks.integer(
+            "start", start, 1, hint="; it is the number of samples, or a tensor of the starts"
+        )
+        kind = data.compute_dtype if dtype is None else dtype
+        return self.process.prior((count, *data.shape), self.generator, kind, data.device)
+
+    def evaluate(self, x: Tensor, t: float) -> tuple[Tensor, Tensor]:
+        """x0 and eps."""
+        self.nfe += 1
+        found = self.denoiser.evaluate(x, t, self.label, bias=self.bias)
+        return found.x0, found.eps
+
+    def noise(self) -> Tensor:
+        """Standard normal, like x."""
+        place = self.x.device if self.generator is None else self.generator.device
+        z = torch.randn(self.x.shape, generator=self.generator, dtype=self.x.dtype, device=place)
+        return z.to(self.x.device)
+
+    def keep(self) -> None:
+        """Records x, where a trajectory is wanted."""
+        if self.record is not None:
+            self.record.append(self.x)
+
+    def samples(self, times: Tensor) -> Samples:
+        """What the run returns, given the times of its states."""
+        path = None if self.record is None else torch.stack(self.record)
+        return Samples(self.x, path, times, self.process.sigma(times), self.nfe)
+
+    @contextmanager
+    def gradients(self) -> Iterator[None]:
+        """Only for starts that ask for them: a graph over all steps is large."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.x.requires_grad):
+            yield
+
+
+def levels_of(
+    process: Process, steps: int, sigma_min: float | None, denoise_last: bool
+) -> list[Level]:
+    """The steps' levels, from t_noise to the end asked for; wrong steps or ends are refused."""
+    count = checks.integer("steps", steps, 1)
+    check_stop(process, sigma_min, denoise_last)
+    times = process.times(count + 1, sigma_min).tolist()
+    return [level_of(process, t) for t in times + [process.t_data] * denoise_last]
+
+
+def check_stop(process: Process, sigma_min: float | None, denoise_last: bool) -> None:
+    """Refuse an early stop outside the process's levels, or its denoising without one."""
+    if sigma_min is None:
+        if denoise_last:
+            raise ValueError("denoise_last goes with sigma_min: without it the end is denoised")
+        return
+    hint = "; leave it out to go to the data"
+    level = checks.number("sigma_min", sigma_min, 0.0, strict=True, hint=hint)
+    high = level_of(process, process.t_noise).sigma
+    if level >= high:
+        raise ValueError(
+            f"expected sigma_min below {high:.6g}, where {process!r} starts, got {sigma_min}{hint}"
+        )
+
+
+def held(x0: Tensor, eps: Tensor, to: Level) -> Tensor:
+    """x0 and eps held: exact while they do not change, and alpha x0 where sigma is 0."""
+    return to.alpha * x0 if to.sigma == 0 else to.alpha * x0 + to.sigma * eps
