@@ -9,7 +9,7 @@ from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import setup
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
-AVX2 = ["-mavx2", "-mfma"]
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]  # every processor with AVX2 has F16C
 AVX512 = [*AVX2, "-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mprefer-vector-width=512"]
 # One source for each instruction set, with the flags that only it may have.
 ISA_FLAGS = {"csrc/isa_baseline.cpp": []}

@@ -18,22 +18,27 @@ struct Sums {
 
 template <class R> struct BackWork {
   Work<R> fwd;
-  R *gc, *pg;          // [B][Ds] gradients of the mean; [B][NT] their products with the rows
+  R *g, *pg;           // gradients of the mean, laid out as the queries; [NT][Bp] their products with the rows
+  R *dot, *dot_g;      // [NT] those of one query
+  R* logit;            // [NT]
   double* row;         // [D] a row as given
-  R* near;             // [B][Ds] sum of q c (alpha y - x) over the rows taken by direct differences
+  R* near;             // [B][Dp] sum of q c (alpha y - x) over the rows taken by direct differences
   double *g_shift;     // [B] <g, mean - center>
   Sums* sums;          // [B]
   double* grad_bias;   // [N] or null
   Arena arena;
   bool reserve(const Plan& pl, bool bias, int64_t N) {
     if (!fwd.reserve(pl, bias)) return false;
-    if (!arena.reserve(2 * Arena::bytes<R>(pl.B * pl.Ds) + Arena::bytes<R>(pl.B * pl.NT) + Arena::bytes<double>(pl.B) + Arena::bytes<double>(pl.D) +
-                       Arena::bytes<Sums>(pl.B) + (bias ? Arena::bytes<double>(N) : 0)))
+    if (!arena.reserve(Arena::bytes<R>(pl.Bp * pl.Dp) + Arena::bytes<R>(pl.B * pl.Dp) + Arena::bytes<R>(pl.NT * pl.Bp) + 3 * Arena::bytes<R>(pl.NT) +
+                       Arena::bytes<double>(pl.B) + Arena::bytes<double>(pl.D) + Arena::bytes<Sums>(pl.B) + (bias ? Arena::bytes<double>(N) : 0)))
       return false;
-    gc = arena.take<R>(pl.B * pl.Ds);
-    pg = arena.take<R>(pl.B * pl.NT);
+    g = arena.take<R>(pl.Bp * pl.Dp);
+    pg = arena.take<R>(pl.NT * pl.Bp);
+    dot = arena.take<R>(pl.NT);
+    dot_g = arena.take<R>(pl.NT);
+    logit = arena.take<R>(pl.NT);
     row = arena.take<double>(pl.D);
-    near = arena.take<R>(pl.B * pl.Ds);
+    near = arena.take<R>(pl.B * pl.Dp);
     g_shift = arena.take<double>(pl.B);
     sums = arena.take<Sums>(pl.B);
     grad_bias = bias ? arena.take<double>(N) : nullptr;
@@ -64,11 +69,10 @@ static void backward_step(const Step<R>& s, const Gradients& io, const Query<R>&
   const double lo = err > Precision<R>::theta ? threshold<R>(tz, err) : kInf, half = 0.5 * (double)s.D;
   const double delta = log_map ? delta_of(q, s) : 0;
   if (!log_map && (double)logits(q, s, p, logit) < tz + floor_of(R(0)) - err) {  // the whole tile is without weight
-    for (int64_t j = 0; j < s.NT; j++) p[j] = 0;
+    for (int64_t j = 0; j < s.tile->cnt; j++) p[j] = 0;
     return;
   }
-  for (int64_t j = 0; j < s.NT; j++) {
-    if (j >= s.tile->cnt) { p[j] = 0; continue; }
+  for (int64_t j = 0; j < s.tile->cnt; j++) {
     const double bj = bias_of(s, j);
     double t, r2 = 0, exact[3];
     bool direct;
@@ -148,42 +152,47 @@ static void backward_limit(const Step<R>& s, const Gradients& io, const Query<R>
 
 template <class R>
 static void backward_sweep(const Source<R>& src, const Queries& in, const Gradients& io, const Plan& pl, double b_max, int64_t b0, int64_t B, int64_t n0, int64_t n1, BackWork<R>& w) {
-  const typename Pack<R>::F pack = pack_for(src);
+  const Engine<R> engine = engine_for(src, pl);
   Work<R>& f = w.fwd;
   memset((void*)w.sums, 0, pl.B * sizeof(Sums));
-  memset((void*)f.acc, 0, pl.B * pl.Ds * sizeof(R));
-  memset((void*)w.near, 0, pl.B * pl.Ds * sizeof(R));
+  memset((void*)f.acc, 0, pl.B * pl.Dp * sizeof(R));
+  memset((void*)w.near, 0, pl.B * pl.Dp * sizeof(R));
+  load_queries(src, in, pl, b0, B, f);
   for (int64_t b = 0; b < B; b++) {
     const double *g = io.g_mean + (b0 + b) * pl.D, *mean = io.mean + (b0 + b) * pl.D;
-    f.q[b] = make_query(in, src, b0 + b, pl, f.xc + b * pl.Ds);
     w.g_shift[b] = 0;
     for (int64_t d = 0; d < pl.D; d++) {
-      w.gc[b * pl.Ds + d] = (R)g[d];
+      f.row[d] = (R)g[d];
       w.g_shift[b] += g[d] * (mean[d] - src.center[d]);
     }
+    put_query(pl, f.row, b, w.g);
     if (f.q[b].mode == kLogMap && io.log_z[b0 + b] == kInf) f.q[b].mode = kHard;
   }
   const Step<R> s = make_step(src, pl, in.bias, b_max, f);
   for (f.tile.n0 = n0; f.tile.n0 < n1; f.tile.n0 += pl.NT) {
     f.tile.cnt = imin(pl.NT, n1 - f.tile.n0);
-    pack(src, pl, f.tile);
-    load_bias(pl, in.bias, f);
-    dots(pl, f.tile, f.xc, B, f.p);
-    dots(pl, f.tile, w.gc, B, w.pg);
+    const int64_t after = f.tile.n0 + f.tile.cnt;
+    Ahead next = look_ahead(src, after, imin(pl.NT, n1 - after));
+    engine.load(src, pl, f.tile);
+    load_bias(in.bias, f);
+    engine.dots(src, pl, f.tile, f.x, B, f.p, next);
+    engine.dots(src, pl, f.tile, w.g, B, w.pg, next);
     for (int64_t b = 0; b < B; b++) {
-      R* p = f.p + b * pl.NT;
-      if (f.q[b].mode == kSoft || f.q[b].mode == kLogMap)
-        backward_step(s, io, f.q[b], b0 + b, w.g_shift[b], w.row, f.t, p, w.pg + b * pl.NT, w.near + b * pl.Ds, w.sums[b], w.grad_bias);
-      else
-        memset((void*)p, 0, pl.NT * sizeof(R));
+      const bool moves = f.q[b].mode == kSoft || f.q[b].mode == kLogMap;
+      for (int64_t j = 0; j < f.tile.cnt; j++) {
+        w.dot[j] = moves ? f.p[j * pl.Bp + b] : R(0);
+        w.dot_g[j] = w.pg[j * pl.Bp + b];
+      }
+      if (moves) backward_step(s, io, f.q[b], b0 + b, w.g_shift[b], w.row, w.logit, w.dot, w.dot_g, w.near + b * pl.Dp, w.sums[b], w.grad_bias);
+      for (int64_t j = 0; j < f.tile.cnt; j++) f.p[j * pl.Bp + b] = w.dot[j];
     }
-    accumulate(pl, f.tile, f.p, B, f.acc);
+    engine.accumulate(src, pl, f.tile, f.p, B, f.acc, next);
   }
 }
 
 // The sums of all parts to the gradients of query b.
 template <class R>
-static void backward_finish(const Source<R>& src, const Plan& pl, const Queries& in, const Gradients& io, const Query<R>& q, const Sums& a, const R* xc, R* acc, const R* near, int64_t row, int64_t b) {
+static void backward_finish(const Source<R>& src, const Plan& pl, const Queries& in, const Gradients& io, const Query<R>& q, const Sums& a, R* acc, const R* near, int64_t row, int64_t b) {
   R* gx = (R*)io.grad_x + b * pl.D;
   const double nan = __builtin_nan("");
   const bool moves = q.mode == kSoft || q.mode == kLogMap;
@@ -203,7 +212,7 @@ static void backward_finish(const Source<R>& src, const Plan& pl, const Queries&
     const R* p = acc_at(pl, acc, row, d);
     for (int64_t i = 0; i < imin(NR, pl.D - d); i++) {
       const double c = src.center[d + i];
-      const double g = q.alpha * (p[i] - drift * a.w * (mean[d + i] - c)) - (double)xc[d + i] * qc + near[row * pl.Ds + d + i];
+      const double g = q.alpha * (p[i] - drift * a.w * (mean[d + i] - c)) - ((double)q.x[d + i] - q.alpha * c) * qc + near[row * pl.Dp + d + i];
       gx[d + i] = (R)(g * is2);
       cx -= c * g;
     }
@@ -218,7 +227,7 @@ template <class R> static int backward_typed(const Rows& rows, const Queries& in
   if (in.b == 0) return 0;
   Centred<R> c;
   if (!c.prepare(rows)) return 1;
-  const Plan pl = make_plan<R>(in.b, rows.n, rows.d);
+  const Plan pl = make_plan<R>(in.b, rows);
   const double b_max = largest_bias(in.bias, rows.n);
   const int64_t blocks = (in.b + pl.B - 1) / pl.B, tiles = (rows.n + pl.NT - 1) / pl.NT;
   const bool by_queries = blocks >= 2 * threads || tiles < 2;
@@ -239,7 +248,7 @@ template <class R> static int backward_typed(const Rows& rows, const Queries& in
         backward_sweep(c.src, in, io, pl, b_max, b0, B, n0, n1, work[i]);
         if (!by_queries) continue;
         for (int64_t b = 0; b < B; b++)
-          backward_finish(c.src, pl, in, io, work[i].fwd.q[b], work[i].sums[b], work[i].fwd.xc + b * pl.Ds, work[i].fwd.acc, work[i].near, b, b0 + b);
+          backward_finish(c.src, pl, in, io, work[i].fwd.q[b], work[i].sums[b], work[i].fwd.acc, work[i].near, b, b0 + b);
       }
     }
     if (by_queries) break;
@@ -250,20 +259,20 @@ template <class R> static int backward_typed(const Rows& rows, const Queries& in
         const double* from = (const double*)&work[i].sums[b];
         double* to = (double*)&work[0].sums[b];
         for (size_t e = 0; e < sizeof(Sums) / sizeof(double); e++) to[e] += from[e];
-        for (int64_t d = 0; d < pl.D; d++) work[0].near[b * pl.Ds + d] += work[i].near[b * pl.Ds + d];
+        for (int64_t d = 0; d < pl.D; d++) work[0].near[b * pl.Dp + d] += work[i].near[b * pl.Dp + d];
         for (int64_t d = 0; d < pl.Dp; d += 2 * Vec<R>::W) {
           R *a = acc_at(pl, f.acc, b, d), *z = acc_at(pl, work[i].fwd.acc, b, d);
           for (int e = 0; e < 2 * Vec<R>::W; e++) a[e] += z[e];
         }
       }
-      backward_finish(c.src, pl, in, io, f.q[b], work[0].sums[b], f.xc + b * pl.Ds, f.acc, work[0].near, b, b0 + b);
+      backward_finish(c.src, pl, in, io, f.q[b], work[0].sums[b], f.acc, work[0].near, b, b0 + b);
     }
   }
   const Step<R> s = make_step(c.src, pl, in.bias, b_max, work[0].fwd);
   Arena distances;
   double* r2 = nullptr;
   for (int64_t b = 0; b < in.b; b++) {
-    const Query<R> q = make_query(in, c.src, b, pl, work[0].fwd.xc);
+    const Query<R> q = make_query(in, c.src, b, pl, work[0].fwd.row);
     const double log_z = io.log_z[b];
     if (q.mode == kLost && io.grad_bias) io.grad_bias[0] = __builtin_nan("");
     if (q.mode != kHard && !(q.mode == kLogMap && log_z == kInf)) continue;

@@ -21,8 +21,9 @@ MK_INLINE void insert(double* dist, int64_t* index, int64_t k, double d, int64_t
 
 template <class R>
 static void nearest_sweep(const Source<R>& src, const Queries& in, const Plan& pl, int64_t b0, int64_t B, int64_t n0, int64_t n1, int64_t k, double* dist, int64_t* index, Work<R>& w) {
-  const typename Pack<R>::F pack = pack_for(src);
-  for (int64_t b = 0; b < B; b++) w.q[b] = make_query(in, src, b0 + b, pl, w.xc + b * pl.Ds);
+  const Engine<R> engine = engine_for(src, pl);
+  enum { W = Vec<R>::W };
+  load_queries(src, in, pl, b0, B, w);
   for (int64_t i = 0; i < B * k; i++) {
     dist[i] = kInf;
     index[i] = INT64_MAX;
@@ -30,17 +31,20 @@ static void nearest_sweep(const Source<R>& src, const Queries& in, const Plan& p
   const Step<R> s = make_step<R>(src, pl, nullptr, 0, w);
   for (w.tile.n0 = n0; w.tile.n0 < n1; w.tile.n0 += pl.NT) {
     w.tile.cnt = imin(pl.NT, n1 - w.tile.n0);
-    pack(src, pl, w.tile);
-    dots(pl, w.tile, w.xc, B, w.p);
-    for (int64_t b = 0; b < B; b++) {
-      const Query<R>& q = w.q[b];
-      if (q.mode == kLost) continue;
-      R* p = w.p + b * pl.NT;
-      double* best = dist + b * k;
-      const double top = logits(q, s, p, p), err = error_of(q, s);
-      if (top < nearness(q, best[k - 1], err)) continue;
-      for (int64_t j = 0; j < w.tile.cnt; j++)
-        if (!((double)p[j] < nearness(q, best[k - 1], err))) insert(best, index + b * k, k, exact_r2(q, s, j), w.tile.n0 + j);
+    engine.load(src, pl, w.tile);
+    const int64_t after = w.tile.n0 + w.tile.cnt;
+    Ahead next = look_ahead(src, after, imin(pl.NT, n1 - after));
+    engine.dots(src, pl, w.tile, w.x, B, w.p, next);
+    for (int64_t b = 0; b < B; b += W) {
+      const typename Vec<R>::T top = logits(w.groups[b / W], s, w.p + b);  // t = (|xc|^2 - r^2) / 2
+      for (int e = 0; e < imin(W, B - b); e++) {
+        const Query<R>& q = w.q[b + e];
+        double* best = dist + (b + e) * k;
+        const double err = error_of(q, s);
+        if (q.mode == kLost || top[e] < nearness(q, best[k - 1], err)) continue;
+        for (int64_t j = 0; j < w.tile.cnt; j++)
+          if (!((double)w.p[j * pl.Bp + b + e] < nearness(q, best[k - 1], err))) insert(best, index + (b + e) * k, k, exact_r2(q, s, j), w.tile.n0 + j);
+      }
     }
   }
 }
@@ -49,7 +53,7 @@ template <class R> static int nearest_typed(const Rows& rows, const Queries& giv
   if (given.b == 0) return 0;
   Centred<R> c;
   if (!c.prepare(rows)) return 1;
-  const Plan pl = make_plan<R>(given.b, rows.n, rows.d);
+  const Plan pl = make_plan<R>(given.b, rows);
   const int64_t k = out.k, blocks = (given.b + pl.B - 1) / pl.B, tiles = (rows.n + pl.NT - 1) / pl.NT;
   // sigma = 0, alpha = T = 1 for every query of a block: the mode in which t is half a squared distance.
   Arena ones;

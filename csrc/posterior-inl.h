@@ -8,63 +8,78 @@
 
 namespace memokern { namespace MEMOKERN_ISA_NS {
 
-enum { BLOCK_B = 256, FEW = 8 };  // queries of a block; up to FEW of them take one plain pass over the rows
+enum { BLOCK_B = 256 };  // queries of a block
 
-// Tile heights from the L2 cache (512 KiB is common; a larger one does no harm): both copies of a packed tile stay
-// near it, and a plain tile with its accumulators inside it.
-template <class R> static Plan make_plan(int64_t B, int64_t N, int64_t D) {
+// Tile heights. Each tile loads and stores all accumulators once, so a packed tile is high, though that takes it from L2 to
+// L3: it is read in order. Unpacked rows are read twice and stay in L2.
+template <class R> static Plan make_plan(int64_t B, const Rows& rows) {
   enum { W = Vec<R>::W, NR = 2 * W };
   Plan pl;
-  pl.B = imin(B, BLOCK_B);
-  pl.D = D;
-  pl.Dp = round_up(D, NR);
-  pl.Ds = pl.Dp + 64 / (int64_t)sizeof(R);  // odd number of cache lines apart: rows fall in different L1 sets
-  if ((pl.Ds * (int64_t)sizeof(R) / 64) % 2 == 0) pl.Ds += 64 / (int64_t)sizeof(R);
-  pl.packed = pl.B > FEW;
-  pl.depth = pl.packed ? imin(D, KC) + D / KC + 1 : D / (2 * W) + 8;
-  const int64_t budget = (pl.packed ? 512 << 10 : 128 << 10) / (int64_t)sizeof(R);
-  const int64_t unit = pl.packed ? NR : imax(8, W), least = pl.packed ? imax(NR, 32) : unit;
-  pl.NT = imin(imax(budget / pl.Dp / unit * unit, least), 128);
-  pl.NT = imin(pl.NT, round_up(N, unit));
+  const int64_t blocks = (B + BLOCK_B - 1) / BLOCK_B;
+  pl.few = B <= FEW;
+  pl.B = blocks == 1 ? B : round_up((B + blocks - 1) / blocks, W);
+  pl.Bp = round_up(pl.B, W);
+  pl.D = rows.d;
+  pl.Dp = round_up(pl.D, NR);
+  pl.depth = pl.few ? imin(pl.Dp, (int64_t)DEEP) / W + pl.Dp / DEEP + W : imin(pl.Dp, (int64_t)KC) + pl.Dp / KC + 1;
+  const int64_t budget = pl.few ? (128 << 10) / size_of(rows.type) : (1 << 20) / (int64_t)sizeof(R);
+  pl.NT = imin(imax(budget / pl.Dp / UNIT * UNIT, UNIT), MAX_NT);
+  pl.NT = imin(pl.NT, round_up(rows.n, UNIT));
   return pl;
 }
 
 // What a part works with: the buffers of a tile and of a block of queries.
 template <class R> struct Work {
+  enum { W = Vec<R>::W };
   Tile<R> tile;
-  R *p, *xc, *acc, *b, *b0, *t;
+  R *p, *x, *acc, *b, *b0, *columns, *row;
   int* cand;
   double* cand_t;
-  State* st;        // [B]
-  Query<R>* q;      // [B]
+  State* st;         // [Bp]
+  Query<R>* q;       // [Bp]
+  Group<R>* groups;  // [Bp / W]
   Arena arena;
   bool reserve(const Plan& pl, bool bias) {
-    const int64_t tile_len = pl.NT * (pl.Ds + 64);
-    if (!arena.reserve(Arena::bytes<R>(tile_len) * (pl.packed ? 2 : 1) + Arena::bytes<R>(pl.NT + 64) * 3 +
-                       Arena::bytes<R>(pl.B * pl.NT) + 2 * Arena::bytes<R>(pl.B * pl.Ds) + Arena::bytes<int>(pl.NT) +
-                       Arena::bytes<double>(pl.NT) + Arena::bytes<State>(pl.B) + Arena::bytes<Query<R> >(pl.B) + Arena::bytes<R>(pl.NT + 64)))
+    if (!arena.reserve(Arena::bytes<R>(pl.few ? 0 : pl.NT * pl.Dp) + 3 * Arena::bytes<R>(pl.NT) + Arena::bytes<R>(pl.NT * pl.Bp) + Arena::bytes<R>(pl.Bp * pl.Dp) +
+                       Arena::bytes<R>(pl.B * pl.Dp) + Arena::bytes<R>(W * pl.NT) + Arena::bytes<R>(pl.Dp) + Arena::bytes<int>(W * pl.NT) +
+                       Arena::bytes<double>(W * pl.NT) + Arena::bytes<State>(pl.Bp) + Arena::bytes<Query<R> >(pl.Bp) + Arena::bytes<Group<R> >(pl.Bp / W)))
       return false;
-    tile.y2 = arena.take<R>(tile_len);
-    tile.y1 = pl.packed ? arena.take<R>(tile_len) : nullptr;
-    tile.sq = arena.take<R>(pl.NT + 64);
-    b = bias ? arena.take<R>(pl.NT + 64) : nullptr;
-    b0 = bias ? arena.take<R>(pl.NT + 64) : nullptr;
-    p = arena.take<R>(pl.B * pl.NT);
-    xc = arena.take<R>(pl.B * pl.Ds);
-    acc = arena.take<R>(pl.B * pl.Ds);
-    cand = arena.take<int>(pl.NT);
-    cand_t = arena.take<double>(pl.NT);
-    st = arena.take<State>(pl.B);
-    q = arena.take<Query<R> >(pl.B);
-    t = arena.take<R>(pl.NT + 64);
+    tile.y = arena.take<R>(pl.few ? 0 : pl.NT * pl.Dp);
+    tile.sq = arena.take<R>(pl.NT);
+    b = bias ? arena.take<R>(pl.NT) : nullptr;
+    b0 = bias ? arena.take<R>(pl.NT) : nullptr;
+    p = arena.take<R>(pl.NT * pl.Bp);
+    x = arena.take<R>(pl.Bp * pl.Dp);
+    acc = arena.take<R>(pl.B * pl.Dp);
+    columns = arena.take<R>(W * pl.NT);
+    row = arena.take<R>(pl.Dp);
+    cand = arena.take<int>(W * pl.NT);
+    cand_t = arena.take<double>(W * pl.NT);
+    st = arena.take<State>(pl.Bp);
+    q = arena.take<Query<R> >(pl.Bp);
+    groups = arena.take<Group<R> >(pl.Bp / W);
     return true;
   }
 };
 
-template <class R> static void load_bias(const Plan& pl, const double* bias, Work<R>& w) {
+// A vector of features of query b into the layout of the first product.
+template <class R> static void put_query(const Plan& pl, const R* row, int64_t b, R* x) {
+  for (int64_t d = 0; d < pl.D; d++) *query_at(pl, x, b, d) = row[d];
+}
+// The queries [b0, b0 + B) of a sweep.
+template <class R> static void load_queries(const Source<R>& src, const Queries& in, const Plan& pl, int64_t b0, int64_t B, Work<R>& w) {
+  for (int64_t b = 0; b < B; b++) {
+    w.q[b] = make_query(in, src, b0 + b, pl, w.row);
+    w.st[b] = neutral();
+    set_lane(w.groups[b / Work<R>::W], (int)(b % Work<R>::W), w.q[b]);
+    put_query(pl, w.row, b, w.x);
+  }
+}
+
+template <class R> static void load_bias(const double* bias, Work<R>& w) {
   if (!bias) return;
-  for (int64_t j = 0; j < pl.NT; j++) {
-    const double v = j < w.tile.cnt ? bias[w.tile.n0 + j] : 0;
+  for (int64_t j = 0; j < w.tile.cnt; j++) {
+    const double v = bias[w.tile.n0 + j];
     w.b[j] = (R)v;
     w.b0[j] = v == -kInf ? R(0) : (R)v;
   }
@@ -76,6 +91,7 @@ template <class R> static Step<R> make_step(const Source<R>& src, const Plan& pl
   s.exact = exact_for(src);
   s.tile = &w.tile;
   s.NT = pl.NT;
+  s.Bp = pl.Bp;
   s.D = pl.D;
   s.bias = bias;
   s.b = w.b;
@@ -83,6 +99,7 @@ template <class R> static Step<R> make_step(const Source<R>& src, const Plan& pl
   s.b_max = b_max;
   s.cand = w.cand;
   s.cand_t = w.cand_t;
+  s.columns = w.columns;
   return s;
 }
 
@@ -97,30 +114,27 @@ template <class R> static void scale_acc(const Plan& pl, R* acc, int64_t b, doub
 // Rows [n0, n1) for queries [b0, b0 + B).
 template <class R>
 static void sweep(const Source<R>& src, const Queries& in, const Plan& pl, double b_max, int64_t b0, int64_t B, int64_t n0, int64_t n1, Work<R>& w) {
-  const typename Pack<R>::F pack = pack_for(src);
-  for (int64_t b = 0; b < B; b++) {
-    w.q[b] = make_query(in, src, b0 + b, pl, w.xc + b * pl.Ds);
-    w.st[b] = neutral();
-  }
-  memset((void*)w.acc, 0, pl.B * pl.Ds * sizeof(R));
+  const Engine<R> engine = engine_for(src, pl);
+  enum { W = Vec<R>::W };
+  load_queries(src, in, pl, b0, B, w);
+  memset((void*)w.acc, 0, pl.B * pl.Dp * sizeof(R));
   const Step<R> s = make_step(src, pl, in.bias, b_max, w);
   for (w.tile.n0 = n0; w.tile.n0 < n1; w.tile.n0 += pl.NT) {
     w.tile.cnt = imin(pl.NT, n1 - w.tile.n0);
-    pack(src, pl, w.tile);
-    load_bias(pl, in.bias, w);
-    dots(pl, w.tile, w.xc, B, w.p);
-    for (int64_t b = 0; b < B; b++) {
-      R* p = w.p + b * pl.NT;
-      double f = 1;
-      switch (w.q[b].mode) {
-        case kSoft: f = step_soft(w.q[b], s, w.st[b], p); break;
-        case kHard: f = step_hard(w.q[b], s, w.st[b], p); break;
-        case kLogMap: f = step_log(w.q[b], s, w.st[b], p); break;
-        default: memset((void*)p, 0, pl.NT * sizeof(R));
-      }
-      if (f != 1) scale_acc(pl, w.acc, b, f);
+    const int64_t after = w.tile.n0 + w.tile.cnt;
+    Ahead next = look_ahead(src, after, imin(pl.NT, n1 - after));
+    engine.load(src, pl, w.tile);
+    load_bias(in.bias, w);
+    engine.dots(src, pl, w.tile, w.x, B, w.p, next);
+    bool any = false;
+    for (int64_t b = 0; b < B; b += W) {
+      const int lanes = (int)imin(W, B - b);
+      double f[W];
+      any |= step(w.q + b, w.groups[b / W], lanes, s, w.st + b, w.p + b, f);
+      for (int e = 0; e < lanes; e++)
+        if (f[e] != 1) scale_acc(pl, w.acc, b + e, f[e]);
     }
-    accumulate(pl, w.tile, w.p, B, w.acc);
+    if (any) engine.accumulate(src, pl, w.tile, w.p, B, w.acc, next);
   }
 }
 
@@ -223,7 +237,7 @@ static double largest_bias(const double* bias, int64_t n) {
 
 template <class R> static int posterior_general(const Centred<R>& c, const Queries& in, const Posterior& out, double b_max, int threads) {
   const Rows& rows = c.src.rows;
-  const Plan pl = make_plan<R>(in.b, rows.n, rows.d);
+  const Plan pl = make_plan<R>(in.b, rows);
   const int64_t blocks = (in.b + pl.B - 1) / pl.B, tiles = (rows.n + pl.NT - 1) / pl.NT;
   const bool by_queries = blocks >= 2 * threads || tiles < 2;
   int parts = (int)imax(1, imin(threads, by_queries ? blocks : tiles));

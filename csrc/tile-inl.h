@@ -1,16 +1,23 @@
-// Rows in, products out: the two matrix products of the sweep, and the packing that feeds them.
+// Rows in, products out, for many queries: the tile, and the two matrix products of the sweep.
 //
-// A tile is NT rows, centred and in compute type. Two engines hold it in two ways:
-//   packed (many queries): y1 [NT/NR][D][NR] feeds the first product (queries x rows, a column panel at a time),
-//                          y2 [D/NR][NT][NR] the second (queries x features). Row strides of D floats would
-//                          map to one set of the L1 cache; the panels are contiguous.
-//   plain (few queries):   y2 [NT][Ds], one pass over the memory of the rows, both products along D.
+// A tile is NT rows, centred and in compute type, in panels of NR features: y [Dp/NR][NT][NR]. One layout serves both
+// products (and avoids that row strides of D floats map to one set of the L1 cache):
+//   dots:        P [NT][Bp] = Y X'. Queries lie across the lanes, packed once per sweep in panels of them; a row's
+//                feature is a broadcast.
+//   accumulate:  ACC [Dp/NR][B][NR] += P' Y. Features lie across the lanes; a weight is a broadcast.
 #pragma once
 #include "vec-inl.h"
 
 namespace memokern { namespace MEMOKERN_ISA_NS {
 
-enum { MR = 6, KC = 256 };  // queries of a register block; depth of a block of the first product (L1)
+enum {
+  MR = 6,        // rows or queries of a register block of MR x 2 vectors; 2 MR x 1 for a half panel
+  KC = 256,      // depth of a block of the first product: a panel of queries stays in L1
+  FEW = 4,       // up to so many queries, few-inl.h
+  DEEP = 2048,   // and there, features of a sum in one register
+  UNIT = 2 * MR, // rows of a tile are a multiple of it
+  MAX_NT = 132   // and at most so many: their logits stay in L1 and L2
+};
 
 // Rows as the kernels read them: centred value = raw * scale + offset[d].
 template <class R> struct Source {
@@ -111,235 +118,201 @@ template <class R> static typename Fetch<R>::F fetch_for(const Source<R>& src) {
 
 // The shapes one sweep works with.
 struct Plan {
-  bool packed;
-  int64_t B, D, Dp, Ds, NT;  // queries of a block; features padded, and their stride in row-major buffers
+  int64_t B, Bp, D, Dp, NT;  // queries of a block, padded to whole vectors; features, padded to whole panels; rows of a tile
   int64_t depth;             // most additions that one term of a product goes through
+  bool few;
 };
 
 template <class R> struct Tile {
   int64_t n0, cnt;   // rows [n0, n0 + cnt)
-  R* y1;             // packed: [NT/NR][D][NR]
-  R* y2;             // packed: [Dp/NR][NT][NR]; plain: [NT][Ds]
-  R* sq;             // [NT] |yc|^2, zero beyond cnt
+  R* y;              // [Dp/NR][NT][NR]; what lies beyond cnt is not used
+  R* sq;             // [NT] |yc|^2
   double sq_max;
 };
 
-// One panel of NR rows: convert, centre, norms, both layouts.
-template <class R, class S>
-static void pack_typed(const Source<R>& src, const Plan& pl, Tile<R>& t) {
-  enum { W = Vec<R>::W, NR = 2 * W };
+MK_INLINE int64_t size_of(int type) { return type == kF64 ? 8 : type == kF32 ? 4 : type == kU8 ? 1 : 2; }
+
+// The next rows, asked for ahead of time while a tile is worked on: without it memory and arithmetic take turns. One line
+// in four: the processor's own prefetcher brings the rest, and asking for each takes the products' time.
+struct Ahead {
+  enum { STEP = 256 };
+  const char *at, *row_end;
+  int64_t rows, row_bytes, stride_bytes;
+  void lines(int64_t n) __attribute__((always_inline)) {
+    for (; n > 0 && rows > 0; n--) {
+      __builtin_prefetch(at, 0, 2);
+      at += STEP;
+      if (at < row_end) continue;
+      rows--;
+      at = row_end + (stride_bytes - row_bytes);
+      row_end += stride_bytes;
+    }
+  }
+  int64_t per(int64_t steps) const { return rows > 0 ? (rows * ((row_bytes + STEP - 1) / STEP) + steps - 1) / steps : 0; }
+};
+template <class R> static Ahead look_ahead(const Source<R>& src, int64_t n0, int64_t cnt) {
+  const int64_t size = size_of(src.rows.type), row = src.rows.d * size, stride = src.rows.stride * size;
+  const char* at = (const char*)src.rows.data + n0 * stride;
+  const Ahead a = {at, at + row, cnt, row, stride};
+  return a;
+}
+
+// J rows at a time: few streams to read, and whole lines to write.
+template <class R, class S, bool NORMS>
+static void pack_rows(const Source<R>& src, const Plan& pl, Tile<R>& t) {
+  enum { W = Vec<R>::W, NR = 2 * W, J = 4 };
   typedef typename Vec<R>::T V;
-  const bool need_norms = src.rows.sq_norms == nullptr;
-  double sq[NR];
-  t.sq_max = 0;
-  for (int64_t j0 = 0; j0 < pl.NT; j0 += NR) {
-    for (int j = 0; j < NR; j++) sq[j] = 0;
-    if (j0 < t.cnt) {
-      if (!pl.packed) {
-        for (int j = 0; j < NR && j0 + j < pl.NT; j++) {
-          R* row = t.y2 + (j0 + j) * pl.Ds;
-          if (j0 + j >= t.cnt) { memset((void*)row, 0, pl.Dp * sizeof(R)); continue; }
-          fetch<R, S>(src, t.n0 + j0 + j, 0, pl.D, row);
-          if (need_norms) {
-            for (int64_t d = 0; d < pl.D; d += KC) {
-              V s = {};
-              for (int64_t e = d; e < imin(d + KC, pl.D); e += W) s += load(row + e) * load(row + e);
-              sq[j] += hsum<R>(s);
-            }
-          }
-        }
-      } else {
-        R* y1 = t.y1 + j0 * pl.D;
-        R* y2 = t.y2 + j0 * NR;
-        for (int64_t d = 0; d < pl.D; d += W) {
-          const int64_t cnt = imin(W, pl.D - d);
-          R* q2 = y2 + (d / NR) * pl.NT * NR + d % NR;
-#pragma GCC unroll 2
-          for (int h = 0; h < NR; h += W) {
-            V r[W];
-            if (cnt == W && j0 + h + W <= t.cnt) {
-#pragma GCC unroll 16
-              for (int j = 0; j < W; j++) {
-                const S* raw = (const S*)src.rows.data + (t.n0 + j0 + h + j) * src.rows.stride + d;
-                r[j] = Convert<R, S>::vec(raw) * src.scale + load(src.offset + d);
-              }
-            } else {
-              for (int j = 0; j < W; j++) {
-                R tmp[W];
-                memset((void*)tmp, 0, sizeof tmp);
-                if (j0 + h + j < t.cnt) fetch<R, S>(src, t.n0 + j0 + h + j, d, cnt, tmp);
-                r[j] = load(tmp);
-              }
-            }
-#pragma GCC unroll 16
-            for (int j = 0; j < W; j++) store(q2 + (h + j) * NR, r[j]);
-            transpose<R>(r);
-            R* q1 = y1 + d * NR + h;
-            if (cnt == W) {
-#pragma GCC unroll 16
-              for (int k = 0; k < W; k++) store(q1 + k * NR, r[k]);
-            } else {
-              for (int k = 0; k < cnt; k++) store(q1 + k * NR, r[k]);
-            }
-          }
-        }
-        if (need_norms) {
-          for (int64_t d = 0; d < pl.D; d += KC) {
-            V s0 = {}, s1 = {};
-            for (int64_t e = d; e < imin(d + KC, pl.D); e++) {
-              V a = load(y1 + e * NR), b = load(y1 + e * NR + W);
-              s0 += a * a;
-              s1 += b * b;
-            }
-            for (int j = 0; j < W; j++) {
-              sq[j] += s0[j];
-              sq[W + j] += s1[j];
-            }
-          }
+  const int64_t full = pl.D / NR * NR;
+  const V scale = splat<R>(src.scale);
+  for (int64_t j0 = 0; j0 < t.cnt; j0 += J) {
+    const S* raw[J];
+    double sq[J];
+    for (int j = 0; j < J; j++) {
+      raw[j] = (const S*)src.rows.data + (t.n0 + imin(j0 + j, t.cnt - 1)) * src.rows.stride;
+      sq[j] = 0;
+    }
+    for (int64_t k = 0; k < full; k += KC) {
+      V q[J];
+#pragma GCC unroll 4
+      for (int j = 0; j < J; j++) q[j] = V{};
+      for (int64_t d = k; d < imin(full, k + KC); d += NR) {
+        const V o0 = load(src.offset + d), o1 = load(src.offset + d + W);
+        R* dst = t.y + d * pl.NT + j0 * NR;
+#pragma GCC unroll 4
+        for (int j = 0; j < J; j++) {
+          const V a = Convert<R, S>::vec(raw[j] + d) * scale + o0, b = Convert<R, S>::vec(raw[j] + d + W) * scale + o1;
+          store(dst + j * NR, a);
+          store(dst + j * NR + W, b);
+          if (NORMS) q[j] += a * a + b * b;
         }
       }
+      if (NORMS)
+        for (int j = 0; j < J; j++) sq[j] += hsum<R>(q[j]);
     }
-    for (int j = 0; j < NR && j0 + j < pl.NT; j++) {
-      double v = sq[j];
-      if (!need_norms) v = j0 + j < t.cnt ? src.rows.sq_norms[t.n0 + j0 + j] : 0;
+    if (full < pl.D)
+      for (int j = 0; j < J; j++) {
+        R* dst = t.y + full * pl.NT + (j0 + j) * NR;
+        R tail[NR];
+        memset((void*)tail, 0, sizeof tail);
+        fetch<R, S>(src, t.n0 + imin(j0 + j, t.cnt - 1), full, pl.D - full, tail);
+        for (int i = 0; i < NR; i++) {
+          dst[i] = tail[i];
+          if (NORMS) sq[j] += (double)tail[i] * tail[i];
+        }
+      }
+    for (int j = 0; j < J && j0 + j < t.cnt; j++) {
+      const double v = NORMS ? sq[j] : src.rows.sq_norms[t.n0 + j0 + j];
       t.sq[j0 + j] = (R)v;
       t.sq_max = dmax(t.sq_max, v);
     }
   }
 }
-template <class R> struct Pack { typedef void (*F)(const Source<R>&, const Plan&, Tile<R>&); };
-template <class R> static typename Pack<R>::F pack_for(const Source<R>& src) { MK_BY_TYPE(R, pack_typed) }
-
-// c[i][0..NR) (+)= sum_k a[i * as_i + k] * b[k * NR ..]: M x NR accumulators in registers.
-template <class R, int M>
-static void micro(const R* a, int64_t as_i, const R* b, int64_t K, R* c, int64_t ldc, bool add) {
-  enum { W = Vec<R>::W, NR = 2 * W };
-  typedef typename Vec<R>::T V;
-  V r0[M], r1[M];
-#pragma GCC unroll 6
-  for (int i = 0; i < M; i++) r0[i] = r1[i] = V{};
-  for (int64_t k = 0; k < K; k++) {
-    V b0 = load(b), b1 = load(b + W);
-    b += NR;
-#pragma GCC unroll 6
-    for (int i = 0; i < M; i++) {
-      V x = splat<R>(a[i * as_i + k]);
-      r0[i] += x * b0;
-      r1[i] += x * b1;
-    }
-  }
-#pragma GCC unroll 6
-  for (int i = 0; i < M; i++) {
-    R* q = c + i * ldc;
-    if (add) {
-      r0[i] += load(q);
-      r1[i] += load(q + W);
-    }
-    store(q, r0[i]);
-    store(q + W, r1[i]);
-  }
+template <class R, class S> static void pack_typed(const Source<R>& src, const Plan& pl, Tile<R>& t) {
+  t.sq_max = 0;
+  if (src.rows.sq_norms) pack_rows<R, S, false>(src, pl, t);
+  else pack_rows<R, S, true>(src, pl, t);
 }
-// All queries against one panel, in even blocks of at most MR.
-template <class R>
-MK_INLINE void panel(const R* a, int64_t as_i, const R* b, int64_t K, R* c, int64_t ldc, int64_t B, bool add) {
-  const int64_t blocks = (B + MR - 1) / MR;
-  for (int64_t p = 0; p < blocks; p++) {
-    const int64_t i0 = B * p / blocks, m = B * (p + 1) / blocks - i0;
-    const R* ap = a + i0 * as_i;
-    R* cp = c + i0 * ldc;
-    switch (m) {
-      case 1: micro<R, 1>(ap, as_i, b, K, cp, ldc, add); break;
-      case 2: micro<R, 2>(ap, as_i, b, K, cp, ldc, add); break;
-      case 3: micro<R, 3>(ap, as_i, b, K, cp, ldc, add); break;
-      case 4: micro<R, 4>(ap, as_i, b, K, cp, ldc, add); break;
-      case 5: micro<R, 5>(ap, as_i, b, K, cp, ldc, add); break;
-      default: micro<R, 6>(ap, as_i, b, K, cp, ldc, add); break;
-    }
-  }
-}
-
-// Q queries against one row, both row-major: one load of the row for all of them.
-template <class R, int Q>
-static void dots_row(const R* x, int64_t Ds, const R* y, int64_t Dp, R* p, int64_t ldp) {
-  enum { W = Vec<R>::W, U = 8 / Q };
-  typedef typename Vec<R>::T V;
-  V s[Q][U];
-  for (int q = 0; q < Q; q++)
-    for (int u = 0; u < U; u++) s[q][u] = V{};
-  int64_t d = 0;
-  for (; d + U * W <= Dp; d += U * W) {
-#pragma GCC unroll 8
-    for (int u = 0; u < U; u++) {
-      V b = load(y + d + u * W);
+// c[i][0 .. V W) (+)= sum_k a(i, k) b[k][0 .. V W): M x V vectors in registers, U of each to hide latency.
+// a(i, k) = a[i * AI + k * a_k] within runs of `run`, which are a_next apart; rows of b are b_k apart.
+template <class R, int M, int V, int U, int AI>
+static void micro(const R* a, int64_t a_k, int64_t run, int64_t a_next, const R* b, int64_t b_k, int64_t K, R* c, int64_t c_i, bool add) {
+  enum { W = Vec<R>::W };
+  typename Vec<R>::T r[U][M][V];
 #pragma GCC unroll 4
-      for (int q = 0; q < Q; q++) s[q][u] += load(x + q * Ds + d + u * W) * b;
+  for (int u = 0; u < U; u++)
+#pragma GCC unroll 12
+    for (int i = 0; i < M; i++)
+#pragma GCC unroll 2
+      for (int v = 0; v < V; v++) r[u][i][v] = typename Vec<R>::T{};
+  for (int64_t k0 = 0; k0 < K; k0 += run, a += a_next) {
+    const R* ak = a;
+    int64_t left = imin(run, K - k0);
+    for (; left >= U; left -= U, ak += U * a_k, b += U * b_k) {
+#pragma GCC unroll 4
+      for (int u = 0; u < U; u++)
+#pragma GCC unroll 12
+        for (int i = 0; i < M; i++)
+#pragma GCC unroll 2
+          for (int v = 0; v < V; v++) r[u][i][v] += splat<R>(ak[u * a_k + i * AI]) * load(b + u * b_k + v * W);
     }
+    for (; U > 1 && left > 0; left--, ak += a_k, b += b_k)
+#pragma GCC unroll 12
+      for (int i = 0; i < M; i++)
+#pragma GCC unroll 2
+        for (int v = 0; v < V; v++) r[0][i][v] += splat<R>(ak[i * AI]) * load(b + v * W);
   }
-  for (; d < Dp; d += W)
-    for (int q = 0; q < Q; q++) s[q][0] += load(x + q * Ds + d) * load(y + d);
-  for (int q = 0; q < Q; q++) {
-    for (int u = 1; u < U; u++) s[q][0] += s[q][u];
-    p[q * ldp] = (R)hsum<R>(s[q][0]);
-  }
+#pragma GCC unroll 12
+  for (int i = 0; i < M; i++)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; v++) {
+#pragma GCC unroll 4
+      for (int u = 1; u < U; u++) r[0][i][v] += r[u][i][v];
+      R* q = c + i * c_i + v * W;
+      if (add) r[0][i][v] += load(q);
+      store(q, r[0][i][v]);
+    }
 }
 
-// p[b][j] = <xc_b, yc_j>, p [B][NT], xc [B][Ds]
+// Where feature d of query b lies among the packed queries: [B][Dp] if few, else panels [Dp][NR], the last [Dp][W] if
+// that holds the rest.
+template <class R> MK_INLINE R* query_at(const Plan& pl, R* x, int64_t b, int64_t d) {
+  enum { W = Vec<R>::W, NR = 2 * W };
+  if (pl.few) return x + b * pl.Dp + d;
+  const int64_t b0 = b / NR * NR, lanes = imin(NR, pl.Bp - b0);
+  return x + b0 * pl.Dp + d * lanes + (b - b0);
+}
+
+// p[j][b] = <yc_j, xc_b>, p [NT][Bp]. Half of the rows in `next` are asked for on the way, the rest by accumulate.
 template <class R>
-static void dots(const Plan& pl, const Tile<R>& t, const R* xc, int64_t B, R* p) {
+static void packed_dots(const Source<R>&, const Plan& pl, const Tile<R>& t, const R* x, int64_t, R* p, Ahead& next) {
+  enum { W = Vec<R>::W, NR = 2 * W };
+  const int64_t groups = (t.cnt + MR - 1) / MR, ahead = next.per(2 * ((pl.Dp + KC - 1) / KC) * ((pl.Bp + NR - 1) / NR) * groups);
+  for (int64_t k = 0; k < pl.Dp; k += KC)
+    for (int64_t b = 0; b < pl.Bp; b += NR) {
+      const int64_t lanes = imin(NR, pl.Bp - b), K = imin(KC, pl.Dp - k);
+      const R* xb = x + b * pl.Dp + k * lanes;
+      const R* y = t.y + k * pl.NT;
+      if (lanes == NR) {
+        for (int64_t j = 0; j < t.cnt; j += MR) {
+          next.lines(ahead);
+          micro<R, MR, 2, 1, NR>(y + j * NR, 1, NR, pl.NT * NR, xb, NR, K, p + j * pl.Bp + b, pl.Bp, k > 0);
+        }
+      } else {
+        for (int64_t j = 0; j < t.cnt; j += UNIT) {
+          next.lines(2 * ahead);
+          micro<R, UNIT, 1, 1, NR>(y + j * NR, 1, NR, pl.NT * NR, xb, W, K, p + j * pl.Bp + b, pl.Bp, k > 0);
+        }
+      }
+    }
+}
+
+// acc[.][b][.] += sum_j p[j][b] yc_j, all queries against one panel of features after another, in even blocks.
+template <class R>
+static void packed_accumulate(const Source<R>&, const Plan& pl, const Tile<R>& t, const R* p, int64_t B, R* acc, Ahead& next) {
   enum { NR = 2 * Vec<R>::W };
-  if (pl.packed) {
-    const int64_t used = round_up(t.cnt, NR);
-    for (int64_t k = 0; k < pl.D; k += KC)
-      for (int64_t j = 0; j < used; j += NR)
-        panel<R>(xc + k, pl.Ds, t.y1 + j * pl.D + k * NR, imin(KC, pl.D - k), p + j, pl.NT, B, k > 0);
-    return;
-  }
-  for (int64_t j = 0; j < t.cnt; j++) {
-    const R* y = t.y2 + j * pl.Ds;
-    int64_t b = 0;
-    for (; b + 4 <= B; b += 4) dots_row<R, 4>(xc + b * pl.Ds, pl.Ds, y, pl.Dp, p + b * pl.NT + j, pl.NT);
-    for (; b + 2 <= B; b += 2) dots_row<R, 2>(xc + b * pl.Ds, pl.Ds, y, pl.Dp, p + b * pl.NT + j, pl.NT);
-    for (; b < B; b++) dots_row<R, 1>(xc + b * pl.Ds, pl.Ds, y, pl.Dp, p + b * pl.NT + j, pl.NT);
-  }
-}
-
-// acc[b][:] += sum_j p[b][j] yc_j; acc is [Dp/NR][B][NR] (packed) or [B][Ds] (plain)
-template <class R>
-static void accumulate(const Plan& pl, const Tile<R>& t, const R* p, int64_t B, R* acc) {
-  enum { W = Vec<R>::W, NR = 2 * W, J = 8 };
-  typedef typename Vec<R>::T V;
-  if (pl.packed) {
-    for (int64_t d = 0; d < pl.Dp; d += NR)
-      panel<R>(p, pl.NT, t.y2 + d * pl.NT, t.cnt, acc + d * pl.B, NR, B, true);
-    return;
-  }
-  for (int64_t j0 = 0; j0 < pl.NT; j0 += J) {  // rows beyond cnt are zero
-    for (int64_t b = 0; b < B; b++) {
-      V w[J];
-      R any = 0;
-      for (int j = 0; j < J; j++) {
-        R a = p[b * pl.NT + j0 + j];
-        w[j] = splat<R>(a);
-        any = a != R(0) ? R(1) : any;
-      }
-      if (any == R(0)) continue;
-      const R* y = t.y2 + j0 * pl.Ds;
-      R* a = acc + b * pl.Ds;
-      for (int64_t d = 0; d < pl.Dp; d += W) {
-        V s = load(a + d), s1 = load(y + d) * w[0];
-#pragma GCC unroll 8
-        for (int j = 1; j < J; j += 2) s += load(y + j * pl.Ds + d) * w[j];
-#pragma GCC unroll 8
-        for (int j = 2; j < J; j += 2) s1 += load(y + j * pl.Ds + d) * w[j];
-        store(a + d, s + s1);
+  const int64_t blocks = (B + MR - 1) / MR, ahead = next.per(pl.Dp / NR);
+  for (int64_t d = 0; d < pl.Dp; d += NR) {
+    const R* y = t.y + d * pl.NT;
+    next.lines(ahead);
+    for (int64_t k = 0; k < blocks; k++) {
+      const int64_t b = B * k / blocks, m = B * (k + 1) / blocks - b;
+      R* c = acc + d * pl.B + b * NR;
+      switch (m) {
+#define MK_CASE(M, U) case M: micro<R, M, 2, U, 1>(p + b, pl.Bp, t.cnt, 0, y, NR, t.cnt, c, NR, true); break;
+        MK_CASE(1, 4)
+        MK_CASE(2, 2)
+        MK_CASE(3, 2)
+        MK_CASE(4, 1)
+        MK_CASE(5, 1)
+        MK_CASE(6, 1)
+#undef MK_CASE
       }
     }
   }
 }
-// Where feature d of query b lies in acc, in runs of NR features.
+// Where feature d of query b lies in acc, in runs of NR features: [B][Dp] if few, else [Dp/NR][B][NR].
 template <class R> MK_INLINE R* acc_at(const Plan& pl, R* acc, int64_t b, int64_t d) {
-  enum { NR = 2 * Vec<R>::W };
-  return pl.packed ? acc + d * pl.B + b * NR : acc + b * pl.Ds + d;
+  return pl.few ? acc + b * pl.Dp + d : acc + d * pl.B + b * (2 * Vec<R>::W);
 }
 
 } }  // namespace

@@ -6,6 +6,9 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 #include "kernels.h"
 
 namespace memokern { namespace MEMOKERN_ISA_NS {
@@ -97,28 +100,36 @@ template <class R, class S> struct Convert {  // float, double, uint8_t
     return __builtin_convertvector(*(const Raw*)p, typename Vec<R>::T);
   }
 };
-template <class R> struct Convert<R, uint8_t> {  // by int32: the ISA has that conversion, not uint8 -> float
+// Unsigned integers to W lanes of 32 bits. GCC 12 takes the generic form apart into scalars, at eight times the cost.
+template <class R> struct Wide { typedef uint32_t T __attribute__((vector_size(Vec<R>::W * 4))); };
+template <class R, class S> MK_INLINE typename Wide<R>::T widen(const S* p) {
+  typedef typename RawVec<R, S, Vec<R>::W>::T Raw;
+  return __builtin_convertvector(*(const Raw*)p, typename Wide<R>::T);
+}
+#if defined(__AVX2__) && MEMOKERN_VBYTES == 32
+template <> inline __attribute__((always_inline)) Wide<float>::T widen<float>(const uint8_t* p) { return (Wide<float>::T)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
+template <> inline __attribute__((always_inline)) Wide<float>::T widen<float>(const uint16_t* p) { return (Wide<float>::T)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)); }
+#elif defined(__AVX512F__) && MEMOKERN_VBYTES == 64  // masked: the plain ones warn of their own undefined operand
+template <> inline __attribute__((always_inline)) Wide<float>::T widen<float>(const uint8_t* p) { return (Wide<float>::T)_mm512_maskz_cvtepu8_epi32(0xffff, _mm_loadu_si128((const __m128i*)p)); }
+template <> inline __attribute__((always_inline)) Wide<float>::T widen<float>(const uint16_t* p) { return (Wide<float>::T)_mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256((const __m256i*)p)); }
+#endif
+template <class R> struct Convert<R, uint8_t> {  // signed: the ISA has that conversion to float
   MK_INLINE typename Vec<R>::T vec(const uint8_t* p) {
-    typedef typename RawVec<R, uint8_t, Vec<R>::W>::T Raw;
     typedef int32_t I32 __attribute__((vector_size(Vec<R>::W * 4)));
-    return __builtin_convertvector(__builtin_convertvector(*(const Raw*)p, I32), typename Vec<R>::T);
+    return __builtin_convertvector((I32)widen<R>(p), typename Vec<R>::T);
   }
 };
 template <class R> struct Convert<R, BF16> {
   MK_INLINE typename Vec<R>::T vec(const BF16* p) {
-    typedef typename RawVec<R, uint16_t, Vec<R>::W>::T Raw;
-    typedef uint32_t U32 __attribute__((vector_size(Vec<R>::W * 4)));
     typedef float F __attribute__((vector_size(Vec<R>::W * 4)));
-    U32 bits = __builtin_convertvector(*(const Raw*)p, U32) << 16;
-    return __builtin_convertvector((F)bits, typename Vec<R>::T);
+    return __builtin_convertvector((F)(widen<R>((const uint16_t*)p) << 16), typename Vec<R>::T);
   }
 };
 template <class R> struct Convert<R, F16> {
   MK_INLINE typename Vec<R>::T vec(const F16* p) {
-    typedef typename RawVec<R, uint16_t, Vec<R>::W>::T Raw;
-    typedef uint32_t U32 __attribute__((vector_size(Vec<R>::W * 4)));
+    typedef typename Wide<R>::T U32;
     typedef float F __attribute__((vector_size(Vec<R>::W * 4)));
-    U32 h = __builtin_convertvector(*(const Raw*)p, U32);
+    U32 h = widen<R>((const uint16_t*)p);
     U32 mag = (h & 0x7fffu) << 13;
     F f = (F)mag * 5.192296858534828e33f;  // 2^112 moves the exponent bias; subnormals come out right
     U32 bits = (U32)f | ((h & 0x8000u) << 16);
@@ -127,44 +138,15 @@ template <class R> struct Convert<R, F16> {
     return __builtin_convertvector((F)bits, typename Vec<R>::T);
   }
 };
-
-// r[i][k] -> r[k][i] for W vectors of W lanes: log2(W) rounds of interleaving rows i and i + W/2.
-#if MEMOKERN_VBYTES == 16
-#define MK_LO4 0, 4, 1, 5
-#define MK_HI4 2, 6, 3, 7
-#define MK_LO_F MK_LO4
-#define MK_HI_F MK_HI4
-#define MK_LO_D 0, 2
-#define MK_HI_D 1, 3
-#elif MEMOKERN_VBYTES == 32
-#define MK_LO_F 0, 8, 1, 9, 2, 10, 3, 11
-#define MK_HI_F 4, 12, 5, 13, 6, 14, 7, 15
-#define MK_LO_D 0, 4, 1, 5
-#define MK_HI_D 2, 6, 3, 7
-#else
-#define MK_LO_F 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
-#define MK_HI_F 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
-#define MK_LO_D 0, 8, 1, 9, 2, 10, 3, 11
-#define MK_HI_D 4, 12, 5, 13, 6, 14, 7, 15
+#if defined(__F16C__) && MEMOKERN_VBYTES == 32
+template <> struct Convert<float, F16> {
+  MK_INLINE Vec<float>::T vec(const F16* p) { return (Vec<float>::T)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+};
+#elif defined(__AVX512F__) && MEMOKERN_VBYTES == 64
+template <> struct Convert<float, F16> {
+  MK_INLINE Vec<float>::T vec(const F16* p) { return (Vec<float>::T)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256((const __m256i*)p)); }
+};
 #endif
-MK_INLINE Vec<float>::T interleave_lo(Vec<float>::T a, Vec<float>::T b) { return __builtin_shufflevector(a, b, MK_LO_F); }
-MK_INLINE Vec<float>::T interleave_hi(Vec<float>::T a, Vec<float>::T b) { return __builtin_shufflevector(a, b, MK_HI_F); }
-MK_INLINE Vec<double>::T interleave_lo(Vec<double>::T a, Vec<double>::T b) { return __builtin_shufflevector(a, b, MK_LO_D); }
-MK_INLINE Vec<double>::T interleave_hi(Vec<double>::T a, Vec<double>::T b) { return __builtin_shufflevector(a, b, MK_HI_D); }
-template <class R> MK_INLINE void transpose(typename Vec<R>::T* r) {
-  enum { W = Vec<R>::W };
-  typename Vec<R>::T t[W];
-#pragma GCC unroll 4
-  for (int round = 1; round < W; round *= 2) {
-#pragma GCC unroll 8
-    for (int i = 0; i < W / 2; i++) {
-      t[2 * i] = interleave_lo(r[i], r[i + W / 2]);
-      t[2 * i + 1] = interleave_hi(r[i], r[i + W / 2]);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < W; i++) r[i] = t[i];
-  }
-}
 
 // Rounds v here: without it the compiler may fuse a product into the next sum, and an exact hit would not be exact.
 #if defined(__x86_64__) && (MEMOKERN_VBYTES < 64 || defined(__AVX512F__))
