@@ -18,7 +18,7 @@ struct Sums {
 
 template <class R> struct BackWork {
   Work<R> fwd;
-  R *g, *pg;           // gradients of the mean, laid out as the queries; [NT][Bp] their products with the rows
+  R *g, *pg;           // gradients of the mean, laid out as the queries; [NT][Ps] their products with the rows
   R *dot, *dot_g;      // [NT] those of one query
   R* logit;            // [NT]
   double* row;         // [D] a row as given
@@ -29,11 +29,11 @@ template <class R> struct BackWork {
   Arena arena;
   bool reserve(const Plan& pl, bool bias, int64_t N) {
     if (!fwd.reserve(pl, bias)) return false;
-    if (!arena.reserve(Arena::bytes<R>(pl.Bp * pl.Dp) + Arena::bytes<R>(pl.B * pl.Dp) + Arena::bytes<R>(pl.NT * pl.Bp) + 3 * Arena::bytes<R>(pl.NT) +
+    if (!arena.reserve(Arena::bytes<R>(pl.Bp * pl.Dp) + Arena::bytes<R>(pl.B * pl.Dp) + Arena::bytes<R>(pl.NT * pl.Ps) + 3 * Arena::bytes<R>(pl.NT) +
                        Arena::bytes<double>(pl.B) + Arena::bytes<double>(pl.D) + Arena::bytes<Sums>(pl.B) + (bias ? Arena::bytes<double>(N) : 0)))
       return false;
     g = arena.take<R>(pl.Bp * pl.Dp);
-    pg = arena.take<R>(pl.NT * pl.Bp);
+    pg = arena.take<R>(pl.NT * pl.Ps);
     dot = arena.take<R>(pl.NT);
     dot_g = arena.take<R>(pl.NT);
     logit = arena.take<R>(pl.NT);
@@ -180,11 +180,11 @@ static void backward_sweep(const Source<R>& src, const Queries& in, const Gradie
     for (int64_t b = 0; b < B; b++) {
       const bool moves = f.q[b].mode == kSoft || f.q[b].mode == kLogMap;
       for (int64_t j = 0; j < f.tile.cnt; j++) {
-        w.dot[j] = moves ? f.p[j * pl.Bp + b] : R(0);
-        w.dot_g[j] = w.pg[j * pl.Bp + b];
+        w.dot[j] = moves ? f.p[j * pl.Ps + b] : R(0);
+        w.dot_g[j] = w.pg[j * pl.Ps + b];
       }
       if (moves) backward_step(s, io, f.q[b], b0 + b, w.g_shift[b], w.row, w.logit, w.dot, w.dot_g, w.near + b * pl.Dp, w.sums[b], w.grad_bias);
-      for (int64_t j = 0; j < f.tile.cnt; j++) f.p[j * pl.Bp + b] = w.dot[j];
+      for (int64_t j = 0; j < f.tile.cnt; j++) f.p[j * pl.Ps + b] = w.dot[j];
     }
     engine.accumulate(src, pl, f.tile, f.p, B, f.acc, next);
   }

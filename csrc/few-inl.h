@@ -78,7 +78,7 @@ template <class R, class S> struct Direct {
             for (int64_t i = 0; i < pl.D - full; i++) sum[j][q] += (double)tail[i] * x[q * pl.Dp + full + i];
         }
       for (int j = 0; j < J; j++)
-        for (int q = 0; q < Q; q++) p[(j0 + j) * pl.Bp + b + q] = (R)sum[j][q];
+        for (int q = 0; q < Q; q++) p[(j0 + j) * pl.Ps + b + q] = (R)sum[j][q];
     }
   }
 
@@ -90,7 +90,7 @@ template <class R, class S> struct Direct {
 #pragma GCC unroll 8
       for (int v = 0; v < N; v++) s[q][v] = load(acc + q * pl.Dp + d + v * W);
     const S* raw = row(src, t, 0) + d;
-    for (int64_t j = 0; j < t.cnt; j++, raw += src.rows.stride, p += pl.Bp) {
+    for (int64_t j = 0; j < t.cnt; j++, raw += src.rows.stride, p += pl.Ps) {
       bool any = false;
 #pragma GCC unroll 4
       for (int q = 0; q < Q; q++) any |= p[q] != R(0);
@@ -124,7 +124,7 @@ template <class R, class S> struct Direct {
       fetch<R, S>(src, t.n0 + j, d, pl.D - d, tail);
       for (int q = 0; q < Q; q++) {
         R* a = acc + q * pl.Dp + d;
-        store(a, load(a) + load(tail) * splat<R>(p[j * pl.Bp + q]));
+        store(a, load(a) + load(tail) * splat<R>(p[j * pl.Ps + q]));
       }
     }
   }

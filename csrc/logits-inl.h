@@ -3,7 +3,7 @@
 // A tile's logits are handled as t = (l + |xc|^2 / (2 sigma^2)) / T: the part that all rows share is left out, so that float
 // holds what differs; the state's m has it again, so exact logits lose nothing to it. t is approximate; its error is
 // `err` (query-inl.h), and every row whose weight that error could change by more than THETA is evaluated again by direct
-// differences in double. Queries lie side by side in P [NT][Bp], W to a vector.
+// differences in double. Queries lie side by side in P [NT][Ps], W to a vector.
 #pragma once
 #include "query-inl.h"
 
@@ -14,7 +14,7 @@ template <class R> struct Step {
   const Source<R>* src;
   typename Exact<R>::F exact;
   const Tile<R>* tile;
-  int64_t NT, D, Bp;
+  int64_t NT, D, Ps;
   const double* bias;   // [N] or null
   const R* b;           // [NT] bias of the tile's rows, or null
   const R* b0;          // [NT] the same with 0 for -inf
@@ -66,9 +66,9 @@ template <class R> MK_INLINE void set_lane(Group<R>& g, int e, const Query<R>& q
 template <class R> MK_INLINE typename Vec<R>::T logits(const Group<R>& g, const Step<R>& s, R* p) {
   typename Vec<R>::T top = splat<R>((R)-kInf);
   for (int64_t j = 0; j < s.tile->cnt; j++) {
-    typename Vec<R>::T t = load(p + j * s.Bp) * g.a1 - splat<R>(s.tile->sq[j]) * g.a2;
+    typename Vec<R>::T t = load(p + j * s.Ps) * g.a1 - splat<R>(s.tile->sq[j]) * g.a2;
     if (s.b) t += splat<R>(s.b[j]) * g.inv_t;
-    store(p + j * s.Bp, t);
+    store(p + j * s.Ps, t);
     top = vmax(t, top);
   }
   return top;
@@ -115,7 +115,7 @@ static int candidates(const Query<R>& q, const Step<R>& s, const State& st, R* p
   return count;
 }
 
-// One tile for the first `lanes` queries of a group: p, columns of [NT][Bp], holds dots and becomes weights relative to
+// One tile for the first `lanes` queries of a group: p, columns of [NT][Ps], holds dots and becomes weights relative to
 // the states' m. f[e]: the factor for acc.
 template <class R>
 static void step_soft(const Query<R>* q, Group<R>& g, int lanes, const Step<R>& s, State* st, R* p, double* f) {
@@ -129,7 +129,7 @@ static void step_soft(const Query<R>* q, Group<R>& g, int lanes, const Step<R>& 
     const double err = error_of(q[e], s);
     double m = dmax(st[e].m, top[e] - q[e].xxt);
     if (err > Precision<R>::theta)
-      count[e] = candidates(q[e], s, st[e], p + e, s.Bp, top[e], err, s.cand + e * s.NT, s.cand_t + e * s.NT, m);
+      count[e] = candidates(q[e], s, st[e], p + e, s.Ps, top[e], err, s.cand + e * s.NT, s.cand_t + e * s.NT, m);
     st[e].key = 0;
     f[e] = st[e].s > 0 ? rescale(st[e], m) : (st[e].m = m, 1.0);
     g.m[e] = (R)(m + q[e].xxt);
@@ -137,10 +137,10 @@ static void step_soft(const Query<R>* q, Group<R>& g, int lanes, const Step<R>& 
   const V lo = splat<R>(floor_of(R(0)));
   V sum = {}, st_ = {}, sb = {}, sw = {};
   for (int64_t j = 0; j < s.tile->cnt; j++) {
-    V d = load(p + j * s.Bp) - g.m;
-    d = d > lo ? d : lo;  // also where both are -inf
+    V d = load(p + j * s.Ps) - g.m;
+    d = vmax(d, lo);  // lo also where both are -inf
     const V w = vexp(d);
-    store(p + j * s.Bp, w);
+    store(p + j * s.Ps, w);
     sum += w;
     st_ += w * d;
     sw += w * w;
@@ -152,7 +152,7 @@ static void step_soft(const Query<R>* q, Group<R>& g, int lanes, const Step<R>& 
     st[e].st += st_[e];
     st[e].sw2 += sw[e];
     st[e].sb += sb[e];
-    add_exact(s, st[e], p + e, s.Bp, s.cand + e * s.NT, s.cand_t + e * s.NT, count[e]);
+    add_exact(s, st[e], p + e, s.Ps, s.cand + e * s.NT, s.cand_t + e * s.NT, count[e]);
   }
 }
 
@@ -259,7 +259,7 @@ static bool step(const Query<R>* q, Group<R>& g, int lanes, const Step<R>& s, St
     f[e] = 1;
     if (q[e].mode == kSoft) { soft = true; continue; }
     R* column = s.columns + e * s.NT;
-    for (int64_t j = 0; j < s.tile->cnt; j++) column[j] = p[j * s.Bp + e];
+    for (int64_t j = 0; j < s.tile->cnt; j++) column[j] = p[j * s.Ps + e];
     if (q[e].mode == kHard) f[e] = step_hard(q[e], s, st[e], column);
     else if (q[e].mode == kLogMap) f[e] = step_log(q[e], s, st[e], column);
     else memset((void*)column, 0, s.tile->cnt * sizeof(R));
@@ -268,7 +268,7 @@ static bool step(const Query<R>* q, Group<R>& g, int lanes, const Step<R>& s, St
   for (int e = 0; e < lanes; e++) {
     any |= f[e] != 1 || st[e].s != before[e];
     if (q[e].mode == kSoft) continue;
-    for (int64_t j = 0; j < s.tile->cnt; j++) p[j * s.Bp + e] = s.columns[e * s.NT + j];
+    for (int64_t j = 0; j < s.tile->cnt; j++) p[j * s.Ps + e] = s.columns[e * s.NT + j];
   }
   return any;
 }

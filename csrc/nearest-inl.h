@@ -43,7 +43,7 @@ static void nearest_sweep(const Source<R>& src, const Queries& in, const Plan& p
         const double err = error_of(q, s);
         if (q.mode == kLost || top[e] < nearness(q, best[k - 1], err)) continue;
         for (int64_t j = 0; j < w.tile.cnt; j++)
-          if (!((double)w.p[j * pl.Bp + b + e] < nearness(q, best[k - 1], err))) insert(best, index + (b + e) * k, k, exact_r2(q, s, j), w.tile.n0 + j);
+          if (!((double)w.p[j * pl.Ps + b + e] < nearness(q, best[k - 1], err))) insert(best, index + (b + e) * k, k, exact_r2(q, s, j), w.tile.n0 + j);
       }
     }
   }

@@ -19,6 +19,7 @@ template <class R> static Plan make_plan(int64_t B, const Rows& rows) {
   pl.few = B <= FEW;
   pl.B = blocks == 1 ? B : round_up((B + blocks - 1) / blocks, W);
   pl.Bp = round_up(pl.B, W);
+  pl.Ps = (round_up(pl.Bp * (int64_t)sizeof(R), 64) / 64 | 1) * 64 / (int64_t)sizeof(R);
   pl.D = rows.d;
   pl.Dp = round_up(pl.D, NR);
   pl.depth = pl.few ? imin(pl.Dp, (int64_t)DEEP) / W + pl.Dp / DEEP + W : imin(pl.Dp, (int64_t)KC) + pl.Dp / KC + 1;
@@ -40,7 +41,7 @@ template <class R> struct Work {
   Group<R>* groups;  // [Bp / W]
   Arena arena;
   bool reserve(const Plan& pl, bool bias) {
-    if (!arena.reserve(Arena::bytes<R>(pl.few ? 0 : pl.NT * pl.Dp) + 3 * Arena::bytes<R>(pl.NT) + Arena::bytes<R>(pl.NT * pl.Bp) + Arena::bytes<R>(pl.Bp * pl.Dp) +
+    if (!arena.reserve(Arena::bytes<R>(pl.few ? 0 : pl.NT * pl.Dp) + 3 * Arena::bytes<R>(pl.NT) + Arena::bytes<R>(pl.NT * pl.Ps) + Arena::bytes<R>(pl.Bp * pl.Dp) +
                        Arena::bytes<R>(pl.B * pl.Dp) + Arena::bytes<R>(W * pl.NT) + Arena::bytes<R>(pl.Dp) + Arena::bytes<int>(W * pl.NT) +
                        Arena::bytes<double>(W * pl.NT) + Arena::bytes<State>(pl.Bp) + Arena::bytes<Query<R> >(pl.Bp) + Arena::bytes<Group<R> >(pl.Bp / W)))
       return false;
@@ -48,7 +49,7 @@ template <class R> struct Work {
     tile.sq = arena.take<R>(pl.NT);
     b = bias ? arena.take<R>(pl.NT) : nullptr;
     b0 = bias ? arena.take<R>(pl.NT) : nullptr;
-    p = arena.take<R>(pl.NT * pl.Bp);
+    p = arena.take<R>(pl.NT * pl.Ps);
     x = arena.take<R>(pl.Bp * pl.Dp);
     acc = arena.take<R>(pl.B * pl.Dp);
     columns = arena.take<R>(W * pl.NT);
@@ -91,7 +92,7 @@ template <class R> static Step<R> make_step(const Source<R>& src, const Plan& pl
   s.exact = exact_for(src);
   s.tile = &w.tile;
   s.NT = pl.NT;
-  s.Bp = pl.Bp;
+  s.Ps = pl.Ps;
   s.D = pl.D;
   s.bias = bias;
   s.b = w.b;

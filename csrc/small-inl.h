@@ -45,7 +45,7 @@ static void small_chunk(Lanes<R, D>& q, const R* y, const R* b, const R* b0, int
   for (int d = 0; d < D; d++) acc[d] = q.acc[d] * f;
   for (int64_t r = 0; r < cnt; r++) {
     V d_ = l[r] - top;
-    d_ = d_ > lo ? d_ : lo;  // also where top is -inf: no row so far has weight
+    d_ = vmax(d_, lo);  // lo also where top is -inf: no row so far has weight
     const V w = vexp(d_);
     s += w;
     st += w * d_;

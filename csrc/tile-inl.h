@@ -2,7 +2,7 @@
 //
 // A tile is NT rows, centred and in compute type, in panels of NR features: y [Dp/NR][NT][NR]. One layout serves both
 // products (and avoids that row strides of D floats map to one set of the L1 cache):
-//   dots:        P [NT][Bp] = Y X'. Queries lie across the lanes, packed once per sweep in panels of them; a row's
+//   dots:        P [NT][Ps] = Y X'. Queries lie across the lanes, packed once per sweep in panels of them; a row's
 //                feature is a broadcast.
 //   accumulate:  ACC [Dp/NR][B][NR] += P' Y. Features lie across the lanes; a weight is a broadcast.
 #pragma once
@@ -119,6 +119,7 @@ template <class R> static typename Fetch<R>::F fetch_for(const Source<R>& src) {
 // The shapes one sweep works with.
 struct Plan {
   int64_t B, Bp, D, Dp, NT;  // queries of a block, padded to whole vectors; features, padded to whole panels; rows of a tile
+  int64_t Ps;                // stride of P: an odd number of cache lines, so that a column fits in L1
   int64_t depth;             // most additions that one term of a product goes through
   bool few;
 };
@@ -262,7 +263,7 @@ template <class R> MK_INLINE R* query_at(const Plan& pl, R* x, int64_t b, int64_
   return x + b0 * pl.Dp + d * lanes + (b - b0);
 }
 
-// p[j][b] = <yc_j, xc_b>, p [NT][Bp]. Half of the rows in `next` are asked for on the way, the rest by accumulate.
+// p[j][b] = <yc_j, xc_b>, p [NT][Ps]. Half of the rows in `next` are asked for on the way, the rest by accumulate.
 template <class R>
 static void packed_dots(const Source<R>&, const Plan& pl, const Tile<R>& t, const R* x, int64_t, R* p, Ahead& next) {
   enum { W = Vec<R>::W, NR = 2 * W };
@@ -275,12 +276,12 @@ static void packed_dots(const Source<R>&, const Plan& pl, const Tile<R>& t, cons
       if (lanes == NR) {
         for (int64_t j = 0; j < t.cnt; j += MR) {
           next.lines(ahead);
-          micro<R, MR, 2, 1, NR>(y + j * NR, 1, NR, pl.NT * NR, xb, NR, K, p + j * pl.Bp + b, pl.Bp, k > 0);
+          micro<R, MR, 2, 1, NR>(y + j * NR, 1, NR, pl.NT * NR, xb, NR, K, p + j * pl.Ps + b, pl.Ps, k > 0);
         }
       } else {
         for (int64_t j = 0; j < t.cnt; j += UNIT) {
           next.lines(2 * ahead);
-          micro<R, UNIT, 1, 1, NR>(y + j * NR, 1, NR, pl.NT * NR, xb, W, K, p + j * pl.Bp + b, pl.Bp, k > 0);
+          micro<R, UNIT, 1, 1, NR>(y + j * NR, 1, NR, pl.NT * NR, xb, W, K, p + j * pl.Ps + b, pl.Ps, k > 0);
         }
       }
     }
@@ -298,7 +299,7 @@ static void packed_accumulate(const Source<R>&, const Plan& pl, const Tile<R>& t
       const int64_t b = B * k / blocks, m = B * (k + 1) / blocks - b;
       R* c = acc + d * pl.B + b * NR;
       switch (m) {
-#define MK_CASE(M, U) case M: micro<R, M, 2, U, 1>(p + b, pl.Bp, t.cnt, 0, y, NR, t.cnt, c, NR, true); break;
+#define MK_CASE(M, U) case M: micro<R, M, 2, U, 1>(p + b, pl.Ps, t.cnt, 0, y, NR, t.cnt, c, NR, true); break;
         MK_CASE(1, 4)
         MK_CASE(2, 2)
         MK_CASE(3, 2)
