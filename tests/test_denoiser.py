@@ -68,8 +68,9 @@ def test_shapes_of_t_that_other_samplers_use(labelled):
     assert torch.equal(network(x, torch.tensor(1.0))[1], expected[1])
     assert torch.equal(network(x[1], 1.0), expected[1])
     assert torch.equal(network(x[1], torch.ones(1)), expected[1])
+    # Six queries may take another kernel than three: logits below 100 rounded in another order.
     deep = network(x.expand(2, 3, 2, 3), sigma)
-    assert torch.equal(deep[1], expected)
+    torch.testing.assert_close(deep[1], expected, rtol=0, atol=1e-13)
     with pytest.raises(ValueError, match="broadcasts to the batch"):
         network(x, sigma.reshape(1, 3, 1, 1).expand(1, 3, 1, 2))
 
