@@ -10,7 +10,6 @@ from bench.cases import OURS
 
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 TINY = 10_000  # numbers in a case that is all overhead
-SIGN = {True: "met", False: "MISSED", None: "not measured"}
 
 
 def text(result: dict[str, Any]) -> str:
@@ -34,9 +33,10 @@ def text(result: dict[str, Any]) -> str:
                 f"{f['gbs']:>7.1f}{shares}{run['spread']:>8.2f}"
             )
     found = table.verdicts(result)
-    lines += ["", "targets", *(f"{SIGN[met]:<13}{name:<34}{what}" for name, what, met in found)]
-    met, count = sum(bool(m) for *_, m in found), sum(m is not None for *_, m in found)
-    lines += [f"{met} of {count} targets met", ""]
+    lines += ["", "targets", *(f"{state:<13}{name:<34}{what}" for name, what, state in found)]
+    states = [state for *_, state in found]
+    counts = (f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+    lines += [f"{len(states)} targets: {', '.join(counts)}", ""]
     for case in result["memory"]:
         taken = "  ".join(f"{k} {v / 1e6:.1f}" for k, v in case["bytes"].items())
         lines.append(f"MB beyond inputs, {case['op']} B={case['b']} D={case['d']}: {taken}")
@@ -107,8 +107,8 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def _goal(case: dict[str, Any], target: dict[str, Any]) -> str:
-    what, met = table.verdict(case, target)
-    return what if met is not False else f"**{what}, missed**"
+    what, state = table.verdict(case, target)
+    return what if state == table.MET else f"**{what}, {state.lower()}**"
 
 
 def _memory(result: dict[str, Any]) -> list[str]:

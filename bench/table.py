@@ -7,6 +7,7 @@ from typing import Any
 from bench.cases import OURS
 from bench.peers import ALL
 
+MET, MISSED, DISTURBED, UNKNOWN = "met", "MISSED", "disturbed", "not measured"
 WRONG = 1e-3  # error above which a time is marked "!": the speed of a wrong result
 
 
@@ -51,8 +52,21 @@ def value(case: dict[str, Any], target: dict[str, Any]) -> float | None:
     return figures(case, target["fast"]).get(kind)
 
 
-def verdict(case: dict[str, Any], target: dict[str, Any]) -> tuple[str, bool | None]:
-    """(what was measured and what it should be, whether it is met)."""
+def _quiet(case: dict[str, Any], target: dict[str, Any]) -> bool:
+    """Whether others left alone what a target compares: a ratio of a disturbed time and another is
+    no finding."""
+    runs, kind = case["runs"], target["kind"]
+    if kind == "error":
+        return True
+    names = {target["fast"], target["slow"]} & set(runs)
+    if kind == "fastest":
+        names.add(fastest_peer(case) or OURS)
+    limits = case.get("quiet", True) or kind not in ("sgemm", "floor")
+    return limits and all(runs[name]["quiet"] for name in names)
+
+
+def verdict(case: dict[str, Any], target: dict[str, Any]) -> tuple[str, str]:
+    """(what was measured and what it should be; met, MISSED, disturbed or not measured)."""
     found, goal = value(case, target), target["goal"]
     sign = "<=" if target["at_most"] else ">="
     what = {
@@ -63,17 +77,18 @@ def verdict(case: dict[str, Any], target: dict[str, Any]) -> tuple[str, bool | N
         "ratio": f"{target['slow']} / {target['fast']}",
     }[target["kind"]]
     if found is None:
-        return f"{what}: not measured", None
+        return what, UNKNOWN
     met = found <= goal if target["at_most"] else found >= goal
-    return f"{what} {_number(found)} ({sign} {goal:.4g})", met
+    state = (MET if met else MISSED) if _quiet(case, target) else DISTURBED
+    return f"{what} {_number(found)} ({sign} {goal:.4g})", state
 
 
 def _number(x: float) -> str:
     return f"{x:.1e}" if 0 < x < 0.01 else f"{x:.2f}"
 
 
-def verdicts(result: dict[str, Any]) -> list[tuple[str, str, bool | None]]:
-    """(case, figure beside target, met) of every target, memory included."""
+def verdicts(result: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """(case, figure beside target, state) of every target, memory included."""
     out = [
         (case["name"], *verdict(case, target))
         for case in result["cases"]
@@ -82,5 +97,6 @@ def verdicts(result: dict[str, Any]) -> list[tuple[str, str, bool | None]]:
     for case in result["memory"]:
         taken, allowed = case["bytes"][OURS], case["allowed"]
         text = f"MB beyond inputs {taken / 1e6:.1f} (<= {allowed / 1e6:.4g})"
-        out.append((f"memory of {case['op']} B={case['b']} D={case['d']}", text, taken <= allowed))
+        state = MET if taken <= allowed else MISSED
+        out.append((f"memory of {case['op']} B={case['b']} D={case['d']}", text, state))
     return out
