@@ -10,8 +10,8 @@ namespace memokern { namespace MEMOKERN_ISA_NS {
 
 enum { BLOCK_B = 256 };  // queries of a block
 
-// Tile heights. Each tile loads and stores all accumulators once, so a packed tile is high, though that takes it from L2 to
-// L3: it is read in order. Unpacked rows are read twice and stay in L2.
+// Tile heights. Each tile loads and stores all accumulators once: where these are many, a packed tile is high, though that
+// takes it from L2 to L3 (it is read in order). Unpacked rows are read twice and stay in L2.
 template <class R> static Plan make_plan(int64_t B, const Rows& rows) {
   enum { W = Vec<R>::W, NR = 2 * W };
   Plan pl;
@@ -23,7 +23,7 @@ template <class R> static Plan make_plan(int64_t B, const Rows& rows) {
   pl.D = rows.d;
   pl.Dp = round_up(pl.D, NR);
   pl.depth = pl.few ? imin(pl.Dp, (int64_t)DEEP) / W + pl.Dp / DEEP + W : imin(pl.Dp, (int64_t)KC) + pl.Dp / KC + 1;
-  const int64_t budget = pl.few ? (128 << 10) / size_of(rows.type) : (1 << 20) / (int64_t)sizeof(R);
+  const int64_t budget = pl.few ? (128 << 10) / size_of(rows.type) : (pl.B <= 16 ? 384 << 10 : 1 << 20) / (int64_t)sizeof(R);
   pl.NT = imin(imax(budget / pl.Dp / UNIT * UNIT, UNIT), MAX_NT);
   pl.NT = imin(pl.NT, round_up(rows.n, UNIT));
   return pl;

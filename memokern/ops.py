@@ -233,7 +233,9 @@ def _no_forward_mode(what: str, args: Sequence[Any]) -> None:
 def _autograd(what: str, function: Any) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
         _no_forward_mode(what, args)
-        return function.apply(*args)
+        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+            return function.apply(*args)
+        return function.forward(*args)  # nothing to record: that would cost more than a small call
 
     return call
 
