@@ -111,8 +111,8 @@ def test_a_label_restricts_the_samples_and_rows_keep_their_numbers(tmp_path) -> 
         rows = digits if data == "digits" else TrainingSet(data)
         count = int((rows.labels == 7).sum())
         assert (facts["label"], facts["rows_swept"], facts["device"]) == (7, count, "cpu")
-        assert f"sampled from {count} of label 7" in done.stdout
-    assert "sampled from all\n" in call("sample", "-n", 1, "--steps", 2).stdout
+        assert f"sampled from the {count} rows of label 7" in done.stdout
+    assert "sampled from all rows\n" in call("sample", "-n", 1, "--steps", 2).stdout
 
 
 def test_the_device_asked_for_is_used(tmp_path) -> None:
@@ -198,3 +198,4 @@ def test_help_describes_itself(command) -> None:
     done = call(*command.split(), "--help")
     assert done.exit_code == 0 and done.output.startswith("Usage: ")
     assert call("-h").output == call("--help").output == call().output
+    assert "..." not in call().output.split("Commands:")[1]  # each fits its line

@@ -12,7 +12,7 @@ from memokern import memorization as metrics
 from memokern.cli import common
 
 
-@click.command()
+@click.command(short_help="Measure how many samples are copies of rows.")
 @click.argument("samples", metavar="SAMPLES")
 @click.argument("data", metavar="DATA")
 @click.option(

@@ -18,7 +18,10 @@ def _experiment_list() -> str:
     return "\n".join(f"  {name:<{width}}  {e.title}" for name, e in experiments.EXPERIMENTS.items())
 
 
-@click.command(epilog=f"\b\nExperiments:\n{_experiment_list()}")
+@click.command(
+    short_help="Reproduce an analytic experiment of arXiv:2501.15785.",
+    epilog=f"\b\nExperiments:\n{_experiment_list()}",
+)
 @click.argument("name", metavar="NAME|all")
 @click.option(
     "--out",
@@ -78,7 +81,7 @@ def reproduce(
         )
 
 
-@click.command()
+@click.command(short_help="Versions, backends, and why one cannot run.")
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 def info(as_json: bool) -> None:
     """Versions, instruction set, threads, and which backends can run here, with the reason where
@@ -89,7 +92,7 @@ def info(as_json: bool) -> None:
     click.echo(json.dumps(facts, indent=2) if as_json else _info.render(facts))
 
 
-@click.command()
+@click.command(short_help="Sample the embedded digits three ways.")
 @click.option(
     "--out",
     default=Path(".demo"),

@@ -29,7 +29,7 @@ REGULARIZER_HELP = (
 )
 
 
-@click.command()
+@click.command(short_help="Sample a training set, and report how much is memorised.")
 @click.option(
     "--data",
     default=common.DIGITS,
@@ -266,7 +266,8 @@ def render(facts: dict[str, Any]) -> str:
     """The report as lines to read."""
     data, count = facts["data"], facts["samples"]
     rate = count * facts["rows_swept"] / facts["seconds_per_evaluation"]
-    swept = "all" if facts["label"] is None else f"{facts['rows_swept']} of label {facts['label']}"
+    label = facts["label"]
+    swept = "all rows" if label is None else f"the {facts['rows_swept']} rows of label {label}"
     return "\n".join(
         [
             f"data         {data['name'] or 'unnamed'}: {data['rows']} rows of shape "
