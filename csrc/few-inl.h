@@ -88,7 +88,7 @@ template <class R, class S> struct Direct {
 #pragma GCC unroll 4
     for (int q = 0; q < Q; q++)
 #pragma GCC unroll 8
-      for (int v = 0; v < N; v++) s[q][v] = load(acc + q * pl.Dp + d + v * W);
+      for (int v = 0; v < N; v++) s[q][v] = V{};
     const S* raw = row(src, t, 0) + d;
     for (int64_t j = 0; j < t.cnt; j++, raw += src.rows.stride, p += pl.Ps) {
       bool any = false;
@@ -105,7 +105,10 @@ template <class R, class S> struct Direct {
 #pragma GCC unroll 4
     for (int q = 0; q < Q; q++)
 #pragma GCC unroll 8
-      for (int v = 0; v < N; v++) store(acc + q * pl.Dp + d + v * W, s[q][v]);
+      for (int v = 0; v < N; v++) {  // one rounding on the large sum per tile, not per row
+        R* a = acc + q * pl.Dp + d + v * W;
+        store(a, load(a) + s[q][v]);
+      }
   }
   template <int Q> static void accumulate(const Source<R>& src, const Plan& pl, const Tile<R>& t, const R* p, int64_t b, R* acc, Ahead& next) {
     enum { N = Q == 3 ? 2 : 8 / Q };
@@ -119,14 +122,14 @@ template <class R, class S> struct Direct {
     }
     for (; d + W <= pl.D; d += W) run<Q, 1>(src, pl, t, p, acc, d);
     if (d == pl.D) return;
+    V s[Q];
+    for (int q = 0; q < Q; q++) s[q] = V{};
     for (int64_t j = 0; j < t.cnt; j++) {
       R tail[W];
       fetch<R, S>(src, t.n0 + j, d, pl.D - d, tail);
-      for (int q = 0; q < Q; q++) {
-        R* a = acc + q * pl.Dp + d;
-        store(a, load(a) + load(tail) * splat<R>(p[j * pl.Ps + q]));
-      }
+      for (int q = 0; q < Q; q++) s[q] += load(tail) * splat<R>(p[j * pl.Ps + q]);
     }
+    for (int q = 0; q < Q; q++) store(acc + q * pl.Dp + d, load(acc + q * pl.Dp + d) + s[q]);
   }
 
 #define MK_GROUPS(call)                                                  \

@@ -42,7 +42,7 @@ static void small_chunk(Lanes<R, D>& q, const R* y, const R* b, const R* b0, int
   const V f = vexp(shift);
   V s = {}, st = {}, sw = {}, sb = {}, acc[D];
 #pragma GCC unroll 8
-  for (int d = 0; d < D; d++) acc[d] = q.acc[d] * f;
+  for (int d = 0; d < D; d++) acc[d] = V{};
   for (int64_t r = 0; r < cnt; r++) {
     V d_ = l[r] - top;
     d_ = vmax(d_, lo);  // lo also where top is -inf: no row so far has weight
@@ -55,7 +55,7 @@ static void small_chunk(Lanes<R, D>& q, const R* y, const R* b, const R* b0, int
     for (int d = 0; d < D; d++) acc[d] += w * splat<R>(y[r * D + d]);
   }
 #pragma GCC unroll 8
-  for (int d = 0; d < D; d++) q.acc[d] = acc[d];
+  for (int d = 0; d < D; d++) q.acc[d] = q.acc[d] * f + acc[d];  // one rounding on the large sum per chunk, not per row
   for (int i = 0; i < W; i++) {
     const double g = f[i];
     q.st[i] = g * (q.st[i] + q.s[i] * shift[i]) + st[i];

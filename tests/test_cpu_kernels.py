@@ -58,6 +58,18 @@ def test_every_noise_level(sigma: float, b: int) -> None:
     check(x, rows, scale, shift, sigma)
 
 
+@pytest.mark.parametrize("b", [2, 12, 64])
+def test_many_rows_with_weight(b: int) -> None:
+    """Sums over 50,000 rows: added one by one to a float32 total, they would be off by 2e-5."""
+    g = torch.Generator().manual_seed(0)
+    rows = torch.randn(50_000, 2, generator=g)
+    x = rows[:b] + 0.7 * torch.randn(b, 2, generator=g)
+    got, _ = run(x, rows, 0.7)
+    r2 = (x.double()[:, None] - rows.double()).square().sum(-1)
+    want = torch.softmax(-r2 / (2 * 0.7**2), 1) @ rows.double()
+    assert (got[0].double() - want).abs().max().item() <= 5e-6 * want.abs().max().item()
+
+
 def test_far_queries_and_mixed_levels() -> None:
     """Every query has its own noise level, and may be far from all rows."""
     x, rows, _, _ = make(40, 120, 33, F32, 1.0)
