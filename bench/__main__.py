@@ -25,6 +25,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("-k", metavar="WORDS", help="pytest's -k: nearest, B64-D3072, memory ...")
     parser.add_argument("--data", help="a file of rows (.npy, .npz, .safetensors)")
     parser.add_argument("--json", type=Path, help="where the figures go (default: results/)")
+    parser.add_argument("--update", type=Path, metavar="FILE",
+                        help="only what FILE lacks, or what others disturbed")  # fmt: skip
     parser.add_argument("--load", type=Path, help="print figures already taken, run nothing")
     parser.add_argument("--markdown", nargs="?", const="-", metavar="FILE",
                         help="the README's table, into FILE (between its marks)")  # fmt: skip
@@ -46,12 +48,14 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _run(args: argparse.Namespace) -> int:
-    out = args.json or Path("results") / f"bench-{time.strftime('%Y%m%d-%H%M%S')}.json"
+    out = Path("results") / f"bench-{time.strftime('%Y%m%d-%H%M%S')}.json"
+    out = args.update or args.json or out
     out.parent.mkdir(parents=True, exist_ok=True)
     rows = args.rows or (10_000 if args.quick else 50_000)
     options = [str(HERE), "-q", "--benchmark-disable-gc", "--benchmark-columns=min", "-W",
                "default", f"--rows={rows}", f"--out={out.resolve()}", "-p", "no:cacheprovider",
                "--rootdir", str(HERE.parent)]  # fmt: skip
+    options += [f"--keep={out.resolve()}"] if args.update and out.exists() else []
     options += ["--quick"] if args.quick else []
     options += ["-k", args.k] if args.k else []
     options += [f"--data={Path(args.data).resolve()}"] if args.data else []

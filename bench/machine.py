@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+import memokern
 from memokern import info
 
 SGEMM = 2048
@@ -33,6 +35,15 @@ def _model() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
+
+
+def code() -> str:
+    """A digest of memokern itself: figures of two versions do not belong in one table."""
+    root = Path(memokern.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted([*root.rglob("*.py"), *root.glob("_C*.so")]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def describe() -> dict[str, object]:

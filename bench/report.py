@@ -68,7 +68,7 @@ def _notes(result: dict[str, Any]) -> list[str]:
     if "!" in marks:
         notes.append(f"! error above {table.WRONG:g}: the speed of a wrong result")
     if "~" in marks:
-        notes.append("~ other processes disturbed every round")
+        notes.append("~ other processes disturbed every round: time it again with --update")
     for case in result["cases"]:
         if OURS in case["runs"] and case["b"] * case["n"] * case["d"] < TINY:
             micro = 1e6 * case["runs"][OURS]["seconds"]
@@ -89,17 +89,14 @@ def markdown(result: dict[str, Any]) -> str:
         "|" + " --- |" * (len(names) + 3),
     ]
     for case in columns:
-        runs = case["runs"]
-        mine = runs[OURS]["seconds"]
-        cells = [
-            f"{runs[k]['seconds'] / mine:.2f}{_mark(runs[k])}" if k in runs else "" for k in names
-        ]
+        runs, mine = case["runs"], case["runs"][OURS]
+        cells = [_times(runs[k], mine) if k in runs else "" for k in names]
         goals = "; ".join(_goal(case, t) for t in case["targets"])
-        lines.append(f"| {case['name']} | {1e3 * mine:.4g} | {goals} | {' | '.join(cells)} |")
+        lines.append(f"| {case['name']} | {_ms(mine)} | {goals} | {' | '.join(cells)} |")
     lines += ["", "| case | times, ms | figure (target) |", "| --- | --- | --- |"]
     for case in result["cases"]:
         if case not in columns:
-            times = ", ".join(f"{k} {1e3 * r['seconds']:.4g}" for k, r in case["runs"].items())
+            times = ", ".join(f"{k} {_ms(r)}" for k, r in case["runs"].items())
             goals = "; ".join(_goal(case, t) for t in case["targets"])
             lines.append(f"| {case['name']} | {times} | {goals} |")
     lines += _memory(result) + _accuracy(result)
@@ -108,7 +105,20 @@ def markdown(result: dict[str, Any]) -> str:
 
 def _goal(case: dict[str, Any], target: dict[str, Any]) -> str:
     what, state = table.verdict(case, target)
-    return what if state == table.MET else f"**{what}, {state.lower()}**"
+    if state in (table.DISTURBED, table.UNKNOWN):
+        return "~"
+    return what if state == table.MET else f"**{what}, missed**"
+
+
+def _ms(run: dict[str, Any]) -> str:
+    return f"{1e3 * run['seconds']:.4g}" if run["quiet"] else "~"
+
+
+def _times(run: dict[str, Any], mine: dict[str, Any]) -> str:
+    """How many times longer; nothing where either was disturbed."""
+    if not (run["quiet"] and mine["quiet"]):
+        return "~"
+    return f"{run['seconds'] / mine['seconds']:.2f}{_mark(run)}"
 
 
 def _memory(result: dict[str, Any]) -> list[str]:

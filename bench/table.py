@@ -32,6 +32,10 @@ def figures(case: dict[str, Any], name: str) -> dict[str, float]:
     return out
 
 
+def undisturbed(case: dict[str, Any]) -> bool:
+    return case.get("quiet", True) and all(run["quiet"] for run in case["runs"].values())
+
+
 def fastest_peer(case: dict[str, Any]) -> str | None:
     peers = [name for name in case["runs"] if name in ALL - {OURS}]
     return min(peers, key=lambda name: case["runs"][name]["seconds"]) if peers else None

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import cases, peers, report, runs, table, timing
+from bench import cases, conftest, peers, report, runs, table, timing
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -87,6 +87,9 @@ def case(**seconds):
             "targets": [], "sgemm": 1e9, "read": 1e8}  # fmt: skip
 
 
+MACHINE = {"cpu": "C", "threads": 2, "isa": "avx2", "torch": "2"}
+
+
 def test_arithmetic():
     f = table.figures(case(memokern=1e-6), "memokern")
     assert f["gflops"] == pytest.approx(0.4)  # 400 operations in a microsecond
@@ -141,6 +144,21 @@ def test_the_best_quiet_round_counts():
     found = timing.best([(1.0, False), (3.0, True), (2.0, True)])
     assert found == {"seconds": 2.0, "spread": 1.0, "rounds": 3, "quiet": True}
     assert timing.best([(1.0, False), (3.0, False)])["quiet"] is False
+
+
+def test_an_update_keeps_what_nothing_disturbed():
+    disturbed = case(memokern=1.0)
+    disturbed["runs"]["memokern"]["quiet"] = False
+    limits = {**case(memokern=1.0), "quiet": False}
+    old = {"machine": 1, "code": "a", "skipped": {"faiss": "why"}}
+    old["cases"] = [disturbed, case(memokern=2.0), limits]
+    new = {"machine": 1, "code": "a", "skipped": {}, "cases": []}
+    conftest.keep(new, old)
+    assert new == {**old, "cases": [case(memokern=2.0)]}
+    for what in "machine", "code":
+        with pytest.raises(pytest.UsageError, match=what):
+            conftest.keep({**new, what: "other"}, old)
+    assert "~" in report.markdown({**old, "machine": MACHINE, "memory": [], "accuracy": []})
 
 
 def test_figures_of_two_machines_are_refused(tmp_path):
