@@ -93,12 +93,13 @@ def markdown(result: dict[str, Any]) -> str:
         cells = [_times(runs[k], mine) if k in runs else "" for k in names]
         goals = "; ".join(_goal(case, t) for t in case["targets"])
         lines.append(f"| {case['name']} | {_ms(mine)} | {goals} | {' | '.join(cells)} |")
-    lines += ["", "| case | times, ms | figure (target) |", "| --- | --- | --- |"]
-    for case in result["cases"]:
-        if case not in columns:
-            times = ", ".join(f"{k} {_ms(r)}" for k, r in case["runs"].items())
-            goals = "; ".join(_goal(case, t) for t in case["targets"])
-            lines.append(f"| {case['name']} | {times} | {goals} |")
+    others = [case for case in result["cases"] if case not in columns]
+    if others:
+        lines += ["", "| case | times, ms | figure (target) |", "| --- | --- | --- |"]
+    for case in others:
+        times = ", ".join(f"{k} {_ms(r)}" for k, r in case["runs"].items())
+        goals = "; ".join(_goal(case, t) for t in case["targets"])
+        lines.append(f"| {case['name']} | {times} | {goals} |")
     lines += _memory(result) + _accuracy(result)
     return "\n".join([*lines, "", *(f"{note}  " for note in _notes(result))]).rstrip()
 
