@@ -40,7 +40,8 @@ def keep(result: dict[str, Any], old: dict[str, Any]) -> None:
     for what in ("machine", "code"):
         if result[what] != old[what]:
             raise pytest.UsageError(f"the figures to keep are of another {what}: measure them all")
-    result["skipped"] = old["skipped"]
+    for what in ("skipped", "memory", "accuracy"):
+        result[what] = old[what]
     result["cases"] = [case for case in old["cases"] if table.undisturbed(case)]
 
 
