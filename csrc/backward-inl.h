@@ -170,10 +170,7 @@ static void backward_sweep(const Source<R>& src, const Queries& in, const Gradie
   }
   const Step<R> s = make_step(src, pl, in.bias, b_max, f);
   for (f.tile.n0 = n0; f.tile.n0 < n1; f.tile.n0 += pl.NT) {
-    f.tile.cnt = imin(pl.NT, n1 - f.tile.n0);
-    const int64_t after = f.tile.n0 + f.tile.cnt;
-    Ahead next = look_ahead(src, after, imin(pl.NT, n1 - after));
-    engine.load(src, pl, f.tile);
+    Ahead next = load_tile(engine, src, pl, f.tile, n1);
     load_bias(in.bias, f);
     engine.dots(src, pl, f.tile, f.x, B, f.p, next);
     engine.dots(src, pl, f.tile, w.g, B, w.pg, next);

@@ -14,7 +14,6 @@ template <class R, class S> struct Direct {
   static V centred(const Source<R>& src, const S* raw, int64_t d) { return Convert<R, S>::vec(raw + d) * src.scale + load(src.offset + d); }
 
   static void norms(const Source<R>& src, const Plan& pl, Tile<R>& t) {
-    t.sq_max = 0;
     for (int64_t j = 0; j < t.cnt; j++) {
       double sq = 0;
       if (src.rows.sq_norms) {
@@ -30,8 +29,7 @@ template <class R, class S> struct Direct {
           sq += hsum<R>(s);
         }
       }
-      t.sq[j] = (R)sq;
-      t.sq_max = dmax(t.sq_max, sq);
+      t.set_norm(j, sq);
     }
   }
 
@@ -89,7 +87,7 @@ template <class R, class S> struct Direct {
     for (int q = 0; q < Q; q++)
 #pragma GCC unroll 8
       for (int v = 0; v < N; v++) s[q][v] = V{};
-    const S* raw = row(src, t, 0) + d;
+    const S* raw = row(src, t, 0);
     for (int64_t j = 0; j < t.cnt; j++, raw += src.rows.stride, p += pl.Ps) {
       bool any = false;
 #pragma GCC unroll 4
@@ -97,7 +95,7 @@ template <class R, class S> struct Direct {
       if (!any) continue;
 #pragma GCC unroll 8
       for (int v = 0; v < N; v++) {
-        const V y = Convert<R, S>::vec(raw + v * W) * src.scale + load(src.offset + d + v * W);
+        const V y = centred(src, raw, d + v * W);
 #pragma GCC unroll 4
         for (int q = 0; q < Q; q++) s[q][v] += y * splat<R>(p[q]);
       }
@@ -166,5 +164,14 @@ template <class R, class S> static Engine<R> engine_typed(bool few) {
 }
 template <class R> static typename Engine<R>::For engine_by_type(const Source<R>& src) { MK_BY_TYPE(R, engine_typed) }
 template <class R> static Engine<R> engine_for(const Source<R>& src, const Plan& pl) { return engine_by_type(src)(pl.few); }
+
+// The tile that begins at t.n0, of rows before n1; returns the rows after it, to be asked for on the way.
+template <class R> static Ahead load_tile(const Engine<R>& engine, const Source<R>& src, const Plan& pl, Tile<R>& t, int64_t n1) {
+  t.cnt = imin(pl.NT, n1 - t.n0);
+  t.sq_max = 0;
+  engine.load(src, pl, t);
+  t.y_max = __builtin_sqrt(t.sq_max);
+  return look_ahead(src, t.n0 + t.cnt, imin(pl.NT, n1 - t.n0 - t.cnt));
+}
 
 } }  // namespace

@@ -26,7 +26,7 @@ template <class R> struct Step {
 
 // Infinite where a product could overflow: then every row is evaluated exactly.
 template <class R> MK_INLINE double error_of(const Query<R>& q, const Step<R>& s) {
-  const double y2 = s.tile->sq_max, err = q.e0 + q.e1 * __builtin_sqrt(y2) + q.e2 * y2 + (s.b ? q.e3 * s.b_max : 0);
+  const double y2 = s.tile->sq_max, err = q.e0 + q.e1 * s.tile->y_max + q.e2 * y2 + (s.b ? q.e3 * s.b_max : 0);
   return q.xx < Precision<R>::safe && y2 < Precision<R>::safe && err < Precision<R>::big ? err : kInf;
 }
 // sigma = 0: below which approximate t = (|xc|^2 - r^2) / 2 a row is surely farther than r^2 = key.

@@ -121,10 +121,7 @@ static void sweep(const Source<R>& src, const Queries& in, const Plan& pl, doubl
   memset((void*)w.acc, 0, pl.B * pl.Dp * sizeof(R));
   const Step<R> s = make_step(src, pl, in.bias, b_max, w);
   for (w.tile.n0 = n0; w.tile.n0 < n1; w.tile.n0 += pl.NT) {
-    w.tile.cnt = imin(pl.NT, n1 - w.tile.n0);
-    const int64_t after = w.tile.n0 + w.tile.cnt;
-    Ahead next = look_ahead(src, after, imin(pl.NT, n1 - after));
-    engine.load(src, pl, w.tile);
+    Ahead next = load_tile(engine, src, pl, w.tile, n1);
     load_bias(in.bias, w);
     engine.dots(src, pl, w.tile, w.x, B, w.p, next);
     bool any = false;

@@ -128,7 +128,11 @@ template <class R> struct Tile {
   int64_t n0, cnt;   // rows [n0, n0 + cnt)
   R* y;              // [Dp/NR][NT][NR]; what lies beyond cnt is not used
   R* sq;             // [NT] |yc|^2
-  double sq_max;
+  double sq_max, y_max;  // the largest |yc|^2, and |yc|
+  void set_norm(int64_t j, double v) {
+    sq[j] = (R)v;
+    sq_max = dmax(sq_max, v);
+  }
 };
 
 MK_INLINE int64_t size_of(int type) { return type == kF64 ? 8 : type == kF32 ? 4 : type == kU8 ? 1 : 2; }
@@ -202,14 +206,11 @@ static void pack_rows(const Source<R>& src, const Plan& pl, Tile<R>& t) {
         }
       }
     for (int j = 0; j < J && j0 + j < t.cnt; j++) {
-      const double v = NORMS ? sq[j] : src.rows.sq_norms[t.n0 + j0 + j];
-      t.sq[j0 + j] = (R)v;
-      t.sq_max = dmax(t.sq_max, v);
+      t.set_norm(j0 + j, NORMS ? sq[j] : src.rows.sq_norms[t.n0 + j0 + j]);
     }
   }
 }
 template <class R, class S> static void pack_typed(const Source<R>& src, const Plan& pl, Tile<R>& t) {
-  t.sq_max = 0;
   if (src.rows.sq_norms) pack_rows<R, S, false>(src, pl, t);
   else pack_rows<R, S, true>(src, pl, t);
 }

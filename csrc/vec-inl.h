@@ -47,11 +47,6 @@ template <class R> MK_INLINE double hsum(typename Vec<R>::T v) {
   for (int i = 0; i < Vec<R>::W; i++) s += v[i];
   return s;
 }
-template <class R> MK_INLINE R hmax(typename Vec<R>::T v) {
-  R m = v[0];
-  for (int i = 1; i < Vec<R>::W; i++) m = v[i] > m ? v[i] : m;
-  return m;
-}
 
 // exp(x) for x <= 88: relative error below 2e-7 (tested), 0 below -87. Cephes' polynomial on |r| <= ln(2)/2.
 MK_INLINE Vec<float>::T vexp(Vec<float>::T x) {
