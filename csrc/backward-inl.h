@@ -165,7 +165,7 @@ static void backward_sweep(const Source<R>& src, const Queries& in, const Gradie
       f.row[d] = (R)g[d];
       w.g_shift[b] += g[d] * (mean[d] - src.center[d]);
     }
-    put_query(pl, f.row, b, w.g);
+    put_query(src, pl, f.row, b, w.g);
     if (f.q[b].mode == kLogMap && io.log_z[b0 + b] == kInf) f.q[b].mode = kHard;
   }
   const Step<R> s = make_step(src, pl, in.bias, b_max, f);
@@ -209,7 +209,7 @@ static void backward_finish(const Source<R>& src, const Plan& pl, const Queries&
     const R* p = acc_at(pl, acc, row, d);
     for (int64_t i = 0; i < imin(NR, pl.D - d); i++) {
       const double c = src.center[d + i];
-      const double g = q.alpha * (p[i] - drift * a.w * (mean[d + i] - c)) - ((double)q.x[d + i] - q.alpha * c) * qc + near[row * pl.Dp + d + i];
+      const double g = q.alpha * (p[i] * src.rows.scale - drift * a.w * (mean[d + i] - c)) - ((double)q.x[d + i] - q.alpha * c) * qc + near[row * pl.Dp + d + i];
       gx[d + i] = (R)(g * is2);
       cx -= c * g;
     }

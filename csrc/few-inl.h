@@ -11,7 +11,7 @@ template <class R, class S> struct Direct {
   static const S* row(const Source<R>& src, const Tile<R>& t, int64_t j) {  // beyond the tile, its last row again
     return (const S*)src.rows.data + (t.n0 + imin(j, t.cnt - 1)) * src.rows.stride;
   }
-  static V centred(const Source<R>& src, const S* raw, int64_t d) { return Convert<R, S>::vec(raw + d) * src.scale + load(src.offset + d); }
+  static V centred(const Source<R>& src, const S* raw, int64_t d) { return Convert<R, S>::vec(raw) + load(src.offset + d); }
 
   static void norms(const Source<R>& src, const Plan& pl, Tile<R>& t) {
     for (int64_t j = 0; j < t.cnt; j++) {
@@ -28,76 +28,64 @@ template <class R, class S> struct Direct {
           for (int64_t e = 0; e < cnt; e += W) s += load(part + e) * load(part + e);
           sq += hsum<R>(s);
         }
+        sq *= src.rows.scale * src.rows.scale;
       }
       t.set_norm(j, sq);
     }
   }
 
-  // Queries [b, b + Q): p[j][b] = <yc_j, xc_b>. J rows at a time, H vectors of features, sums along the features.
-  template <int Q> static void dots(const Source<R>& src, const Plan& pl, const Tile<R>& t, const R* x, int64_t b, R* p, Ahead& next) {
-    enum { J = Q == 4 ? 3 : 4, H = Q == 1 ? 2 : 1 };
-    const int64_t full = pl.D / (H * W) * (H * W), ahead = b > 0 ? 0 : next.per(2 * ((t.cnt + J - 1) / J) * imax(1, full / (H * W)));
+  // Queries [b, b + Q), features [k, end): part[j][b] += <yc_j, xc_b>, lane by lane. J rows at a time.
+  template <int Q> static void dots(const Source<R>& src, const Plan& pl, const Tile<R>& t, const R* x, int64_t b, int64_t k, int64_t end, V* part, Ahead& next, int64_t ahead) {
+    enum { J = Q >= 3 ? 3 : 4 };
     x += b * pl.Dp;
     for (int64_t j0 = 0; j0 < t.cnt; j0 += J) {
       const S* raw[J];
-      double sum[J][Q];
+      V s[J][Q];
+#pragma GCC unroll 4
       for (int j = 0; j < J; j++) {
         raw[j] = row(src, t, j0 + j);
-        for (int q = 0; q < Q; q++) sum[j][q] = 0;
+#pragma GCC unroll 4
+        for (int q = 0; q < Q; q++) s[j][q] = part[(j0 + j) * pl.B + b + q];
       }
-      for (int64_t k = 0; k < full; k += DEEP) {
-        V s[J][Q][H];
+      for (int64_t d = k; d < end; d += W) {
+        if ((d / W & 3) == 0) next.lines(ahead);
+        const V o = load(src.offset + d);
+        V y[J];
 #pragma GCC unroll 4
-        for (int j = 0; j < J; j++)
+        for (int j = 0; j < J; j++) y[j] = Convert<R, S>::vec(raw[j] + d) + o;
 #pragma GCC unroll 4
-          for (int q = 0; q < Q; q++)
-#pragma GCC unroll 2
-            for (int h = 0; h < H; h++) s[j][q][h] = V{};
-        for (int64_t d = k; d < imin(k + DEEP, full); d += H * W) {
-          next.lines(ahead);
-#pragma GCC unroll 2
-          for (int h = 0; h < H; h++)
+        for (int q = 0; q < Q; q++) {
+          V v = load(x + q * pl.Dp + d);
+          MK_ROUND(v);  // in a register, for J rows: GCC would load it for each
 #pragma GCC unroll 4
-            for (int j = 0; j < J; j++) {
-              const V y = centred(src, raw[j], d + h * W);
-#pragma GCC unroll 4
-              for (int q = 0; q < Q; q++) s[j][q][h] += y * load(x + q * pl.Dp + d + h * W);
-            }
+          for (int j = 0; j < J; j++) s[j][q] += y[j] * v;
         }
-        for (int j = 0; j < J; j++)
-          for (int q = 0; q < Q; q++)
-            for (int h = 0; h < H; h++) sum[j][q] += hsum<R>(s[j][q][h]);
       }
-      if (full < pl.D)
-        for (int j = 0; j < J; j++) {
-          R tail[NR];
-          fetch<R, S>(src, t.n0 + imin(j0 + j, t.cnt - 1), full, pl.D - full, tail);
-          for (int q = 0; q < Q; q++)
-            for (int64_t i = 0; i < pl.D - full; i++) sum[j][q] += (double)tail[i] * x[q * pl.Dp + full + i];
-        }
+#pragma GCC unroll 4
       for (int j = 0; j < J; j++)
-        for (int q = 0; q < Q; q++) p[(j0 + j) * pl.Ps + b + q] = (R)sum[j][q];
+#pragma GCC unroll 4
+        for (int q = 0; q < Q; q++) part[(j0 + j) * pl.B + b + q] = s[j][q];
     }
   }
 
-  // acc[b][d ..] += sum_j p[j][b] yc_j for one run of V vectors of features, in registers.
-  template <int Q, int N> static void run(const Source<R>& src, const Plan& pl, const Tile<R>& t, const R* p, R* acc, int64_t d) {
+  // acc[q][d ..] += sum_i w[i][q] yc_(rows[i]) for one run of N vectors of features, in registers.
+  template <int Q, int N> static void run(const Source<R>& src, const Plan& pl, const S* const* rows, int64_t count, const R* w, R* acc, int64_t d, Ahead& next, int64_t ahead) {
     V s[Q][N];
 #pragma GCC unroll 4
     for (int q = 0; q < Q; q++)
 #pragma GCC unroll 8
       for (int v = 0; v < N; v++) s[q][v] = V{};
-    const S* raw = row(src, t, 0);
-    for (int64_t j = 0; j < t.cnt; j++, raw += src.rows.stride, p += pl.Ps) {
-      bool any = false;
-#pragma GCC unroll 4
-      for (int q = 0; q < Q; q++) any |= p[q] != R(0);
-      if (!any) continue;
+    for (int64_t i = 0; i < count; i++, w += Q) {
+      const S* raw = rows[i] + d;
+      next.lines(ahead);
+      V y[N];
 #pragma GCC unroll 8
-      for (int v = 0; v < N; v++) {
-        const V y = centred(src, raw, d + v * W);
+      for (int v = 0; v < N; v++) y[v] = centred(src, raw + v * W, d + v * W);
 #pragma GCC unroll 4
-        for (int q = 0; q < Q; q++) s[q][v] += y * splat<R>(p[q]);
+      for (int q = 0; q < Q; q++) {
+        const V f = splat<R>(w[q]);
+#pragma GCC unroll 8
+        for (int v = 0; v < N; v++) s[q][v] += y[v] * f;
       }
     }
 #pragma GCC unroll 4
@@ -109,23 +97,34 @@ template <class R, class S> struct Direct {
       }
   }
   template <int Q> static void accumulate(const Source<R>& src, const Plan& pl, const Tile<R>& t, const R* p, int64_t b, R* acc, Ahead& next) {
-    enum { N = Q == 3 ? 2 : 8 / Q };
-    const int64_t ahead = b > 0 ? 0 : next.per(imax(1, pl.D / (N * W)));
-    p += b;
-    acc += b * pl.Dp;
-    int64_t d = 0;
-    for (; d + N * W <= pl.D; d += N * W) {
-      next.lines(ahead);
-      run<Q, N>(src, pl, t, p, acc, d);
+    enum { N = Q == 1 ? 8 : Q == 2 ? 4 : 3 };
+    const S* rows[MAX_NT];  // those with any weight
+    int64_t which[MAX_NT];
+    R w[MAX_NT * Q];
+    int64_t count = 0, d = 0;
+    for (int64_t j = 0; j < t.cnt; j++) {
+      bool any = false;
+      for (int q = 0; q < Q; q++) {
+        w[count * Q + q] = p[j * pl.Ps + b + q];
+        any |= w[count * Q + q] != R(0);
+      }
+      rows[count] = (const S*)src.rows.data + (t.n0 + j) * src.rows.stride;
+      which[count] = t.n0 + j;
+      count += any;
     }
-    for (; d + W <= pl.D; d += W) run<Q, 1>(src, pl, t, p, acc, d);
+    const int64_t ahead = next.per((pl.B - b + 3) / 4 * count * (pl.D / (N * W)));
+    acc += b * pl.Dp;
+    for (; d + N * W <= pl.D; d += N * W) {
+      run<Q, N>(src, pl, rows, count, w, acc, d, next, ahead);
+    }
+    for (; d + W <= pl.D; d += W) run<Q, 1>(src, pl, rows, count, w, acc, d, next, ahead);
     if (d == pl.D) return;
     V s[Q];
     for (int q = 0; q < Q; q++) s[q] = V{};
-    for (int64_t j = 0; j < t.cnt; j++) {
+    for (int64_t i = 0; i < count; i++) {
       R tail[W];
-      fetch<R, S>(src, t.n0 + j, d, pl.D - d, tail);
-      for (int q = 0; q < Q; q++) s[q] += load(tail) * splat<R>(p[j * pl.Ps + q]);
+      fetch<R, S>(src, which[i], d, pl.D - d, tail);
+      for (int q = 0; q < Q; q++) s[q] += load(tail) * splat<R>(w[i * Q + q]);
     }
     for (int q = 0; q < Q; q++) store(acc + q * pl.Dp + d, load(acc + q * pl.Dp + d) + s[q]);
   }
@@ -141,9 +140,32 @@ template <class R, class S> struct Direct {
     }                                                                    \
     b = end;                                                             \
   }
-#define MK_DOTS(Q) dots<Q>(src, pl, t, x, b, p, next)
+#define MK_DOTS(Q) dots<Q>(src, pl, t, x, b, k, end_k, part, next, ahead)
 #define MK_ACC(Q) accumulate<Q>(src, pl, t, p, b, acc, next)
-  static void all_dots(const Source<R>& src, const Plan& pl, const Tile<R>& t, const R* x, int64_t B, R* p, Ahead& next) { MK_GROUPS(MK_DOTS) }
+  static void all_dots(const Source<R>& src, const Plan& pl, const Tile<R>& t, const R* x, int64_t B, R* p, Ahead& next) {
+    const int64_t full = pl.D / W * W;
+    V part[(MAX_NT + 4) * FEW];
+    double sum[MAX_NT * FEW];
+    for (int64_t i = 0; i < t.cnt * pl.B; i++) sum[i] = 0;
+    const int64_t ahead = next.per(2 * ((B + 3) / 4) * ((t.cnt + 2) / 3) * (full / (4 * W)));
+    for (int64_t k0 = 0; k0 < full; k0 += DEEP) {
+      for (int64_t i = 0; i < (t.cnt + 4) * pl.B; i++) part[i] = V{};
+      for (int64_t k = k0; k < imin(k0 + DEEP, full); k += BLOCK) {
+        const int64_t end_k = imin(imin(k + BLOCK, k0 + DEEP), full);
+        MK_GROUPS(MK_DOTS)
+      }
+      for (int64_t i = 0; i < t.cnt * pl.B; i++) sum[i] += hsum<R>(part[i]);
+    }
+    for (int64_t j = 0; j < t.cnt; j++) {
+      R tail[W] = {};
+      fetch<R, S>(src, t.n0 + j, full, pl.D - full, tail);
+      for (int64_t b = 0; b < B; b++) {
+        double v = sum[j * pl.B + b];
+        for (int64_t i = 0; i < pl.D - full; i++) v += (double)tail[i] * x[b * pl.Dp + full + i];
+        p[j * pl.Ps + b] = (R)v;
+      }
+    }
+  }
   static void all_accumulate(const Source<R>& src, const Plan& pl, const Tile<R>& t, const R* p, int64_t B, R* acc, Ahead& next) { MK_GROUPS(MK_ACC) }
 #undef MK_GROUPS
 #undef MK_DOTS

@@ -63,9 +63,9 @@ template <class R> struct Work {
   }
 };
 
-// A vector of features of query b into the layout of the first product.
-template <class R> static void put_query(const Plan& pl, const R* row, int64_t b, R* x) {
-  for (int64_t d = 0; d < pl.D; d++) *query_at(pl, x, b, d) = row[d];
+// A vector of features of query b, in the units of the rows, into the layout of the first product.
+template <class R> static void put_query(const Source<R>& src, const Plan& pl, const R* row, int64_t b, R* x) {
+  for (int64_t d = 0; d < pl.D; d++) *query_at(pl, x, b, d) = (R)(row[d] * src.rows.scale);
 }
 // The queries [b0, b0 + B) of a sweep.
 template <class R> static void load_queries(const Source<R>& src, const Queries& in, const Plan& pl, int64_t b0, int64_t B, Work<R>& w) {
@@ -73,7 +73,7 @@ template <class R> static void load_queries(const Source<R>& src, const Queries&
     w.q[b] = make_query(in, src, b0 + b, pl, w.row);
     w.st[b] = neutral();
     set_lane(w.groups[b / Work<R>::W], (int)(b % Work<R>::W), w.q[b]);
-    put_query(pl, w.row, b, w.x);
+    put_query(src, pl, w.row, b, w.x);
   }
 }
 
@@ -169,7 +169,7 @@ static void finish(const Source<R>& src, const Plan& pl, const Query<R>& q, cons
   for (int64_t d = 0; d < pl.D; d += NR) {
     const R* a = acc_at(pl, acc, row, d);
     for (int64_t i = 0; i < imin(NR, pl.D - d); i++)
-      mean[d + i] = lost ? (R)__builtin_nan("") : (R)((double)a[i] / st.s + src.center[d + i]);
+      mean[d + i] = lost ? (R)__builtin_nan("") : (R)((double)a[i] / st.s * src.rows.scale + src.center[d + i]);
   }
 }
 
@@ -190,7 +190,6 @@ template <class R> struct Centred {
       memcpy(center, rows.center, rows.d * sizeof(double));
     } else {
       src.rows.sq_norms = nullptr;
-      src.scale = 1;
       const typename Fetch<R>::F fetch_row = fetch_for(src);
       const int64_t some = imin(rows.n, 64);
       for (int64_t i = 0; i < some; i++) {
@@ -199,11 +198,11 @@ template <class R> struct Centred {
       }
       for (int64_t d = 0; d < rows.d; d++) center[d] = (R)(center[d] / some * rows.scale + rows.shift);
     }
-    src.scale = (R)rows.scale;
     double off = 0, mid = 0;
     for (int64_t d = 0; d < rows.d; d++) {
-      offset[d] = (R)(rows.shift - center[d]);
-      off += (double)offset[d] * offset[d];
+      const double o = rows.shift - center[d];
+      offset[d] = (R)(o / rows.scale);
+      off += o * o;
       mid += center[d] * center[d];
     }
     src.pad = __builtin_sqrt(off) + __builtin_sqrt(mid);

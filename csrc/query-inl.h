@@ -55,7 +55,7 @@ template <class R> struct Query {
 // Error of t where weights are smooth. A product of two centred and rounded vectors, whose terms go through K additions,
 // is off by about u |xc||yc| (4 + sqrt(K) / 2): the rounding of the inputs, and partial sums that grow along K (for
 // coherent vectors; roundings are taken as independent: Higham & Mary 2019). The norm and the bias are rounded once;
-// so is the scale, which shifts all rows alike. `hit`: a direct difference of 0 need not be one when centred.
+// so is the offset, which shifts all rows alike. `hit`: a direct difference of 0 need not be one when centred.
 template <class R> static void estimate_query(const Plan& pl, const Source<R>& src, Query<R>& q) {
   const double u = Precision<R>::u, c = 4 + 0.5 * __builtin_sqrt((double)pl.depth), x = __builtin_sqrt(q.xx);
   const double hit = 4.5e-16 * __builtin_fabs(q.alpha) * src.pad;
@@ -65,8 +65,8 @@ template <class R> static void estimate_query(const Plan& pl, const Source<R>& s
   q.e3 = q.mode == kSoft ? 2 * u * q.inv_t : 0;  // the log kernel adds it in double
 }
 // The same where the nearest row must be found (sigma = 0): an upper bound, for any data. With a = |alpha|:
-//   the product: K additions, the product itself, xc, yc, and t's own two roundings: (K + 8) u a |xc||yc|
-//   a row: raw * scale + offset, with scale and offset rounded: |d yc| <= 4 u (|yc| + pad), since |raw scale| <= |yc| + pad
+//   the product: K additions, the product itself, xc, scale xc, yc, and t's own two roundings: (K + 8) u a |xc||yc|
+//   a row: raw + offset, with raw and offset rounded: |d yc| <= 4 u (|yc| + pad), since |raw scale| <= |yc| + pad
 //   its norm: K additions where the tile sums it: (K + 8) u / 2 a^2 |yc|^2, and d yc again
 //   double: x - alpha center and x - alpha y (`hit`); |xc|^2 and r^2: (D + 16) 2^-53 of each, the latter in nearness()
 // The terms of second order are below a hundredth of these as long as K u < 0.005, that is D < 600,000 in float.
@@ -115,6 +115,7 @@ static Query<R> make_query(const Queries& in, const Source<R>& src, int64_t b, c
   q.a2 = 0.5 * q.alpha * q.alpha * scale;
   q.xxt = 0.5 * xx * scale;
   if (q.mode == kHard) prove_query(pl, src, q); else estimate_query(pl, src, q);
+  if (!(__builtin_sqrt(xx) * __builtin_fabs(src.rows.scale) < Precision<R>::safe)) q.e0 = kInf;  // scale xc might overflow
   return q;
 }
 

@@ -102,8 +102,9 @@ static int small_part(const Source<R>& src, const Queries& in, double b_max, int
         fetch_row(src, n0 + r, 0, d_real, row);
         double sq = 0;
         for (int d = 0; d < D; d++) {
-          y[r * D + d] = d < d_real ? row[d] : R(0);
-          sq += d < d_real ? (double)row[d] * row[d] : 0;
+          const double v = d < d_real ? row[d] * src.rows.scale : 0;
+          y[r * D + d] = (R)v;
+          sq += v * v;
         }
         y_max = dmax(y_max, sq);
         if (in.bias) {

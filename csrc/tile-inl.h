@@ -1,6 +1,6 @@
 // Rows in, products out, for many queries: the tile, and the two matrix products of the sweep.
 //
-// A tile is NT rows, centred and in compute type, in panels of NR features: y [Dp/NR][NT][NR]. One layout serves both
+// A tile is NT rows, less the offset and in compute type, in panels of NR features: y [Dp/NR][NT][NR]. One layout serves both
 // products (and avoids that row strides of D floats map to one set of the L1 cache):
 //   dots:        P [NT][Ps] = Y X'. Queries lie across the lanes, packed once per sweep in panels of them; a row's
 //                feature is a broadcast.
@@ -13,19 +13,20 @@ namespace memokern { namespace MEMOKERN_ISA_NS {
 enum {
   MR = 6,        // rows or queries of a register block of MR x 2 vectors; 2 MR x 1 for a half panel
   KC = 256,      // depth of a block of the first product: a panel of queries stays in L1
-  FEW = 4,       // up to so many queries, few-inl.h
+  FEW = 6,       // up to so many queries, few-inl.h
+  BLOCK = 512,   // and there, features of a block of the first product: its queries stay in L1
   DEEP = 2048,   // and there, features of a sum in one register
   UNIT = 2 * MR, // rows of a tile are a multiple of it
   MAX_NT = 132   // and at most so many: their logits stay in L1 and L2
 };
 
-// Rows as the kernels read them: centred value = raw * scale + offset[d].
+// Rows as the kernels read them, in the units they are stored in: u = raw + offset[d], and the centred value is scale u.
+// An addition is all that a row costs: queries are multiplied by the scale once, accumulators at the end.
 template <class R> struct Source {
   Rows rows;
-  R scale;
-  const R* offset;       // [Dp] shift - center, zero beyond d
+  const R* offset;       // [Dp] (shift - center) / scale, zero beyond d
   const double* center;  // [Dp]
-  double pad;            // |offset| + |center|: what centring may add to the rounding of a row
+  double pad;            // |shift - center| + |center|: what centring may add to the rounding of a row
 };
 
 template <class R, class S>
@@ -34,13 +35,13 @@ MK_INLINE void fetch(const Source<R>& src, int64_t n, int64_t d0, int64_t cnt, R
   const S* raw = (const S*)src.rows.data + n * src.rows.stride + d0;
   const R* off = src.offset + d0;
   int64_t d = 0;
-  for (; d + W <= cnt; d += W) store(dst + d, Convert<R, S>::vec(raw + d) * src.scale + load(off + d));
+  for (; d + W <= cnt; d += W) store(dst + d, Convert<R, S>::vec(raw + d) + load(off + d));
   if (d < cnt) {
     S tail[W];
     R out[W];
     memset((void*)tail, 0, sizeof tail);
     memcpy((void*)tail, raw + d, (cnt - d) * sizeof(S));
-    store(out, Convert<R, S>::vec(tail) * src.scale + load(off + d));
+    store(out, Convert<R, S>::vec(tail) + load(off + d));
     for (int i = 0; i < W; i++) dst[d + i] = i < cnt - d ? out[i] : R(0);
   }
 }
@@ -140,7 +141,7 @@ MK_INLINE int64_t size_of(int type) { return type == kF64 ? 8 : type == kF32 ? 4
 // The next rows, asked for ahead of time while a tile is worked on: without it memory and arithmetic take turns. One line
 // in four: the processor's own prefetcher brings the rest, and asking for each takes the products' time.
 struct Ahead {
-  enum { STEP = 256 };
+  enum { STEP = 64 };
   const char *at, *row_end;
   int64_t rows, row_bytes, stride_bytes;
   void lines(int64_t n) __attribute__((always_inline)) {
@@ -153,7 +154,10 @@ struct Ahead {
       row_end += stride_bytes;
     }
   }
-  int64_t per(int64_t steps) const { return rows > 0 ? (rows * ((row_bytes + STEP - 1) / STEP) + steps - 1) / steps : 0; }
+  int64_t per(int64_t steps) const {  // lines to ask for in each of so many steps
+    steps = steps > 0 ? steps : 1;
+    return (rows * ((row_bytes + STEP - 1) / STEP) + steps - 1) / steps;
+  }
 };
 template <class R> static Ahead look_ahead(const Source<R>& src, int64_t n0, int64_t cnt) {
   const int64_t size = size_of(src.rows.type), row = src.rows.d * size, stride = src.rows.stride * size;
@@ -168,7 +172,7 @@ static void pack_rows(const Source<R>& src, const Plan& pl, Tile<R>& t) {
   enum { W = Vec<R>::W, NR = 2 * W, J = 4 };
   typedef typename Vec<R>::T V;
   const int64_t full = pl.D / NR * NR;
-  const V scale = splat<R>(src.scale);
+  const double sq_unit = src.rows.scale * src.rows.scale;
   for (int64_t j0 = 0; j0 < t.cnt; j0 += J) {
     const S* raw[J];
     double sq[J];
@@ -185,7 +189,7 @@ static void pack_rows(const Source<R>& src, const Plan& pl, Tile<R>& t) {
         R* dst = t.y + d * pl.NT + j0 * NR;
 #pragma GCC unroll 4
         for (int j = 0; j < J; j++) {
-          const V a = Convert<R, S>::vec(raw[j] + d) * scale + o0, b = Convert<R, S>::vec(raw[j] + d + W) * scale + o1;
+          const V a = Convert<R, S>::vec(raw[j] + d) + o0, b = Convert<R, S>::vec(raw[j] + d + W) + o1;
           store(dst + j * NR, a);
           store(dst + j * NR + W, b);
           if (NORMS) q[j] += a * a + b * b;
@@ -206,7 +210,7 @@ static void pack_rows(const Source<R>& src, const Plan& pl, Tile<R>& t) {
         }
       }
     for (int j = 0; j < J && j0 + j < t.cnt; j++) {
-      t.set_norm(j0 + j, NORMS ? sq[j] : src.rows.sq_norms[t.n0 + j0 + j]);
+      t.set_norm(j0 + j, NORMS ? sq[j] * sq_unit : src.rows.sq_norms[t.n0 + j0 + j]);
     }
   }
 }
@@ -217,7 +221,7 @@ template <class R, class S> static void pack_typed(const Source<R>& src, const P
 // c[i][0 .. V W) (+)= sum_k a(i, k) b[k][0 .. V W): M x V vectors in registers, U of each to hide latency.
 // a(i, k) = a[i * AI + k * a_k] within runs of `run`, which are a_next apart; rows of b are b_k apart.
 template <class R, int M, int V, int U, int AI>
-static void micro(const R* a, int64_t a_k, int64_t run, int64_t a_next, const R* b, int64_t b_k, int64_t K, R* c, int64_t c_i, bool add) {
+static void micro(const R* a, int64_t a_k, int64_t run, int64_t a_next, const R* b, int64_t b_k, int64_t K, R* c, int64_t c_i, bool add, Ahead& next, int64_t ahead) {
   enum { W = Vec<R>::W };
   typename Vec<R>::T r[U][M][V];
 #pragma GCC unroll 4
@@ -228,6 +232,7 @@ static void micro(const R* a, int64_t a_k, int64_t run, int64_t a_next, const R*
       for (int v = 0; v < V; v++) r[u][i][v] = typename Vec<R>::T{};
   for (int64_t k0 = 0; k0 < K; k0 += run, a += a_next) {
     const R* ak = a;
+    next.lines(ahead);
     int64_t left = imin(run, K - k0);
     for (; left >= U; left -= U, ak += U * a_k, b += U * b_k) {
 #pragma GCC unroll 4
@@ -264,11 +269,11 @@ template <class R> MK_INLINE R* query_at(const Plan& pl, R* x, int64_t b, int64_
   return x + b0 * pl.Dp + d * lanes + (b - b0);
 }
 
-// p[j][b] = <yc_j, xc_b>, p [NT][Ps]. Half of the rows in `next` are asked for on the way, the rest by accumulate.
+// p[j][b] = <yc_j, xc_b>, p [NT][Ps]: x holds scale xc. Half of the rows in `next` are asked for on the way, the rest by accumulate.
 template <class R>
 static void packed_dots(const Source<R>&, const Plan& pl, const Tile<R>& t, const R* x, int64_t, R* p, Ahead& next) {
   enum { W = Vec<R>::W, NR = 2 * W };
-  const int64_t groups = (t.cnt + MR - 1) / MR, ahead = next.per(2 * ((pl.Dp + KC - 1) / KC) * ((pl.Bp + NR - 1) / NR) * groups);
+  const int64_t groups = (t.cnt + MR - 1) / MR, ahead = next.per(2 * (pl.Dp / NR) * ((pl.Bp + NR - 1) / NR) * groups);
   for (int64_t k = 0; k < pl.Dp; k += KC)
     for (int64_t b = 0; b < pl.Bp; b += NR) {
       const int64_t lanes = imin(NR, pl.Bp - b), K = imin(KC, pl.Dp - k);
@@ -276,31 +281,28 @@ static void packed_dots(const Source<R>&, const Plan& pl, const Tile<R>& t, cons
       const R* y = t.y + k * pl.NT;
       if (lanes == NR) {
         for (int64_t j = 0; j < t.cnt; j += MR) {
-          next.lines(ahead);
-          micro<R, MR, 2, 1, NR>(y + j * NR, 1, NR, pl.NT * NR, xb, NR, K, p + j * pl.Ps + b, pl.Ps, k > 0);
+          micro<R, MR, 2, 1, NR>(y + j * NR, 1, NR, pl.NT * NR, xb, NR, K, p + j * pl.Ps + b, pl.Ps, k > 0, next, ahead);
         }
       } else {
         for (int64_t j = 0; j < t.cnt; j += UNIT) {
-          next.lines(2 * ahead);
-          micro<R, UNIT, 1, 1, NR>(y + j * NR, 1, NR, pl.NT * NR, xb, W, K, p + j * pl.Ps + b, pl.Ps, k > 0);
+          micro<R, UNIT, 1, 1, NR>(y + j * NR, 1, NR, pl.NT * NR, xb, W, K, p + j * pl.Ps + b, pl.Ps, k > 0, next, 2 * ahead);
         }
       }
     }
 }
 
-// acc[.][b][.] += sum_j p[j][b] yc_j, all queries against one panel of features after another, in even blocks.
+// acc[.][b][.] += sum_j p[j][b] yc_j / scale, all queries against one panel of features after another, in even blocks.
 template <class R>
 static void packed_accumulate(const Source<R>&, const Plan& pl, const Tile<R>& t, const R* p, int64_t B, R* acc, Ahead& next) {
   enum { NR = 2 * Vec<R>::W };
-  const int64_t blocks = (B + MR - 1) / MR, ahead = next.per(pl.Dp / NR);
+  const int64_t blocks = (B + MR - 1) / MR, ahead = next.per(pl.Dp / NR * blocks);
   for (int64_t d = 0; d < pl.Dp; d += NR) {
     const R* y = t.y + d * pl.NT;
-    next.lines(ahead);
     for (int64_t k = 0; k < blocks; k++) {
       const int64_t b = B * k / blocks, m = B * (k + 1) / blocks - b;
       R* c = acc + d * pl.B + b * NR;
       switch (m) {
-#define MK_CASE(M, U) case M: micro<R, M, 2, U, 1>(p + b, pl.Ps, t.cnt, 0, y, NR, t.cnt, c, NR, true); break;
+#define MK_CASE(M, U) case M: micro<R, M, 2, U, 1>(p + b, pl.Ps, t.cnt, 0, y, NR, t.cnt, c, NR, true, next, ahead); break;
         MK_CASE(1, 4)
         MK_CASE(2, 2)
         MK_CASE(3, 2)
