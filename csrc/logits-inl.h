@@ -37,9 +37,15 @@ template <class R> MK_INLINE double bias_of(const Step<R>& s, int64_t j) { retur
 template <class R> MK_INLINE double exact_r2(const Query<R>& q, const Step<R>& s, int64_t j) {
   return s.exact(*s.src, s.tile->n0 + j, q.x, q.alpha);
 }
+// At most ln x, and at least ln x - 0.06, for a normal x > 0, without a call: log2 of (1 + f) 2^k is at least k + f.
+MK_INLINE double log_below(double x) {
+  int64_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return ((double)bits * 0x1p-52 - 1023.001) * 0.6931471805599453;
+}
 // Below which approximate t a row may be left as it is, given a lower bound of log sum e^t.
 template <class R> MK_INLINE double threshold(double lower, double err) {
-  return lower + __builtin_log(Precision<R>::theta / dmin(1, err)) - err;
+  return lower + log_below(Precision<R>::theta / dmin(1, err)) - err;
 }
 
 // dots to t (they may be the same array); the largest returned.
@@ -93,7 +99,7 @@ static int candidates(const Query<R>& q, const Step<R>& s, const State& st, R* p
   const bool all = err == kInf;
   const double known = st.s > 0 ? st.m + q.xxt : -kInf, least = dmax(known, top - err);
   if (!all && top <= least + Precision<R>::log_theta - err) return 0;  // what follows can only be stricter
-  const double lo = threshold<R>(dmax(known + (st.s > 0 ? __builtin_log(st.s) : 0), top - err), err);
+  const double lo = threshold<R>(dmax(known + (st.s > 1e-300 ? log_below(st.s) : 0), top - err), err);
   if (!all && top <= lo) return 0;
   double rest = -kInf;
   int count = 0;
