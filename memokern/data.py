@@ -22,8 +22,9 @@ from memokern.rows import (
     check_rows,
     checked_labels,
     checked_log_weights,
-    chunks,
+    mean_row,
     require_finite,
+    squares,
 )
 
 
@@ -66,7 +67,7 @@ class TrainingSet:
     belongs to the center exactly as stored (rounded).
 
     Cost: one read of float rows for the check, one read each for center and sq_norms when first
-    used; 8 N + 8 D bytes beside the rows, and 32 MiB while sweeping.
+    used; 8 N + 12 D bytes beside the rows, and 32 MiB while sweeping.
 
     Example:
         >>> from memokern.data import TrainingSet
@@ -138,6 +139,7 @@ class TrainingSet:
         self.log_weights = checked_log_weights(log_weights, self.n, self.device)
         self.name = name
         self._center: torch.Tensor | None = None
+        self._center64: torch.Tensor | None = None
         self._sq_norms: torch.Tensor | None = None
         if check:
             require_finite(self.rows)
@@ -182,7 +184,8 @@ class TrainingSet:
     @property
     def nbytes(self) -> int:
         """Bytes of the rows (in memory or mapped), labels, weights and caches."""
-        held = (self.rows, self.labels, self.log_weights, self._center, self._sq_norms)
+        held = [self.rows, self.labels, self.log_weights, self._center, self._sq_norms]
+        held += [self._center64] * (self._center64 is not self._center)
         return sum(tensor.numel() * tensor.element_size() for tensor in held if tensor is not None)
 
     def __len__(self) -> int:
@@ -205,27 +208,23 @@ class TrainingSet:
     def center(self) -> torch.Tensor:
         """The mean of the rows, [D] float32 (float64 for float64 rows). Computed at first use."""
         if self._center is None:
-            total = torch.zeros(self.dim, dtype=torch.float64, device=self.device)
-            for chunk in chunks(self.rows):
-                total += chunk.sum(dim=0, dtype=torch.float64)
-            mean = total / self.n * self.scale + self.shift
-            self._center = mean.to(self.compute_dtype)
+            mean = mean_row(self.rows, self.scale, self.shift, self.compute_dtype)
+            self._center, self._center64 = mean
         return self._center
+
+    @property
+    def center64(self) -> torch.Tensor:
+        """`center` as float64, which the operations take."""
+        if self._center64 is None:
+            _ = self.center
+        assert self._center64 is not None
+        return self._center64
 
     @property
     def sq_norms(self) -> torch.Tensor:
         """|y_n - center|^2 for the center as stored, [N] float64. Computed at first use."""
         if self._sq_norms is None:
-            # row * scale + (shift - center), in place: one temporary per chunk.
-            offset = self.shift - self.center.to(torch.float64)
-            norms = torch.empty(self.n, dtype=torch.float64, device=self.device)
-            start = 0
-            for chunk in chunks(self.rows):
-                value = chunk.to(torch.float64, copy=True).mul_(self.scale).add_(offset)
-                torch.sum(value.square_(), dim=1, out=norms[start : start + len(chunk)])
-                start += len(chunk)
-                del value  # before the next chunk is made
-            self._sq_norms = norms
+            self._sq_norms = squares(self.rows, self.scale, self.shift - self.center64)
         return self._sq_norms
 
     # --- rows as values -----------------------------------------------------------------------
@@ -336,8 +335,9 @@ class TrainingSet:
             name=self.name,
             check=False,
         )
-        moved._center = None if self._center is None else self._center.to(device)
-        moved._sq_norms = None if self._sq_norms is None else self._sq_norms.to(device)
+        for cache in ("_center", "_center64", "_sq_norms"):
+            value = getattr(self, cache)
+            setattr(moved, cache, None if value is None else value.to(device))
         return moved
 
     # --- files --------------------------------------------------------------------------------

@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 BACKEND = "MEMOKERN_BACKEND"  # auto | reference | cpu: who runs the primitive operations
 ISA = "MEMOKERN_ISA"  # auto | baseline | avx2 | avx512: which compiled CPU kernels are used
 
 _BACKENDS = ("auto", "reference", "cpu")
+
+
+def _look_up(name: str) -> Callable[[], object]:
+    """os.environ encodes the name and decodes the value, which takes 1 us: much of a small call.
+    Its table, where there is one as in CPython, has both encoded."""
+    table = getattr(os.environ, "_data", None)
+    encode = getattr(os.environ, "encodekey", None)
+    if not isinstance(table, dict) or encode is None:
+        return lambda: os.environ.get(name)
+    key = encode(name)
+    return lambda: table.get(key)
+
+
+raw_backend = _look_up(BACKEND)  # changes when what backend() returns may have changed
 
 
 def backend() -> str:

@@ -8,19 +8,32 @@ that broadcast to [*batch].
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from memokern import ops
+from memokern import backends, ops
 from memokern.backends import reference
 from memokern.data import TrainingSet
-from memokern.queries import PerQuery, as_rows, batch_shape, checked, under_transform
+from memokern.queries import (
+    PerQuery,
+    Rows,
+    as_rows,
+    batch_shape,
+    checked,
+    log_total,
+    under_transform,
+    undispatched,
+)
 from memokern.results import Nearest, Posterior
 
 METHODS = ("auto", "dense")
 # weights() is for small problems: 1 GiB of float64.
 MAX_DENSE_WEIGHTS = 1 << 27
+# Numbers in the queries of a small call: beyond, the sweep takes longer than the way to it.
+SMALL = 1 << 12
 
 
 def posterior(
@@ -79,20 +92,65 @@ def posterior(
     """
     if method not in METHODS:
         raise ValueError(f"expected method one of {', '.join(METHODS)}, got {method!r}")
-    rows, batch, (s, a, t), b, total = checked(x, data, sigma, alpha, temperature, bias, kernel)
-    dim = rows.rows.shape[1]
-    transformed = under_transform(x, rows.rows, s, a, t, b)
-    run = reference.posterior if transformed else ops.posterior
-    out = run(
-        x.reshape(-1, dim), rows.rows, s.reshape(-1), a.reshape(-1), t.reshape(-1), b,
-        rows.center, rows.sq_norms, rows.scale, rows.shift, kernel,
+    rows, batch, numbers, b = checked(x, data, sigma, alpha, temperature, bias, kernel)
+    n, dim = rows.rows.shape
+    sweep = _sweep_of(x, rows, *numbers, b)
+    if sweep is not None:
+        mean, *sums = sweep(x, rows.rows, numbers, b, *rows.how, kernel)
+    else:
+        transformed = under_transform(x, rows.rows, *numbers, b)
+        run = reference.posterior if transformed else ops.posterior
+        flat = (v.reshape(-1) for v in numbers)
+        out = run(x.reshape(-1, dim), rows.rows, *flat, b, *rows.how, kernel)
+        mean, sums = out[0].reshape(x.shape), [v.reshape(batch) for v in out[1:]]
+    return Posterior(x, mean, *sums, *numbers, n, dim, log_total(b, rows))
+
+
+def _sweep_of(x: Tensor, rows: Rows, *others: Tensor | None) -> Callable[..., Any] | None:
+    """The backend's own `sweep`, where it has one that takes x as it is and the dispatcher would
+    have nothing else to do."""
+    if not (undispatched(x, rows.rows, *others) and x.is_contiguous()):
+        return None
+    if x.dtype == torch.float32 and rows.rows.dtype == torch.float64:
+        return None  # computed in float64
+    return getattr(backends.choose_for("cpu"), "sweep", None)
+
+
+def _small_mean(
+    x: Tensor,
+    data: TrainingSet | Tensor,
+    sigma: PerQuery,
+    alpha: PerQuery,
+    temperature: PerQuery,
+    bias: Tensor | None,
+    method: str,
+) -> Tensor | None:
+    """`posterior(...).mean` of a few queries by the shortest way: their sweep takes less time than
+    the general way to it. None where a call is not of this kind, or has something wrong in it,
+    which posterior() will say."""
+    if not (
+        type(data) is TrainingSet
+        and type(sigma) is type(alpha) is type(temperature) is float
+        and bias is None
+        and method in METHODS
+        and undispatched(x, data.rows)
+        and 0 <= sigma < math.inf
+        and -math.inf < alpha < math.inf
+        and 0 < temperature < math.inf
+        and x.dtype == data.compute_dtype
+        and x.shape[x.dim() - len(data.shape) :] == data.shape
+        and x.numel() <= SMALL
+        and x.is_contiguous()
+    ):
+        return None
+    run = getattr(backends.choose_for("cpu"), "small_mean", None)
+    if run is None:
+        return None
+    mean: Tensor = run(
+        x, data.rows, sigma, alpha, temperature, data.log_weights,
+        data.center64, data.sq_norms, data.scale, data.shift,
     )  # fmt: skip
-    mean, *stats = out
-    log_z, mean_logit, mean_bias, weight_sq = (v.reshape(batch) for v in stats)
-    return Posterior(
-        x, mean.reshape(x.shape), log_z, mean_logit, mean_bias, weight_sq, s, a, t,
-        rows.rows.shape[0], dim, total,
-    )  # fmt: skip
+    return mean
 
 
 def score(
@@ -112,7 +170,10 @@ def score(
         >>> memokern.score(torch.tensor([[3.0]]), torch.tensor([[1.0]]), sigma=2.0).tolist()
         [[-0.5]]
     """
-    return posterior(x, data, sigma, alpha, temperature, bias=bias, method=method).score
+    mean = _small_mean(x, data, sigma, alpha, temperature, bias, method)
+    if mean is None:
+        return posterior(x, data, sigma, alpha, temperature, bias=bias, method=method).score
+    return mean.mul_(alpha).sub_(x).div_(sigma).div_(sigma)  # the same, in place
 
 
 def denoise(
@@ -133,7 +194,10 @@ def denoise(
         >>> memokern.denoise(torch.tensor([[0.2]]), rows, sigma=0.0).tolist()
         [[1.0]]
     """
-    return posterior(x, data, sigma, alpha, temperature, bias=bias, method=method).mean
+    mean = _small_mean(x, data, sigma, alpha, temperature, bias, method)
+    if mean is None:
+        mean = posterior(x, data, sigma, alpha, temperature, bias=bias, method=method).mean
+    return mean
 
 
 def log_density(
@@ -250,7 +314,7 @@ def weights(
         >>> memokern.weights(torch.zeros(1, 1), torch.tensor([[-1.0], [1.0]]), 0.5).tolist()
         [[0.5, 0.5]]
     """
-    rows, batch, (s, a, t), b, _ = checked(x, data, sigma, alpha, temperature, bias, kernel)
+    rows, batch, (s, a, t), b = checked(x, data, sigma, alpha, temperature, bias, kernel)
     n, dim = rows.rows.shape
     if math.prod(batch) * n > MAX_DENSE_WEIGHTS:
         raise ValueError(

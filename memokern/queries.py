@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,12 +29,17 @@ class Rows(NamedTuple):
     sq_norms: Tensor | None
     log_weights: Tensor | None
 
+    @property
+    def how(self) -> tuple[Tensor | None, Tensor | None, float, float]:
+        """What an operation takes after the bias."""
+        return self.center, self.sq_norms, self.scale, self.shift
+
 
 def as_rows(data: TrainingSet | Tensor) -> Rows:
     """A training set, or a tensor [N, *shape] checked."""
     if isinstance(data, TrainingSet):
         return Rows(
-            data.rows, data.shape, data.scale, data.shift, data.center, data.sq_norms,
+            data.rows, data.shape, data.scale, data.shift, data.center64, data.sq_norms,
             data.log_weights,
         )  # fmt: skip
     if not isinstance(data, Tensor):
@@ -135,33 +140,100 @@ def under_transform(*tensors: Tensor | None) -> bool:
     )
 
 
-def _bias(bias: Tensor | None, rows: Rows) -> tuple[Tensor | None, Tensor]:
-    """The bias with the rows' log weights, and log sum exp of it."""
+def _keys(*names: str) -> int:
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.Undefined)
+    for name in names:
+        keys = keys.add(getattr(torch._C.DispatchKey, name))
+    return int(keys.raw_repr())
+
+
+# The dispatch keys of a dense CPU tensor of its own values (not negated on reading, not a subclass,
+# not a functorch wrapper), and those that a thread without modes adds; the second ones are under
+# torch.inference_mode. A PyTorch that has others goes through the dispatcher.
+_PLAIN = {_keys("CPU", "ADInplaceOrView", "AutogradCPU", "AutocastCPU"), _keys("CPU", "AutocastCPU")}
+_IDLE = {_keys("BackendSelect", "ADInplaceOrView"), _keys("BackendSelect")}
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether it is a dense tensor in the memory of the CPU and nothing more."""
+    return type(tensor) is Tensor and torch._C._dispatch_keys(tensor).raw_repr() in _PLAIN
+
+
+def undispatched(*tensors: Tensor | None) -> bool:
+    """Whether an operation on these may be called below the dispatcher, which would only find the
+    backend and costs as much as a small sweep: plain CPU tensors, no gradient to record, no
+    transform, no mode, nothing that traces or times."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._dispatch_tls_local_include_set().raw_repr() not in _IDLE
+        or torch._C._len_torch_function_stack()
+        or forward_ad._current_level >= 0
+        or torch.autograd._profiler_enabled()
+    ):
+        return False
+    record = torch.is_grad_enabled()
+    for tensor in tensors:
+        if tensor is not None and not (
+            is_plain(tensor) and not (record and tensor.requires_grad)
+        ):
+            return False
+    return True
+
+
+def _bias(bias: Tensor | None, rows: Rows) -> Tensor | None:
+    """The bias with the rows' log weights."""
+    if bias is None:
+        return rows.log_weights  # a TrainingSet has checked them
     n, device = rows.rows.shape[0], rows.rows.device
-    if bias is not None:
-        if not isinstance(bias, Tensor):
-            raise TypeError(f"expected bias as a tensor [{n}], got {type(bias).__name__}")
-        if bias.shape != (n,):
-            raise ValueError(f"expected bias [{n}], one per row, got {tuple(bias.shape)}")
-        if bias.device != device:
-            raise ValueError(f"bias is on {bias.device} and the rows on {device}")
-        if not bias.is_floating_point():
-            raise TypeError(f"expected a floating-point bias, got {bias.dtype}")
-        bias = bias.to(torch.float64)
-        if not _traced(bias):
-            if bool((torch.isnan(bias) | torch.isposinf(bias)).any()):
-                raise ValueError("expected bias finite or -inf (a row left out), got NaN or +inf")
-            if bool(torch.isneginf(bias).all()):
-                raise ValueError("every bias is -inf: no row is left to weigh")
+    if not isinstance(bias, Tensor):
+        raise TypeError(f"expected bias as a tensor [{n}], got {type(bias).__name__}")
+    if bias.shape != (n,):
+        raise ValueError(f"expected bias [{n}], one per row, got {tuple(bias.shape)}")
+    if bias.device != device:
+        raise ValueError(f"bias is on {bias.device} and the rows on {device}")
+    if not bias.is_floating_point():
+        raise TypeError(f"expected a floating-point bias, got {bias.dtype}")
+    bias = bias.to(torch.float64)
+    if not _traced(bias):
+        if bool((torch.isnan(bias) | torch.isposinf(bias)).any()):
+            raise ValueError("expected bias finite or -inf (a row left out), got NaN or +inf")
+        if bool(torch.isneginf(bias).all()):
+            raise ValueError("every bias is -inf: no row is left to weigh")
     if rows.log_weights is not None:
-        bias = rows.log_weights if bias is None else bias + rows.log_weights
+        bias = bias + rows.log_weights
         if not _traced(bias) and bool(torch.isneginf(bias).all()):
             raise ValueError("bias and log_weights together leave no row: all sums are -inf")
-    if bias is None:
-        total = torch.full((), math.log(n), dtype=torch.float64, device=device)
-    else:
-        total = torch.logsumexp(bias, 0)
-    return bias, total
+    return bias
+
+
+def log_total(bias: Tensor | None, rows: Rows) -> Tensor:
+    """log sum exp of the bias []; log N without one."""
+    if bias is not None:
+        return torch.logsumexp(bias, 0)
+    n, device = rows.rows.shape[0], rows.rows.device
+    return torch.full((), math.log(n), dtype=torch.float64, device=device)
+
+
+# What each must be, said of a float or of every entry of a tensor. NaN is never in a range.
+_RANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "sigma": (lambda v: (v >= 0) & (v < math.inf), "finite and >= 0"),
+    "alpha": (lambda v: (v > -math.inf) & (v < math.inf), "finite"),
+    "temperature": (lambda v: (v > 0) & (v < math.inf), "finite and > 0"),
+}
+
+
+def _number(name: str, value: PerQuery, batch: Sequence[int], device: torch.device) -> Tensor:
+    """sigma, alpha or temperature [*batch], checked."""
+    good, what = _RANGES[name]
+    if type(value) is float and not torch.compiler.is_compiling():  # there it may be symbolic
+        if not good(value):
+            raise ValueError(f"expected {name} {what}, got {value}")
+        return torch.full(batch, value, dtype=torch.float64, device=device)
+    tensor = per_query(name, value, batch, device)
+    # Of one number Python sees as much as four kernels do.
+    if not (tensor.numel() == 1 and is_plain(tensor) and good(tensor.item())):
+        require(name, value, tensor, good(tensor), what)
+    return tensor
 
 
 def checked(
@@ -172,17 +244,16 @@ def checked(
     temperature: PerQuery,
     bias: Tensor | None,
     kernel: str,
-) -> tuple[Rows, torch.Size, tuple[Tensor, Tensor, Tensor], Tensor | None, Tensor]:
-    """A call's arguments, checked: rows, [*batch], sigma, alpha and temperature [*batch], the bias
-    with the rows' log weights, and log sum exp of it."""
+) -> tuple[Rows, torch.Size, tuple[Tensor, Tensor, Tensor], Tensor | None]:
+    """A call's arguments, checked: rows, [*batch], sigma, alpha and temperature [*batch], and the
+    bias with the rows' log weights."""
     rows = as_rows(data)
     batch = batch_shape(x, rows)
     if kernel not in KERNELS:
         raise ValueError(f"expected kernel one of {', '.join(KERNELS)}, got {kernel!r}")
-    s = per_query("sigma", sigma, batch, x.device)
-    a = per_query("alpha", alpha, batch, x.device)
-    t = per_query("temperature", temperature, batch, x.device)
-    require("sigma", sigma, s, (s >= 0) & torch.isfinite(s), "finite and >= 0")
-    require("alpha", alpha, a, torch.isfinite(a), "finite")
-    require("temperature", temperature, t, (t > 0) & torch.isfinite(t), "finite and > 0")
-    return rows, batch, (s, a, t), *_bias(bias, rows)
+    numbers = (
+        _number("sigma", sigma, batch, x.device),
+        _number("alpha", alpha, batch, x.device),
+        _number("temperature", temperature, batch, x.device),
+    )
+    return rows, batch, numbers, _bias(bias, rows)

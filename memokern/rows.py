@@ -101,3 +101,30 @@ def require_finite(rows: torch.Tensor) -> None:
                 "remove such rows or replace the values"
             )
         start += len(chunk)
+
+
+# What is computed here is kept, also for calls that record a gradient, which could not save what
+# torch.inference_mode has made.
+@torch.inference_mode(False)
+def mean_row(
+    rows: torch.Tensor, scale: float, shift: float, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mean of rows * scale + shift [D], rounded to dtype; the same numbers as float64."""
+    total = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
+    for chunk in chunks(rows):
+        total += chunk.sum(dim=0, dtype=torch.float64)
+    mean = (total / rows.shape[0] * scale + shift).to(dtype)
+    return mean, mean.to(torch.float64)
+
+
+@torch.inference_mode(False)
+def squares(rows: torch.Tensor, scale: float, offset: torch.Tensor) -> torch.Tensor:
+    """|rows * scale + offset|^2 [N] float64."""
+    out = torch.empty(rows.shape[0], dtype=torch.float64, device=rows.device)
+    start = 0
+    for chunk in chunks(rows):  # in place: one temporary per chunk
+        value = chunk.to(torch.float64, copy=True).mul_(scale).add_(offset)
+        torch.sum(value.square_(), dim=1, out=out[start : start + len(chunk)])
+        start += len(chunk)
+        del value  # before the next chunk is made
+    return out

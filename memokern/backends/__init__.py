@@ -38,11 +38,18 @@ def get(name: str) -> ModuleType:
 
 def choose(device: torch.device) -> ModuleType:
     """The backend that runs tensors on `device`; RuntimeError if the one asked for cannot."""
-    return _choose(device.type, env.backend())
+    return choose_for(device.type)
+
+
+def choose_for(device_type: str) -> ModuleType:
+    """:func:`choose` by the device's type."""
+    return _choose(device_type, env.raw_backend())
 
 
 @functools.cache
-def _choose(device_type: str, asked: str) -> ModuleType:
+def _choose(device_type: str, _raw: object) -> ModuleType:
+    """For one value of the environment variable, read again only where it is another."""
+    asked = env.backend()
     if asked == "auto":
         if device_type == "cpu" and get("cpu").unavailable() is None:
             return get("cpu")

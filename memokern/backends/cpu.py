@@ -6,6 +6,8 @@ The signatures are those of :mod:`memokern.ops`. The kernels are described in ``
 from __future__ import annotations
 
 import functools
+from array import array
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -78,10 +80,7 @@ def _rows(
             f"each row must be contiguous (stride 1), not stride {rows.stride(1)}: call"
             " rows.contiguous() once"
         )
-    keep = (
-        None if center is None else center.to(_F64).contiguous(),
-        None if sq_norms is None else sq_norms.to(_F64).contiguous(),
-    )
+    keep = (_wide(center), _wide(sq_norms))
     if keep[0] is not None and keep[0].shape != (d,):
         raise ValueError(f"center must have shape [{d}], not {list(keep[0].shape)}")
     if keep[1] is not None and keep[1].shape != (n,):
@@ -99,6 +98,12 @@ def _rows(
         _ptr(keep[1]),
     )
     return args, keep
+
+
+def _wide(t: Tensor | None) -> Tensor | None:
+    if t is None or (t.dtype == _F64 and t.is_contiguous()):
+        return t
+    return t.to(_F64).contiguous()
 
 
 def _ptr(t: Tensor | None) -> int:
@@ -144,19 +149,71 @@ def posterior(
     kernel: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The dense sweep; see :func:`memokern.ops.posterior` for the formulas."""
-    q, (s, a, t), b = _queries(x, rows, sigma, alpha, temperature, bias)
+    q, numbers, b = _queries(x, rows, sigma, alpha, temperature, bias)
+    mean, *stats = sweep(q, rows, numbers, b, center, sq_norms, scale, shift, kernel)
+    return mean.to(x.dtype), stats[0], stats[1], stats[2], stats[3]
+
+
+def sweep(
+    q: Tensor,
+    rows: Tensor,
+    numbers: Sequence[Tensor],
+    bias: Tensor | None,
+    center: Tensor | None,
+    sq_norms: Tensor | None,
+    scale: float,
+    shift: float,
+    kernel: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """:func:`posterior` of queries [*batch, *shape], contiguous in the compute type, and numbers
+    [*batch] float64."""
     args, keep = _rows(rows, center, sq_norms, scale, shift)
-    mean = torch.empty_like(q)
-    stats = tuple(
-        torch.empty(q.shape[0], dtype=_F64) for _ in range(4)
-    )  # no views: outputs of an op may not alias
+    columns, b = [t.contiguous() for t in numbers], _wide(bias)
+    s, a, t = columns
+    mean, log_z = torch.empty_like(q), torch.empty_like(s)
+    # Not views of one tensor: outputs of an operation may not alias.
+    mean_logit, mean_bias, weight_sq = (torch.empty_like(s) for _ in range(3))
     _module().posterior(
-        args, q.dtype == _F64, q.data_ptr(), q.shape[0],
+        args, q.dtype == _F64, q.data_ptr(), s.numel(),
         s.data_ptr(), a.data_ptr(), t.data_ptr(), _ptr(b),
-        _KERNELS[kernel], torch.get_num_threads(), mean.data_ptr(), *(v.data_ptr() for v in stats),
+        _KERNELS[kernel], torch.get_num_threads(), mean.data_ptr(),
+        log_z.data_ptr(), mean_logit.data_ptr(), mean_bias.data_ptr(), weight_sq.data_ptr(),
     )  # fmt: skip
     del keep
-    return mean.to(x.dtype), stats[0], stats[1], stats[2], stats[3]
+    return mean, log_z, mean_logit, mean_bias, weight_sq
+
+
+def small_mean(
+    q: Tensor,
+    rows: Tensor,
+    sigma: float,
+    alpha: float,
+    temperature: float,
+    bias: Tensor | None,
+    center: Tensor,
+    sq_norms: Tensor,
+    scale: float,
+    shift: float,
+) -> Tensor:
+    """The mean alone, of a few queries as for :func:`sweep` with numbers that they share and a
+    training set's contiguous tensors: no tensor is made but the result, nothing is checked."""
+    n, d = rows.shape
+    b = q.numel() // d
+    mean = torch.empty_like(q)
+    # The numbers per query, and room for the four sums.
+    columns = array("d", [sigma] * b + [alpha] * b + [temperature] * b + [0.0] * (4 * b))
+    start, step = columns.buffer_info()[0], 8 * b
+    module = _module()
+    args = module.Rows(
+        rows.data_ptr(), n, d, d, _ROW_TYPES[rows.dtype], scale, shift,
+        center.data_ptr(), sq_norms.data_ptr(),
+    )  # fmt: skip
+    module.posterior(
+        args, q.dtype == _F64, q.data_ptr(), b, start, start + step, start + 2 * step,
+        0 if bias is None else bias.data_ptr(), 0, torch.get_num_threads(), mean.data_ptr(),
+        start + 3 * step, start + 4 * step, start + 5 * step, start + 6 * step,
+    )  # fmt: skip
+    return mean
 
 
 def posterior_backward(
