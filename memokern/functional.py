@@ -8,7 +8,7 @@ that broadcast to [*batch].
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -94,16 +94,21 @@ def posterior(
         raise ValueError(f"expected method one of {', '.join(METHODS)}, got {method!r}")
     rows, batch, numbers, b = checked(x, data, sigma, alpha, temperature, bias, kernel)
     n, dim = rows.rows.shape
-    sweep = _sweep_of(x, rows, *numbers, b)
+    s, a, t = numbers
+    out: Sequence[Tensor]
+    sweep = _sweep_of(x, rows, s, a, t, b)
     if sweep is not None:
-        mean, *sums = sweep(x, rows.rows, numbers, b, *rows.how, kernel)
+        out = sweep(x, rows.rows, numbers, b, *rows.how, kernel)
     else:
-        transformed = under_transform(x, rows.rows, *numbers, b)
-        run = reference.posterior if transformed else ops.posterior
-        flat = (v.reshape(-1) for v in numbers)
-        out = run(x.reshape(-1, dim), rows.rows, *flat, b, *rows.how, kernel)
-        mean, sums = out[0].reshape(x.shape), [v.reshape(batch) for v in out[1:]]
-    return Posterior(x, mean, *sums, *numbers, n, dim, log_total(b, rows))
+        run = reference.posterior if under_transform(x, rows.rows, s, a, t, b) else ops.posterior
+        out = run(
+            x.reshape(-1, dim), rows.rows, s.reshape(-1), a.reshape(-1), t.reshape(-1), b,
+            *rows.how, kernel,
+        )  # fmt: skip
+        out = [out[0].reshape(x.shape), *(v.reshape(batch) for v in out[1:])]
+    mean, log_z, mean_logit, mean_bias, weight_sq = out
+    total = log_total(b, rows)
+    return Posterior(x, mean, log_z, mean_logit, mean_bias, weight_sq, s, a, t, n, dim, total)
 
 
 def _sweep_of(x: Tensor, rows: Rows, *others: Tensor | None) -> Callable[..., Any] | None:
@@ -137,7 +142,7 @@ def _small_mean(
         and 0 <= sigma < math.inf
         and -math.inf < alpha < math.inf
         and 0 < temperature < math.inf
-        and x.dtype == data.compute_dtype
+        and x.dtype == (torch.float64 if data.rows.dtype == torch.float64 else torch.float32)
         and x.shape[x.dim() - len(data.shape) :] == data.shape
         and x.numel() <= SMALL
         and x.is_contiguous()

@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import _profiler_enabled as profiled
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from memokern.data import TrainingSet
 from memokern.rows import UINT8_SCALE, UINT8_SHIFT, check_rows
@@ -114,7 +116,7 @@ def wide(value: Tensor, like: Tensor) -> Tensor:
 
 
 def _traced(*tensors: Tensor | None) -> bool:
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return True
     functorch = torch._C._functorch
     return any(
@@ -130,7 +132,7 @@ def _traced(*tensors: Tensor | None) -> bool:
 
 def under_transform(*tensors: Tensor | None) -> bool:
     """Whether a derivative transform that a registered operation would lose is at work here."""
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return False
     stack = torch._C._functorch.get_interpreter_stack() or []
     if any(level.key() != torch._C._functorch.TransformType.Vmap for level in stack):
@@ -150,13 +152,19 @@ def _keys(*names: str) -> int:
 # The dispatch keys of a dense CPU tensor of its own values (not negated on reading, not a subclass,
 # not a functorch wrapper), and those that a thread without modes adds; the second ones are under
 # torch.inference_mode. A PyTorch that has others goes through the dispatcher.
-_PLAIN = {_keys("CPU", "ADInplaceOrView", "AutogradCPU", "AutocastCPU"), _keys("CPU", "AutocastCPU")}
-_IDLE = {_keys("BackendSelect", "ADInplaceOrView"), _keys("BackendSelect")}
+_PLAIN = (
+    _keys("CPU", "ADInplaceOrView", "AutogradCPU", "AutocastCPU"),
+    _keys("CPU", "AutocastCPU"),
+)
+_IDLE = (_keys("BackendSelect", "ADInplaceOrView"), _keys("BackendSelect"))
+_keys_of = torch._C._dispatch_keys
+_keys_of_thread = torch._C._dispatch_tls_local_include_set
+_function_modes = torch._C._len_torch_function_stack
 
 
 def is_plain(tensor: Tensor) -> bool:
     """Whether it is a dense tensor in the memory of the CPU and nothing more."""
-    return type(tensor) is Tensor and torch._C._dispatch_keys(tensor).raw_repr() in _PLAIN
+    return type(tensor) is Tensor and _keys_of(tensor).raw_repr() in _PLAIN
 
 
 def undispatched(*tensors: Tensor | None) -> bool:
@@ -164,18 +172,20 @@ def undispatched(*tensors: Tensor | None) -> bool:
     backend and costs as much as a small sweep: plain CPU tensors, no gradient to record, no
     transform, no mode, nothing that traces or times."""
     if (
-        torch.compiler.is_compiling()
-        or torch._C._dispatch_tls_local_include_set().raw_repr() not in _IDLE
-        or torch._C._len_torch_function_stack()
+        is_compiling()
+        or _keys_of_thread().raw_repr() not in _IDLE
+        or _function_modes()
         or forward_ad._current_level >= 0
-        or torch.autograd._profiler_enabled()
+        or profiled()
     ):
         return False
     record = torch.is_grad_enabled()
-    for tensor in tensors:
-        if tensor is not None and not (
-            is_plain(tensor) and not (record and tensor.requires_grad)
-        ):
+    for t in tensors:
+        if t is None:
+            continue
+        if type(t) is not Tensor or _keys_of(t).raw_repr() not in _PLAIN:  # is_plain, inlined
+            return False
+        if record and t.requires_grad:
             return False
     return True
 
@@ -225,7 +235,7 @@ _RANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
 def _number(name: str, value: PerQuery, batch: Sequence[int], device: torch.device) -> Tensor:
     """sigma, alpha or temperature [*batch], checked."""
     good, what = _RANGES[name]
-    if type(value) is float and not torch.compiler.is_compiling():  # there it may be symbolic
+    if type(value) is float and not is_compiling():  # there it may be symbolic
         if not good(value):
             raise ValueError(f"expected {name} {what}, got {value}")
         return torch.full(batch, value, dtype=torch.float64, device=device)

@@ -40,6 +40,12 @@ def _module() -> ModuleType:
     return _C
 
 
+@functools.lru_cache(maxsize=256)
+def _described(*values: Any) -> Any:
+    """The rows as the module takes them: of the same numbers the same object, which is quicker."""
+    return _module().Rows(*values)
+
+
 def unavailable() -> str | None:
     """None where the kernels can run, else the reason in one line."""
     try:
@@ -86,7 +92,7 @@ def _rows(
     if keep[1] is not None and keep[1].shape != (n,):
         raise ValueError(f"sq_norms must have shape [{n}], not {list(keep[1].shape)}")
     stride = rows.stride(0) if n > 1 else d
-    args = _module().Rows(
+    args = _described(
         rows.data_ptr(),
         n,
         d,
@@ -168,14 +174,17 @@ def sweep(
     """:func:`posterior` of queries [*batch, *shape], contiguous in the compute type, and numbers
     [*batch] float64."""
     args, keep = _rows(rows, center, sq_norms, scale, shift)
-    columns, b = [t.contiguous() for t in numbers], _wide(bias)
-    s, a, t = columns
+    bias = _wide(bias)
+    s, a, t = numbers
+    if s.numel() > 1:  # they may be views of one number
+        s, a, t = s.contiguous(), a.contiguous(), t.contiguous()
     mean, log_z = torch.empty_like(q), torch.empty_like(s)
     # Not views of one tensor: outputs of an operation may not alias.
-    mean_logit, mean_bias, weight_sq = (torch.empty_like(s) for _ in range(3))
+    mean_logit, mean_bias = torch.empty_like(s), torch.empty_like(s)
+    weight_sq = torch.empty_like(s)
     _module().posterior(
         args, q.dtype == _F64, q.data_ptr(), s.numel(),
-        s.data_ptr(), a.data_ptr(), t.data_ptr(), _ptr(b),
+        s.data_ptr(), a.data_ptr(), t.data_ptr(), _ptr(bias),
         _KERNELS[kernel], torch.get_num_threads(), mean.data_ptr(),
         log_z.data_ptr(), mean_logit.data_ptr(), mean_bias.data_ptr(), weight_sq.data_ptr(),
     )  # fmt: skip
@@ -203,12 +212,11 @@ def small_mean(
     # The numbers per query, and room for the four sums.
     columns = array("d", [sigma] * b + [alpha] * b + [temperature] * b + [0.0] * (4 * b))
     start, step = columns.buffer_info()[0], 8 * b
-    module = _module()
-    args = module.Rows(
+    args = _described(
         rows.data_ptr(), n, d, d, _ROW_TYPES[rows.dtype], scale, shift,
         center.data_ptr(), sq_norms.data_ptr(),
     )  # fmt: skip
-    module.posterior(
+    _module().posterior(
         args, q.dtype == _F64, q.data_ptr(), b, start, start + step, start + 2 * step,
         0 if bias is None else bias.data_ptr(), 0, torch.get_num_threads(), mean.data_ptr(),
         start + 3 * step, start + 4 * step, start + 5 * step, start + 6 * step,
