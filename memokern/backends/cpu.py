@@ -209,8 +209,12 @@ def small_mean(
     n, d = rows.shape
     b = q.numel() // d
     mean = torch.empty_like(q)
-    # The numbers per query, and room for the four sums.
-    columns = array("d", [sigma] * b + [alpha] * b + [temperature] * b + [0.0] * (4 * b))
+    # The numbers of each query, and room for its four sums.
+    columns = array("d", (sigma, alpha, temperature, 0.0, 0.0, 0.0, 0.0))
+    if b != 1:
+        one, columns = columns, array("d")
+        for number in one:
+            columns.extend(array("d", (number,)) * b)
     start, step = columns.buffer_info()[0], 8 * b
     args = _described(
         rows.data_ptr(), n, d, d, _ROW_TYPES[rows.dtype], scale, shift,
