@@ -1,4 +1,4 @@
-// posterior for few features (D <= SMALL_D) and many queries: queries lie across the vector's lanes.
+// posterior for few features (D <= SMALL_D) and many queries, or few rows: queries lie across the vector's lanes.
 //
 // One part owns a range of queries and sweeps all rows in chunks of ROWS. Per chunk and vector of queries: logits by
 // direct differences into L1, the largest one, then exponentials and sums, all in registers. A query's result depends
@@ -9,7 +9,7 @@
 
 namespace memokern { namespace MEMOKERN_ISA_NS {
 
-enum { SMALL_D = 8, ROWS = 64, SMALL_BLOCK = 512 };
+enum { SMALL_D = 8, ROWS = 64, SMALL_BLOCK = 512, FEW_ROWS = 2048 };
 
 template <class R, int D> struct Lanes {  // one vector of queries
   typedef typename Vec<R>::T V;
@@ -159,7 +159,7 @@ template <class R> static int posterior_typed(const Rows& rows, const Queries& i
   Centred<R> c;
   if (!c.prepare(rows)) return 1;
   const double b_max = largest_bias(in.bias, rows.n);
-  if (rows.d > SMALL_D || in.b < 32 || in.kernel != kGaussian) return posterior_general(c, in, out, b_max, threads);
+  if (rows.d > SMALL_D || (in.b < 32 && (rows.d > 4 || rows.n > FEW_ROWS)) || in.kernel != kGaussian) return posterior_general(c, in, out, b_max, threads);
   const int parts = (int)imax(1, imin(threads, in.b / (2 * W)));
   Arena marks;
   if (!marks.reserve(Arena::bytes<char>(in.b))) return 1;
