@@ -138,8 +138,8 @@ template <class R> struct Tile {
 
 MK_INLINE int64_t size_of(int type) { return type == kF64 ? 8 : type == kF32 ? 4 : type == kU8 ? 1 : 2; }
 
-// The next rows, asked for ahead of time while a tile is worked on: without it memory and arithmetic take turns. One line
-// in four: the processor's own prefetcher brings the rest, and asking for each takes the products' time.
+// The next rows, asked for ahead of time while a tile is worked on: without it memory and arithmetic take turns. A few
+// lines at a time: bursts, or lines left out, throw the processor's own prefetcher off.
 struct Ahead {
   enum { STEP = 64 };
   const char *at, *row_end;
