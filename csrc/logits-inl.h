@@ -19,6 +19,7 @@ template <class R> struct Step {
   const R* b;           // [NT] bias of the tile's rows, or null
   const R* b0;          // [NT] the same with 0 for -inf
   double b_max;         // largest finite |bias|
+  R least;              // below it, e^(t-m) is 0: all N rows at it would not move the sum, at least 1, by a tenth of THETA
   int* cand;            // [W][NT] work space: candidates, and
   double* cand_t;       // [W][NT] their exact logits (kHard: squared distances)
   R* columns;           // [W][NT] work space: the products of a query, side by side
@@ -145,7 +146,7 @@ static void step_soft(const Query<R>* q, Group<R>& g, int lanes, const Step<R>& 
   for (int64_t j = 0; j < s.tile->cnt; j++) {
     V d = load(p + j * s.Ps) - g.m;
     d = vmax(d, lo);  // lo also where both are -inf
-    const V w = vexp(d);
+    const V w = vexp(d, s.least);
     store(p + j * s.Ps, w);
     sum += w;
     st_ += w * d;

@@ -8,8 +8,6 @@
 
 namespace memokern { namespace MEMOKERN_ISA_NS {
 
-enum { BLOCK_B = 256 };  // queries of a block
-
 // Tile heights. Each tile loads and stores all accumulators once: where these are many, a packed tile is high, though that
 // takes it from L2 to L3 (it is read in order). Unpacked rows are read twice and stay in L2.
 template <class R> static Plan make_plan(int64_t B, const Rows& rows) {
@@ -98,6 +96,7 @@ template <class R> static Step<R> make_step(const Source<R>& src, const Plan& pl
   s.b = w.b;
   s.b0 = w.b0;
   s.b_max = b_max;
+  s.least = (R)(Precision<R>::log_theta - 2.4 - __builtin_log((double)src.rows.n));
   s.cand = w.cand;
   s.cand_t = w.cand_t;
   s.columns = w.columns;

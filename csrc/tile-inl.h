@@ -17,7 +17,9 @@ enum {
   BLOCK = 512,   // and there, features of a block of the first product: its queries stay in L1
   DEEP = 2048,   // and there, features of a sum in one register
   UNIT = 2 * MR, // rows of a tile are a multiple of it
-  MAX_NT = 132   // and at most so many: their logits stay in L1 and L2
+  MAX_NT = 132,  // and at most so many: their logits stay in L1 and L2
+  BLOCK_B = 256, // queries of a sweep
+  MAX_BLOCKS = (BLOCK_B + MR - 1) / MR
 };
 
 // Rows as the kernels read them, in the units they are stored in: u = raw + offset[d], and the centred value is scale u.
@@ -291,18 +293,60 @@ static void packed_dots(const Source<R>&, const Plan& pl, const Tile<R>& t, cons
     }
 }
 
-// acc[.][b][.] += sum_j p[j][b] yc_j / scale, all queries against one panel of features after another, in even blocks.
+// c[i][0 .. NR) += sum_k a[list[k]][i] y[list[k]][0 .. NR), over the rows that have weight in any of M queries.
+template <class R, int M> static void micro_listed(const uint8_t* list, int64_t count, const R* a, int64_t a_k, const R* y, R* c) {
+  enum { W = Vec<R>::W, NR = 2 * W };
+  typename Vec<R>::T r[M][2];
+#pragma GCC unroll 12
+  for (int i = 0; i < M; i++)
+#pragma GCC unroll 2
+    for (int v = 0; v < 2; v++) r[i][v] = load(c + i * NR + v * W);
+  for (int64_t k = 0; k < count; k++) {
+    const R *ak = a + list[k] * a_k, *yk = y + list[k] * NR;
+#pragma GCC unroll 12
+    for (int i = 0; i < M; i++)
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; v++) r[i][v] += splat<R>(ak[i]) * load(yk + v * W);
+  }
+#pragma GCC unroll 12
+  for (int i = 0; i < M; i++)
+#pragma GCC unroll 2
+    for (int v = 0; v < 2; v++) store(c + i * NR + v * W, r[i][v]);
+}
+
+// acc[.][b][.] += sum_j p[j][b] yc_j / scale, all queries against one panel of features after another, in even blocks. Where
+// few rows have weight in a block, only these.
 template <class R>
 static void packed_accumulate(const Source<R>&, const Plan& pl, const Tile<R>& t, const R* p, int64_t B, R* acc, Ahead& next) {
   enum { NR = 2 * Vec<R>::W };
   const int64_t blocks = (B + MR - 1) / MR, ahead = next.per(pl.Dp / NR * blocks);
+  uint8_t list[MAX_BLOCKS][MAX_NT];
+  int64_t listed[MAX_BLOCKS];
+  for (int64_t k = 0; k < blocks; k++) {
+    const int64_t b0 = B * k / blocks, b1 = B * (k + 1) / blocks;
+    listed[k] = pl.D < KC ? t.cnt : 0;  // of so few features, to look would cost what it saves
+    for (int64_t j = 0; listed[k] <= j && j < t.cnt; j++) {
+      bool any = false;
+      for (int64_t b = b0; b < b1; b++) any |= p[j * pl.Ps + b] != R(0);
+      list[k][listed[k]] = (uint8_t)j;
+      listed[k] += any;
+    }
+  }
   for (int64_t d = 0; d < pl.Dp; d += NR) {
     const R* y = t.y + d * pl.NT;
     for (int64_t k = 0; k < blocks; k++) {
       const int64_t b = B * k / blocks, m = B * (k + 1) / blocks - b;
       R* c = acc + d * pl.B + b * NR;
       switch (m) {
-#define MK_CASE(M, U) case M: micro<R, M, 2, U, 1>(p + b, pl.Ps, t.cnt, 0, y, NR, t.cnt, c, NR, true, next, ahead); break;
+#define MK_CASE(M, U)                                                                                          \
+  case M:                                                                                                      \
+    if (4 * listed[k] < 3 * t.cnt) {                                                                           \
+      next.lines(ahead);                                                                                       \
+      micro_listed<R, M>(list[k], listed[k], p + b, pl.Ps, y, c);                                              \
+    } else {                                                                                                   \
+      micro<R, M, 2, U, 1>(p + b, pl.Ps, t.cnt, 0, y, NR, t.cnt, c, NR, true, next, ahead);                    \
+    }                                                                                                          \
+    break;
         MK_CASE(1, 4)
         MK_CASE(2, 2)
         MK_CASE(3, 2)

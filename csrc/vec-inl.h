@@ -48,9 +48,9 @@ template <class R> MK_INLINE double hsum(typename Vec<R>::T v) {
   return s;
 }
 
-// exp(x) for x <= 88: relative error below 2e-7 (tested), 0 below -87. Cephes' polynomial on |r| <= ln(2)/2, in pairs of
+// exp(x) for x <= 88: relative error below 2e-7 (tested), 0 below `least`, which is -87 or more. Cephes' polynomial on |r| <= ln(2)/2, in pairs of
 // terms: the loops that call it wait for its latency, not for its operations.
-MK_INLINE Vec<float>::T vexp(Vec<float>::T x) {
+MK_INLINE Vec<float>::T vexp(Vec<float>::T x, float least = -87.0f) {
   typedef Vec<float>::T V;
   const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer, left in the low bits
   V z = x * 1.44269504088896341f + magic;
@@ -62,10 +62,10 @@ MK_INLINE Vec<float>::T vexp(Vec<float>::T x) {
   p = p * r2 + (r * 1.6666665459e-1f + 5.0000001201e-1f);
   p = p * r2 + (r + 1.0f);
   V y = (V)((Vec<float>::I)p + ((Vec<float>::I)z << 23));
-  return (V)((Vec<float>::I)y & ~(Vec<float>::I)(x < -87.0f));
+  return (V)((Vec<float>::I)y & ~(Vec<float>::I)(x < least));
 }
-// The same in double: Taylor of degree 13, relative error below 1e-15 (tested), 0 below -708.
-MK_INLINE Vec<double>::T vexp(Vec<double>::T x) {
+// The same in double: Taylor of degree 13, relative error below 1e-15 (tested); `least` is -708 or more.
+MK_INLINE Vec<double>::T vexp(Vec<double>::T x, double least = -708.0) {
   typedef Vec<double>::T V;
   const double magic = 6755399441055744.0;  // 1.5 * 2^52
   V z = x * 1.4426950408889634074 + magic;
@@ -78,7 +78,7 @@ MK_INLINE Vec<double>::T vexp(Vec<double>::T x) {
   V high = (r * (1.0 / 6227020800.0) + (1.0 / 479001600.0)) * r2 + (r * (1.0 / 39916800.0) + (1.0 / 3628800.0));
   V p = ((high * r4 + mid) * r4 + low) * r2 + r + 1.0;
   V y = (V)((Vec<double>::I)p + ((Vec<double>::I)z << 52));
-  return (V)((Vec<double>::I)y & ~(Vec<double>::I)(x < -708.0));
+  return (V)((Vec<double>::I)y & ~(Vec<double>::I)(x < least));
 }
 // Differences below this have weight zero; clamping to it keeps 0 * (l - m) finite for l = -inf.
 MK_INLINE float floor_of(float) { return -100.0f; }
