@@ -36,21 +36,24 @@ def get(name: str) -> ModuleType:
     return importlib.import_module(f"memokern.backends.{name}")
 
 
-def choose(device: torch.device) -> ModuleType:
-    """The backend that runs tensors on `device`; RuntimeError if the one asked for cannot."""
-    return _choose(device.type, env.backend())
+def choose(device: torch.device, operation: str = "posterior") -> ModuleType:
+    """The backend that runs `operation` on `device`; RuntimeError if the one asked for cannot."""
+    return _choose(device.type, env.backend(), operation)
 
 
 @functools.cache
-def _choose(device_type: str, asked: str) -> ModuleType:
+def _choose(device_type: str, asked: str, operation: str) -> ModuleType:
     if asked == "auto":
-        if device_type == "cpu" and get("cpu").unavailable() is None:
-            return get("cpu")
+        cpu = get("cpu")
+        if device_type == "cpu" and cpu.unavailable() is None and hasattr(cpu, operation):
+            return cpu
         return get("reference")
     backend = get(asked)
     reason = backend.unavailable()
     if reason is None and asked == "cpu" and device_type != "cpu":
         reason = f"it runs tensors on the CPU, and these are on {device_type}"
+    if reason is None and not hasattr(backend, operation):
+        reason = f"it has no {operation}"
     if reason is not None:
         raise RuntimeError(f"{env.BACKEND}={asked} cannot run: {reason}")
     return backend
