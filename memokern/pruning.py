@@ -185,36 +185,38 @@ def _swept_densely(count: Tensor, level: Tensor, n: int, costs: Costs | None) ->
 def _measured(
     device: str, rows_dtype: torch.dtype, dtype: torch.dtype, dim: int, threads: int, backend: str
 ) -> Costs:
-    """The costs, from a few milliseconds of synthetic work. threads and backend: for the cache."""
-    b, n, count = 16, max(64, (1 << 20) // dim), 64
-    with torch.no_grad():
-        g = torch.Generator().manual_seed(0)
-        rows = (torch.rand(n, dim, generator=g) * 255).to(rows_dtype).to(device)
-        x = torch.rand(b, dim, generator=g).to(device, dtype)
-        ones = torch.ones(b, dtype=torch.float64, device=device)
-        center, sq_norms = ones.new_zeros(dim), ones.new_ones(n)
-        listed = torch.randint(n, (b * count,), generator=g).sort().values.to(device)
-        start = torch.arange(0, b * count + 1, count, device=device)
+    """The costs of such rows and queries; threads and backend are for the cache."""
+    costs = _sample(device, rows_dtype, dtype, dim, 1 << 17)
+    if costs.dense(1, 1 << 20, 1) < 0.02:  # no time at all: more than the cache holds, then
+        costs = _sample(device, rows_dtype, dtype, dim, 1 << 20)
+    return costs
 
-        def dense(k: int) -> Callable[[], object]:
-            # A wide kernel: all weights count, and nothing is recomputed by direct differences.
-            s = 1e6 * ones[:k]
-            return lambda: ops.posterior(
-                x[:k], rows, s, ones[:k], ones[:k], None, center, sq_norms, 1.0, 0.0, "gaussian"
-            )
 
-        def on_support(k: int, ends: Tensor, index: Tensor) -> Callable[[], object]:
-            return lambda: ops_support.posterior_on_support(
-                x[:k], rows, ones[:k], ones[:k], ones[:k], None, ends, index, 1.0, 0.0
-            )
-
-        one, many = _seconds(dense(1)), _seconds(dense(b))
-        call = _seconds(on_support(1, start[:2] // count, listed[:1]))
-        lists = _seconds(on_support(b, start, listed))
-    query = max(many - one, 0.01 * many) / (b - 1)
-    row = max(one - call - query, 0.0)
-    listed_cost = max(lists - call, 0.01 * lists) / (b * count * dim)
-    return Costs(row / (n * dim), query / (n * dim), listed_cost, call)
+@torch.no_grad()
+def _sample(
+    device: str, rows_dtype: torch.dtype, dtype: torch.dtype, dim: int, elements: int
+) -> Costs:
+    """Sweeps of synthetic rows of so many numbers, and lists of them, timed."""
+    b, n, count = 16, max(64, elements // dim), 64
+    g = torch.Generator().manual_seed(0)
+    rows = (torch.rand(n, dim, generator=g) * 255).to(rows_dtype).to(device)
+    x = torch.rand(b, dim, generator=g).to(device, dtype)
+    ones = torch.ones(b, dtype=torch.float64, device=device)
+    # In a wide kernel all weights count, and no logit is taken again by direct differences.
+    many = Query(x, 1e6 * ones, ones, ones, None)
+    one = many.take(torch.zeros(1, dtype=torch.int64, device=device))
+    data = Rows(rows, (dim,), 1.0, 0.0, ones.new_zeros(dim), ones.new_ones(n), None)
+    listed = torch.randint(n, (b * count,), generator=g).sort().values.to(device)
+    start = torch.arange(0, b * count + 1, count, device=device)
+    dense_one = _seconds(lambda: _dense(one, data))
+    dense_many = _seconds(lambda: _dense(many, data))
+    call = _seconds(lambda: _on_support(one, data, start[:2] // count, listed[:1]))
+    lists = _seconds(lambda: _on_support(many, data, start, listed))
+    # Differences of timings: never below a hundredth of what they are differences of.
+    query = max(dense_many - dense_one, 0.01 * dense_many) / (b - 1)
+    row = max(dense_one - call - query, 0.0)
+    per_listed = max(lists - call, 0.01 * lists) / (b * count * dim)
+    return Costs(row / (n * dim), query / (n * dim), per_listed, call)
 
 
 def _seconds(call: Callable[[], object]) -> float:

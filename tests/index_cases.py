@@ -20,11 +20,11 @@ def up(value):
 class PlainIndex:
     """An orthonormal basis from the SVD of the rows; K <= D coordinates, bands of a few."""
 
-    def __init__(self, data, dims=(4, 8, 12), storage=torch.float16):
+    def __init__(self, data, dims=(4, 8, 12), storage=torch.float16, basis=None):
         c = data.center.double()
         yc = data.rows.double() * data.scale + data.shift - c
         d = yc.shape[1]
-        self.basis = torch.linalg.svd(yc.T @ yc)[0]
+        self.basis = torch.linalg.svd(yc.T @ yc)[0] if basis is None else basis
         self.dims = tuple(sorted({min(k, d) for k in dims}))
         edges = sorted({*self.dims, min(6, d), min(10, d), d})
         self.edges = [e for e in edges if e >= self.dims[0]]
@@ -51,3 +51,9 @@ class PlainIndex:
         # z in float32, level 0 of the rows in float32, products in float32.
         margin = 2.0**-24 * (2 * (self.dims[-1] + self.bands + 16) + 4) * size * self.y_max
         return Projected(true[:, : self.dims[-1]].float(), norms, margin, size.square())
+
+
+def with_index(data, **kwargs):
+    """The data set, indexed."""
+    data.index = PlainIndex(data, **kwargs)
+    return data

@@ -55,7 +55,7 @@ def bound_scan(
     columns = {
         "sigma": sigma, "alpha": alpha, "temperature": temperature, "margin": margin, "sq": sq,
     }  # fmt: skip
-    counts, index, threshold, level = [], [], [], []
+    found_by_block: list[tuple[Tensor, ...]] = []
     step = max(1, _ELEMENTS // n)
     for start in range(0, b, step):
         at = slice(start, min(start + step, b))
@@ -63,15 +63,16 @@ def bound_scan(
             x[at].to(_F64), rows, bias, sq_norms, scale, shift, coarse, fine, z[at].to(_F64),
             norms[at].to(_F64), {name: v[at] for name, v in columns.items()},
         )  # fmt: skip
-        found = scan.climb(dims, first_band, gap, cap, usable[at])
-        for column, part in zip((counts, index, threshold, level), found, strict=True):
-            column.append(part)
+        found_by_block.append(scan.climb(dims, first_band, gap, cap, usable[at]))
     offsets = torch.zeros(b + 1, dtype=torch.int64, device=x.device)
-    if not counts:
+    if not found_by_block:
         empty = torch.zeros(0, dtype=torch.int64, device=x.device)
         return offsets, empty, sigma.new_empty(0), empty.clone()
-    offsets[1:] = torch.cat(counts).cumsum(0)
-    return offsets, torch.cat(index), torch.cat(threshold), torch.cat(level)
+    counts, index, threshold, level = (
+        torch.cat(column) for column in zip(*found_by_block, strict=True)
+    )
+    offsets[1:] = counts.cumsum(0)
+    return offsets, index, threshold, level
 
 
 class _Scan:
