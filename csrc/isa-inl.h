@@ -2,7 +2,9 @@
 #pragma once
 #include "backward-inl.h"
 #include "nearest-inl.h"
+#include "scan-inl.h"
 #include "small-inl.h"
+#include "support-inl.h"
 
 namespace memokern { namespace MEMOKERN_ISA_NS {
 
@@ -14,6 +16,12 @@ static int run_backward(const Rows& r, const Queries& q, const Gradients& o, boo
 }
 static int run_nearest(const Rows& r, const Queries& q, const Nearest& o, bool f64, int threads) {
   return f64 ? nearest_typed<double>(r, q, o, threads) : nearest_typed<float>(r, q, o, threads);
+}
+static int run_support(const Rows& r, const Queries& q, const Support& s, const Posterior& o, bool f64, int threads) {
+  return f64 ? support_typed<double>(r, q, s, o, threads) : support_typed<float>(r, q, s, o, threads);
+}
+static int run_support_backward(const Rows& r, const Queries& q, const Support& s, const Gradients& o, bool f64, int threads) {
+  return f64 ? support_backward_typed<double>(r, q, s, o, threads) : support_backward_typed<float>(r, q, s, o, threads);
 }
 template <class R> static void run_exp(const R* x, R* y, int64_t n) {
   enum { W = Vec<R>::W };
@@ -35,6 +43,7 @@ static void run_merge(double* a, const double* b, double* factors) {
 }
 #define MK_STR(x) #x
 #define MK_NAME(x) MK_STR(x)
-static const Table kTable = {MK_NAME(MEMOKERN_ISA_NS), Vec<float>::W, run_posterior, run_backward, run_nearest, run_exp<float>, run_exp<double>, run_merge};
+static const Table kTable = {MK_NAME(MEMOKERN_ISA_NS), Vec<float>::W, run_posterior, run_backward, run_nearest,
+                             run_bound_scan, run_support, run_support_backward, run_exp<float>, run_exp<double>, run_merge};
 
 } }  // namespace

@@ -1,0 +1,318 @@
+// The posterior over a list of rows for each query, and its gradient: every logit by direct differences in double, so that
+// exact hits are exact and ties stay ties.
+//
+// A query's list is cut into pieces where there are fewer queries than threads could share evenly; each piece is a State and
+// an accumulator, joined by merge(). A piece goes over its rows twice: for their logits, then to add up those with weight.
+#pragma once
+#include "posterior-inl.h"
+
+namespace memokern { namespace MEMOKERN_ISA_NS {
+
+enum {
+  PIECE = 64,    // rows of a piece, at least
+  SUM_ROWS = 4,  // rows added to the accumulator at a time
+  SUM_D = 512    // and features: these rows in double stay in L1
+};
+
+struct Piece {
+  int64_t b, i0, i1;  // rows index[i0 .. i1) of query b
+  State st;
+  double* sum;        // [D] sum of e^(t-m) y; the backward pass: of q y
+};
+
+// The rows as they are, without a centre.
+template <class R> struct Plain {
+  Source<R> src;
+  Source<double> values;  // raw * scale + shift
+  typename Exact<R>::F exact;
+  Fetch<double>::F fetch;
+  Values<double>::F row;
+  Arena arena;
+  bool prepare(const Rows& rows) {
+    const int64_t Dp = round_up(rows.d, 64);
+    if (!arena.reserve(Arena::bytes<double>(Dp))) return false;
+    double* shift = arena.take<double>(Dp);
+    for (int64_t d = 0; d < rows.d; d++) shift[d] = rows.shift;
+    memset((void*)&src, 0, sizeof src);
+    memset((void*)&values, 0, sizeof values);
+    src.rows = values.rows = rows;
+    values.scale = rows.scale;
+    values.offset = shift;
+    exact = exact_for(src);
+    fetch = fetch_for(values);
+    row = values_for(values);
+    return true;
+  }
+};
+
+// sum += sum_i w_i y_i over the rows with a weight, SUM_ROWS at a time. sum has room for whole vectors.
+static void add_rows(const Source<double>& src, Fetch<double>::F fetch, const int64_t* n, const double* w, int64_t count, double least, double* sum) {
+  enum { W = Vec<double>::W };
+  double buffer[SUM_ROWS * SUM_D];
+  int64_t i = 0;
+  while (i < count) {
+    const double* from[SUM_ROWS];
+    double a[SUM_ROWS];
+    int64_t rows[SUM_ROWS];
+    int m = 0;
+    for (; i < count && m < SUM_ROWS; i++) {
+      if (!(__builtin_fabs(w[i]) > least)) continue;
+      rows[m] = n[i];
+      a[m++] = w[i];
+    }
+    if (m == 0) break;
+    for (int e = m; e < SUM_ROWS; e++) a[e] = 0;
+    for (int64_t d0 = 0; d0 < src.rows.d; d0 += SUM_D) {
+      const int64_t cnt = imin(SUM_D, src.rows.d - d0);
+      for (int e = 0; e < SUM_ROWS; e++) {
+        from[e] = buffer + imin(e, m - 1) * SUM_D;
+        if (e < m) fetch(src, rows[e], d0, cnt, buffer + e * SUM_D);
+      }
+      for (int64_t d = 0; d < cnt; d += W)
+        store(sum + d0 + d, load(sum + d0 + d) + (splat(a[0]) * load(from[0] + d) + splat(a[1]) * load(from[1] + d)) + (splat(a[2]) * load(from[2] + d) + splat(a[3]) * load(from[3] + d)));
+    }
+  }
+}
+
+// What is known of a query on its support; kHard where sigma is 0, or as good as.
+template <class R> static Query<R> support_query(const Queries& in, int64_t b, int64_t D) {
+  Query<R> q;
+  memset((void*)&q, 0, sizeof q);
+  q.x = (const R*)in.x + b * D;
+  q.d = (double)D;
+  q.alpha = in.alpha[b];
+  q.sigma = in.sigma[b];
+  q.temperature = in.temperature[b];
+  q.inv_t = 1 / q.temperature;
+  enum { W = Vec<double>::W };
+  Vec<double>::T sum = {};
+  int64_t d = 0;
+  for (; d + W <= D; d += W) sum += Convert<double, R>::vec(q.x + d) * Convert<double, R>::vec(q.x + d);
+  double xx = hsum<double>(sum);
+  for (; d < D; d++) xx += (double)q.x[d] * (double)q.x[d];
+  q.xx = xx;
+  if (!(xx < kInf) || !(q.sigma >= 0) || !(q.inv_t > 0) || !(q.inv_t < kInf)) q.mode = kLost;
+  else q.mode = q.inv_t / q.sigma / q.sigma * (xx + 1) < Precision<double>::big ? kSoft : kHard;
+  return q;
+}
+
+// Logits t of a piece from its squared distances in t (hard: those of the nearest rows, the others -inf), and its state.
+template <class R> static State weigh(const Query<R>& q, const double* bias, const int64_t* n, double* t, int64_t count) {
+  State st = neutral();
+  double key = 0;
+  if (q.mode == kHard) {
+    key = kInf;
+    for (int64_t i = 0; i < count; i++)
+      if (!bias || bias[n[i]] > -kInf) key = dmin(key, t[i]);
+  }
+  double m = -kInf;
+  for (int64_t i = 0; i < count; i++) {
+    const double b = bias ? bias[n[i]] : 0;
+    if (q.mode == kHard) t[i] = t[i] == key ? b * q.inv_t : -kInf;
+    else t[i] = (b - 0.5 * (t[i] / q.sigma) / q.sigma) * q.inv_t;
+    m = dmax(m, t[i]);
+  }
+  if (!(m > -kInf)) return st;
+  st.key = key;
+  st.m = m;
+  for (int64_t i = 0; i < count; i++) {
+    const double d = t[i] - m, w = __builtin_exp(d);
+    t[i] = w;
+    if (w == 0) continue;
+    st.s += w;
+    st.st += w * d;
+    st.sw2 += w * w;
+    if (bias) st.sb += w * bias[n[i]];
+  }
+  return st;
+}
+
+// Pieces of all lists: each query has one at least, and no thread is left with much more than its share.
+static int64_t cut(const Support& list, int64_t B, int threads, Piece* pieces) {
+  const int64_t size = imax(PIECE, list.start[B] / (4 * threads) + 1);
+  int64_t k = 0;
+  for (int64_t b = 0; b < B; b++) {
+    const int64_t count = list.start[b + 1] - list.start[b], n = threads == 1 ? 1 : imax(1, (count + size - 1) / size);
+    for (int64_t i = 0; i < n; i++, k++) {
+      if (!pieces) continue;
+      pieces[k].b = b;
+      pieces[k].i0 = list.start[b] + count * i / n;
+      pieces[k].i1 = list.start[b] + count * (i + 1) / n;
+    }
+  }
+  return k;
+}
+
+template <class R> static int support_typed(const Rows& rows, const Queries& in, const Support& list, const Posterior& out, int threads) {
+  if (in.b == 0) return 0;
+  Plain<R> p;
+  Arena arena;
+  const int64_t D = rows.d, Dp = round_up(D, 64), M = list.start[in.b], count = cut(list, in.b, threads, nullptr);
+  const int workers = (int)imax(1, imin(threads, count));
+  if (!p.prepare(rows) || !arena.reserve(Arena::bytes<Piece>(count) + Arena::bytes<double>(M) + Arena::bytes<double>(count * Dp) + Arena::bytes<Query<R> >(in.b)))
+    return 1;
+  Piece* pieces = arena.take<Piece>(count);
+  cut(list, in.b, threads, pieces);
+  double* t = arena.take<double>(M);
+  double* sums = arena.take<double>(count * Dp);
+  Query<R>* queries = arena.take<Query<R> >(in.b);
+  for (int64_t b = 0; b < in.b; b++) queries[b] = support_query<R>(in, b, D);
+#pragma omp parallel for num_threads(workers) schedule(dynamic, 1) if (workers > 1)
+  for (int64_t k = 0; k < count; k++) {
+    Piece& c = pieces[k];
+    c.sum = sums + k * Dp;
+    c.st = neutral();
+    const Query<R>& q = queries[c.b];
+    if (q.mode == kLost) continue;
+    const int64_t* n = list.index + c.i0;
+    for (int64_t i = 0; i < c.i1 - c.i0; i++) t[c.i0 + i] = p.exact(p.src, n[i], q.x, q.alpha);
+    c.st = weigh(q, in.bias, n, t + c.i0, c.i1 - c.i0);
+    // The weights left out, all together, are below 2^-60 of the largest.
+    if (c.st.s > 0) add_rows(p.values, p.fetch, n, t + c.i0, c.i1 - c.i0, 8e-19 / (c.i1 - c.i0), c.sum);
+  }
+  for (int64_t k = 0; k < count;) {
+    Piece& a = pieces[k];
+    for (k++; k < count && pieces[k].b == a.b; k++) {
+      double fa, fb;
+      merge(a.st, pieces[k].st, fa, fb);
+      for (int64_t d = 0; d < D; d++) a.sum[d] = (fa == 0 ? 0 : fa * a.sum[d]) + (fb == 0 ? 0 : fb * pieces[k].sum[d]);
+    }
+    const Query<R>& q = queries[a.b];
+    finish_stats(q, a.st, a.b, out);
+    if (q.mode != kLost && !(a.st.s > 0)) out.log_z[a.b] = -kInf;
+    R* mean = (R*)out.mean + a.b * D;
+    for (int64_t d = 0; d < D; d++) mean[d] = (R)(q.mode == kLost || !(a.st.s > 0) ? __builtin_nan("") : a.sum[d] / a.st.s);
+  }
+  return 0;
+}
+
+// The gradient. With w = softmax(l / T) on the list, h = <g, y> + gE l + gb b + 2 gS w and q = w (gL + gE + (h - sum w h) / T):
+// grad_x = sum q (alpha y - x) / sigma^2, grad_sigma = sum q r^2 / sigma^3, grad_alpha = sum q <x - alpha y, y> / sigma^2,
+// grad_T = gL (L - E) / T - sum w (l - E) h / T^2, grad_b = q + gb w. At sigma = 0 only the nearest rows have weight, and only
+// the bias and the temperature still move it (backward-inl.h).
+template <class R> struct SupportBackward {
+  const Plain<R>* p;
+  const Queries* in;
+  const Support* list;
+  const Gradients* io;
+  double *t, *gy, *xy, *r2;  // [M] each; t: weights, then q; gy: <g, y>, then what the bias gets
+};
+// One pass over a piece's rows: r^2, <g, y>, <x - alpha y, y>.
+template <class R> static void support_products(const SupportBackward<R>& s, const Piece& c, double* row) {
+  enum { W = Vec<double>::W };
+  const Plain<R>& p = *s.p;
+  const int64_t D = p.src.rows.d;
+  const R* x = (const R*)s.in->x + c.b * D;
+  const double *g = s.io->g_mean + c.b * D, alpha = s.in->alpha[c.b];
+  for (int64_t i = c.i0; i < c.i1; i++) {
+    s.r2[i] = p.exact(p.src, s.list->index[i], x, alpha);
+    p.row(p.values, s.list->index[i], row);
+    Vec<double>::T vg = {}, vx = {};
+    int64_t d = 0;
+    for (; d + W <= D; d += W) {
+      const Vec<double>::T y = load(row + d);
+      vg += load(g + d) * y;
+      vx += (Convert<double, R>::vec(x + d) - y * alpha) * y;
+    }
+    double sg = hsum<double>(vg), sx = hsum<double>(vx);
+    for (; d < D; d++) {
+      sg += g[d] * row[d];
+      sx += ((double)x[d] - alpha * row[d]) * row[d];
+    }
+    s.gy[i] = sg;
+    s.xy[i] = sx;
+  }
+}
+// From products to the coefficients of one query, and all its gradients but grad_x's sum over rows.
+template <class R> static void support_coefficients(const SupportBackward<R>& s, int64_t b, const Query<R>& q) {
+  const Gradients& io = *s.io;
+  const int64_t i0 = s.list->start[b], count = s.list->start[b + 1] - i0;
+  const int64_t* n = s.list->index + i0;
+  double *t = s.t + i0, *gy = s.gy + i0, *xy = s.xy + i0, *r2 = s.r2 + i0;
+  memcpy(t, r2, count * sizeof(double));
+  const State st = weigh(q, s.in->bias, n, t, count);
+  const bool hard = q.mode == kHard, finite = !hard || st.key == 0, any = st.s > 0;
+  const double T = q.temperature, E = any ? T * (st.m + st.st / st.s) : 0, L = any ? T * (st.m + __builtin_log(st.s)) : 0;
+  const double gL = finite ? io.g_log_z[b] : 0, gE = finite ? io.g_mean_logit[b] : 0, gb = io.g_mean_bias[b], gS = io.g_weight_sq[b];
+  double mean_h = 0, sigma = 0, alpha = 0, temp = 0;
+  for (int64_t i = 0; i < count; i++) {
+    const double bn = s.in->bias ? s.in->bias[n[i]] : 0, w = any ? t[i] / st.s : 0;
+    t[i] = w;
+    if (w == 0) continue;
+    const double l = hard ? bn : bn - 0.5 * (r2[i] / q.sigma) / q.sigma;
+    gy[i] += gE * (l - E) + gb * bn + 2 * gS * w;  // h, but for a constant
+    mean_h += w * gy[i];
+  }
+  const double is2 = hard ? 0 : 1 / q.sigma / q.sigma;
+  for (int64_t i = 0; i < count; i++) {
+    const double w = t[i];
+    if (w == 0) {
+      t[i] = gy[i] = 0;
+      continue;
+    }
+    const double bn = s.in->bias ? s.in->bias[n[i]] : 0, l = hard ? bn : bn - 0.5 * (r2[i] / q.sigma) / q.sigma, h = gy[i] - mean_h;
+    const double c = w * (gL + gE + h / T);
+    temp += w * (l - E) * h;
+    if (!hard) {
+      sigma += c * ((r2[i] / q.sigma) / q.sigma);
+      alpha += c * xy[i];
+    }
+    gy[i] = c + gb * w;
+    t[i] = hard ? 0 : c;
+  }
+  io.grad_sigma[b] = hard ? 0 : sigma / q.sigma;
+  io.grad_alpha[b] = alpha * is2;
+  io.grad_temperature[b] = gL * (L - E) / T - temp / T / T;
+}
+
+template <class R> static int support_backward_typed(const Rows& rows, const Queries& in, const Support& list, const Gradients& io, int threads) {
+  if (io.grad_bias) memset((void*)io.grad_bias, 0, rows.n * sizeof(double));
+  if (in.b == 0) return 0;
+  Plain<R> p;
+  Arena arena;
+  const int64_t D = rows.d, Dp = round_up(D, 64), M = list.start[in.b], count = cut(list, in.b, threads, nullptr);
+  const int workers = (int)imax(1, imin(threads, count));
+  if (!p.prepare(rows) || !arena.reserve(Arena::bytes<Piece>(count) + 4 * Arena::bytes<double>(M) + Arena::bytes<double>(count * Dp) + Arena::bytes<Query<R> >(in.b)))
+    return 1;
+  Piece* pieces = arena.take<Piece>(count);
+  cut(list, in.b, threads, pieces);
+  double *t = arena.take<double>(M), *gy = arena.take<double>(M), *xy = arena.take<double>(M), *r2 = arena.take<double>(M);
+  double* sums = arena.take<double>(count * Dp);
+  Query<R>* queries = arena.take<Query<R> >(in.b);
+  for (int64_t b = 0; b < in.b; b++) queries[b] = support_query<R>(in, b, D);
+  const SupportBackward<R> s = {&p, &in, &list, &io, t, gy, xy, r2};
+#pragma omp parallel for num_threads(workers) schedule(dynamic, 1) if (workers > 1)
+  for (int64_t k = 0; k < count; k++) support_products(s, pieces[k], sums + k * Dp);
+#pragma omp parallel for num_threads(workers) schedule(dynamic, 1) if (workers > 1)
+  for (int64_t b = 0; b < in.b; b++) {
+    const Query<R>& q = queries[b];
+    if (q.mode != kLost) support_coefficients(s, b, q);
+  }
+#pragma omp parallel for num_threads(workers) schedule(dynamic, 1) if (workers > 1)
+  for (int64_t k = 0; k < count; k++) {
+    Piece& c = pieces[k];
+    c.sum = sums + k * Dp;
+    memset((void*)c.sum, 0, Dp * sizeof(double));  // a row lay there
+    add_rows(p.values, p.fetch, list.index + c.i0, t + c.i0, c.i1 - c.i0, 0, c.sum);
+  }
+  const double nan = __builtin_nan("");
+  for (int64_t k = 0; k < count;) {
+    Piece& a = pieces[k];
+    for (k++; k < count && pieces[k].b == a.b; k++)
+      for (int64_t d = 0; d < D; d++) a.sum[d] += pieces[k].sum[d];
+    const Query<R>& q = queries[a.b];
+    const bool lost = q.mode == kLost, hard = q.mode == kHard;
+    double total = 0;
+    for (int64_t i = list.start[a.b]; !lost && i < list.start[a.b + 1]; i++) {
+      total += t[i];
+      if (io.grad_bias) io.grad_bias[list.index[i]] += gy[i];
+    }
+    R* gx = (R*)io.grad_x + a.b * D;
+    for (int64_t d = 0; d < D; d++) gx[d] = (R)(lost ? nan : hard ? 0 : (q.alpha * a.sum[d] - (double)q.x[d] * total) / q.sigma / q.sigma);
+    if (lost) io.grad_sigma[a.b] = io.grad_alpha[a.b] = io.grad_temperature[a.b] = nan;
+    if (lost && io.grad_bias) io.grad_bias[0] = nan;
+  }
+  return 0;
+}
+
+} }  // namespace
