@@ -131,10 +131,14 @@ def _scan(
     # |xc|^2 and |yc_n|^2 are sums of D rounded squares of rounded differences. Lowering |xc|^2 by a
     # bound on all these errors, whatever row, keeps every bound on a logit an upper bound.
     reach = index.y_max + 2 * torch.linalg.vector_norm(rows.center).to(torch.float64)
-    sq = p.sq - _ULP * (x.shape[1] + 32) * (p.sq.sqrt() + alpha.abs() * reach).square()
+    size = p.sq.sqrt()
+    sq = p.sq - _ULP * (x.shape[1] + 32) * (size + alpha.abs() * reach).square()
+    sq = sq.clamp(min=0.0)
+    # A scan takes |xc| from it, to widen the products by at most 128 units of float32 of their size.
+    margin = p.margin + 2.0**-17 * index.y_max * (size - sq.sqrt())
     out: tuple[Tensor, Tensor, Tensor, Tensor] = ops_support.bound_scan(
         x, rows.rows, sigma, alpha, temperature, bias, rows.center, rows.sq_norms, rows.scale,
-        rows.shift, index.coarse, index.fine, p.z, p.norms, p.margin, sq, index.dims,
+        rows.shift, index.coarse, index.fine, p.z, p.norms, margin, sq, index.dims,
         index.first_band, eps, cap,
     )  # fmt: skip
     return out
