@@ -14,7 +14,9 @@ ROOT = Path(memokern.__file__).parent
 LAYERS = [
     ["checks", "env", "files"],
     ["backends", "datasets", "processes"],
-    ["ops", "rows"],
+    ["bases", "ops", "rows"],
+    ["index"],
+    ["index_build"],
     ["data"],
     ["queries"],
     ["results"],
