@@ -95,7 +95,7 @@ def posterior(
         raise ValueError(f"expected method one of {', '.join(METHODS)}, got {method!r}")
     if tol is not None and not (isinstance(tol, float | int) and 0 < tol < math.inf):
         raise ValueError(f"expected tol as a finite number > 0, or None, got {tol!r}")
-    index = getattr(data, "index", None) if isinstance(data, TrainingSet) else None
+    index = data.index if isinstance(data, TrainingSet) else None
     if method == "pruned" and index is None:
         raise ValueError(
             "method='pruned' needs an index of the rows: call build_index() on the TrainingSet"

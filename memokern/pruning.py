@@ -16,17 +16,15 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from memokern import env, ops, ops_support
+from memokern.index import Index
 from memokern.queries import Rows
 from memokern.results import Certificate
-
-if TYPE_CHECKING:
-    from memokern.index import Index
 
 Sums = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -128,17 +126,9 @@ def _scan(
     x, sigma, alpha, temperature, bias = query
     assert rows.center is not None and rows.sq_norms is not None  # a TrainingSet has them
     p = index.project(x, alpha, rows.center)
-    # |xc|^2 and |yc_n|^2 are sums of D rounded squares of rounded differences. Lowering |xc|^2 by a
-    # bound on all these errors, whatever row, keeps every bound on a logit an upper bound.
-    reach = index.y_max + 2 * torch.linalg.vector_norm(rows.center).to(torch.float64)
-    size = p.sq.sqrt()
-    sq = p.sq - _ULP * (x.shape[1] + 32) * (size + alpha.abs() * reach).square()
-    sq = sq.clamp(min=0.0)
-    # A scan takes |xc| from it, to widen the products by at most 128 units of float32 of their size.
-    margin = p.margin + 2.0**-17 * index.y_max * (size - sq.sqrt())
     out: tuple[Tensor, Tensor, Tensor, Tensor] = ops_support.bound_scan(
         x, rows.rows, sigma, alpha, temperature, bias, rows.center, rows.sq_norms, rows.scale,
-        rows.shift, index.coarse, index.fine, p.z, p.norms, margin, sq, index.dims,
+        rows.shift, index.coarse, index.fine, p.z, p.norms, p.margin, p.sq, index.dims,
         index.first_band, eps, cap,
     )  # fmt: skip
     return out

@@ -50,10 +50,16 @@ class PlainIndex:
         norms = up(torch.cat([self.band_norms(true), size[:, None]], 1))
         # z in float32, level 0 of the rows in float32, products in float32.
         margin = 2.0**-24 * (2 * (self.dims[-1] + self.bands + 16) + 4) * size * self.y_max
-        return Projected(true[:, : self.dims[-1]].float(), norms, margin, size.square())
+        # |xc|^2 and |yc_n|^2 are sums of D rounded squares of rounded differences: |xc|^2 is lowered
+        # by a bound on all these errors, whatever the row; the margin by what that takes from it.
+        reach = self.y_max + 2 * center.double().norm()
+        off = 2.0**-52 * (x.shape[1] + 32) * (size + alpha.abs() * reach).square()
+        low = (size.square() - off).clamp(min=0.0)
+        margin = margin + 2.0**-17 * self.y_max * (size - low.sqrt())
+        return Projected(true[:, : self.dims[-1]].float(), norms, margin, low)
 
 
 def with_index(data, **kwargs):
     """The data set, indexed."""
-    data.index = PlainIndex(data, **kwargs)
+    data._index = PlainIndex(data, **kwargs)
     return data

@@ -146,6 +146,33 @@ def test_the_certificate_is_never_violated(problem):
     holds(*problem)
 
 
+@st.composite
+def built(draw):
+    """The same with the index that build_index makes: cosines for images, else principal axes."""
+    data, _, *rest = draw(problems())
+    rows = data.rows
+    seed = draw(st.integers(0, 2**20))
+    shape = draw(st.sampled_from([(24,), (40,), (8, 8), (3, 8, 8)]))
+    n, d = len(rows), math.prod(shape)
+    kind = draw(st.sampled_from(["random", "clustered", "low-rank", "duplicated", "adversarial"]))
+    values = rows_of(kind, n, d, seed)
+    dtype = draw(st.sampled_from([F64, torch.float32, torch.float16, torch.uint8]))
+    if dtype == torch.uint8:
+        values = (values * 20 + 128).clamp(0, 255)
+    data = TrainingSet(values.to(dtype).reshape(n, *shape))
+    data.build_index(dims=draw(st.sampled_from([(4, 12, 20), (16,), None])))
+    y = data.rows.double() * data.scale + data.shift
+    x, sigma, alpha, *rest = rest
+    x = (alpha * y[torch.arange(4) % n] + sigma * normal(4, d, seed=seed + 4)).to(x.dtype)
+    return data, data.index, x, sigma, alpha, *rest
+
+
+@given(problem=built())
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_the_certificate_is_never_violated_with_an_index_as_built(problem):
+    holds(*problem)
+
+
 def trap(n=40, d=20, seed=0):
     """Rows whose order the last coordinates decide, and queries aligned with half of them."""
     data = TrainingSet(adversarial_rows(n, d, seed))

@@ -14,8 +14,9 @@ ROOT = Path(memokern.__file__).parent
 LAYERS = [
     ["checks", "env", "files"],
     ["backends", "datasets", "processes"],
-    ["ops", "rows"],
-    ["ops_support"],
+    ["bases", "ops", "rows"],
+    ["index", "ops_support"],
+    ["index_build"],
     ["data"],
     ["queries"],
     ["results"],
