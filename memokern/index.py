@@ -30,6 +30,8 @@ VERSION = 1
 STORAGES = {"float16": torch.float16, "float32": torch.float32}
 # Numbers in a chunk of queries.
 QUERY_ELEMENTS = 1 << 22
+# Of the rows that a fingerprint looks at.
+SEEN_BYTES = 1 << 22
 U32, U64 = bases.unit(torch.float32), bases.unit(torch.float64)
 
 
@@ -229,8 +231,9 @@ class Index:
 
     # --- files --------------------------------------------------------------------------------
 
-    def state(self) -> tuple[str, dict[str, Tensor]]:
-        """What `from_state` needs, for a file: JSON, and tensors by name."""
+    def state(self, sq_norms: Tensor) -> tuple[str, dict[str, Tensor]]:
+        """What `restored` needs, for a file: JSON, and tensors by name. With what the index was
+        built about: computed anew the last bits could differ."""
         described = {
             "version": VERSION,
             "basis": self.basis,
@@ -241,40 +244,9 @@ class Index:
             "fingerprint": self.fingerprint,
         }
         tensors = {"coarse": self.coarse, "fine": self.fine, "center": self.center}
+        tensors["sq_norms"] = sq_norms
         basis = {f"basis.{name}": tensor for name, tensor in self._basis.state().items()}
         return json.dumps(described), tensors | basis
-
-    @classmethod
-    def from_state(
-        cls, described: str, tensors: Mapping[str, Tensor], shape: Sequence[int]
-    ) -> Index:
-        """The index that `state` described, of rows of this shape. ValueError if it is none."""
-        try:
-            found: dict[str, Any] = json.loads(described)
-            version = found["version"]
-            if version != VERSION:
-                raise ValueError(
-                    f"it has version {version!r}, expected {VERSION}, of another memokern"
-                )
-            state = {k.removeprefix("basis."): t for k, t in tensors.items() if k[:6] == "basis."}
-            index = cls(
-                bases.from_state(found["basis"], state, shape),
-                [int(k) for k in found["dims"]],
-                [int(k) for k in found["edges"]],
-                tensors["coarse"],
-                tensors["fine"],
-                tensors["center"],
-                float(found["y_max"]),
-                float(found["row_error"]),
-                str(found["fingerprint"]),
-            )
-            index._require_consistent(math.prod(shape))
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise ValueError(
-                f"the index in the file cannot be used ({error}): load with index=False, and "
-                "build_index() anew"
-            ) from error
-        return index
 
     def _require_consistent(self, dim: int) -> None:
         """ValueError unless the parts fit each other and rows of `dim` features."""
@@ -308,6 +280,40 @@ class Index:
                 f"{scale!r} and shift {shift!r}: they changed after it was built. Load with "
                 "index=False, and build_index() anew"
             )
+
+
+def restored(
+    described: str, tensors: Mapping[str, Tensor], shape: Sequence[int]
+) -> tuple[Index, Tensor]:
+    """The index that `Index.state` described, of rows of this shape, and the rows' sq_norms.
+    ValueError if it is none: of another version, or damaged."""
+    try:
+        found: dict[str, Any] = json.loads(described)
+        version = found["version"]
+        if version != VERSION:
+            raise ValueError(f"it has version {version!r}, expected {VERSION}: of another memokern")
+        state = {name[6:]: part for name, part in tensors.items() if name.startswith("basis.")}
+        index = Index(
+            bases.from_state(found["basis"], state, shape),
+            [int(k) for k in found["dims"]],
+            [int(k) for k in found["edges"]],
+            tensors["coarse"],
+            tensors["fine"],
+            tensors["center"],
+            float(found["y_max"]),
+            float(found["row_error"]),
+            str(found["fingerprint"]),
+        )
+        index._require_consistent(math.prod(shape))
+        sq_norms = tensors["sq_norms"]
+        if (tuple(sq_norms.shape), sq_norms.dtype) != ((index.n,), torch.float64):
+            raise ValueError("its sq_norms do not fit it")
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
+        raise ValueError(
+            f"the index in the file cannot be used ({error}): load with index=False, then "
+            "build_index() anew"
+        ) from error
+    return index, sq_norms
 
 
 # --- bands, rounding, which rows ---------------------------------------------------------------
@@ -366,7 +372,7 @@ def spread(n: int, most: int) -> Tensor:
 
 def fingerprint(rows: Tensor, scale: float, shift: float) -> str:
     """A hash of what the rows are: number, type, scale, shift, and the bytes of some of them."""
-    most = min(256, max(1, (1 << 22) // (rows.shape[1] * rows.element_size())))
+    most = min(256, max(1, SEEN_BYTES // (rows.shape[1] * rows.element_size())))
     some = rows.index_select(0, spread(len(rows), most).to(rows.device)).cpu()
     said = f"{tuple(rows.shape)} {rows.dtype} {scale!r} {shift!r}"
     return hashlib.sha256(said.encode() + some.view(torch.uint8).numpy().tobytes()).hexdigest()
