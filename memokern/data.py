@@ -344,7 +344,7 @@ class TrainingSet:
         )
         moved._center = None if self._center is None else self._center.to(device)
         moved._sq_norms = None if self._sq_norms is None else self._sq_norms.to(device)
-        if self._index is not None:
+        if self._index is not None and device.type != "meta":  # it has no shapes without values
             moved._index = self._index.to(device)
             moved._center = moved._index.center
         return moved

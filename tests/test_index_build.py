@@ -242,6 +242,9 @@ def test_a_subset_has_no_index_and_a_copy_has():
         assert same(twin.index, data.index)
         assert twin.index.center is twin.center
     assert data.to("cpu").index is data.index
+    assert same(data.index.to("cpu"), data.index)
+    assert repr(data.index.to("cpu")) == repr(data.index)
+    assert data.to("meta").index is None
 
 
 @pytest.mark.parametrize("basis", ["dct", "pca"])
