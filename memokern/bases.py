@@ -121,8 +121,9 @@ class Cosine:
         found = []
         for turn, down, across in parts:
             turned = turn @ value if channels > 1 else value
-            rows = turned.reshape(-1, width) @ across
-            found.append((down @ rows.reshape(m * len(turn), height, -1)).reshape(m, -1))
+            rows = turned.reshape(m * len(turn) * height, width) @ across
+            box = down @ rows.reshape(m * len(turn), height, across.shape[1])
+            found.append(box.reshape(m, len(turn) * len(down) * across.shape[1]))
         return torch.cat(found, dim=1).index_select(1, self._place)
 
     def error(self, dtype: torch.dtype) -> float:

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from memokern import checks, datasets, files, index_build
 from memokern.datasets import sources
-from memokern.index import Index
+from memokern.index import Index, restored
 from memokern.rows import (
     UINT8_SCALE,
     UINT8_SHIFT,
@@ -136,9 +136,8 @@ class TrainingSet:
         if check:
             require_finite(self.rows)
         if index and "index" in found and (scale, shift) == (found["scale"], found["shift"]):
-            described, tensors = found["index"]
-            self._sq_norms = tensors.pop("sq_norms", None)
-            self._index = Index.from_state(described, tensors, self.shape)
+            described, parts = found["index"]
+            self._index, self._sq_norms = restored(described, parts, self.shape)
             self._index.require_match(self.rows, self.scale, self.shift)
             self._center = self._index.center
 
@@ -345,7 +344,7 @@ class TrainingSet:
         )
         moved._center = None if self._center is None else self._center.to(device)
         moved._sq_norms = None if self._sq_norms is None else self._sq_norms.to(device)
-        if self._index is not None:
+        if self._index is not None and device.type != "meta":  # it has no shapes without values
             moved._index = self._index.to(device)
             moved._center = moved._index.center
         return moved
@@ -373,9 +372,7 @@ class TrainingSet:
         if self.name is not None:
             metadata["name"] = self.name
         if self._index is not None:
-            metadata["index"], parts = self._index.state()
-            # What the index was built about: computed anew the last bits could differ.
-            parts["sq_norms"] = self.sq_norms
+            metadata["index"], parts = self._index.state(self.sq_norms)
             tensors |= {sources.INDEX_PREFIX + name: tensor for name, tensor in parts.items()}
         files.write_safetensors(path, tensors, metadata)
 

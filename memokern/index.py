@@ -30,6 +30,8 @@ VERSION = 1
 STORAGES = {"float16": torch.float16, "float32": torch.float32}
 # Numbers in a chunk of queries.
 QUERY_ELEMENTS = 1 << 22
+# Of the rows that a fingerprint looks at.
+SEEN_BYTES = 1 << 22
 U32, U64 = bases.unit(torch.float32), bases.unit(torch.float64)
 
 
@@ -108,6 +110,7 @@ class Index:
         self._center_norm = float(self._center64.norm())
         # Near enough for x - alpha c in float32.
         self._near = self._center_norm <= 4 * y_max
+        self._margin_cache: dict[tuple[float, torch.dtype], tuple[Tensor, Tensor]] = {}
         self._cuts = cuts_of(self.edges, basis.size, center.device)
 
     @property
@@ -199,38 +202,52 @@ class Index:
             value = torch.addcmul(x.to(torch.float64), alpha[:, None], self._center64, value=-1)
             u = U64
         norm = torch.linalg.vector_norm(value, dim=1, dtype=torch.float64)
-        size = alpha.abs()
-        # alpha, the product and the difference are each rounded once: at most u (2 |alpha c| +
-        # |xc|); the norm 2^-53 per feature.
-        slack = (norm * (1.01 * u + (self.dim + 8) * U64)).add_(
-            size, alpha=2.02 * u * self._center_norm
-        )
-        high = norm + slack  # >= |xc|
-        low = (norm - slack).clamp_(min=0.0)
         coordinates = self._basis.coordinates(value.to(torch.float32) if narrow else value)
+        weights, constants = self._margins(u, coordinates.dtype)
+        scalars = torch.addmm(constants, torch.stack([norm, alpha.abs()], dim=1), weights)
+        high, low, error, margin = scalars.unbind(dim=1)
+        # False too where a query is NaN.
+        margin = torch.where(high < 1e36 / max(1.0, self.y_max), margin, math.inf)
+        norms = [*band_norms(coordinates, self._cuts, self.bands, high, error), high[:, None]]
+        z = coordinates[:, : self.dims[-1]].to(torch.float32).contiguous()
+        return Projected(z, rounded_up(torch.cat(norms, dim=1)), margin, low.clamp(min=0) ** 2)
+
+    def _margins(self, u: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """[2, 4] and [4] float64: what a query's norm as computed and |alpha| are worth in a bound
+        of |xc| from above, one from below, of the error of its coordinates, and in the margin;
+        for xc rounded in u, coordinates computed in dtype. (Few large operations: for a batch of
+        64 small ones on [B] would cost as much as the transform.)"""
+        found = self._margin_cache.get((u, dtype))
+        if found is not None:
+            return found
+        dim, y_max, center = self.dim, self.y_max, self._center_norm
+        # alpha, alpha c and the difference are each rounded once: at most u (2 |alpha c| + |xc|);
+        # the norm 2^-53 per feature.
+        slack = [1.01 * u + (dim + 8) * U64, 2.02 * u * center]
+        high = [1 + slack[0], slack[1]]
+        low = [1 - slack[0], -slack[1]]
         # Of all coordinates together, including their rounding to float32.
-        relative = 1.01 * self._basis.error(coordinates.dtype) + 2.01 * U32
-        error = (high * relative).add_(slack, alpha=1.01)
-        norms = band_norms(coordinates, self._cuts, self.bands, high, error)
+        relative = 1.01 * self._basis.error(dtype) + 2.01 * U32
+        error = [relative * h + 1.01 * s for h, s in zip(high, slack, strict=True)]
         # In order: the products accumulated, and the rows' head rounded to float32 at level 0; the
         # rows' coordinates as computed; the query's, in the head and in the bands together; half
         # the rounding of alpha^2 sq_norms; products too small for float32.
-        y_max = self.y_max
         terms = self.dims[-1] + self.bands + 16
-        margin = high * (y_max * (2 * terms + 2) * U32 + 2 * self.row_error)
-        margin.add_(error, alpha=y_max)
-        margin.add_(size, alpha=y_max * ((self.dim + 8) * U64 * y_max + 2 * self.row_error))
-        margin.add_(self.dim * 2.0**-126 * (1 + y_max))
-        # False too where a query is NaN.
-        margin = torch.where(high < 1e36 / max(1.0, y_max), margin, math.inf)
-        z = coordinates[:, : self.dims[-1]].to(torch.float32).contiguous()
-        norms = torch.cat([norms, high[:, None]], dim=1)
-        return Projected(z, rounded_up(norms), margin, low.square_())
+        share = y_max * (2 * terms + 2) * U32 + 2 * self.row_error
+        margin = [share * h + y_max * e for h, e in zip(high, error, strict=True)]
+        margin[1] += y_max * ((dim + 8) * U64 * y_max + 2 * self.row_error)
+        least = dim * 2.0**-126 * (1 + y_max)
+        weights = torch.tensor([high, low, error, margin], dtype=torch.float64).T.contiguous()
+        constants = torch.tensor([0.0, 0.0, 0.0, least], dtype=torch.float64)
+        found = weights.to(self.device), constants.to(self.device)
+        self._margin_cache[u, dtype] = found
+        return found
 
     # --- files --------------------------------------------------------------------------------
 
-    def state(self) -> tuple[str, dict[str, Tensor]]:
-        """What `from_state` needs, for a file: JSON, and tensors by name."""
+    def state(self, sq_norms: Tensor) -> tuple[str, dict[str, Tensor]]:
+        """What `restored` needs, for a file: JSON, and tensors by name. With what the index was
+        built about: computed anew the last bits could differ."""
         described = {
             "version": VERSION,
             "basis": self.basis,
@@ -241,40 +258,9 @@ class Index:
             "fingerprint": self.fingerprint,
         }
         tensors = {"coarse": self.coarse, "fine": self.fine, "center": self.center}
+        tensors["sq_norms"] = sq_norms
         basis = {f"basis.{name}": tensor for name, tensor in self._basis.state().items()}
         return json.dumps(described), tensors | basis
-
-    @classmethod
-    def from_state(
-        cls, described: str, tensors: Mapping[str, Tensor], shape: Sequence[int]
-    ) -> Index:
-        """The index that `state` described, of rows of this shape. ValueError if it is none."""
-        try:
-            found: dict[str, Any] = json.loads(described)
-            version = found["version"]
-            if version != VERSION:
-                raise ValueError(
-                    f"it has version {version!r}, expected {VERSION}, of another memokern"
-                )
-            state = {k.removeprefix("basis."): t for k, t in tensors.items() if k[:6] == "basis."}
-            index = cls(
-                bases.from_state(found["basis"], state, shape),
-                [int(k) for k in found["dims"]],
-                [int(k) for k in found["edges"]],
-                tensors["coarse"],
-                tensors["fine"],
-                tensors["center"],
-                float(found["y_max"]),
-                float(found["row_error"]),
-                str(found["fingerprint"]),
-            )
-            index._require_consistent(math.prod(shape))
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise ValueError(
-                f"the index in the file cannot be used ({error}): load with index=False, and "
-                "build_index() anew"
-            ) from error
-        return index
 
     def _require_consistent(self, dim: int) -> None:
         """ValueError unless the parts fit each other and rows of `dim` features."""
@@ -310,33 +296,72 @@ class Index:
             )
 
 
+def restored(
+    described: str, tensors: Mapping[str, Tensor], shape: Sequence[int]
+) -> tuple[Index, Tensor]:
+    """The index that `Index.state` described, of rows of this shape, and the rows' sq_norms.
+    ValueError if it is none: of another version, or damaged."""
+    try:
+        found: dict[str, Any] = json.loads(described)
+        version = found["version"]
+        if version != VERSION:
+            raise ValueError(f"it has version {version!r}, expected {VERSION}: of another memokern")
+        state = {name[6:]: part for name, part in tensors.items() if name.startswith("basis.")}
+        index = Index(
+            bases.from_state(found["basis"], state, shape),
+            [int(k) for k in found["dims"]],
+            [int(k) for k in found["edges"]],
+            tensors["coarse"],
+            tensors["fine"],
+            tensors["center"],
+            float(found["y_max"]),
+            float(found["row_error"]),
+            str(found["fingerprint"]),
+        )
+        index._require_consistent(math.prod(shape))
+        sq_norms = tensors["sq_norms"]
+        if (tuple(sq_norms.shape), sq_norms.dtype) != ((index.n,), torch.float64):
+            raise ValueError("its sq_norms do not fit it")
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
+        raise ValueError(
+            f"the index in the file cannot be used ({error}): load with index=False, then "
+            "build_index() anew"
+        ) from error
+    return index, sq_norms
+
+
 # --- bands, rounding, which rows ---------------------------------------------------------------
 
 
 def cuts_of(edges: Sequence[int], size: int, device: torch.device) -> Tensor:
-    """[size, 1 + inner bands] float64 of 0 and 1: which of the coordinates computed are in the
-    head, and in each band that is cut out of them."""
+    """[size / step, 1 + inner bands] float64 of 0 and 1: which of the coordinates computed are in
+    the head, and in each band that is cut out of them; `step` coordinates at a time."""
     inner = [0] + [edge for edge in edges if edge <= size]
-    cuts = torch.zeros(size, len(inner) - 1, dtype=torch.float64)
+    step = math.gcd(*inner)
+    cuts = torch.zeros(size // step, len(inner) - 1, dtype=torch.float64)
     for band, (low, high) in enumerate(pairwise(inner)):
-        cuts[low:high, band] = 1
+        cuts[low // step : high // step, band] = 1
     return cuts.to(device)
 
 
 def band_norms(
     coordinates: Tensor, cuts: Tensor, bands: int, high: Tensor, error: Tensor
-) -> Tensor:
-    """[m, bands] float64: the norms of the coordinates as they are in each band, rounded up. Of a
-    last band that was not computed, a bound on its true norm: |v|^2 <= high^2 is that of all."""
-    squares = coordinates.to(torch.float64).square() @ cuts
-    grow = 1 + (len(cuts) + 8) * U64
-    norms = (squares[:, 1:] * grow).sqrt_()
-    if norms.shape[1] == bands:
-        return norms
-    # The true coordinates are within `error` of those computed.
-    known = (squares.sum(dim=1) / grow).sqrt_().sub_(error).clamp_(min=0.0)
-    rest = ((high - known) * (high + known) * (1 + 8 * U64)).clamp_(min=0.0).sqrt_()
-    return torch.cat([norms, rest[:, None]], dim=1)
+) -> list[Tensor]:
+    """The norms of coordinates [m, M] as they are in each band cut out of them, [m, .] float64,
+    rounded up; then, for a last band that was not computed, a bound on its true norm, [m, 1].
+
+    For that, |v| <= high, and the true coordinates are within `error` of those computed.
+    """
+    m, size = coordinates.shape
+    squares = coordinates.to(torch.float64).square().view(m, len(cuts), size // len(cuts))
+    sums = squares.sum(dim=2) @ cuts
+    grow = 1 + (size + 8) * U64
+    norms = [(sums[:, 1:] * grow).sqrt_()]
+    if norms[0].shape[1] < bands:
+        known = (sums.sum(dim=1) / grow).sqrt_().sub_(error).clamp_(min=0.0)
+        rest = ((high - known) * (high + known) * (1 + 8 * U64)).clamp_(min=0.0).sqrt_()
+        norms.append(rest[:, None])
+    return norms
 
 
 def rounded_up(value: Tensor) -> Tensor:
@@ -346,7 +371,9 @@ def rounded_up(value: Tensor) -> Tensor:
 
 def _float32_is_float32(device: torch.device) -> bool:
     """Whether products of float32 matrices are made of float32, not of something shorter."""
-    return device.type == "cpu" and torch.get_float32_matmul_precision() == "highest"
+    # set_float32_matmul_precision shows here too; its getter raises after newer settings.
+    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    return device.type == "cpu" and settings.fp32_precision in ("none", "ieee")
 
 
 def spread(n: int, most: int) -> Tensor:
@@ -366,7 +393,7 @@ def spread(n: int, most: int) -> Tensor:
 
 def fingerprint(rows: Tensor, scale: float, shift: float) -> str:
     """A hash of what the rows are: number, type, scale, shift, and the bytes of some of them."""
-    most = min(256, max(1, (1 << 22) // (rows.shape[1] * rows.element_size())))
+    most = min(256, max(1, SEEN_BYTES // (rows.shape[1] * rows.element_size())))
     some = rows.index_select(0, spread(len(rows), most).to(rows.device)).cpu()
     said = f"{tuple(rows.shape)} {rows.dtype} {scale!r} {shift!r}"
     return hashlib.sha256(said.encode() + some.view(torch.uint8).numpy().tobytes()).hexdigest()

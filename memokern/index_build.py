@@ -98,7 +98,7 @@ def build(
                 high = sq_norms[part].sqrt() * (1 + (dim + 8) * U64) + value_error
                 error = relative * high + value_error
                 norms = band_norms(coordinates, cuts, bands, high, error)
-                norms[:, : cuts.shape[1] - 1] += error[:, None]
+                norms[0] += error[:, None]
                 head, tail = coarse[part], fine[part]
                 head[:, :k0] = coordinates[:, :k0]
                 tail.copy_(coordinates[:, k0:last])
@@ -106,7 +106,7 @@ def build(
                 difference[:, :k0] -= head[:, :k0]
                 difference[:, k0:] -= tail
                 pad = torch.linalg.vector_norm(difference, dim=1) * (1 + (last + 8) * U64) + error
-                head[:, k0 : k0 + bands] = rounded_up(norms)
+                head[:, k0 : k0 + bands] = rounded_up(torch.cat(norms, dim=1))
                 head[:, -1] = rounded_up(pad)
                 bar.update(part.stop - part.start)
     return Index(
