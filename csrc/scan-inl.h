@@ -6,6 +6,10 @@
 // s_n - |xc|^2 / 2 of rows evaluated by direct differences: proven. A row is dropped when its bound, widened by all
 // that rounding can do (slack), is below best + |xc|^2 / 2 - sigma^2 T log(N / eps).
 //
+// A query made by the forward process, alpha y + sigma noise, is at about sigma^2 D from its row. The first pass trusts that
+// (`floor`), so that nothing is listed in vain before that row is met. A query that turns out to have no row so near, or too
+// long a list, is scanned again, with the best that the first pass has proven.
+//
 // One task owns a block of queries and a range of rows, in chunks: level 0 of a whole chunk, queries across the lanes; the
 // most promising row of each query evaluated; further levels of the whole chunk while many rows are left, else the rows
 // left go to a list for each query, which climbs the rest of the ladder row by row at the end.
@@ -29,11 +33,12 @@ struct Entry { uint32_t n; float up; };
 struct List {
   Entry* e;
   int64_t count, room, done;  // the first `done` entries are at the top of the ladder
-  double best;                // of rows evaluated
-  int64_t tried;              // the last of them
+  double best, floor;         // of rows evaluated; what this pass trusts to be reached
+  int64_t tried, hint;        // the last of them; the most promising row, not evaluated, or -1
+  const uint8_t* levels;      // [chunks] of a chunk's rows as they were listed
+  double known() const { return dmax(best, floor); }
   int level;                  // levels used
   bool lost;                  // given up
-  ~List() { free(e); }
   bool push(uint32_t n, float up) {
     if (count == room) {
       const int64_t more = imax(256, 2 * room);
@@ -62,6 +67,7 @@ struct Scanned {         // a query
   bool active;
   double alpha, a, s2;   // a = |alpha|, sigma^2
   double reach, scale;   // |xc|^2 / 2 - sigma^2 T log(N / eps) - slack; sigma^2 T
+  double usual;          // the least `best` of a query made by the forward process, six deviations off
   // Below it, a computed bound is that of a row to drop.
   float least(double best) const {
     const float v = (float)(best + reach);
@@ -81,8 +87,9 @@ struct Scan {
   Exact<double>::F exact_d;
   Scanned* q;            // [b]
   int64_t N, D, k0, K, nb, stride, top;  // stride of coarse; the last level
-  int64_t lanes, blocks, parts, NT, chunks;
-  uint8_t* level;        // [blocks][chunks] of the chunk's rows as they were listed
+  const int64_t* who;    // [count] the queries of this pass
+  int64_t count, lanes, blocks, parts, NT, chunks;
+  uint8_t* level;        // [blocks][chunks]
   List* lists;           // [parts][b]
   bool none;             // no bias
 
@@ -117,6 +124,7 @@ static Scanned scan_query(const Scan& s, int64_t b, double y_max, double c, doub
   const double slack = q.a * margin + 64 * u * product + (s.stride + 64) * u * rest + 1e-12 * sq + 1e-15 * q.a * (c + y_max) * (x + q.a * y_max) + 1e-35;
   q.reach = 0.5 * sq - span - slack;
   // Out of these ranges float could overflow, or lose sigma^2 b: the caller has a way for every query.
+  q.usual = -0.5 * q.s2 * s.D * (1 + 6 * __builtin_sqrt(2.0 / s.D)) - q.s2 * b_max;
   q.active = sigma > 1e-15 && sigma < 1e15 && T > 1e-15 && T < 1e15 && q.a < 1e15 && sq < 1e30 && margin >= 0 && slack < 1e30 && span < 1e30 && product + rest < 1e30;
   return q;
 }
@@ -206,14 +214,14 @@ template <class S> static float segment(const S* p, const float* x, int64_t coun
 
 // What a level adds for query b: a z in `x` [K - k0], and -a |x_b| for the bands that its coordinates replace. At level 1 the
 // stored coordinates' own error comes in, and stays.
-template <class S> static void climb(const Scan& s, int64_t b, List& l, const uint8_t* chunk_level, float* x) {
+template <class S> static void climb(const Scan& s, int64_t b, List& l, float* x) {
   const Bounds& in = *s.bound;
   const Scanned& q = s.q[b];
   const int64_t fine = s.K - s.k0;
   const float* norms = in.norms + b * (s.nb + 1);
   for (int64_t k = 0; k < fine; k++) x[k] = (float)q.alpha * in.z[b * s.K + s.k0 + k];
   enum { AHEAD = 12 };
-  float least = q.least(l.best);
+  float least = q.least(l.known());
   for (int64_t level = 1; level <= s.top && l.count > 1 && l.done < l.count; level++) {
     const int64_t k1 = in.dims[level - 1] - s.k0, k2 = in.dims[level] - s.k0, b1 = in.first_band[level - 1], b2 = in.first_band[level];
     const float pad = level == 1 ? (float)q.a * norms[s.nb] : 0;
@@ -227,7 +235,7 @@ template <class S> static void climb(const Scan& s, int64_t b, List& l, const ui
         __builtin_prefetch(in.coarse + n * s.stride + s.k0 + b1);
       }
       if (e.up < least) continue;
-      if (chunk_level[e.n / s.NT] < level) {
+      if (l.levels[e.n / s.NT] < level) {
         const float* y = in.coarse + e.n * s.stride + s.k0;
         float sum = segment((const S*)in.fine + e.n * fine + k1, x + k1, k2 - k1), bands = pad * y[s.nb];
         for (int64_t k = b1; k < b2; k++) bands -= (float)q.a * norms[k] * y[k];
@@ -244,7 +252,7 @@ template <class S> static void climb(const Scan& s, int64_t b, List& l, const ui
     l.level = (int)imax(l.level, level + 1);
     if (kept > 1 && promising >= 0) {  // one exact row, to drop others that would each cost as much
       s.consider(b, promising, l);
-      least = q.least(l.best);
+      least = q.least(l.known());
     }
   }
   l.filter(least);
@@ -288,11 +296,12 @@ template <class S> static void tile_level(const Scan& s, int64_t level, int64_t 
 struct ScanWork {
   enum { W = Vec<float>::W, NR = 2 * W };
   const Scan* s;
-  int64_t b0, B, Bp;     // its queries; in whole vectors
+  const int64_t* who;    // [B] its queries; in whole vectors, Bp
+  int64_t B, Bp;
   float *x0, *xl, *p, *y, *h, *bias, *a2, *s2, *least, *best, *top, *last;
   int32_t* where;
   float** x_level;       // [levels] packed queries of the further levels, when they are there
-  List* lists;           // [B]
+  List* lists;           // [b] of its part
   Arena arena;
   bool failed;
 
@@ -333,18 +342,18 @@ struct ScanWork {
     return x + i0 * K + k * n + (i - i0);
   }
   void load(int64_t block, List* to) {
-    b0 = block * s->lanes;
-    B = imin(s->lanes, s->in->b - b0);
+    who = s->who + block * s->lanes;
+    B = imin(s->lanes, s->count - block * s->lanes);
     Bp = round_up(B, (int64_t)W);
     lists = to;
     const int64_t K0 = s->k0 + s->nb;
     memset((void*)x0, 0, s->stride * s->lanes * sizeof(float));
     for (int64_t i = 0; i < Bp; i++) {
-      const int64_t b = b0 + i;
+      const int64_t b = i < B ? who[i] : 0;
       const bool active = i < B && s->q[b].active;
       a2[i] = active ? (float)(s->q[b].a * s->q[b].a) : 0;
       s2[i] = active ? (float)s->q[b].s2 : 1;
-      least[i] = active ? (float)-kInf : (float)kInf;
+      least[i] = active ? s->q[b].least(to[b].known()) : (float)kInf;
       top[i] = (float)-kInf;
       if (!active) continue;
       for (int64_t k = 0; k < s->k0; k++) *at(x0, K0, i, k) = (float)s->q[b].alpha * s->bound->z[b * s->K + k];
@@ -385,10 +394,12 @@ struct ScanWork {
       }
     }
     for (int64_t i = 0; i < B; i++) {  // the most promising row of each query, if it promises more than those before
-      if (!(best[i] > top[i]) || !s->q[b0 + i].active || lists[i].lost) continue;
+      const Scanned& q = s->q[who[i]];
+      List& l = lists[who[i]];
+      if (!(best[i] > top[i]) || !q.active) continue;
       top[i] = best[i];
       int64_t n = -1;
-      float most = (float)-kInf;
+      float most = (float)-kInf, bound = 0;
       for (int64_t j = where[i]; j < imin(where[i] + (int64_t)UNIT, cnt); j++) {
         const float* c = s->bound->coarse + (n0 + j * step) * s->stride;
         float product = 0;
@@ -396,11 +407,15 @@ struct ScanWork {
         const float guess = (1 - kHope) * (product + a2[i] * h[j] + (s->none ? 0 : s2[i] * bias[j])) + kHope * p[j * Bp + i];
         if (!(guess > most)) continue;
         most = guess;
+        bound = p[j * Bp + i];
         n = n0 + j * step;
       }
       if (n < 0) continue;
-      s->consider(b0 + i, n, lists[i]);
-      least[i] = s->q[b0 + i].least(lists[i].best);
+      l.hint = n;
+      if (bound < q.least(l.known())) continue;  // it cannot be better
+      s->consider(who[i], n, l);
+      l.hint = -1;
+      if (!l.lost) least[i] = q.least(l.known());
     }
   }
   int64_t count(int64_t cnt) const {
@@ -421,11 +436,11 @@ struct ScanWork {
       x_level[level] = x;
       memset((void*)x, 0, K * s->lanes * sizeof(float));
       for (int64_t i = 0; i < B; i++) {
-        const Scanned& q = s->q[b0 + i];
+        const Scanned& q = s->q[who[i]];
         if (!q.active) continue;
-        const float* norms = in.norms + (b0 + i) * (s->nb + 1);
+        const float* norms = in.norms + who[i] * (s->nb + 1);
         int64_t k = 0;
-        for (int64_t d = k1; d < k2; d++) *at(x, K, i, k++) = (float)q.alpha * in.z[(b0 + i) * s->K + d];
+        for (int64_t d = k1; d < k2; d++) *at(x, K, i, k++) = (float)q.alpha * in.z[who[i] * s->K + d];
         for (int64_t e = b1; e < b2; e++) *at(x, K, i, k++) = -(float)q.a * norms[e];
         if (level == 1) *at(x, K, i, k) = (float)q.a * norms[s->nb];
       }
@@ -445,23 +460,28 @@ struct ScanWork {
         }
     }
   }
-  void list_rows(int64_t n0, int64_t cnt, const uint8_t* chunk_level, float* scratch) {
-    for (int64_t j = 0; j < cnt; j++)
-      for (int64_t i = 0; i < Bp; i += W) {
-        int bits = ~lanes_of(MEMOKERN_ISA_NS::load(p + j * Bp + i) < MEMOKERN_ISA_NS::load(least + i)) & ((1 << W) - 1);
-        for (; bits; bits &= bits - 1) {
-          const int64_t e = i + __builtin_ctz(bits);
-          failed |= !lists[e].push((uint32_t)(n0 + j), p[j * Bp + e]);
-        }
+  void list_rows(int64_t n0, int64_t cnt, float* scratch) {
+    bool full = false;
+    uint64_t live = 0;  // lanes without a query, or of one given up, list nothing: not even a NaN
+    for (int64_t i = 0; i < B; i++) live |= (uint64_t)(least[i] < (float)kInf) << i;
+    for (int64_t j = 0; j < cnt; j++) {
+      const float* to = p + j * Bp;
+      uint64_t bits = 0;
+      for (int64_t i = 0; i < Bp; i += W) bits |= (uint64_t)(~lanes_of(MEMOKERN_ISA_NS::load(to + i) < MEMOKERN_ISA_NS::load(least + i)) & ((1 << W) - 1)) << i;
+      for (bits &= live; bits; bits &= bits - 1) {
+        const int e = __builtin_ctzll(bits);
+        full |= !lists[who[e]].push((uint32_t)(n0 + j), to[e]);
       }
+    }
+    failed |= full;
     const int64_t cap = s->bound->cap, limit = imax(SCAN_LIST, 2 * cap);
     for (int64_t i = 0; i < B; i++) {
-      List& l = lists[i];
+      List& l = lists[who[i]];
       if (l.count <= limit) continue;
       l.filter(least[i]);
       if (l.count <= limit / 4 * 3) continue;
-      (s->bound->half ? climb<F16> : climb<float>)(*s, b0 + i, l, chunk_level, scratch);
-      least[i] = s->q[b0 + i].least(l.best);
+      (s->bound->half ? climb<F16> : climb<float>)(*s, who[i], l, scratch);
+      least[i] = s->q[who[i]].least(l.known());
       if (l.count <= cap) continue;
       l.lost = true;
       l.count = l.done = 0;
@@ -469,9 +489,10 @@ struct ScanWork {
     }
   }
   void run(int64_t block, int64_t part, float* scratch) {
-    load(block, s->lists + part * s->in->b + block * s->lanes);
+    load(block, s->lists + part * s->in->b);
     const int64_t c0 = s->chunks * part / s->parts, c1 = s->chunks * (part + 1) / s->parts, n_end = imin(s->N, c1 * s->NT);
     uint8_t* level = s->level + block * s->chunks;
+    for (int64_t i = 0; i < B; i++) lists[who[i]].levels = level;
     if (c1 - c0 > 16) level0(c0 * s->NT, (n_end - c0 * s->NT) / SCAN_SEED, SCAN_SEED);
     for (int64_t c = c0; c < c1; c++) {
       const int64_t n0 = c * s->NT, cnt = imin(s->NT, n_end - n0);
@@ -485,46 +506,45 @@ struct ScanWork {
         left = count(cnt);
       }
       level[c] = (uint8_t)l;
-      for (int64_t i = 0; i < B; i++) lists[i].level = (int)imax(lists[i].level, l + 1);
-      if (left > 0) list_rows(n0, cnt, level, scratch);
+      for (int64_t i = 0; i < B; i++) lists[who[i]].level = (int)imax(lists[who[i]].level, l + 1);
+      if (left > 0) list_rows(n0, cnt, scratch);
+    }
+    for (int64_t i = 0; i < B; i++) {
+      List& l = lists[who[i]];
+      if (l.hint >= 0 && l.best < l.floor) s->consider(who[i], l.hint, l);
     }
   }
 };
 
-static int scan_all(Scan& s, Lists& out, int threads) {
-  const Bounds& in = *s.bound;
-  const int64_t B = s.in->b, W = Vec<float>::W, NR = 2 * W;
-  double y2 = 0, c = 0, b_max = 0;
-  for (int64_t n = 0; n < s.N; n++) y2 = dmax(y2, s.rows->sq_norms[n]);
-  for (int64_t d = 0; d < s.D; d++) c += s.rows->center[d] * s.rows->center[d];
-  for (int64_t n = 0; !s.none && n < s.N; n++) {
-    const double v = s.in->bias[n];
-    b_max = !(v < kInf) ? kInf : v > -kInf ? dmax(b_max, __builtin_fabs(v)) : b_max;
+// One pass of the queries who[0 .. count) over the rows, by tasks; then what one part found serves all.
+static int scan_pass(Scan& s, Arena& arena, int threads, bool first) {
+  const int64_t B = s.in->b, W = Vec<float>::W, NR = 2 * W, fine = s.K - s.k0;
+  s.blocks = imax((s.count + SCAN_B - 1) / SCAN_B, imin(threads, s.count / NR));
+  s.lanes = round_up((s.count + s.blocks - 1) / s.blocks, s.count > NR ? NR : W);
+  s.blocks = (s.count + s.lanes - 1) / s.lanes;
+  if (first) {  // the second has the same parts and chunks: its lists are those of the first
+    s.parts = s.blocks % threads == 0 || s.blocks >= 4 * threads ? 1 : threads;
+    s.NT = imin(imax(SCAN_P / 4 / s.lanes, 2 * SCAN_SEED), (s.N + s.parts - 1) / s.parts);
+    s.NT = round_up(s.NT, UNIT);
+    s.chunks = (s.N + s.NT - 1) / s.NT;
+    s.parts = imin(s.parts, s.chunks);
+    s.lists = (List*)calloc(B * s.parts, sizeof(List));
+    if (!s.lists) return 1;
+    for (int64_t i = 0; i < B * s.parts; i++) s.lists[i].best = -kInf;
   }
-  s.blocks = imax((B + SCAN_B - 1) / SCAN_B, imin(threads, B / NR));
-  s.lanes = round_up((B + s.blocks - 1) / s.blocks, B > NR ? NR : W);
-  s.blocks = (B + s.lanes - 1) / s.lanes;
-  s.parts = s.blocks % threads == 0 || s.blocks >= 4 * threads ? 1 : threads;
-  s.NT = imin(imax(SCAN_P / 4 / s.lanes, 2 * SCAN_SEED), (s.N + s.parts - 1) / s.parts);
-  s.NT = round_up(s.NT, UNIT);
-  s.chunks = (s.N + s.NT - 1) / s.NT;
-  s.parts = imin(s.parts, s.chunks);
-  const int64_t tasks = s.blocks * s.parts, fine = s.K - s.k0, climbs = B * s.parts;
-  const int workers = (int)imax(1, imin(threads, imax(tasks, climbs)));
-  Arena arena;
-  if (!arena.reserve(Arena::bytes<Scanned>(B) + Arena::bytes<uint8_t>(s.blocks * s.chunks) + Arena::bytes<float>(tasks * fine) + Arena::bytes<float>(climbs * fine))) return 1;
-  s.q = arena.take<Scanned>(B);
+  const int64_t tasks = s.blocks * s.parts;
+  const int workers = (int)imax(1, imin(threads, tasks));
+  if (!arena.reserve(Arena::bytes<uint8_t>(s.blocks * s.chunks) + Arena::bytes<float>(tasks * fine))) return 1;
   s.level = arena.take<uint8_t>(s.blocks * s.chunks);
   float* scratch = arena.take<float>(tasks * fine);
-  float* climbing = arena.take<float>(climbs * fine);
-  WorkList<List> lists((int)climbs);
-  if (!lists.items) return 1;
-  s.lists = lists.items;
-  for (int64_t i = 0; i < climbs; i++) {
-    s.lists[i].best = -kInf;
-    s.lists[i].tried = -1;
-  }
-  for (int64_t b = 0; b < B; b++) s.q[b] = scan_query(s, b, __builtin_sqrt(y2), __builtin_sqrt(c), b_max);
+  for (int64_t i = 0; i < s.count; i++)
+    for (int64_t j = 0; j < s.parts; j++) {
+      List& l = s.lists[j * B + s.who[i]];
+      l.count = l.done = l.level = 0;
+      l.tried = l.hint = -1;
+      l.lost = false;
+      l.floor = first ? s.q[s.who[i]].usual : -kInf;
+    }
   int failed = 0;
 #pragma omp parallel for num_threads(workers) schedule(dynamic, 1) reduction(| : failed) if (workers > 1)
   for (int64_t t = 0; t < tasks; t++) {
@@ -536,18 +556,53 @@ static int scan_all(Scan& s, Lists& out, int threads) {
       failed = 1;
     }
   }
-  if (failed) return 1;
-  for (int64_t b = 0; b < B; b++) {  // what one part found serves all
+  for (int64_t i = 0; i < s.count; i++) {
     double best = -kInf;
-    for (int64_t i = 0; i < s.parts; i++) best = dmax(best, s.lists[i * B + b].best);
-    for (int64_t i = 0; i < s.parts; i++) s.lists[i * B + b].best = best;
+    for (int64_t j = 0; j < s.parts; j++) best = dmax(best, s.lists[j * B + s.who[i]].best);
+    for (int64_t j = 0; j < s.parts; j++) s.lists[j * B + s.who[i]].best = best;
   }
+  return failed;
+}
+
+static int scan_all(Scan& s, Lists& out, int threads) {
+  const Bounds& in = *s.bound;
+  const int64_t B = s.in->b;
+  double y2 = 0, c = 0, b_max = 0;
+  for (int64_t n = 0; n < s.N; n++) y2 = dmax(y2, s.rows->sq_norms[n]);
+  for (int64_t d = 0; d < s.D; d++) c += s.rows->center[d] * s.rows->center[d];
+  for (int64_t n = 0; !s.none && n < s.N; n++) {
+    const double v = s.in->bias[n];
+    b_max = !(v < kInf) ? kInf : v > -kInf ? dmax(b_max, __builtin_fabs(v)) : b_max;
+  }
+  const int64_t fine = s.K - s.k0;
+  Arena arena, first, second;
+  if (!arena.reserve(Arena::bytes<Scanned>(B) + Arena::bytes<int64_t>(B) + Arena::bytes<float>(B * threads * fine))) return 1;
+  s.q = arena.take<Scanned>(B);
+  int64_t* who = arena.take<int64_t>(B);
+  for (int64_t b = 0; b < B; b++) {
+    s.q[b] = scan_query(s, b, __builtin_sqrt(y2), __builtin_sqrt(c), b_max);
+    if (s.q[b].active) who[s.count++] = b;
+  }
+  s.who = who;
+  if (s.count > 0 && scan_pass(s, first, threads, true)) return 1;
+  int64_t again = 0;
+  for (int64_t i = 0; i < s.count; i++) {
+    bool lost = false;
+    for (int64_t j = 0; j < s.parts; j++) lost |= s.lists[j * B + who[i]].lost;
+    if (lost || s.lists[who[i]].best < s.q[who[i]].usual) who[again++] = who[i];
+  }
+  s.count = again;
+  if (again > 0 && scan_pass(s, second, threads, false)) return 1;
+  const int64_t climbs = s.parts * B;
+  float* climbing = arena.take<float>(climbs * fine);
+  const int workers = (int)imax(1, imin(threads, climbs));
 #pragma omp parallel for num_threads(workers) schedule(dynamic, 1) if (workers > 1)
   for (int64_t t = 0; t < climbs; t++) {
     List& l = s.lists[t];
     const int64_t b = t % B;
+    if (l.lost || !s.q[b].active) continue;
     l.filter(s.q[b].least(l.best));
-    if (!l.lost && s.q[b].active) (in.half ? climb<F16> : climb<float>)(s, b, l, s.level + b / s.lanes * s.chunks, climbing + t * fine);
+    (in.half ? climb<F16> : climb<float>)(s, b, l, climbing + t * fine);
   }
   const double log_n = __builtin_log(s.N / in.eps);
   out.start[0] = 0;
@@ -600,7 +655,10 @@ static int run_bound_scan(const Rows& rows, const Queries& in, const Bounds& bou
   s.nb = bound.bands;
   s.stride = s.k0 + s.nb + 1;
   s.none = in.bias == nullptr;
-  return scan_all(s, out, threads);
+  const int failed = scan_all(s, out, threads);
+  for (int64_t i = 0; s.lists && i < s.parts * in.b; i++) free(s.lists[i].e);
+  free(s.lists);
+  return failed;
 }
 
 } }  // namespace
