@@ -14,7 +14,9 @@ What was dropped is bounded by the :class:`.Certificate`. Proofs: ``docs/pruning
 from __future__ import annotations
 
 import functools
+import math
 import time
+import weakref
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -22,7 +24,7 @@ import torch
 from torch import Tensor
 
 from memokern import env, ops, ops_support
-from memokern.index import Index
+from memokern.index import Index, Projected, spread
 from memokern.queries import Rows
 from memokern.results import Certificate
 
@@ -32,6 +34,7 @@ Sums = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 # data, is then below what the sweep's own rounding promises (1e-5 of the mean in float32) or, in
 # float64, does (1e-13). Smaller is cheap: the rows kept are those within log(N / eps) of the best.
 EPS = {torch.float32: 1e-6, torch.float64: 1e-14}
+SAMPLE = 256  # rows that show whether it is worth looking at all
 _ULP = 2.0**-52  # twice the unit roundoff: pays for the second-order terms too
 
 
@@ -95,7 +98,7 @@ def posterior(
         return _dense(query, rows), dense_certificate(query, n) if certificate else None
     cap = n if costs is None else min(n, int(n * (costs.row + costs.query) / costs.listed))
     with torch.no_grad():
-        start, listed, threshold, level = _scan(query, rows, index, eps, cap)
+        start, listed, threshold, level = _scan(query, rows, index, eps, cap, costs is not None)
         swept = _swept_densely(start.diff(), level, n, costs)
         n_swept = int(swept.sum())
     if n_swept == 0:
@@ -120,18 +123,80 @@ def posterior(
     return sums, _certificate(query, rows, index, sums, start.diff(), threshold, level)
 
 
+class Bounded(NamedTuple):
+    """Rows, and what is known of them."""
+
+    rows: Tensor
+    sq_norms: Tensor
+    coarse: Tensor
+    fine: Tensor
+
+
+_samples: weakref.WeakKeyDictionary[Index, tuple[Tensor, Bounded]] = weakref.WeakKeyDictionary()
+
+
+def _sampled(rows: Rows, index: Index) -> tuple[Tensor, Bounded]:
+    """The numbers of some rows and the rows, gathered once: a gather costs more than their scan."""
+    found = _samples.get(index)
+    if found is None:
+        some = spread(len(rows.rows), SAMPLE).to(rows.rows.device)
+        found = some, Bounded(*(v[some] for v in _all(rows, index)))
+        _samples[index] = found
+    return found
+
+
+def _all(rows: Rows, index: Index) -> Bounded:
+    assert rows.sq_norms is not None  # a TrainingSet has them
+    return Bounded(rows.rows, rows.sq_norms, index.coarse, index.fine)
+
+
 def _scan(
-    query: Query, rows: Rows, index: Index, eps: float, cap: int
+    query: Query, rows: Rows, index: Index, eps: float, cap: int, planned: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x, sigma, alpha, temperature, bias = query
-    assert rows.center is not None and rows.sq_norms is not None  # a TrainingSet has them
-    p = index.project(x, alpha, rows.center)
+    """bound_scan of all rows; planned: but not for queries of which it would keep too many."""
+    p = index.project(query.x, query.alpha, rows.center)
+    if planned:
+        # What cannot be bounded is given up at once.
+        hopeless = _hopeless(query, rows, index, p, eps, cap)
+        p = p._replace(margin=torch.where(hopeless, torch.inf, p.margin))
+        if bool(torch.isinf(p.margin).all()):
+            none = torch.zeros(len(p.margin) + 1, dtype=torch.int64, device=p.margin.device)
+            return none, none[:0], p.margin, none[1:]
+    return _bound_scan(query, rows, index, p, _all(rows, index), query.bias, eps, cap)
+
+
+def _bound_scan(
+    query: Query, rows: Rows, index: Index, p: Projected, of: Bounded, bias: Tensor | None,
+    eps: float, cap: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     out: tuple[Tensor, Tensor, Tensor, Tensor] = ops_support.bound_scan(
-        x, rows.rows, sigma, alpha, temperature, bias, rows.center, rows.sq_norms, rows.scale,
-        rows.shift, index.coarse, index.fine, p.z, p.norms, p.margin, p.sq, index.dims,
-        index.first_band, eps, cap,
+        query.x, of.rows, query.sigma, query.alpha, query.temperature, bias, rows.center,
+        of.sq_norms, rows.scale, rows.shift, of.coarse, of.fine, p.z, p.norms, p.margin, p.sq,
+        index.dims, index.first_band, eps, cap,
     )  # fmt: skip
     return out
+
+
+def _hopeless(query: Query, rows: Rows, index: Index, p: Projected, eps: float, cap: int) -> Tensor:
+    """[B] bool: queries that keep too many rows, as a sample of the rows shows.
+
+    Nothing rests on it but time. A row is kept if its squared distance is within 2 sigma^2 T
+    log(N / eps) of the least: where that is little beside what tells rows apart, none is drawn.
+    """
+    n = len(rows.rows)
+    assert rows.sq_norms is not None
+    gap = math.log(n / eps)
+    window = 2 * gap * query.temperature * query.sigma.square()
+    far = window > rows.sq_norms.mean() * query.alpha.square() / 8
+    if n <= 4 * SAMPLE or not bool(far.any()):
+        return torch.zeros_like(far)
+    some, sample = _sampled(rows, index)
+    bias = None if query.bias is None else query.bias[some]
+    only = p._replace(margin=torch.where(far, p.margin, torch.inf))
+    # The same gap as for all rows. The best of some rows is not the best of all, so more are kept.
+    few = eps * len(some) / n
+    start, _, _, _ = _bound_scan(query, rows, index, only, sample, bias, few, len(some))
+    return far & (start.diff() > len(some) * max(0.25, 4 * cap / n))
 
 
 def _dense(query: Query, rows: Rows) -> Sums:

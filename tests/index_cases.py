@@ -50,7 +50,7 @@ class PlainIndex:
         norms = up(torch.cat([self.band_norms(true), size[:, None]], 1))
         # z in float32, level 0 of the rows in float32, products in float32.
         margin = 2.0**-24 * (2 * (self.dims[-1] + self.bands + 16) + 4) * size * self.y_max
-        # |xc|^2 and |yc_n|^2 are sums of D rounded squares of rounded differences: the first goes down
+        # |xc|^2 and |yc_n|^2 are sums of D rounded squares of differences: the first goes down
         # by a bound on all these errors, whatever the row; the margin by what that takes from it.
         reach = self.y_max + 2 * center.double().norm()
         off = 2.0**-52 * (x.shape[1] + 32) * (size + alpha.abs() * reach).square()
