@@ -287,7 +287,7 @@ def _seconds(call: Callable[[], object]) -> float:
         call()
         took = time.perf_counter() - began
         best, spent = min(best, took), spent + took
-        if spent > 0.02:
+        if spent > 0.05:
             break
     return best
 
