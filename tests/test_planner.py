@@ -94,10 +94,10 @@ def test_a_sample_shows_which_queries_keep_too_many_rows():
     one = torch.ones(5, dtype=F64)
     query, rows = pruning.Query(x, sigma, one, one, bias), as_rows(data)
     projected = data.index.project(x, one, data.center)
-    hopeless = pruning._hopeless(query, rows, data.index, projected, 1e-14, n // 10)
+    hopeless = pruning._hopeless(query, rows, data.index, projected, 1e-14, 0.1)
     assert hopeless.tolist() == [False, True, False, True, True]
     # Whoever would use all rows anyhow is worth every scan.
-    assert not pruning._hopeless(query, rows, data.index, projected, 1e-14, n).any()
+    assert not pruning._hopeless(query, rows, data.index, projected, 1e-14, 1.0).any()
     costs = pruning.Costs(row=1.0, query=1.0, listed=20.0, call=0.0)
     sums, c = pruning.posterior(query, rows, data.index, eps=1e-14, costs=costs, certificate=True)
     assert (c.levels == 0).tolist() == hopeless.tolist()
