@@ -81,7 +81,7 @@ def build(
         cuts = cuts_of(edges, size, rows.device)
         # The values: raw * scale, shift - center and their sum are each rounded once.
         value_error = 2.02 * U64 * float(offset.norm())
-        relative = 3.03 * U64 + 1.01 * fitted.error(torch.float64)
+        relative = (size + 16) * U64 + 1.01 * fitted.error(torch.float64)
         step = max(1, CHUNK_ELEMENTS // dim)
         # Without a wish the bar appears only after two seconds, and only on a terminal.
         with tqdm(
