@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -79,9 +80,11 @@ def build(
         coarse = torch.empty(n, k0 + bands + 1, dtype=torch.float32, device=rows.device)
         fine = torch.empty(n, last - k0, dtype=STORAGES[storage], device=rows.device)
         cuts = cuts_of(edges, size, rows.device)
-        # The values: raw * scale, shift - center and their sum are each rounded once.
-        value_error = 2.02 * U64 * float(offset.norm())
-        relative = 3.03 * U64 + 1.01 * fitted.error(torch.float64)
+        # The values: raw * scale, shift - center and their sum are each rounded once; and so is
+        # y = raw * scale + shift wherever it is made, far from zero more than y - center here.
+        far = float(center.to(torch.float64).norm()) + abs(shift) * math.sqrt(dim)
+        value_error = 3 * U64 * (float(offset.norm()) + far)
+        relative = (size + 16) * U64 + 1.01 * fitted.error(torch.float64)
         step = max(1, CHUNK_ELEMENTS // dim)
         # Without a wish the bar appears only after two seconds, and only on a terminal.
         with tqdm(
