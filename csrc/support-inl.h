@@ -16,8 +16,9 @@ enum {
 
 struct Piece {
   int64_t b, i0, i1;  // rows index[i0 .. i1) of query b
+  bool alone;         // the query's only piece
   State st;
-  double* sum;        // [D] sum of e^(t-m) y; the backward pass: of q y
+  double* sum;        // [D] sum of e^(t-m) y; the backward pass: of q y; of pieces that are alone, their thread's own
 };
 
 // The rows as they are, without a centre.
@@ -127,6 +128,16 @@ template <class R> static State weigh(const Query<R>& q, const double* bias, con
   return st;
 }
 
+// Whether the lists are lists: positions that do not fall, from 0, and rows that exist.
+static bool valid(const Support& list, int64_t B, int64_t N) {
+  if (list.start[0] != 0 || list.start[B] != list.count) return false;
+  for (int64_t b = 0; b < B; b++)
+    if (list.start[b + 1] < list.start[b]) return false;
+  bool good = true;
+  for (int64_t i = 0; i < list.count; i++) good &= (uint64_t)list.index[i] < (uint64_t)N;
+  return good;
+}
+
 // Pieces of all lists: each query has one at least, and no thread is left with much more than its share.
 static int64_t cut(const Support& list, int64_t B, int threads, Piece* pieces) {
   const int64_t size = imax(PIECE, list.start[B] / (4 * threads) + 1);
@@ -136,6 +147,7 @@ static int64_t cut(const Support& list, int64_t B, int threads, Piece* pieces) {
     for (int64_t i = 0; i < n; i++, k++) {
       if (!pieces) continue;
       pieces[k].b = b;
+      pieces[k].alone = n == 1;
       pieces[k].i0 = list.start[b] + count * i / n;
       pieces[k].i1 = list.start[b] + count * (i + 1) / n;
     }
@@ -143,47 +155,77 @@ static int64_t cut(const Support& list, int64_t B, int threads, Piece* pieces) {
   return k;
 }
 
+// The pieces' accumulators: of those to be joined; count them with none to give them to.
+static int64_t place(Piece* pieces, int64_t count, int64_t Dp, double* sums) {
+  int64_t k = 0;
+  for (int64_t i = 0; i < count; i++) {
+    if (pieces[i].alone) continue;
+    pieces[i].sum = sums + k * Dp;
+    k += 1;
+  }
+  return k;
+}
+
+template <class R> static void support_finish(const Query<R>& q, const Piece& c, int64_t D, const Posterior& out) {
+  R* mean = (R*)out.mean + c.b * D;
+  const bool none = q.mode == kLost || !(c.st.s > 0);
+  finish_stats(q, c.st, c.b, out);
+  if (q.mode != kLost && none) out.log_z[c.b] = -kInf;
+  for (int64_t d = 0; d < D; d++) mean[d] = (R)(none ? __builtin_nan("") : c.sum[d] / c.st.s);
+}
+
 template <class R> static int support_typed(const Rows& rows, const Queries& in, const Support& list, const Posterior& out, int threads) {
   if (in.b == 0) return 0;
+  if (!valid(list, in.b, rows.n)) return 2;
   Plain<R> p;
-  Arena arena;
-  const int64_t D = rows.d, Dp = round_up(D, 64), M = list.start[in.b], count = cut(list, in.b, threads, nullptr);
+  Arena arena, joined;
+  const int64_t D = rows.d, Dp = round_up(D, 64), count = cut(list, in.b, threads, nullptr);
   const int workers = (int)imax(1, imin(threads, count));
-  if (!p.prepare(rows) || !arena.reserve(Arena::bytes<Piece>(count) + Arena::bytes<double>(M) + Arena::bytes<double>(count * Dp) + Arena::bytes<Query<R> >(in.b)))
-    return 1;
+  if (!p.prepare(rows) || !arena.reserve(Arena::bytes<Piece>(count) + Arena::bytes<double>(list.count))) return 1;
   Piece* pieces = arena.take<Piece>(count);
+  double* t = arena.take<double>(list.count);
   cut(list, in.b, threads, pieces);
-  double* t = arena.take<double>(M);
-  double* sums = arena.take<double>(count * Dp);
-  Query<R>* queries = arena.take<Query<R> >(in.b);
-  for (int64_t b = 0; b < in.b; b++) queries[b] = support_query<R>(in, b, D);
-#pragma omp parallel for num_threads(workers) schedule(dynamic, 1) if (workers > 1)
-  for (int64_t k = 0; k < count; k++) {
-    Piece& c = pieces[k];
-    c.sum = sums + k * Dp;
-    c.st = neutral();
-    const Query<R>& q = queries[c.b];
-    if (q.mode == kLost) continue;
-    const int64_t* n = list.index + c.i0;
-    for (int64_t i = 0; i < c.i1 - c.i0; i++) t[c.i0 + i] = p.exact(p.src, n[i], q.x, q.alpha);
-    c.st = weigh(q, in.bias, n, t + c.i0, c.i1 - c.i0);
-    // The weights left out, all together, are below 2^-60 of the largest.
-    if (c.st.s > 0) add_rows(p.values, p.fetch, n, t + c.i0, c.i1 - c.i0, 8e-19 / (c.i1 - c.i0), c.sum);
+  const int64_t joins = place(pieces, count, 0, nullptr);
+  if (!joined.reserve(Arena::bytes<double>(joins * Dp))) return 1;
+  place(pieces, count, Dp, joined.take<double>(joins * Dp));
+  int failed = 0;
+#pragma omp parallel num_threads(workers) reduction(| : failed) if (workers > 1)
+  {
+    Arena own;
+    const bool there = own.reserve(Arena::bytes<double>(Dp));
+    double* sum = there ? own.take<double>(Dp) : nullptr;
+    failed |= !there;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t k = 0; k < count; k++) {
+      if (!there) continue;
+      Piece& c = pieces[k];
+      if (c.alone) {
+        c.sum = sum;
+        memset((void*)sum, 0, Dp * sizeof(double));
+      }
+      c.st = neutral();
+      const Query<R> q = support_query<R>(in, c.b, D);
+      const int64_t* n = list.index + c.i0;
+      if (q.mode != kLost) {
+        for (int64_t i = 0; i < c.i1 - c.i0; i++) t[c.i0 + i] = p.exact(p.src, n[i], q.x, q.alpha);
+        c.st = weigh(q, in.bias, n, t + c.i0, c.i1 - c.i0);
+      }
+      // The weights left out, all together, are below 2^-60 of the largest.
+      if (c.st.s > 0) add_rows(p.values, p.fetch, n, t + c.i0, c.i1 - c.i0, 8e-19 / (c.i1 - c.i0), c.sum);
+      if (c.alone) support_finish(q, c, D, out);
+    }
   }
-  for (int64_t k = 0; k < count;) {
-    Piece& a = pieces[k];
-    for (k++; k < count && pieces[k].b == a.b; k++) {
+  for (int64_t k = 0; k < count && !failed;) {
+    Piece& a = pieces[k++];
+    if (a.alone) continue;
+    for (; k < count && pieces[k].b == a.b; k++) {
       double fa, fb;
       merge(a.st, pieces[k].st, fa, fb);
       for (int64_t d = 0; d < D; d++) a.sum[d] = (fa == 0 ? 0 : fa * a.sum[d]) + (fb == 0 ? 0 : fb * pieces[k].sum[d]);
     }
-    const Query<R>& q = queries[a.b];
-    finish_stats(q, a.st, a.b, out);
-    if (q.mode != kLost && !(a.st.s > 0)) out.log_z[a.b] = -kInf;
-    R* mean = (R*)out.mean + a.b * D;
-    for (int64_t d = 0; d < D; d++) mean[d] = (R)(q.mode == kLost || !(a.st.s > 0) ? __builtin_nan("") : a.sum[d] / a.st.s);
+    support_finish(support_query<R>(in, a.b, D), a, D, out);
   }
-  return 0;
+  return failed;
 }
 
 // The gradient. With w = softmax(l / T) on the list, h = <g, y> + gE l + gb b + 2 gS w and q = w (gL + gE + (h - sum w h) / T):
@@ -265,52 +307,72 @@ template <class R> static void support_coefficients(const SupportBackward<R>& s,
   io.grad_temperature[b] = gL * (L - E) / T - temp / T / T;
 }
 
+template <class R> static void support_backward_finish(const SupportBackward<R>& s, const Piece& c, const Query<R>& q) {
+  const int64_t D = s.p->src.rows.d;
+  const bool lost = q.mode == kLost, hard = q.mode == kHard;
+  double total = 0;
+  for (int64_t i = s.list->start[c.b]; !lost && i < s.list->start[c.b + 1]; i++) total += s.t[i];
+  R* gx = (R*)s.io->grad_x + c.b * D;
+  const double v = lost ? __builtin_nan("") : 0;
+  for (int64_t d = 0; d < D; d++) gx[d] = (R)(lost || hard ? v : (q.alpha * c.sum[d] - (double)q.x[d] * total) / q.sigma / q.sigma);
+  if (lost) s.io->grad_sigma[c.b] = s.io->grad_alpha[c.b] = s.io->grad_temperature[c.b] = v;
+}
+
 template <class R> static int support_backward_typed(const Rows& rows, const Queries& in, const Support& list, const Gradients& io, int threads) {
   if (io.grad_bias) memset((void*)io.grad_bias, 0, rows.n * sizeof(double));
   if (in.b == 0) return 0;
+  if (!valid(list, in.b, rows.n)) return 2;
   Plain<R> p;
-  Arena arena;
-  const int64_t D = rows.d, Dp = round_up(D, 64), M = list.start[in.b], count = cut(list, in.b, threads, nullptr);
+  Arena arena, joined;
+  const int64_t D = rows.d, Dp = round_up(D, 64), M = list.count, count = cut(list, in.b, threads, nullptr);
   const int workers = (int)imax(1, imin(threads, count));
-  if (!p.prepare(rows) || !arena.reserve(Arena::bytes<Piece>(count) + 4 * Arena::bytes<double>(M) + Arena::bytes<double>(count * Dp) + Arena::bytes<Query<R> >(in.b)))
-    return 1;
+  if (!p.prepare(rows) || !arena.reserve(Arena::bytes<Piece>(count) + 4 * Arena::bytes<double>(M) + Arena::bytes<Query<R> >(in.b))) return 1;
   Piece* pieces = arena.take<Piece>(count);
-  cut(list, in.b, threads, pieces);
-  double *t = arena.take<double>(M), *gy = arena.take<double>(M), *xy = arena.take<double>(M), *r2 = arena.take<double>(M);
-  double* sums = arena.take<double>(count * Dp);
   Query<R>* queries = arena.take<Query<R> >(in.b);
-  for (int64_t b = 0; b < in.b; b++) queries[b] = support_query<R>(in, b, D);
+  double *t = arena.take<double>(M), *gy = arena.take<double>(M), *xy = arena.take<double>(M), *r2 = arena.take<double>(M);
+  cut(list, in.b, threads, pieces);
+  const int64_t joins = place(pieces, count, 0, nullptr);
+  if (!joined.reserve(Arena::bytes<double>(joins * Dp))) return 1;
+  place(pieces, count, Dp, joined.take<double>(joins * Dp));
   const SupportBackward<R> s = {&p, &in, &list, &io, t, gy, xy, r2};
-#pragma omp parallel for num_threads(workers) schedule(dynamic, 1) if (workers > 1)
-  for (int64_t k = 0; k < count; k++) support_products(s, pieces[k], sums + k * Dp);
-#pragma omp parallel for num_threads(workers) schedule(dynamic, 1) if (workers > 1)
-  for (int64_t b = 0; b < in.b; b++) {
-    const Query<R>& q = queries[b];
-    if (q.mode != kLost) support_coefficients(s, b, q);
-  }
-#pragma omp parallel for num_threads(workers) schedule(dynamic, 1) if (workers > 1)
-  for (int64_t k = 0; k < count; k++) {
-    Piece& c = pieces[k];
-    c.sum = sums + k * Dp;
-    memset((void*)c.sum, 0, Dp * sizeof(double));  // a row lay there
-    add_rows(p.values, p.fetch, list.index + c.i0, t + c.i0, c.i1 - c.i0, 0, c.sum);
-  }
-  const double nan = __builtin_nan("");
-  for (int64_t k = 0; k < count;) {
-    Piece& a = pieces[k];
-    for (k++; k < count && pieces[k].b == a.b; k++)
-      for (int64_t d = 0; d < D; d++) a.sum[d] += pieces[k].sum[d];
-    const Query<R>& q = queries[a.b];
-    const bool lost = q.mode == kLost, hard = q.mode == kHard;
-    double total = 0;
-    for (int64_t i = list.start[a.b]; !lost && i < list.start[a.b + 1]; i++) {
-      total += t[i];
-      if (io.grad_bias) io.grad_bias[list.index[i]] += gy[i];
+  int failed = 0;
+#pragma omp parallel num_threads(workers) reduction(| : failed) if (workers > 1)
+  {
+    Arena own;
+    const bool there = own.reserve(Arena::bytes<double>(Dp));
+    double* sum = there ? own.take<double>(Dp) : nullptr;
+    failed |= !there;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t k = 0; k < count; k++)
+      if (there) support_products(s, pieces[k], sum);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t b = 0; b < in.b; b++) {
+      queries[b] = support_query<R>(in, b, D);
+      if (queries[b].mode != kLost) support_coefficients(s, b, queries[b]);
     }
-    R* gx = (R*)io.grad_x + a.b * D;
-    for (int64_t d = 0; d < D; d++) gx[d] = (R)(lost ? nan : hard ? 0 : (q.alpha * a.sum[d] - (double)q.x[d] * total) / q.sigma / q.sigma);
-    if (lost) io.grad_sigma[a.b] = io.grad_alpha[a.b] = io.grad_temperature[a.b] = nan;
-    if (lost && io.grad_bias) io.grad_bias[0] = nan;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t k = 0; k < count; k++) {
+      Piece& c = pieces[k];
+      if (!there || queries[c.b].mode == kLost) continue;
+      if (c.alone) {
+        c.sum = sum;
+        memset((void*)sum, 0, Dp * sizeof(double));
+      }
+      add_rows(p.values, p.fetch, list.index + c.i0, t + c.i0, c.i1 - c.i0, 0, c.sum);
+      if (c.alone) support_backward_finish(s, c, queries[c.b]);
+    }
+  }
+  for (int64_t k = 0; k < count && !failed;) {
+    Piece& a = pieces[k++];
+    const Query<R>& q = queries[a.b];
+    for (; k < count && pieces[k].b == a.b; k++)
+      for (int64_t d = 0; d < D && q.mode != kLost; d++) a.sum[d] += pieces[k].sum[d];
+    if (!a.alone || q.mode == kLost) support_backward_finish(s, a, q);
+  }
+  if (!io.grad_bias || failed) return failed;
+  for (int64_t b = 0; b < in.b; b++) {  // in order, so that any number of threads gives the same
+    if (queries[b].mode == kLost) io.grad_bias[0] = __builtin_nan("");
+    for (int64_t i = list.start[b]; queries[b].mode != kLost && i < list.start[b + 1]; i++) io.grad_bias[list.index[i]] += gy[i];
   }
   return 0;
 }
