@@ -204,8 +204,13 @@ template <class S> static float segment(const S* p, const float* x, int64_t coun
     store(tail, Convert<float, S>::vec(raw));
     for (int i = 0; i < count - k; i++) sum += tail[i] * x[k + i];
   }
-  for (int i = 0; i < W; i++) sum += s0[i];
-  return sum;
+  float part[W];
+  store(part, s0);
+#pragma GCC unroll 4
+  for (int h = W / 2; h > 0; h /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < h; i++) part[i] += part[i + h];
+  return sum + part[0];
 }
 
 // What a level adds for query b: a z in `x` [K - k0], and -a |x_b| for the bands that its coordinates replace. At level 1 the
@@ -221,17 +226,24 @@ template <class S> static void climb(const Scan& s, int64_t b, List& l, float* x
   for (int64_t level = 1; level <= s.top && l.count > 1 && l.done < l.count; level++) {
     const int64_t k1 = in.dims[level - 1] - s.k0, k2 = in.dims[level] - s.k0, b1 = in.first_band[level - 1], b2 = in.first_band[level];
     const float pad = level == 1 ? (float)q.a * norms[s.nb] : 0;
-    int64_t kept = l.done, promising = -1;
+    int64_t kept = l.done, promising = -1, end = 0;  // rows before `end` are of the chunks looked up
+    bool below = false;
     float top = (float)-kInf;
     for (int64_t i = l.done; i < l.count; i++) {
       Entry e = l.e[i];
       if (i + AHEAD < l.count) {
         const int64_t n = l.e[i + AHEAD].n;
-        __builtin_prefetch((const S*)in.fine + n * fine + k1);
+        const char *at = (const char*)((const S*)in.fine + n * fine + k1), *stop = at + (k2 - k1) * sizeof(S);
+        for (; at < stop; at += 64) __builtin_prefetch(at);
         __builtin_prefetch(in.coarse + n * s.stride + s.k0 + b1);
       }
       if (e.up < least) continue;
-      if (l.levels[e.n / s.NT] < level) {
+      if (e.n >= end) {  // rows ascend
+        const int64_t c = e.n / s.NT;
+        end = (c + 1) * s.NT;
+        below = l.levels[c] < level;
+      }
+      if (below) {
         const float* y = in.coarse + e.n * s.stride + s.k0;
         float sum = segment((const S*)in.fine + e.n * fine + k1, x + k1, k2 - k1), bands = pad * y[s.nb];
         for (int64_t k = b1; k < b2; k++) bands -= (float)q.a * norms[k] * y[k];

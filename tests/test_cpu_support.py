@@ -65,7 +65,7 @@ def test_only_what_the_bounds_allow_is_listed() -> None:
     for sigma in (0.05, 0.3, 1.0):
         x = near(rows, 40, sigma, 1.0, 5)
         how = (column(sigma, 40), column(1.0, 40), column(1.0, 40))
-        start, listed, threshold, _ = scan(x, rows, index, *how, None, 1.0, 0.0)
+        _, listed, threshold, _ = scan(x, rows, index, *how, None, 1.0, 0.0)
         # No band is left beyond the last level: what is listed is what is above the threshold,
         # but for the margin 2 (K + nb + 16) u |xc| y_max in <x, y> and the like in the squares.
         t = logits(x, rows.to(F64), *how, None)

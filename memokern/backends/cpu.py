@@ -353,7 +353,7 @@ def posterior_on_support_backward(
     _module().support_backward(
         args, q.dtype == _F64, q.data_ptr(), q.shape[0],
         s.data_ptr(), a.data_ptr(), t.data_ptr(), _ptr(b), start.data_ptr(), index.data_ptr(),
-        len(index), torch.get_num_threads(), grad_mean.data_ptr(), grad_stats.data_ptr(), grad_x.data_ptr(),
-        *(v.data_ptr() for v in grads), 0 if b is None else grad_bias.data_ptr(),
+        len(index), torch.get_num_threads(), grad_mean.data_ptr(), grad_stats.data_ptr(),
+        grad_x.data_ptr(), *(v.data_ptr() for v in grads), 0 if b is None else grad_bias.data_ptr(),
     )  # fmt: skip
     return grad_x.to(x.dtype), grads[0], grads[1], grads[2], grad_bias
