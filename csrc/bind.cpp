@@ -4,6 +4,7 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -64,6 +65,7 @@ struct Found {
 };
 
 void check(int failed) {
+  if (failed == 2) throw std::invalid_argument("start must increase from 0 to the length of index, and index must hold numbers of rows");
   if (failed) throw std::bad_alloc();  // MemoryError
 }
 
@@ -147,18 +149,18 @@ PYBIND11_MODULE(_C, m) {
     return found;
   });
   m.def("support", [](const Rows& rows, bool f64, uintptr_t x, int64_t b, uintptr_t sigma, uintptr_t alpha, uintptr_t temperature, uintptr_t bias, uintptr_t start,
-                      uintptr_t index, int threads, uintptr_t mean, uintptr_t log_z, uintptr_t mean_logit, uintptr_t mean_bias, uintptr_t weight_sq) {
+                      uintptr_t index, int64_t count, int threads, uintptr_t mean, uintptr_t log_z, uintptr_t mean_logit, uintptr_t mean_bias, uintptr_t weight_sq) {
     const Queries q = {ptr<void>(x), b, ptr<double>(sigma), ptr<double>(alpha), ptr<double>(temperature), ptr<double>(bias), kGaussian};
     const Posterior out = {ptr<void>(mean), ptr<double>(log_z), ptr<double>(mean_logit), ptr<double>(mean_bias), ptr<double>(weight_sq)};
     int failed;
     {
       py::gil_scoped_release release;
-      failed = current->support(rows, q, {ptr<int64_t>(start), ptr<int64_t>(index)}, out, f64, threads);
+      failed = current->support(rows, q, {ptr<int64_t>(start), ptr<int64_t>(index), count}, out, f64, threads);
     }
     check(failed);
   });
   m.def("support_backward", [](const Rows& rows, bool f64, uintptr_t x, int64_t b, uintptr_t sigma, uintptr_t alpha, uintptr_t temperature, uintptr_t bias,
-                               uintptr_t start, uintptr_t index, int threads, uintptr_t g_mean, uintptr_t g_stats, uintptr_t grad_x, uintptr_t grad_sigma,
+                               uintptr_t start, uintptr_t index, int64_t count, int threads, uintptr_t g_mean, uintptr_t g_stats, uintptr_t grad_x, uintptr_t grad_sigma,
                                uintptr_t grad_alpha, uintptr_t grad_temperature, uintptr_t grad_bias) {
     const Queries q = {ptr<void>(x), b, ptr<double>(sigma), ptr<double>(alpha), ptr<double>(temperature), ptr<double>(bias), kGaussian};
     const double* g = ptr<double>(g_stats);
@@ -167,7 +169,7 @@ PYBIND11_MODULE(_C, m) {
     int failed;
     {
       py::gil_scoped_release release;
-      failed = current->support_backward(rows, q, {ptr<int64_t>(start), ptr<int64_t>(index)}, io, f64, threads);
+      failed = current->support_backward(rows, q, {ptr<int64_t>(start), ptr<int64_t>(index), count}, io, f64, threads);
     }
     check(failed);
   }, "The weights are taken anew: of the forward results none is needed.");

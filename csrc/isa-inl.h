@@ -17,12 +17,6 @@ static int run_backward(const Rows& r, const Queries& q, const Gradients& o, boo
 static int run_nearest(const Rows& r, const Queries& q, const Nearest& o, bool f64, int threads) {
   return f64 ? nearest_typed<double>(r, q, o, threads) : nearest_typed<float>(r, q, o, threads);
 }
-static int run_support(const Rows& r, const Queries& q, const Support& s, const Posterior& o, bool f64, int threads) {
-  return f64 ? support_typed<double>(r, q, s, o, threads) : support_typed<float>(r, q, s, o, threads);
-}
-static int run_support_backward(const Rows& r, const Queries& q, const Support& s, const Gradients& o, bool f64, int threads) {
-  return f64 ? support_backward_typed<double>(r, q, s, o, threads) : support_backward_typed<float>(r, q, s, o, threads);
-}
 template <class R> static void run_exp(const R* x, R* y, int64_t n) {
   enum { W = Vec<R>::W };
   R t[W];

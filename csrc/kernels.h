@@ -86,9 +86,10 @@ struct Lists {
 struct Support {             // the rows that count, as in Lists
   const int64_t* start;
   const int64_t* index;
+  int64_t count;             // of index
 };
 
-// Every function returns 0, or 1 when memory could not be had. `f64`: x is double (compute in double).
+// Every function returns 0, 1 when memory could not be had, or 2 when a Support is not one. `f64`: x is double (compute in double).
 struct Table {
   const char* name;
   int width;                 // floats of one vector

@@ -6,9 +6,8 @@
 // s_n - |xc|^2 / 2 of rows evaluated by direct differences: proven. A row is dropped when its bound, widened by all
 // that rounding can do (slack), is below best + |xc|^2 / 2 - sigma^2 T log(N / eps).
 //
-// A query made by the forward process, alpha y + sigma noise, is at about sigma^2 D from its row. The first pass trusts that
-// (`floor`), so that nothing is listed in vain before that row is met. A query that turns out to have no row so near, or too
-// long a list, is scanned again, with the best that the first pass has proven.
+// A first look, at a few leading coordinates of every row, finds the row nearest in these; evaluated, it nearly always is
+// the best, or close to it, and so the lists hold little in vain from the first row on.
 //
 // One task owns a block of queries and a range of rows, in chunks: level 0 of a whole chunk, queries across the lanes; the
 // most promising row of each query evaluated; further levels of the whole chunk while many rows are left, else the rows
@@ -23,7 +22,7 @@ enum {
   SCAN_P = 256 << 10,    // bytes of a chunk's bounds: they are read again at once, from L2
   SCAN_TILE = 10 * UNIT, // rows of a tile of the further levels
   SCAN_LIST = 4096,      // a list is let grow to so many rows, or twice the cap
-  SCAN_SEED = 252        // rows looked at first, from all over, where there are many chunks
+  SCAN_LOOK = 8          // coordinates of the first look
 };
 // Of a row's bound beyond its coordinates, how much a good guess of s_n counts: bounds alone prefer rows of large norm,
 // coordinates alone those of small norm. On images any value from 0.15 to 0.3 finds the best row nearly always.
@@ -33,10 +32,9 @@ struct Entry { uint32_t n; float up; };
 struct List {
   Entry* e;
   int64_t count, room, done;  // the first `done` entries are at the top of the ladder
-  double best, floor;         // of rows evaluated; what this pass trusts to be reached
-  int64_t tried, hint;        // the last of them; the most promising row, not evaluated, or -1
+  double best;                // of rows evaluated
+  int64_t tried;              // the last of them
   const uint8_t* levels;      // [chunks] of a chunk's rows as they were listed
-  double known() const { return dmax(best, floor); }
   int level;                  // levels used
   bool lost;                  // given up
   bool push(uint32_t n, float up) {
@@ -67,7 +65,6 @@ struct Scanned {         // a query
   bool active;
   double alpha, a, s2;   // a = |alpha|, sigma^2
   double reach, scale;   // |xc|^2 / 2 - sigma^2 T log(N / eps) - slack; sigma^2 T
-  double usual;          // the least `best` of a query made by the forward process, six deviations off
   // Below it, a computed bound is that of a row to drop.
   float least(double best) const {
     const float v = (float)(best + reach);
@@ -87,7 +84,7 @@ struct Scan {
   Exact<double>::F exact_d;
   Scanned* q;            // [b]
   int64_t N, D, k0, K, nb, stride, top;  // stride of coarse; the last level
-  const int64_t* who;    // [count] the queries of this pass
+  const int64_t* who;    // [count] the queries in range
   int64_t count, lanes, blocks, parts, NT, chunks;
   uint8_t* level;        // [blocks][chunks]
   List* lists;           // [parts][b]
@@ -124,7 +121,6 @@ static Scanned scan_query(const Scan& s, int64_t b, double y_max, double c, doub
   const double slack = q.a * margin + 64 * u * product + (s.stride + 64) * u * rest + 1e-12 * sq + 1e-15 * q.a * (c + y_max) * (x + q.a * y_max) + 1e-35;
   q.reach = 0.5 * sq - span - slack;
   // Out of these ranges float could overflow, or lose sigma^2 b: the caller has a way for every query.
-  q.usual = -0.5 * q.s2 * s.D * (1 + 6 * __builtin_sqrt(2.0 / s.D)) - q.s2 * b_max;
   q.active = sigma > 1e-15 && sigma < 1e15 && T > 1e-15 && T < 1e15 && q.a < 1e15 && sq < 1e30 && margin >= 0 && slack < 1e30 && span < 1e30 && product + rest < 1e30;
   return q;
 }
@@ -208,8 +204,13 @@ template <class S> static float segment(const S* p, const float* x, int64_t coun
     store(tail, Convert<float, S>::vec(raw));
     for (int i = 0; i < count - k; i++) sum += tail[i] * x[k + i];
   }
-  for (int i = 0; i < W; i++) sum += s0[i];
-  return sum;
+  float part[W];
+  store(part, s0);
+#pragma GCC unroll 4
+  for (int h = W / 2; h > 0; h /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < h; i++) part[i] += part[i + h];
+  return sum + part[0];
 }
 
 // What a level adds for query b: a z in `x` [K - k0], and -a |x_b| for the bands that its coordinates replace. At level 1 the
@@ -221,21 +222,28 @@ template <class S> static void climb(const Scan& s, int64_t b, List& l, float* x
   const float* norms = in.norms + b * (s.nb + 1);
   for (int64_t k = 0; k < fine; k++) x[k] = (float)q.alpha * in.z[b * s.K + s.k0 + k];
   enum { AHEAD = 12 };
-  float least = q.least(l.known());
+  float least = q.least(l.best);
   for (int64_t level = 1; level <= s.top && l.count > 1 && l.done < l.count; level++) {
     const int64_t k1 = in.dims[level - 1] - s.k0, k2 = in.dims[level] - s.k0, b1 = in.first_band[level - 1], b2 = in.first_band[level];
     const float pad = level == 1 ? (float)q.a * norms[s.nb] : 0;
-    int64_t kept = l.done, promising = -1;
+    int64_t kept = l.done, promising = -1, end = 0;  // rows before `end` are of the chunks looked up
+    bool below = false;
     float top = (float)-kInf;
     for (int64_t i = l.done; i < l.count; i++) {
       Entry e = l.e[i];
       if (i + AHEAD < l.count) {
         const int64_t n = l.e[i + AHEAD].n;
-        __builtin_prefetch((const S*)in.fine + n * fine + k1);
+        const char *at = (const char*)((const S*)in.fine + n * fine + k1), *stop = at + (k2 - k1) * sizeof(S);
+        for (; at < stop; at += 64) __builtin_prefetch(at);
         __builtin_prefetch(in.coarse + n * s.stride + s.k0 + b1);
       }
       if (e.up < least) continue;
-      if (l.levels[e.n / s.NT] < level) {
+      if (e.n >= end) {  // rows ascend
+        const int64_t c = e.n / s.NT;
+        end = (c + 1) * s.NT;
+        below = l.levels[c] < level;
+      }
+      if (below) {
         const float* y = in.coarse + e.n * s.stride + s.k0;
         float sum = segment((const S*)in.fine + e.n * fine + k1, x + k1, k2 - k1), bands = pad * y[s.nb];
         for (int64_t k = b1; k < b2; k++) bands -= (float)q.a * norms[k] * y[k];
@@ -252,7 +260,7 @@ template <class S> static void climb(const Scan& s, int64_t b, List& l, float* x
     l.level = (int)imax(l.level, level + 1);
     if (kept > 1 && promising >= 0) {  // one exact row, to drop others that would each cost as much
       s.consider(b, promising, l);
-      least = q.least(l.known());
+      least = q.least(l.best);
     }
   }
   l.filter(least);
@@ -298,7 +306,7 @@ struct ScanWork {
   const Scan* s;
   const int64_t* who;    // [B] its queries; in whole vectors, Bp
   int64_t B, Bp;
-  float *x0, *xl, *p, *y, *h, *bias, *a2, *s2, *least, *best, *top, *last;
+  float *x0, *x_look, *xl, *p, *y, *h, *bias, *a2, *s2, *least, *best, *top, *last;
   int32_t* where;
   float** x_level;       // [levels] packed queries of the further levels, when they are there
   List* lists;           // [b] of its part
@@ -317,10 +325,11 @@ struct ScanWork {
       all += depth(*s, l);
     }
     const int64_t L = s->lanes;
-    if (!arena.reserve(Arena::bytes<float>(s->stride * L) + Arena::bytes<float>(all * L) + Arena::bytes<float>(s->NT * L) + Arena::bytes<float>(SCAN_TILE * deepest) +
+    if (!arena.reserve(Arena::bytes<float>(s->stride * L) + Arena::bytes<float>(SCAN_LOOK * L) + Arena::bytes<float>(all * L) + Arena::bytes<float>(s->NT * L) + Arena::bytes<float>(SCAN_TILE * deepest) +
                        2 * Arena::bytes<float>(s->NT) + 6 * Arena::bytes<float>(L) + Arena::bytes<float>(UNIT * s->stride) + Arena::bytes<int32_t>(L) + Arena::bytes<float*>(s->top + 1)))
       return false;
     x0 = arena.take<float>(s->stride * L);
+    x_look = arena.take<float>(SCAN_LOOK * L);
     xl = arena.take<float>(all * L);
     p = arena.take<float>(s->NT * L);
     y = arena.take<float>(SCAN_TILE * deepest);
@@ -353,7 +362,7 @@ struct ScanWork {
       const bool active = i < B && s->q[b].active;
       a2[i] = active ? (float)(s->q[b].a * s->q[b].a) : 0;
       s2[i] = active ? (float)s->q[b].s2 : 1;
-      least[i] = active ? s->q[b].least(to[b].known()) : (float)kInf;
+      least[i] = active ? s->q[b].least(to[b].best) : (float)kInf;
       top[i] = (float)-kInf;
       if (!active) continue;
       for (int64_t k = 0; k < s->k0; k++) *at(x0, K0, i, k) = (float)s->q[b].alpha * s->bound->z[b * s->K + k];
@@ -361,38 +370,76 @@ struct ScanWork {
     }
     for (int64_t l = 0; l <= s->top; l++) x_level[l] = nullptr;
   }
-  // Level 0 of the rows n0, n0 + step, ...
-  void level0(int64_t n0, int64_t step, int64_t cnt) {
-    const int64_t stride = s->stride * step, K0 = s->k0 + s->nb;
-    for (int64_t j = 0; j < cnt; j++) {
-      h[j] = (float)(-0.5 * s->rows->sq_norms[n0 + j * step]);
-      if (!s->none) bias[j] = (float)s->in->bias[n0 + j * step];
-    }
+  // Bounds from the first K columns of the rows n0 .. n0 + cnt, of which k0 count fully in a guess; each row's bounds come
+  // p_row after those of the row before.
+  void blocks(int64_t n0, int64_t cnt, const float* x, int64_t k0, int64_t K, int64_t p_row) {
+    const int64_t row = s->stride;
     for (int64_t i = 0; i < Bp; i++) best[i] = (float)-kInf;
     for (int64_t j = 0; j < cnt; j += UNIT) {
-      const float* rows = s->bound->coarse + (n0 + j * step) * s->stride;
-      int64_t row = stride;
+      const float* rows = s->bound->coarse + (n0 + j) * row;
       if (j + UNIT > cnt) {  // the last, filled up with copies
         for (int64_t i = 0; i < UNIT; i++) {
           const int64_t from = imin(j + i, cnt - 1);
-          memcpy((void*)(last + i * s->stride), s->bound->coarse + (n0 + from * step) * s->stride, s->stride * sizeof(float));
+          memcpy((void*)(last + i * row), s->bound->coarse + (n0 + from) * row, row * sizeof(float));
           h[j + i] = h[from];
           bias[j + i] = bias[from];
         }
         rows = last;
-        row = s->stride;
       }
       const float* b = s->none ? nullptr : bias + j;
       for (int64_t i = 0; i < Bp; i += NR) {
-        float *x = x0 + i * K0, *to = p + j * Bp + i;
+        const float* xi = x + i * K;
+        float* to = p + j * p_row + i;
         if (Bp - i >= NR) {
-          scan_block<MR, 2>(rows, row, s->k0, K0, x, h + j, b, a2 + i, s2 + i, to, Bp, best + i, where + i, (int32_t)j);
-          scan_block<MR, 2>(rows + MR * row, row, s->k0, K0, x, h + j + MR, b ? b + MR : b, a2 + i, s2 + i, to + MR * Bp, Bp, best + i, where + i, (int32_t)j + MR);
+          scan_block<MR, 2>(rows, row, k0, K, xi, h + j, b, a2 + i, s2 + i, to, Bp, best + i, where + i, (int32_t)j);
+          scan_block<MR, 2>(rows + MR * row, row, k0, K, xi, h + j + MR, b ? b + MR : b, a2 + i, s2 + i, to + MR * Bp, Bp, best + i, where + i, (int32_t)j + MR);
         } else {
-          scan_block<UNIT, 1>(rows, row, s->k0, K0, x, h + j, b, a2 + i, s2 + i, to, Bp, best + i, where + i, (int32_t)j);
+          scan_block<UNIT, 1>(rows, row, k0, K, xi, h + j, b, a2 + i, s2 + i, to, Bp, best + i, where + i, (int32_t)j);
         }
       }
     }
+  }
+  // The first look: s_n from a few coordinates alone, as if the others were zero.
+  void look(int64_t n0, int64_t n1) {
+    const int64_t K = imin(SCAN_LOOK, s->k0), K0 = s->k0 + s->nb;
+    for (int64_t i = 0; i < Bp; i++)
+      for (int64_t k = 0; k < K; k++) *at(x_look, K, i, k) = *at(x0, K0, i, k);
+    int64_t found[SCAN_B];
+    for (int64_t i = 0; i < B; i++) found[i] = -1;
+    for (int64_t n = n0; n < n1; n += s->NT) {
+      const int64_t cnt = imin(s->NT, n1 - n);
+      for (int64_t j = 0; j < cnt; j++) {
+        const float* c = s->bound->coarse + (n + j) * s->stride;
+        h[j] = 0;
+        for (int64_t k = 0; k < K; k++) h[j] -= 0.5f * c[k] * c[k];
+        if (!s->none) bias[j] = (float)s->in->bias[n + j];
+      }
+      blocks(n, cnt, x_look, K, K, 0);
+      for (int64_t i = 0; i < B; i++) {
+        if (!(best[i] > top[i])) continue;
+        for (int64_t j = where[i]; j < imin(where[i] + (int64_t)UNIT, cnt); j++) {
+          const float* c = s->bound->coarse + (n + j) * s->stride;
+          float v = a2[i] * h[j] + (s->none ? 0 : s2[i] * bias[j]);
+          for (int64_t k = 0; k < K; k++) v += c[k] * *at(x_look, K, i, k);
+          if (!(v > top[i])) continue;
+          top[i] = v;
+          found[i] = n + j;
+        }
+      }
+    }
+    for (int64_t i = 0; i < B; i++) {
+      top[i] = (float)-kInf;
+      if (found[i] >= 0) s->consider(who[i], found[i], lists[who[i]]);
+      least[i] = s->q[who[i]].least(lists[who[i]].best);
+    }
+  }
+  void level0(int64_t n0, int64_t cnt) {
+    const int64_t K0 = s->k0 + s->nb;
+    for (int64_t j = 0; j < cnt; j++) {
+      h[j] = (float)(-0.5 * s->rows->sq_norms[n0 + j]);
+      if (!s->none) bias[j] = (float)s->in->bias[n0 + j];
+    }
+    blocks(n0, cnt, x0, s->k0, K0, Bp);
     for (int64_t i = 0; i < B; i++) {  // the most promising row of each query, if it promises more than those before
       const Scanned& q = s->q[who[i]];
       List& l = lists[who[i]];
@@ -401,21 +448,19 @@ struct ScanWork {
       int64_t n = -1;
       float most = (float)-kInf, bound = 0;
       for (int64_t j = where[i]; j < imin(where[i] + (int64_t)UNIT, cnt); j++) {
-        const float* c = s->bound->coarse + (n0 + j * step) * s->stride;
+        const float* c = s->bound->coarse + (n0 + j) * s->stride;
         float product = 0;
         for (int64_t k = 0; k < s->k0; k++) product += c[k] * *at(x0, K0, i, k);
         const float guess = (1 - kHope) * (product + a2[i] * h[j] + (s->none ? 0 : s2[i] * bias[j])) + kHope * p[j * Bp + i];
         if (!(guess > most)) continue;
         most = guess;
         bound = p[j * Bp + i];
-        n = n0 + j * step;
+        n = n0 + j;
       }
       if (n < 0) continue;
-      l.hint = n;
-      if (bound < q.least(l.known())) continue;  // it cannot be better
+      if (bound < q.least(l.best)) continue;  // it cannot be better
       s->consider(who[i], n, l);
-      l.hint = -1;
-      if (!l.lost) least[i] = q.least(l.known());
+      if (!l.lost) least[i] = q.least(l.best);
     }
   }
   int64_t count(int64_t cnt) const {
@@ -481,22 +526,23 @@ struct ScanWork {
       l.filter(least[i]);
       if (l.count <= limit / 4 * 3) continue;
       (s->bound->half ? climb<F16> : climb<float>)(*s, who[i], l, scratch);
-      least[i] = s->q[who[i]].least(l.known());
+      least[i] = s->q[who[i]].least(l.best);
       if (l.count <= cap) continue;
       l.lost = true;
       l.count = l.done = 0;
       least[i] = (float)kInf;
     }
   }
-  void run(int64_t block, int64_t part, float* scratch) {
-    load(block, s->lists + part * s->in->b);
+  void run(int64_t block, int64_t part, bool looking, float* scratch) {
     const int64_t c0 = s->chunks * part / s->parts, c1 = s->chunks * (part + 1) / s->parts, n_end = imin(s->N, c1 * s->NT);
+    load(block, s->lists + part * s->in->b);
+    if (looking || s->parts == 1) look(c0 * s->NT, n_end);
+    if (looking && s->parts > 1) return;
     uint8_t* level = s->level + block * s->chunks;
     for (int64_t i = 0; i < B; i++) lists[who[i]].levels = level;
-    if (c1 - c0 > 16) level0(c0 * s->NT, (n_end - c0 * s->NT) / SCAN_SEED, SCAN_SEED);
     for (int64_t c = c0; c < c1; c++) {
       const int64_t n0 = c * s->NT, cnt = imin(s->NT, n_end - n0);
-      level0(n0, 1, cnt);
+      level0(n0, cnt);
       int64_t left = count(cnt), l = 0;
       // A level for the whole chunk costs K / 4 for each query and row (and the tile); row by row, some 128 + K.
       for (; l < s->top; l++) {
@@ -509,57 +555,29 @@ struct ScanWork {
       for (int64_t i = 0; i < B; i++) lists[who[i]].level = (int)imax(lists[who[i]].level, l + 1);
       if (left > 0) list_rows(n0, cnt, scratch);
     }
-    for (int64_t i = 0; i < B; i++) {
-      List& l = lists[who[i]];
-      if (l.hint >= 0 && l.best < l.floor) s->consider(who[i], l.hint, l);
-    }
   }
 };
 
-// One pass of the queries who[0 .. count) over the rows, by tasks; then what one part found serves all.
-static int scan_pass(Scan& s, Arena& arena, int threads, bool first) {
-  const int64_t B = s.in->b, W = Vec<float>::W, NR = 2 * W, fine = s.K - s.k0;
-  s.blocks = imax((s.count + SCAN_B - 1) / SCAN_B, imin(threads, s.count / NR));
-  s.lanes = round_up((s.count + s.blocks - 1) / s.blocks, s.count > NR ? NR : W);
-  s.blocks = (s.count + s.lanes - 1) / s.lanes;
-  if (first) {  // the second has the same parts and chunks: its lists are those of the first
-    s.parts = s.blocks % threads == 0 || s.blocks >= 4 * threads ? 1 : threads;
-    s.NT = imin(imax(SCAN_P / 4 / s.lanes, 2 * SCAN_SEED), (s.N + s.parts - 1) / s.parts);
-    s.NT = round_up(s.NT, UNIT);
-    s.chunks = (s.N + s.NT - 1) / s.NT;
-    s.parts = imin(s.parts, s.chunks);
-    s.lists = (List*)calloc(B * s.parts, sizeof(List));
-    if (!s.lists) return 1;
-    for (int64_t i = 0; i < B * s.parts; i++) s.lists[i].best = -kInf;
-  }
+// All tasks; then what one part found serves all. looking: of more parts than one only the first look, so that they start
+// from the best of all rows.
+static int scan_tasks(const Scan& s, int threads, bool looking, float* scratch) {
   const int64_t tasks = s.blocks * s.parts;
   const int workers = (int)imax(1, imin(threads, tasks));
-  if (!arena.reserve(Arena::bytes<uint8_t>(s.blocks * s.chunks) + Arena::bytes<float>(tasks * fine))) return 1;
-  s.level = arena.take<uint8_t>(s.blocks * s.chunks);
-  float* scratch = arena.take<float>(tasks * fine);
-  for (int64_t i = 0; i < s.count; i++)
-    for (int64_t j = 0; j < s.parts; j++) {
-      List& l = s.lists[j * B + s.who[i]];
-      l.count = l.done = l.level = 0;
-      l.tried = l.hint = -1;
-      l.lost = false;
-      l.floor = first ? s.q[s.who[i]].usual : -kInf;
-    }
   int failed = 0;
 #pragma omp parallel for num_threads(workers) schedule(dynamic, 1) reduction(| : failed) if (workers > 1)
   for (int64_t t = 0; t < tasks; t++) {
     ScanWork w;
     if (w.reserve(s)) {
-      w.run(t / s.parts, t % s.parts, scratch + t * fine);
+      w.run(t / s.parts, t % s.parts, looking, scratch + t * (s.K - s.k0));
       failed |= w.failed;
     } else {
       failed = 1;
     }
   }
-  for (int64_t i = 0; i < s.count; i++) {
+  for (int64_t b = 0; b < s.in->b; b++) {
     double best = -kInf;
-    for (int64_t j = 0; j < s.parts; j++) best = dmax(best, s.lists[j * B + s.who[i]].best);
-    for (int64_t j = 0; j < s.parts; j++) s.lists[j * B + s.who[i]].best = best;
+    for (int64_t j = 0; j < s.parts; j++) best = dmax(best, s.lists[j * s.in->b + b].best);
+    for (int64_t j = 0; j < s.parts; j++) s.lists[j * s.in->b + b].best = best;
   }
   return failed;
 }
@@ -574,9 +592,9 @@ static int scan_all(Scan& s, Lists& out, int threads) {
     const double v = s.in->bias[n];
     b_max = !(v < kInf) ? kInf : v > -kInf ? dmax(b_max, __builtin_fabs(v)) : b_max;
   }
-  const int64_t fine = s.K - s.k0;
-  Arena arena, first, second;
-  if (!arena.reserve(Arena::bytes<Scanned>(B) + Arena::bytes<int64_t>(B) + Arena::bytes<float>(B * threads * fine))) return 1;
+  const int64_t fine = s.K - s.k0, W = Vec<float>::W, NR = 2 * W;
+  Arena arena, work;
+  if (!arena.reserve(Arena::bytes<Scanned>(B) + Arena::bytes<int64_t>(B))) return 1;
   s.q = arena.take<Scanned>(B);
   int64_t* who = arena.take<int64_t>(B);
   for (int64_t b = 0; b < B; b++) {
@@ -584,17 +602,25 @@ static int scan_all(Scan& s, Lists& out, int threads) {
     if (s.q[b].active) who[s.count++] = b;
   }
   s.who = who;
-  if (s.count > 0 && scan_pass(s, first, threads, true)) return 1;
-  int64_t again = 0;
-  for (int64_t i = 0; i < s.count; i++) {
-    bool lost = false;
-    for (int64_t j = 0; j < s.parts; j++) lost |= s.lists[j * B + who[i]].lost;
-    if (lost || s.lists[who[i]].best < s.q[who[i]].usual) who[again++] = who[i];
+  s.blocks = imax((s.count + SCAN_B - 1) / SCAN_B, imax(1, imin(threads, s.count / NR)));
+  s.lanes = imax(W, round_up((s.count + s.blocks - 1) / s.blocks, s.count > NR ? NR : W));
+  s.blocks = (s.count + s.lanes - 1) / s.lanes;
+  s.parts = s.blocks % threads == 0 || s.blocks >= 4 * threads ? 1 : threads;
+  s.NT = round_up(imin(SCAN_P / 4 / s.lanes, (s.N + s.parts - 1) / s.parts), UNIT);
+  s.chunks = (s.N + s.NT - 1) / s.NT;
+  s.parts = imin(s.parts, s.chunks);
+  s.lists = (List*)calloc(B * s.parts, sizeof(List));
+  if (!s.lists || !work.reserve(Arena::bytes<uint8_t>(s.blocks * s.chunks) + Arena::bytes<float>(s.blocks * s.parts * fine) + Arena::bytes<float>(B * s.parts * fine))) return 1;
+  s.level = work.take<uint8_t>(s.blocks * s.chunks);
+  float* scratch = work.take<float>(s.blocks * s.parts * fine);
+  for (int64_t i = 0; i < B * s.parts; i++) {
+    s.lists[i].best = -kInf;
+    s.lists[i].tried = -1;
   }
-  s.count = again;
-  if (again > 0 && scan_pass(s, second, threads, false)) return 1;
+  if (s.parts > 1 && scan_tasks(s, threads, true, scratch)) return 1;
+  if (scan_tasks(s, threads, false, scratch)) return 1;
   const int64_t climbs = s.parts * B;
-  float* climbing = arena.take<float>(climbs * fine);
+  float* climbing = work.take<float>(climbs * fine);
   const int workers = (int)imax(1, imin(threads, climbs));
 #pragma omp parallel for num_threads(workers) schedule(dynamic, 1) if (workers > 1)
   for (int64_t t = 0; t < climbs; t++) {

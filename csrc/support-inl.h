@@ -16,15 +16,15 @@ enum {
 
 struct Piece {
   int64_t b, i0, i1;  // rows index[i0 .. i1) of query b
+  bool alone;         // the query's only piece
   State st;
-  double* sum;        // [D] sum of e^(t-m) y; the backward pass: of q y
+  double* sum;        // [D] sum of e^(t-m) y; the backward pass: of q y; of pieces that are alone, their thread's own
 };
 
-// The rows as they are, without a centre.
-template <class R> struct Plain {
-  Source<R> src;
-  Source<double> values;  // raw * scale + shift
-  typename Exact<R>::F exact;
+// The rows as they are, without a centre; and queries in double, which changes nothing: one instance serves both types.
+struct Plain {
+  Source<double> src;  // raw * scale + shift
+  Exact<double>::F exact;
   Fetch<double>::F fetch;
   Values<double>::F row;
   Arena arena;
@@ -34,16 +34,27 @@ template <class R> struct Plain {
     double* shift = arena.take<double>(Dp);
     for (int64_t d = 0; d < rows.d; d++) shift[d] = rows.shift;
     memset((void*)&src, 0, sizeof src);
-    memset((void*)&values, 0, sizeof values);
-    src.rows = values.rows = rows;
-    values.scale = rows.scale;
-    values.offset = shift;
+    src.rows = rows;
+    src.scale = rows.scale;
+    src.offset = shift;
     exact = exact_for(src);
-    fetch = fetch_for(values);
-    row = values_for(values);
+    fetch = fetch_for(src);
+    row = values_for(src);
     return true;
   }
 };
+
+// Query b in double: itself, or converted into own [D].
+static const double* query_x(const Queries& in, bool f64, int64_t b, int64_t D, double* own) {
+  if (f64) return (const double*)in.x + b * D;
+  const float* x = (const float*)in.x + b * D;
+  for (int64_t d = 0; d < D; d++) own[d] = x[d];
+  return own;
+}
+static void put(void* out, bool f64, int64_t i, double v) {
+  if (f64) ((double*)out)[i] = v;
+  else ((float*)out)[i] = (float)v;
+}
 
 // sum += sum_i w_i y_i over the rows with a weight, SUM_ROWS at a time. sum has room for whole vectors.
 static void add_rows(const Source<double>& src, Fetch<double>::F fetch, const int64_t* n, const double* w, int64_t count, double least, double* sum) {
@@ -75,10 +86,10 @@ static void add_rows(const Source<double>& src, Fetch<double>::F fetch, const in
 }
 
 // What is known of a query on its support; kHard where sigma is 0, or as good as.
-template <class R> static Query<R> support_query(const Queries& in, int64_t b, int64_t D) {
-  Query<R> q;
+static Query<double> support_query(const Queries& in, const double* x, int64_t b, int64_t D) {
+  Query<double> q;
   memset((void*)&q, 0, sizeof q);
-  q.x = (const R*)in.x + b * D;
+  q.x = x;
   q.d = (double)D;
   q.alpha = in.alpha[b];
   q.sigma = in.sigma[b];
@@ -87,9 +98,9 @@ template <class R> static Query<R> support_query(const Queries& in, int64_t b, i
   enum { W = Vec<double>::W };
   Vec<double>::T sum = {};
   int64_t d = 0;
-  for (; d + W <= D; d += W) sum += Convert<double, R>::vec(q.x + d) * Convert<double, R>::vec(q.x + d);
+  for (; d + W <= D; d += W) sum += load(x + d) * load(x + d);
   double xx = hsum<double>(sum);
-  for (; d < D; d++) xx += (double)q.x[d] * (double)q.x[d];
+  for (; d < D; d++) xx += x[d] * x[d];
   q.xx = xx;
   if (!(xx < kInf) || !(q.sigma >= 0) || !(q.inv_t > 0) || !(q.inv_t < kInf)) q.mode = kLost;
   else q.mode = q.inv_t / q.sigma / q.sigma * (xx + 1) < Precision<double>::big ? kSoft : kHard;
@@ -97,7 +108,7 @@ template <class R> static Query<R> support_query(const Queries& in, int64_t b, i
 }
 
 // Logits t of a piece from its squared distances in t (hard: those of the nearest rows, the others -inf), and its state.
-template <class R> static State weigh(const Query<R>& q, const double* bias, const int64_t* n, double* t, int64_t count) {
+static State weigh(const Query<double>& q, const double* bias, const int64_t* n, double* t, int64_t count) {
   State st = neutral();
   double key = 0;
   if (q.mode == kHard) {
@@ -127,6 +138,16 @@ template <class R> static State weigh(const Query<R>& q, const double* bias, con
   return st;
 }
 
+// Whether the lists are lists: positions that do not fall, from 0, and rows that exist.
+static bool valid(const Support& list, int64_t B, int64_t N) {
+  if (list.start[0] != 0 || list.start[B] != list.count) return false;
+  for (int64_t b = 0; b < B; b++)
+    if (list.start[b + 1] < list.start[b]) return false;
+  bool good = true;
+  for (int64_t i = 0; i < list.count; i++) good &= (uint64_t)list.index[i] < (uint64_t)N;
+  return good;
+}
+
 // Pieces of all lists: each query has one at least, and no thread is left with much more than its share.
 static int64_t cut(const Support& list, int64_t B, int threads, Piece* pieces) {
   const int64_t size = imax(PIECE, list.start[B] / (4 * threads) + 1);
@@ -136,6 +157,7 @@ static int64_t cut(const Support& list, int64_t B, int threads, Piece* pieces) {
     for (int64_t i = 0; i < n; i++, k++) {
       if (!pieces) continue;
       pieces[k].b = b;
+      pieces[k].alone = n == 1;
       pieces[k].i0 = list.start[b] + count * i / n;
       pieces[k].i1 = list.start[b] + count * (i + 1) / n;
     }
@@ -143,88 +165,117 @@ static int64_t cut(const Support& list, int64_t B, int threads, Piece* pieces) {
   return k;
 }
 
-template <class R> static int support_typed(const Rows& rows, const Queries& in, const Support& list, const Posterior& out, int threads) {
-  if (in.b == 0) return 0;
-  Plain<R> p;
-  Arena arena;
-  const int64_t D = rows.d, Dp = round_up(D, 64), M = list.start[in.b], count = cut(list, in.b, threads, nullptr);
-  const int workers = (int)imax(1, imin(threads, count));
-  if (!p.prepare(rows) || !arena.reserve(Arena::bytes<Piece>(count) + Arena::bytes<double>(M) + Arena::bytes<double>(count * Dp) + Arena::bytes<Query<R> >(in.b)))
-    return 1;
-  Piece* pieces = arena.take<Piece>(count);
-  cut(list, in.b, threads, pieces);
-  double* t = arena.take<double>(M);
-  double* sums = arena.take<double>(count * Dp);
-  Query<R>* queries = arena.take<Query<R> >(in.b);
-  for (int64_t b = 0; b < in.b; b++) queries[b] = support_query<R>(in, b, D);
-#pragma omp parallel for num_threads(workers) schedule(dynamic, 1) if (workers > 1)
-  for (int64_t k = 0; k < count; k++) {
-    Piece& c = pieces[k];
-    c.sum = sums + k * Dp;
-    c.st = neutral();
-    const Query<R>& q = queries[c.b];
-    if (q.mode == kLost) continue;
-    const int64_t* n = list.index + c.i0;
-    for (int64_t i = 0; i < c.i1 - c.i0; i++) t[c.i0 + i] = p.exact(p.src, n[i], q.x, q.alpha);
-    c.st = weigh(q, in.bias, n, t + c.i0, c.i1 - c.i0);
-    // The weights left out, all together, are below 2^-60 of the largest.
-    if (c.st.s > 0) add_rows(p.values, p.fetch, n, t + c.i0, c.i1 - c.i0, 8e-19 / (c.i1 - c.i0), c.sum);
+// The pieces' accumulators: of those to be joined; count them with none to give them to.
+static int64_t place(Piece* pieces, int64_t count, int64_t Dp, double* sums) {
+  int64_t k = 0;
+  for (int64_t i = 0; i < count; i++) {
+    if (pieces[i].alone) continue;
+    pieces[i].sum = sums + k * Dp;
+    k += 1;
   }
-  for (int64_t k = 0; k < count;) {
-    Piece& a = pieces[k];
-    for (k++; k < count && pieces[k].b == a.b; k++) {
+  return k;
+}
+
+static void support_finish(const Query<double>& q, const Piece& c, int64_t D, const Posterior& out, bool f64) {
+  const bool none = q.mode == kLost || !(c.st.s > 0);
+  finish_stats(q, c.st, c.b, out);
+  if (q.mode != kLost && none) out.log_z[c.b] = -kInf;
+  for (int64_t d = 0; d < D; d++) put(out.mean, f64, c.b * D + d, none ? __builtin_nan("") : c.sum[d] / c.st.s);
+}
+
+static int run_support(const Rows& rows, const Queries& in, const Support& list, const Posterior& out, bool f64, int threads) {
+  if (in.b == 0) return 0;
+  if (!valid(list, in.b, rows.n)) return 2;
+  Plain p;
+  Arena arena, joined;
+  const int64_t D = rows.d, Dp = round_up(D, 64), count = cut(list, in.b, threads, nullptr);
+  const int workers = (int)imax(1, imin(threads, count));
+  if (!p.prepare(rows) || !arena.reserve(Arena::bytes<Piece>(count) + Arena::bytes<double>(list.count))) return 1;
+  Piece* pieces = arena.take<Piece>(count);
+  double* t = arena.take<double>(list.count);
+  cut(list, in.b, threads, pieces);
+  const int64_t joins = place(pieces, count, 0, nullptr);
+  if (!joined.reserve(Arena::bytes<double>(joins * Dp) + Arena::bytes<double>(Dp))) return 1;
+  place(pieces, count, Dp, joined.take<double>(joins * Dp));
+  double* wide = joined.take<double>(Dp);
+  int failed = 0;
+#pragma omp parallel num_threads(workers) reduction(| : failed) if (workers > 1)
+  {
+    Arena own;
+    const bool there = own.reserve(2 * Arena::bytes<double>(Dp));
+    double *sum = there ? own.take<double>(Dp) : nullptr, *x = there ? own.take<double>(Dp) : nullptr;
+    failed |= !there;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t k = 0; k < count; k++) {
+      if (!there) continue;
+      Piece& c = pieces[k];
+      if (c.alone) {
+        c.sum = sum;
+        memset((void*)sum, 0, Dp * sizeof(double));
+      }
+      c.st = neutral();
+      const Query<double> q = support_query(in, query_x(in, f64, c.b, D, x), c.b, D);
+      const int64_t* n = list.index + c.i0;
+      if (q.mode != kLost) {
+        for (int64_t i = 0; i < c.i1 - c.i0; i++) t[c.i0 + i] = p.exact(p.src, n[i], q.x, q.alpha);
+        c.st = weigh(q, in.bias, n, t + c.i0, c.i1 - c.i0);
+      }
+      // The weights left out, all together, are below 2^-60 of the largest.
+      if (c.st.s > 0) add_rows(p.src, p.fetch, n, t + c.i0, c.i1 - c.i0, 8e-19 / (c.i1 - c.i0), c.sum);
+      if (c.alone) support_finish(q, c, D, out, f64);
+    }
+  }
+  for (int64_t k = 0; k < count && !failed;) {
+    Piece& a = pieces[k++];
+    if (a.alone) continue;
+    for (; k < count && pieces[k].b == a.b; k++) {
       double fa, fb;
       merge(a.st, pieces[k].st, fa, fb);
       for (int64_t d = 0; d < D; d++) a.sum[d] = (fa == 0 ? 0 : fa * a.sum[d]) + (fb == 0 ? 0 : fb * pieces[k].sum[d]);
     }
-    const Query<R>& q = queries[a.b];
-    finish_stats(q, a.st, a.b, out);
-    if (q.mode != kLost && !(a.st.s > 0)) out.log_z[a.b] = -kInf;
-    R* mean = (R*)out.mean + a.b * D;
-    for (int64_t d = 0; d < D; d++) mean[d] = (R)(q.mode == kLost || !(a.st.s > 0) ? __builtin_nan("") : a.sum[d] / a.st.s);
+    support_finish(support_query(in, query_x(in, f64, a.b, D, wide), a.b, D), a, D, out, f64);
   }
-  return 0;
+  return failed;
 }
 
 // The gradient. With w = softmax(l / T) on the list, h = <g, y> + gE l + gb b + 2 gS w and q = w (gL + gE + (h - sum w h) / T):
 // grad_x = sum q (alpha y - x) / sigma^2, grad_sigma = sum q r^2 / sigma^3, grad_alpha = sum q <x - alpha y, y> / sigma^2,
 // grad_T = gL (L - E) / T - sum w (l - E) h / T^2, grad_b = q + gb w. At sigma = 0 only the nearest rows have weight, and only
 // the bias and the temperature still move it (backward-inl.h).
-template <class R> struct SupportBackward {
-  const Plain<R>* p;
+struct SupportBackward {
+  const Plain* p;
   const Queries* in;
   const Support* list;
   const Gradients* io;
   double *t, *gy, *xy, *r2;  // [M] each; t: weights, then q; gy: <g, y>, then what the bias gets
 };
 // One pass over a piece's rows: r^2, <g, y>, <x - alpha y, y>.
-template <class R> static void support_products(const SupportBackward<R>& s, const Piece& c, double* row) {
+static void support_products(const SupportBackward& s, const Piece& c, const double* x, double* row) {
   enum { W = Vec<double>::W };
-  const Plain<R>& p = *s.p;
+  const Plain& p = *s.p;
   const int64_t D = p.src.rows.d;
-  const R* x = (const R*)s.in->x + c.b * D;
   const double *g = s.io->g_mean + c.b * D, alpha = s.in->alpha[c.b];
   for (int64_t i = c.i0; i < c.i1; i++) {
     s.r2[i] = p.exact(p.src, s.list->index[i], x, alpha);
-    p.row(p.values, s.list->index[i], row);
+    p.row(p.src, s.list->index[i], row);
     Vec<double>::T vg = {}, vx = {};
     int64_t d = 0;
     for (; d + W <= D; d += W) {
       const Vec<double>::T y = load(row + d);
       vg += load(g + d) * y;
-      vx += (Convert<double, R>::vec(x + d) - y * alpha) * y;
+      vx += (load(x + d) - y * alpha) * y;
     }
     double sg = hsum<double>(vg), sx = hsum<double>(vx);
     for (; d < D; d++) {
       sg += g[d] * row[d];
-      sx += ((double)x[d] - alpha * row[d]) * row[d];
+      sx += (x[d] - alpha * row[d]) * row[d];
     }
     s.gy[i] = sg;
     s.xy[i] = sx;
   }
 }
 // From products to the coefficients of one query, and all its gradients but grad_x's sum over rows.
-template <class R> static void support_coefficients(const SupportBackward<R>& s, int64_t b, const Query<R>& q) {
+static void support_coefficients(const SupportBackward& s, int64_t b, const Query<double>& q) {
   const Gradients& io = *s.io;
   const int64_t i0 = s.list->start[b], count = s.list->start[b + 1] - i0;
   const int64_t* n = s.list->index + i0;
@@ -265,52 +316,73 @@ template <class R> static void support_coefficients(const SupportBackward<R>& s,
   io.grad_temperature[b] = gL * (L - E) / T - temp / T / T;
 }
 
-template <class R> static int support_backward_typed(const Rows& rows, const Queries& in, const Support& list, const Gradients& io, int threads) {
+static void support_backward_finish(const SupportBackward& s, const Piece& c, const Query<double>& q, const double* x, bool f64) {
+  const int64_t D = s.p->src.rows.d;
+  const bool lost = q.mode == kLost, hard = q.mode == kHard;
+  double total = 0;
+  for (int64_t i = s.list->start[c.b]; !lost && i < s.list->start[c.b + 1]; i++) total += s.t[i];
+  const double v = lost ? __builtin_nan("") : 0;
+  for (int64_t d = 0; d < D; d++) put(s.io->grad_x, f64, c.b * D + d, lost || hard ? v : (q.alpha * c.sum[d] - x[d] * total) / q.sigma / q.sigma);
+  if (lost) s.io->grad_sigma[c.b] = s.io->grad_alpha[c.b] = s.io->grad_temperature[c.b] = v;
+}
+
+static int run_support_backward(const Rows& rows, const Queries& in, const Support& list, const Gradients& io, bool f64, int threads) {
   if (io.grad_bias) memset((void*)io.grad_bias, 0, rows.n * sizeof(double));
   if (in.b == 0) return 0;
-  Plain<R> p;
-  Arena arena;
-  const int64_t D = rows.d, Dp = round_up(D, 64), M = list.start[in.b], count = cut(list, in.b, threads, nullptr);
+  if (!valid(list, in.b, rows.n)) return 2;
+  Plain p;
+  Arena arena, joined;
+  const int64_t D = rows.d, Dp = round_up(D, 64), M = list.count, count = cut(list, in.b, threads, nullptr);
   const int workers = (int)imax(1, imin(threads, count));
-  if (!p.prepare(rows) || !arena.reserve(Arena::bytes<Piece>(count) + 4 * Arena::bytes<double>(M) + Arena::bytes<double>(count * Dp) + Arena::bytes<Query<R> >(in.b)))
-    return 1;
+  if (!p.prepare(rows) || !arena.reserve(Arena::bytes<Piece>(count) + 4 * Arena::bytes<double>(M) + Arena::bytes<Query<double> >(in.b))) return 1;
   Piece* pieces = arena.take<Piece>(count);
-  cut(list, in.b, threads, pieces);
+  Query<double>* queries = arena.take<Query<double> >(in.b);
   double *t = arena.take<double>(M), *gy = arena.take<double>(M), *xy = arena.take<double>(M), *r2 = arena.take<double>(M);
-  double* sums = arena.take<double>(count * Dp);
-  Query<R>* queries = arena.take<Query<R> >(in.b);
-  for (int64_t b = 0; b < in.b; b++) queries[b] = support_query<R>(in, b, D);
-  const SupportBackward<R> s = {&p, &in, &list, &io, t, gy, xy, r2};
-#pragma omp parallel for num_threads(workers) schedule(dynamic, 1) if (workers > 1)
-  for (int64_t k = 0; k < count; k++) support_products(s, pieces[k], sums + k * Dp);
-#pragma omp parallel for num_threads(workers) schedule(dynamic, 1) if (workers > 1)
-  for (int64_t b = 0; b < in.b; b++) {
-    const Query<R>& q = queries[b];
-    if (q.mode != kLost) support_coefficients(s, b, q);
-  }
-#pragma omp parallel for num_threads(workers) schedule(dynamic, 1) if (workers > 1)
-  for (int64_t k = 0; k < count; k++) {
-    Piece& c = pieces[k];
-    c.sum = sums + k * Dp;
-    memset((void*)c.sum, 0, Dp * sizeof(double));  // a row lay there
-    add_rows(p.values, p.fetch, list.index + c.i0, t + c.i0, c.i1 - c.i0, 0, c.sum);
-  }
-  const double nan = __builtin_nan("");
-  for (int64_t k = 0; k < count;) {
-    Piece& a = pieces[k];
-    for (k++; k < count && pieces[k].b == a.b; k++)
-      for (int64_t d = 0; d < D; d++) a.sum[d] += pieces[k].sum[d];
-    const Query<R>& q = queries[a.b];
-    const bool lost = q.mode == kLost, hard = q.mode == kHard;
-    double total = 0;
-    for (int64_t i = list.start[a.b]; !lost && i < list.start[a.b + 1]; i++) {
-      total += t[i];
-      if (io.grad_bias) io.grad_bias[list.index[i]] += gy[i];
+  cut(list, in.b, threads, pieces);
+  const int64_t joins = place(pieces, count, 0, nullptr);
+  if (!joined.reserve(Arena::bytes<double>(joins * Dp) + Arena::bytes<double>(Dp))) return 1;
+  place(pieces, count, Dp, joined.take<double>(joins * Dp));
+  double* wide = joined.take<double>(Dp);
+  const SupportBackward s = {&p, &in, &list, &io, t, gy, xy, r2};
+  int failed = 0;
+#pragma omp parallel num_threads(workers) reduction(| : failed) if (workers > 1)
+  {
+    Arena own;
+    const bool there = own.reserve(2 * Arena::bytes<double>(Dp));
+    double *sum = there ? own.take<double>(Dp) : nullptr, *x = there ? own.take<double>(Dp) : nullptr;
+    failed |= !there;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t k = 0; k < count; k++)
+      if (there) support_products(s, pieces[k], query_x(in, f64, pieces[k].b, D, x), sum);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t b = 0; b < in.b; b++) {
+      if (!there) continue;
+      queries[b] = support_query(in, query_x(in, f64, b, D, x), b, D);
+      if (queries[b].mode != kLost) support_coefficients(s, b, queries[b]);
     }
-    R* gx = (R*)io.grad_x + a.b * D;
-    for (int64_t d = 0; d < D; d++) gx[d] = (R)(lost ? nan : hard ? 0 : (q.alpha * a.sum[d] - (double)q.x[d] * total) / q.sigma / q.sigma);
-    if (lost) io.grad_sigma[a.b] = io.grad_alpha[a.b] = io.grad_temperature[a.b] = nan;
-    if (lost && io.grad_bias) io.grad_bias[0] = nan;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t k = 0; k < count; k++) {
+      Piece& c = pieces[k];
+      if (!there || queries[c.b].mode == kLost) continue;
+      if (c.alone) {
+        c.sum = sum;
+        memset((void*)sum, 0, Dp * sizeof(double));
+      }
+      add_rows(p.src, p.fetch, list.index + c.i0, t + c.i0, c.i1 - c.i0, 0, c.sum);
+      if (c.alone) support_backward_finish(s, c, queries[c.b], query_x(in, f64, c.b, D, x), f64);
+    }
+  }
+  for (int64_t k = 0; k < count && !failed;) {
+    Piece& a = pieces[k++];
+    const Query<double>& q = queries[a.b];
+    for (; k < count && pieces[k].b == a.b; k++)
+      for (int64_t d = 0; d < D && q.mode != kLost; d++) a.sum[d] += pieces[k].sum[d];
+    if (!a.alone || q.mode == kLost) support_backward_finish(s, a, q, query_x(in, f64, a.b, D, wide), f64);
+  }
+  if (!io.grad_bias || failed) return failed;
+  for (int64_t b = 0; b < in.b; b++) {  // in order, so that any number of threads gives the same
+    if (queries[b].mode == kLost) io.grad_bias[0] = __builtin_nan("");
+    for (int64_t i = list.start[b]; queries[b].mode != kLost && i < list.start[b + 1]; i++) io.grad_bias[list.index[i]] += gy[i];
   }
   return 0;
 }

@@ -308,14 +308,6 @@ def bound_scan(
     return start, index, threshold, level
 
 
-def _lists(start: Tensor, index: Tensor, b: int) -> tuple[Tensor, Tensor]:
-    """The lists, contiguous. Their row numbers are the caller's to vouch for: they are many."""
-    start = _shaped("start", start, (b + 1,), torch.int64)
-    if b and not (start[0] == 0 and start[-1] == len(index) and bool((start.diff() >= 0).all())):
-        raise ValueError(f"start must increase from 0 to the length of index, {len(index)}")
-    return start, _shaped("index", index, (len(index),), torch.int64)
-
-
 def posterior_on_support(
     x: Tensor, rows: Tensor, sigma: Tensor, alpha: Tensor, temperature: Tensor,
     bias: Tensor | None, start: Tensor, index: Tensor, scale: float, shift: float,
@@ -323,13 +315,14 @@ def posterior_on_support(
     """The sums of ``posterior`` over the rows listed, each logit by direct differences."""
     q, (s, a, t), b = _queries(x, rows, sigma, alpha, temperature, bias)
     args, _ = _rows(rows, None, None, scale, shift)
-    start, index = _lists(start, index, x.shape[0])
+    start = _shaped("start", start, (x.shape[0] + 1,), torch.int64)
+    index = _shaped("index", index, (index.numel(),), torch.int64)
     mean = torch.empty_like(q)
     stats = tuple(torch.empty(q.shape[0], dtype=_F64) for _ in range(4))
     _module().support(
         args, q.dtype == _F64, q.data_ptr(), q.shape[0],
         s.data_ptr(), a.data_ptr(), t.data_ptr(), _ptr(b), start.data_ptr(), index.data_ptr(),
-        torch.get_num_threads(), mean.data_ptr(), *(v.data_ptr() for v in stats),
+        len(index), torch.get_num_threads(), mean.data_ptr(), *(v.data_ptr() for v in stats),
     )  # fmt: skip
     return mean.to(x.dtype), stats[0], stats[1], stats[2], stats[3]
 
@@ -348,7 +341,8 @@ def posterior_on_support_backward(
     """
     q, (s, a, t), b = _queries(x, rows, sigma, alpha, temperature, bias)
     args, _ = _rows(rows, None, None, scale, shift)
-    start, index = _lists(start, index, x.shape[0])
+    start = _shaped("start", start, (x.shape[0] + 1,), torch.int64)
+    index = _shaped("index", index, (index.numel(),), torch.int64)
     grad_mean = grad_mean.to(_F64).contiguous()
     grad_stats = torch.stack(
         [v.to(_F64) for v in (grad_log_z, grad_mean_logit, grad_mean_bias, grad_weight_sq)]
@@ -359,7 +353,7 @@ def posterior_on_support_backward(
     _module().support_backward(
         args, q.dtype == _F64, q.data_ptr(), q.shape[0],
         s.data_ptr(), a.data_ptr(), t.data_ptr(), _ptr(b), start.data_ptr(), index.data_ptr(),
-        torch.get_num_threads(), grad_mean.data_ptr(), grad_stats.data_ptr(), grad_x.data_ptr(),
-        *(v.data_ptr() for v in grads), 0 if b is None else grad_bias.data_ptr(),
+        len(index), torch.get_num_threads(), grad_mean.data_ptr(), grad_stats.data_ptr(),
+        grad_x.data_ptr(), *(v.data_ptr() for v in grads), 0 if b is None else grad_bias.data_ptr(),
     )  # fmt: skip
     return grad_x.to(x.dtype), grads[0], grads[1], grads[2], grad_bias
