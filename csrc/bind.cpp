@@ -2,6 +2,9 @@
 // The only file that includes pybind11; memokern/backends/cpu.py checks every argument before it calls here.
 #include <pybind11/pybind11.h>
 
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -52,7 +55,17 @@ std::string select_isa(const std::string& name) {
 
 template <class T> T* ptr(uintptr_t address) { return reinterpret_cast<T*>(address); }
 
+// The lists of a scan, until Python has room for them.
+struct Found {
+  int64_t* index = nullptr;
+  int64_t count = 0;
+  Found() = default;
+  Found(Found&& other) : index(other.index), count(other.count) { other.index = nullptr; }
+  ~Found() { free(index); }
+};
+
 void check(int failed) {
+  if (failed == 2) throw std::invalid_argument("start must increase from 0 to the length of index, and index must hold numbers of rows");
   if (failed) throw std::bad_alloc();  // MemoryError
 }
 
@@ -114,6 +127,52 @@ PYBIND11_MODULE(_C, m) {
     }
     check(failed);
   });
+  py::class_<Found>(m, "Found")
+      .def_readonly("count", &Found::count)
+      .def("copy", [](const Found& found, uintptr_t to) { memcpy(ptr<void>(to), found.index, found.count * sizeof(int64_t)); });
+  m.def("bound_scan", [](const Rows& rows, bool f64, uintptr_t x, int64_t b, uintptr_t sigma, uintptr_t alpha, uintptr_t temperature, uintptr_t bias, uintptr_t coarse,
+                         uintptr_t fine, bool half, uintptr_t z, uintptr_t norms, uintptr_t margin, uintptr_t sq, uintptr_t dims, uintptr_t first_band, int64_t levels,
+                         int64_t bands, double eps, int64_t cap, int threads, uintptr_t start, uintptr_t threshold, uintptr_t level) {
+    const Queries q = {ptr<void>(x), b, ptr<double>(sigma), ptr<double>(alpha), ptr<double>(temperature), ptr<double>(bias), kGaussian};
+    const Bounds bounds = {ptr<float>(coarse), ptr<void>(fine), ptr<float>(z), ptr<float>(norms), ptr<double>(margin), ptr<double>(sq), ptr<int64_t>(dims),
+                           ptr<int64_t>(first_band), levels, bands, half, eps, cap};
+    Lists out = {ptr<int64_t>(start), ptr<double>(threshold), ptr<int64_t>(level), nullptr};
+    Found found;
+    int failed;
+    {
+      py::gil_scoped_release release;
+      failed = current->bound_scan(rows, q, bounds, out, f64, threads);
+    }
+    found.index = out.index;
+    check(failed);
+    found.count = out.start[b];
+    return found;
+  });
+  m.def("support", [](const Rows& rows, bool f64, uintptr_t x, int64_t b, uintptr_t sigma, uintptr_t alpha, uintptr_t temperature, uintptr_t bias, uintptr_t start,
+                      uintptr_t index, int64_t count, int threads, uintptr_t mean, uintptr_t log_z, uintptr_t mean_logit, uintptr_t mean_bias, uintptr_t weight_sq) {
+    const Queries q = {ptr<void>(x), b, ptr<double>(sigma), ptr<double>(alpha), ptr<double>(temperature), ptr<double>(bias), kGaussian};
+    const Posterior out = {ptr<void>(mean), ptr<double>(log_z), ptr<double>(mean_logit), ptr<double>(mean_bias), ptr<double>(weight_sq)};
+    int failed;
+    {
+      py::gil_scoped_release release;
+      failed = current->support(rows, q, {ptr<int64_t>(start), ptr<int64_t>(index), count}, out, f64, threads);
+    }
+    check(failed);
+  });
+  m.def("support_backward", [](const Rows& rows, bool f64, uintptr_t x, int64_t b, uintptr_t sigma, uintptr_t alpha, uintptr_t temperature, uintptr_t bias,
+                               uintptr_t start, uintptr_t index, int64_t count, int threads, uintptr_t g_mean, uintptr_t g_stats, uintptr_t grad_x, uintptr_t grad_sigma,
+                               uintptr_t grad_alpha, uintptr_t grad_temperature, uintptr_t grad_bias) {
+    const Queries q = {ptr<void>(x), b, ptr<double>(sigma), ptr<double>(alpha), ptr<double>(temperature), ptr<double>(bias), kGaussian};
+    const double* g = ptr<double>(g_stats);
+    const Gradients io = {nullptr, nullptr, nullptr, nullptr, nullptr, ptr<double>(g_mean), g, g + b, g + 2 * b, g + 3 * b,
+                          ptr<void>(grad_x), ptr<double>(grad_sigma), ptr<double>(grad_alpha), ptr<double>(grad_temperature), ptr<double>(grad_bias)};
+    int failed;
+    {
+      py::gil_scoped_release release;
+      failed = current->support_backward(rows, q, {ptr<int64_t>(start), ptr<int64_t>(index), count}, io, f64, threads);
+    }
+    check(failed);
+  }, "The weights are taken anew: of the forward results none is needed.");
   m.def("exp", [](bool f64, uintptr_t x, uintptr_t y, int64_t n) {
     if (f64) current->exp_f64(ptr<double>(x), ptr<double>(y), n);
     else current->exp_f32(ptr<float>(x), ptr<float>(y), n);

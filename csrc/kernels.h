@@ -60,13 +60,45 @@ struct Nearest {
   int64_t* index;            // [b, k]
 };
 
-// Every function returns 0, or 1 when memory could not be had. `f64`: x is double (compute in double).
+// The index of the rows, and the queries in its coordinates (memokern/index.py): what bounds every product.
+struct Bounds {
+  const float* coarse;       // [n, dims[0] + bands + 1]: coordinates, norms of the bands beyond, error of the stored coordinates
+  const void* fine;          // [n, dims[levels - 1] - dims[0]]: the other coordinates, float16 or float
+  const float* z;            // [b, dims[levels - 1]] the query's coordinates
+  const float* norms;        // [b, bands + 1] its norms, the last |xc|
+  const double* margin;      // [b] what rounding may do to a product
+  const double* sq;          // [b] |xc|^2
+  const int64_t* dims;       // [levels] ascending
+  const int64_t* first_band; // [levels] the first band beyond dims[level]
+  int64_t levels, bands;
+  bool half;                 // fine is float16
+  double eps;                // weight that the rows left out may carry together
+  int64_t cap;               // rows of a list, at most
+};
+
+struct Lists {
+  int64_t* start;            // [b + 1] rows of query i: index[start[i] .. start[i + 1])
+  double* threshold;         // [b] every other row has l / T <= threshold
+  int64_t* level;            // [b] levels used; 0: given up
+  int64_t* index;            // malloc'ed: the caller frees it
+};
+
+struct Support {             // the rows that count, as in Lists
+  const int64_t* start;
+  const int64_t* index;
+  int64_t count;             // of index
+};
+
+// Every function returns 0, 1 when memory could not be had, or 2 when a Support is not one. `f64`: x is double (compute in double).
 struct Table {
   const char* name;
   int width;                 // floats of one vector
   int (*posterior)(const Rows&, const Queries&, const Posterior&, bool f64, int threads);
   int (*backward)(const Rows&, const Queries&, const Gradients&, bool f64, int threads);
   int (*nearest)(const Rows&, const Queries&, const Nearest&, bool f64, int threads);
+  int (*bound_scan)(const Rows&, const Queries&, const Bounds&, Lists&, bool f64, int threads);
+  int (*support)(const Rows&, const Queries&, const Support&, const Posterior&, bool f64, int threads);
+  int (*support_backward)(const Rows&, const Queries&, const Support&, const Gradients&, bool f64, int threads);
   void (*exp_f32)(const float* x, float* y, int64_t n);
   void (*exp_f64)(const double* x, double* y, int64_t n);
   void (*merge)(double* a, const double* b, double* factors);  // [6] states (State in logits-inl.h), [2]

@@ -104,9 +104,17 @@ template <class R, class S> MK_INLINE typename Wide<R>::T widen(const S* p) {
 #if defined(__AVX2__) && MEMOKERN_VBYTES == 32
 template <> inline __attribute__((always_inline)) Wide<float>::T widen<float>(const uint8_t* p) { return (Wide<float>::T)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
 template <> inline __attribute__((always_inline)) Wide<float>::T widen<float>(const uint16_t* p) { return (Wide<float>::T)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)); }
+template <> inline __attribute__((always_inline)) Wide<double>::T widen<double>(const uint8_t* p) {
+  int32_t four;
+  memcpy(&four, p, sizeof four);
+  return (Wide<double>::T)_mm_cvtepu8_epi32(_mm_cvtsi32_si128(four));
+}
+template <> inline __attribute__((always_inline)) Wide<double>::T widen<double>(const uint16_t* p) { return (Wide<double>::T)_mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i*)p)); }
 #elif defined(__AVX512F__) && MEMOKERN_VBYTES == 64  // masked: the plain ones warn of their own undefined operand
 template <> inline __attribute__((always_inline)) Wide<float>::T widen<float>(const uint8_t* p) { return (Wide<float>::T)_mm512_maskz_cvtepu8_epi32(0xffff, _mm_loadu_si128((const __m128i*)p)); }
 template <> inline __attribute__((always_inline)) Wide<float>::T widen<float>(const uint16_t* p) { return (Wide<float>::T)_mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256((const __m256i*)p)); }
+template <> inline __attribute__((always_inline)) Wide<double>::T widen<double>(const uint8_t* p) { return (Wide<double>::T)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
+template <> inline __attribute__((always_inline)) Wide<double>::T widen<double>(const uint16_t* p) { return (Wide<double>::T)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)); }
 #endif
 template <class R> struct Convert<R, uint8_t> {  // signed: the ISA has that conversion to float
   MK_INLINE typename Vec<R>::T vec(const uint8_t* p) {

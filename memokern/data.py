@@ -14,17 +14,22 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from memokern import checks, datasets, files
+from memokern import checks, datasets, files, index_build
 from memokern.datasets import sources
+from memokern.index import Index, restored
 from memokern.rows import (
     UINT8_SCALE,
     UINT8_SHIFT,
     check_rows,
+    checked_choice,
+    checked_index,
     checked_labels,
     checked_log_weights,
-    mean_row,
+    checked_wanted,
+    mean,
+    readable,
     require_finite,
-    squares,
+    sq_norms,
 )
 
 
@@ -50,6 +55,8 @@ class TrainingSet:
             `memokern.files.read_tensor`).
         check: False skips the search for NaN and infinite rows, which reads every float row once
             (so, for a memory-mapped file, the whole file).
+        index: False leaves out the index that a file written by `save` has. It is left out too
+            if scale or shift differ from the file's.
 
     Attributes:
         rows: [N, D] as stored, contiguous. shape: of one row. n, dim: N and D. dtype, device.
@@ -60,14 +67,14 @@ class TrainingSet:
     Raises:
         TypeError: rows of another type (other integers, bool, complex); labels not integers.
         ValueError: no rows or no features; NaN or infinite values (the first such row is named);
-            wrong lengths; a pickle; rows that require a gradient, which the cached norms would not
-            follow (pass the tensor itself to memokern's functions).
+            wrong lengths; a pickle; an index of other rows; rows that require a gradient, which
+            the cached norms would not follow (pass the tensor itself to memokern's functions).
 
     Numerics: center and sq_norms are accumulated in float64 from the dequantised values; sq_norms
     belongs to the center exactly as stored (rounded).
 
     Cost: one read of float rows for the check, one read each for center and sq_norms when first
-    used; 8 N + 12 D bytes beside the rows, and 32 MiB while sweeping.
+    used; 8 N + 8 D bytes beside the rows, and 32 MiB while sweeping.
 
     Example:
         >>> from memokern.data import TrainingSet
@@ -97,30 +104,15 @@ class TrainingSet:
         name: str | None = None,
         key: str | None = None,
         check: bool = True,
+        index: bool = True,
     ) -> None:
-        if key is not None and not isinstance(rows, (str, os.PathLike)):
-            got = type(rows).__name__
-            raise ValueError(f"key={key!r} names an array in a file, but rows is a {got}")
-        if isinstance(rows, (str, os.PathLike)):
-            found = sources.from_file(rows, key)
-            tensor = found.pop("rows")
-            labels = found.get("labels") if labels is None else labels
-            log_weights = found.get("log_weights") if log_weights is None else log_weights
-            scale = found.get("scale") if scale is None else scale
-            shift = found.get("shift") if shift is None else shift
-            name = found.get("name") if name is None else name
-        elif isinstance(rows, torch.Tensor):
-            tensor = rows
-        elif isinstance(rows, np.ndarray):
-            tensor = files.as_tensor(rows, "rows")
-        elif isinstance(rows, Dataset):
-            tensor, found_labels = sources.from_dataset(rows)
-            labels = found_labels if labels is None else labels
-        else:
-            raise TypeError(
-                "expected rows as a tensor, a numpy array, a path or a torch Dataset, "
-                f"got {type(rows).__name__}"
-            )
+        found = sources.read(rows, key)
+        tensor = found["rows"]
+        labels = found.get("labels") if labels is None else labels
+        log_weights = found.get("log_weights") if log_weights is None else log_weights
+        scale = found.get("scale") if scale is None else scale
+        shift = found.get("shift") if shift is None else shift
+        name = found.get("name") if name is None else name
         check_rows(tensor)
         if tensor.requires_grad:
             raise ValueError(
@@ -141,8 +133,14 @@ class TrainingSet:
         self._center: torch.Tensor | None = None
         self._center64: torch.Tensor | None = None
         self._sq_norms: torch.Tensor | None = None
+        self._index: Index | None = None
         if check:
             require_finite(self.rows)
+        if index and "index" in found and (scale, shift) == (found["scale"], found["shift"]):
+            described, parts = found["index"]
+            self._index, self._sq_norms = restored(described, parts, self.shape)
+            self._index.require_match(self.rows, self.scale, self.shift)
+            self._center = self._index.center
 
     @classmethod
     def digits(cls) -> TrainingSet:
@@ -184,9 +182,8 @@ class TrainingSet:
     @property
     def nbytes(self) -> int:
         """Bytes of the rows (in memory or mapped), labels, weights and caches."""
-        held = [self.rows, self.labels, self.log_weights, self._center, self._sq_norms]
-        held += [self._center64] * (self._center64 is not self._center)
-        return sum(tensor.numel() * tensor.element_size() for tensor in held if tensor is not None)
+        held = (self.rows, self.labels, self.log_weights, self._center, self._sq_norms, self._index)
+        return sum(part.nbytes for part in held if part is not None)
 
     def __len__(self) -> int:
         return self.n
@@ -196,9 +193,10 @@ class TrainingSet:
         if (self.scale, self.shift) != (1.0, 0.0):
             sign = "-" if self.shift < 0 else "+"
             parts.append(f"y = {self.scale:.6g} r {sign} {abs(self.shift):.6g}")
-        parts.append(_readable(self.nbytes))
+        parts.append(readable(self.nbytes))
         parts += ["labels"] * (self.labels is not None)
         parts += ["log_weights"] * (self.log_weights is not None)
+        parts += [] if self._index is None else [f"{self._index.basis} index"]
         parts.append(str(self.device))
         return f"TrainingSet({f'{self.name}: ' if self.name else ''}{', '.join(parts)})"
 
@@ -208,24 +206,66 @@ class TrainingSet:
     def center(self) -> torch.Tensor:
         """The mean of the rows, [D] float32 (float64 for float64 rows). Computed at first use."""
         if self._center is None:
-            mean = mean_row(self.rows, self.scale, self.shift, self.compute_dtype)
-            self._center, self._center64 = mean
+            self._center = mean(self.rows, self.scale, self.shift, self.compute_dtype)
         return self._center
 
     @property
     def center64(self) -> torch.Tensor:
         """`center` as float64, which the operations take."""
         if self._center64 is None:
-            _ = self.center
-        assert self._center64 is not None
+            with torch.inference_mode(False):
+                self._center64 = self.center.to(torch.float64)
         return self._center64
 
     @property
     def sq_norms(self) -> torch.Tensor:
         """|y_n - center|^2 for the center as stored, [N] float64. Computed at first use."""
         if self._sq_norms is None:
-            self._sq_norms = squares(self.rows, self.scale, self.shift - self.center64)
+            self._sq_norms = sq_norms(self.rows, self.scale, self.shift, self.center64)
         return self._sq_norms
+
+    @property
+    def index(self) -> Index | None:
+        """The index that proves rows to have no weight, or None before `build_index`."""
+        return self._index
+
+    def build_index(
+        self,
+        basis: str = "auto",
+        dims: Sequence[int] | None = None,
+        storage: str = "float16",
+        progress: bool | None = None,
+    ) -> TrainingSet:
+        """Make `index`: for every row its leading coordinates in an orthonormal basis and the norms
+        of what is left, from which rows are proven to have no weight. Returns the set itself.
+
+        Args:
+            basis: "dct", the cosine transform of rows [H, W], [C, H, W] or [H, W, C], ordered by
+                variance; "pca", the principal directions of up to 4096 rows (D <= 4096). "auto":
+                dct for images (H, W >= 8, C <= 4), else pca.
+            dims: the ladder, ascending, of how many coordinates are used. None: 32, 64, 128, 256
+                and 512, as far as D allows.
+            storage: of the coordinates beyond the first dims[0], "float16" (float32 is taken where
+                the rows' norms, above 6e4 or below 0.01, do not suit it) or "float32". Each row's
+                rounding is measured and allowed for.
+            progress: a progress bar; None: on a terminal, if it takes more than two seconds.
+
+        Raises ValueError for D <= 16, rows for which there is no such basis, other choices.
+
+        Cost: for dct two products per axis, for pca D max(dims) multiplications for each row, in
+        float64, 2 MiB at a time; center and sq_norms if they were not known. Kept: 4 (dims[0] +
+        bands + 1) + 2 (max(dims) - dims[0]) bytes per row.
+
+        Example:
+            >>> from memokern.data import TrainingSet
+            >>> TrainingSet.digits().build_index(dims=(8, 16)).index.dims
+            (8, 16)
+        """
+        self._index = index_build.build(
+            self.rows, self.shape, self.scale, self.shift, self.center, self.sq_norms,
+            basis=basis, dims=dims, storage=storage, progress=progress,
+        )  # fmt: skip
+        return self
 
     # --- rows as values -----------------------------------------------------------------------
 
@@ -241,14 +281,7 @@ class TrainingSet:
 
         Raises TypeError for an index that is not of integers, IndexError outside 0..N-1.
         """
-        index = torch.as_tensor(index)
-        if index.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"expected an index of int64, got {index.dtype}")
-        index = index.to(self.device, torch.int64)
-        if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < self.n:
-            raise IndexError(
-                f"expected indices in 0..{self.n - 1}, got {int(index.min())}..{int(index.max())}"
-            )
+        index = checked_index(index, self.n, self.device)
         taken = self.rows.index_select(0, index.reshape(-1))
         return self.dequantize(taken).reshape((*index.shape, *self.shape))
 
@@ -265,23 +298,10 @@ class TrainingSet:
     def subset(self, index: torch.Tensor | np.ndarray | Sequence[int] | slice) -> TrainingSet:
         """The rows chosen by an index, a mask [N] or a slice, with their labels and weights.
 
-        A slice shares memory. The log weights are not renormalised. ValueError if nothing is
-        chosen, or only rows of weight 0.
+        A slice shares memory. The log weights are not renormalised; an index is not passed on.
+        ValueError if nothing is chosen, or only rows of weight 0.
         """
-        if not isinstance(index, slice):
-            index = torch.as_tensor(index, device=self.device)
-            if index.numel() == 0:
-                raise ValueError("the subset has no rows")
-            if index.ndim != 1 or index.is_floating_point() or index.is_complex():
-                raise TypeError(
-                    "expected a slice, or a one-dimensional index or boolean mask, "
-                    f"got {list(index.shape)} {index.dtype}"
-                )
-            if index.dtype == torch.bool:
-                if len(index) != self.n:
-                    raise ValueError(f"expected a mask of {self.n} entries, got {len(index)}")
-            else:
-                index = index.to(torch.int64)
+        index = checked_choice(index, self.n, self.device)
         rows = self.rows[index]
         if len(rows) == 0:
             raise ValueError("the subset has no rows")
@@ -289,11 +309,8 @@ class TrainingSet:
             rows.reshape((-1, *self.shape)),
             labels=None if self.labels is None else self.labels[index],
             log_weights=None if self.log_weights is None else self.log_weights[index],
-            scale=self.scale,
-            shift=self.shift,
-            name=self.name,
-            check=False,
-        )
+            scale=self.scale, shift=self.shift, name=self.name, check=False,
+        )  # fmt: skip
 
     def where(self, label: int | Sequence[int]) -> TrainingSet:
         """The rows with this label, or one of these labels: the empirical p(y | label).
@@ -307,12 +324,7 @@ class TrainingSet:
         """
         if self.labels is None:
             raise ValueError("this training set has no labels: give labels= when making it")
-        try:
-            wanted = torch.as_tensor(label, device=self.device).reshape(-1)
-        except (TypeError, ValueError, RuntimeError):  # no number, or beyond int64
-            wanted = torch.empty(0)
-        if not sources.is_integer(wanted.dtype):
-            raise TypeError(f"expected a label, or several, of integers (int64), got {label!r}")
+        wanted = checked_wanted(label, self.device)
         mask = torch.isin(self.labels, wanted)
         if not mask.any():
             known = self.labels.unique().tolist()
@@ -327,23 +339,21 @@ class TrainingSet:
         if rows is self.rows:
             return self
         moved = TrainingSet(
-            rows.reshape((self.n, *self.shape)),
-            labels=self.labels,
-            log_weights=self.log_weights,
-            scale=self.scale,
-            shift=self.shift,
-            name=self.name,
-            check=False,
-        )
+            rows.reshape((self.n, *self.shape)), labels=self.labels, log_weights=self.log_weights,
+            scale=self.scale, shift=self.shift, name=self.name, check=False,
+        )  # fmt: skip
         for cache in ("_center", "_center64", "_sq_norms"):
             value = getattr(self, cache)
             setattr(moved, cache, None if value is None else value.to(device))
+        if self._index is not None and device.type != "meta":  # it has no shapes without values
+            moved._index = self._index.to(device)
+            moved._center = moved._index.center
         return moved
 
     # --- files --------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write everything but the caches to a `.safetensors` file, whole or not at all.
+        """Write everything to a `.safetensors` file, whole or not at all; the caches with an index.
 
         The rows are stored as they are, called "rows"; scale, shift and name are metadata.
         Raises ValueError for another suffix, FileNotFoundError for a folder that does not exist.
@@ -362,11 +372,17 @@ class TrainingSet:
         }
         if self.name is not None:
             metadata["name"] = self.name
+        if self._index is not None:
+            metadata["index"], parts = self._index.state(self.sq_norms)
+            tensors |= {sources.INDEX_PREFIX + name: tensor for name, tensor in parts.items()}
         files.write_safetensors(path, tensors, metadata)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], *, check: bool = True) -> TrainingSet:
-        """Read a file written by `save`; the rows stay memory-mapped. ValueError for other files.
+    def load(
+        cls, path: str | os.PathLike[str], *, check: bool = True, index: bool = True
+    ) -> TrainingSet:
+        """Read a file written by `save`; rows and index stay memory-mapped. ValueError for other
+        files, and if the index is not of the rows there (index=False leaves it out).
 
         Example:
             >>> import tempfile, pathlib
@@ -381,13 +397,4 @@ class TrainingSet:
                 f"{str(path)!r} was not written by TrainingSet.save; "
                 "to read rows from any other file use TrainingSet(path)"
             )
-        return cls(path, check=check)
-
-
-def _readable(nbytes: int) -> str:
-    size = float(nbytes)
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.4g} {unit}"
-        size /= 1000
-    return f"{size:.4g} TB"
+        return cls(path, check=check, index=index)

@@ -64,7 +64,7 @@ _OPS = torch.ops.memokern
 
 def _run(name: str) -> Callable[..., Any]:
     def run(x: Tensor, *args: Any) -> Any:
-        return getattr(backends.choose(x.device), name)(x, *args)
+        return getattr(backends.choose(x.device, name), name)(x, *args)
 
     return run
 

@@ -102,7 +102,7 @@ def per_query(name: str, value: PerQuery, batch: Sequence[int], device: torch.de
 def require(name: str, value: PerQuery, tensor: Tensor, ok: Tensor, what: str) -> None:
     """Raises where a value is out of range; tensors under a compiler or transform, or without
     values (meta), are trusted."""
-    if _traced(tensor):
+    if traced(tensor):
         return
     good = ok.all()
     if not bool(good):
@@ -115,7 +115,8 @@ def wide(value: Tensor, like: Tensor) -> Tensor:
     return value.reshape(value.shape + (1,) * (like.dim() - value.dim())).to(like.dtype)
 
 
-def _traced(*tensors: Tensor | None) -> bool:
+def traced(*tensors: Tensor | None) -> bool:
+    """Whether these have no values to look at: under a compiler, a transform, or on meta."""
     if is_compiling():
         return True
     functorch = torch._C._functorch
@@ -204,14 +205,14 @@ def _bias(bias: Tensor | None, rows: Rows) -> Tensor | None:
     if not bias.is_floating_point():
         raise TypeError(f"expected a floating-point bias, got {bias.dtype}")
     bias = bias.to(torch.float64)
-    if not _traced(bias):
+    if not traced(bias):
         if bool((torch.isnan(bias) | torch.isposinf(bias)).any()):
             raise ValueError("expected bias finite or -inf (a row left out), got NaN or +inf")
         if bool(torch.isneginf(bias).all()):
             raise ValueError("every bias is -inf: no row is left to weigh")
     if rows.log_weights is not None:
         bias = bias + rows.log_weights
-        if not _traced(bias) and bool(torch.isneginf(bias).all()):
+        if not traced(bias) and bool(torch.isneginf(bias).all()):
             raise ValueError("bias and log_weights together leave no row: all sums are -inf")
     return bias
 

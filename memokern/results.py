@@ -3,13 +3,40 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from memokern.queries import PerQuery, per_query, wide
+
+
+@dataclass(frozen=True)
+class Certificate:
+    r"""What the dropped rows can have contributed, per query: proven bounds, not estimates.
+
+    The errors of the sums that the kept rows give, against those of all rows in exact arithmetic;
+    the rounding of the sums themselves is not part of them. Zeros where all rows were swept.
+
+    Attributes:
+        weight: the dropped rows' share of the weight. mean_error: L2 norm of the error of mean.
+        score_error: of score, alpha mean_error / sigma^2. log_z_error: of log_z, which is too small
+            by that much at most. All [\*batch] float64.
+        rows_kept: how many rows were swept; levels: how many levels of the index's ladder decided
+            which (0: a dense sweep). Both [\*batch] int64.
+    """
+
+    weight: Tensor
+    mean_error: Tensor
+    score_error: Tensor
+    log_z_error: Tensor
+    rows_kept: Tensor
+    levels: Tensor
+
+    def reshape(self, batch: torch.Size) -> Certificate:
+        """The same numbers, shaped as the batch of queries."""
+        return Certificate(*(getattr(self, f.name).reshape(batch) for f in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -26,6 +53,7 @@ class Posterior:
         sigma, alpha, temperature: as used, [\*batch] float64.
         n: the number of rows N. log_weight_total: log sum_n exp(b_n), log N without a bias.
         dim: D.
+        certificate: bounds on what pruning changed, where they were asked for.
     """
 
     x: Tensor
@@ -40,6 +68,7 @@ class Posterior:
     n: int
     dim: int
     log_weight_total: Tensor
+    certificate: Certificate | None = None
 
     def _wide(self, value: Tensor) -> Tensor:
         return wide(value, self.x)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -82,9 +83,90 @@ def checked_log_weights(log_weights: Any, n: int, device: torch.device) -> torch
     return tensor
 
 
+def checked_choice(
+    index: torch.Tensor | np.ndarray | Sequence[int] | slice, n: int, device: torch.device
+) -> torch.Tensor | slice:
+    """What chooses rows: a slice, an index [k] int64 or a mask [n]."""
+    if isinstance(index, slice):
+        return index
+    index = torch.as_tensor(index, device=device)
+    if index.numel() == 0:
+        raise ValueError("the subset has no rows")
+    if index.ndim != 1 or index.is_floating_point() or index.is_complex():
+        raise TypeError(
+            "expected a slice, or a one-dimensional index or boolean mask, "
+            f"got {list(index.shape)} {index.dtype}"
+        )
+    if index.dtype != torch.bool:
+        return index.to(torch.int64)
+    if len(index) != n:
+        raise ValueError(f"expected a mask of {n} entries, got {len(index)}")
+    return index
+
+
+def checked_index(index: torch.Tensor, n: int, device: torch.device) -> torch.Tensor:
+    """Row numbers in 0..n-1, of any shape, int64."""
+    index = torch.as_tensor(index)
+    if index.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"expected an index of int64, got {index.dtype}")
+    index = index.to(device, torch.int64)
+    if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < n:
+        raise IndexError(
+            f"expected indices in 0..{n - 1}, got {int(index.min())}..{int(index.max())}"
+        )
+    return index
+
+
+def checked_wanted(label: int | Sequence[int], device: torch.device) -> torch.Tensor:
+    """Labels asked for, [k] of an integer type."""
+    try:
+        wanted = torch.as_tensor(label, device=device).reshape(-1)
+    except (TypeError, ValueError, RuntimeError):  # no number, or beyond int64
+        wanted = torch.empty(0)
+    if not sources.is_integer(wanted.dtype):
+        raise TypeError(f"expected a label, or several, of integers (int64), got {label!r}")
+    return wanted
+
+
 def chunks(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Rows [N, D] in pieces of at most `CHUNK_ELEMENTS` numbers, or of one row; views."""
     return rows.split(max(1, CHUNK_ELEMENTS // rows.shape[1]))
+
+
+# What the next two compute is kept, also for calls that record a gradient, which could not save
+# what torch.inference_mode has made.
+@torch.inference_mode(False)
+def mean(rows: torch.Tensor, scale: float, shift: float, dtype: torch.dtype) -> torch.Tensor:
+    """The mean of the rows' values, [D], accumulated in float64 and rounded to `dtype`."""
+    total = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
+    for chunk in chunks(rows):
+        total += chunk.sum(dim=0, dtype=torch.float64)
+    return (total / len(rows) * scale + shift).to(dtype)
+
+
+@torch.inference_mode(False)
+def sq_norms(rows: torch.Tensor, scale: float, shift: float, center: torch.Tensor) -> torch.Tensor:
+    """|y_n - center|^2 of the rows' values for this very center, [N] float64."""
+    # row * scale + (shift - center), in place: one temporary per chunk.
+    offset = shift - center.to(torch.float64)
+    norms = torch.empty(len(rows), dtype=torch.float64, device=rows.device)
+    start = 0
+    for chunk in chunks(rows):
+        value = chunk.to(torch.float64, copy=True).mul_(scale).add_(offset)
+        torch.sum(value.square_(), dim=1, out=norms[start : start + len(chunk)])
+        start += len(chunk)
+        del value  # before the next chunk is made
+    return norms
+
+
+def readable(nbytes: int) -> str:
+    """A number of bytes in words: "129.4 kB"."""
+    size = float(nbytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.4g} {unit}"
+        size /= 1000
+    return f"{size:.4g} TB"
 
 
 def require_finite(rows: torch.Tensor) -> None:
@@ -101,30 +183,3 @@ def require_finite(rows: torch.Tensor) -> None:
                 "remove such rows or replace the values"
             )
         start += len(chunk)
-
-
-# What is computed here is kept, also for calls that record a gradient, which could not save what
-# torch.inference_mode has made.
-@torch.inference_mode(False)
-def mean_row(
-    rows: torch.Tensor, scale: float, shift: float, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The mean of rows * scale + shift [D], rounded to dtype; the same numbers as float64."""
-    total = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
-    for chunk in chunks(rows):
-        total += chunk.sum(dim=0, dtype=torch.float64)
-    mean = (total / rows.shape[0] * scale + shift).to(dtype)
-    return mean, mean.to(torch.float64)
-
-
-@torch.inference_mode(False)
-def squares(rows: torch.Tensor, scale: float, offset: torch.Tensor) -> torch.Tensor:
-    """|rows * scale + offset|^2 [N] float64."""
-    out = torch.empty(rows.shape[0], dtype=torch.float64, device=rows.device)
-    start = 0
-    for chunk in chunks(rows):  # in place: one temporary per chunk
-        value = chunk.to(torch.float64, copy=True).mul_(scale).add_(offset)
-        torch.sum(value.square_(), dim=1, out=out[start : start + len(chunk)])
-        start += len(chunk)
-        del value  # before the next chunk is made
-    return out

@@ -16,7 +16,10 @@ from memokern import _C  # noqa: E402
 
 USABLE = [name for name, supported in _C.isas() if supported]
 HERE = os.path.dirname(__file__)
-TESTS = [os.path.join(HERE, f"test_cpu_{name}.py") for name in ("kernels", "backward", "nearest")]
+TESTS = [
+    os.path.join(HERE, f"test_cpu_{name}.py")
+    for name in ("kernels", "backward", "nearest", "support")
+]
 
 
 def child(isa: str, *command: str) -> subprocess.CompletedProcess[str]:

@@ -7,9 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from data_cases import DTYPES, rows_of
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from data_cases import DTYPES, Largest, rows_of
 
 from memokern import rows as rows_module
 from memokern.data import TrainingSet
@@ -180,25 +178,6 @@ def test_caches_are_computed_once_and_counted():
     assert data.center is center
     assert data.sq_norms is norms
     assert data.nbytes == 37 * 30 + (4 + 8) * 30 + 8 * 37  # the center is kept as float64 too
-
-
-class Largest(TorchDispatchMode):
-    """The most elements of any tensor made outside the memory of `rows`."""
-
-    def __init__(self, rows: torch.Tensor) -> None:
-        super().__init__()
-        self.rows = rows.untyped_storage().data_ptr()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        made = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
-            if (
-                isinstance(tensor, torch.Tensor)
-                and tensor.untyped_storage().data_ptr() != self.rows
-            ):
-                self.elements = max(self.elements, tensor.numel())
-        return made
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

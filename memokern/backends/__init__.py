@@ -36,28 +36,31 @@ def get(name: str) -> ModuleType:
     return importlib.import_module(f"memokern.backends.{name}")
 
 
-def choose(device: torch.device) -> ModuleType:
-    """The backend that runs tensors on `device`; RuntimeError if the one asked for cannot."""
-    return choose_for(device.type)
+def choose(device: torch.device, operation: str = "posterior") -> ModuleType:
+    """The backend that runs `operation` on `device`; RuntimeError if the one asked for cannot."""
+    return choose_for(device.type, operation)
 
 
-def choose_for(device_type: str) -> ModuleType:
+def choose_for(device_type: str, operation: str = "posterior") -> ModuleType:
     """:func:`choose` by the device's type."""
-    return _choose(device_type, env.raw_backend())
+    return _choose(device_type, env.raw_backend(), operation)
 
 
 @functools.cache
-def _choose(device_type: str, _raw: object) -> ModuleType:
+def _choose(device_type: str, _raw: object, operation: str) -> ModuleType:
     """For one value of the environment variable, read again only where it is another."""
     asked = env.backend()
     if asked == "auto":
-        if device_type == "cpu" and get("cpu").unavailable() is None:
-            return get("cpu")
+        cpu = get("cpu")
+        if device_type == "cpu" and cpu.unavailable() is None and hasattr(cpu, operation):
+            return cpu
         return get("reference")
     backend = get(asked)
     reason = backend.unavailable()
     if reason is None and asked == "cpu" and device_type != "cpu":
         reason = f"it runs tensors on the CPU, and these are on {device_type}"
+    if reason is None and not hasattr(backend, operation):
+        reason = f"it has no {operation}"
     if reason is not None:
         raise RuntimeError(f"{env.BACKEND}={asked} cannot run: {reason}")
     return backend

@@ -10,12 +10,29 @@ differences and 4 N B D for the products, none of them fused.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+
+from memokern.backends.derivatives import recording, vjp
+from memokern.backends.reference_support import (
+    bound_scan,
+    posterior_on_support,
+    posterior_on_support_backward,
+    posterior_on_support_double_backward,
+)
+
+__all__ = [
+    "bound_scan",
+    "nearest",
+    "posterior",
+    "posterior_backward",
+    "posterior_on_support",
+    "posterior_on_support_backward",
+    "posterior_on_support_double_backward",
+]
 
 _F64 = torch.float64
 _ELEMENTS = 1 << 22  # of a temporary: 32 MiB in float64
@@ -29,14 +46,6 @@ def unavailable() -> str | None:
 def detail() -> str:
     """One line for ``memokern info``."""
     return "plain PyTorch in float64, any device; slow, every transform works"
-
-
-@contextlib.contextmanager
-def _recording() -> Iterator[None]:
-    """Autograd on, also inside an operation that the dispatcher called below autograd."""
-    key = torch._C.DispatchKey.AutogradFunctionality
-    with torch._C._SetExcludeDispatchKeyGuard(key, False), torch.enable_grad():
-        yield
 
 
 def _row_blocks(rows: Tensor, scale: float, shift: float) -> Iterator[tuple[slice, Tensor]]:
@@ -211,17 +220,6 @@ def weights(
     return _logits_and_weights(r2, sigma, temperature, bias, kernel, x.shape[1])[1]
 
 
-def _vjp(
-    values: tuple[Tensor, ...], inputs: list[Tensor], grads: list[Tensor], again: bool = False
-) -> list[Tensor]:
-    """sum <grads, d values / d inputs>; an output or an input that plays no part gives zeros."""
-    live = [(v, g) for v, g in zip(values, grads, strict=True) if v.requires_grad]
-    got = torch.autograd.grad(
-        [v for v, _ in live], inputs, [g for _, g in live], create_graph=again, allow_unused=True
-    )
-    return [torch.zeros_like(v) if g is None else g for g, v in zip(got, inputs, strict=True)]
-
-
 def _leaves(
     at: slice, x: Tensor, sigma: Tensor, alpha: Tensor, temperature: Tensor, bias: Tensor | None
 ) -> list[Tensor]:
@@ -269,10 +267,10 @@ def posterior_backward(
     grad_bias = sigma.new_zeros(0) if bias is None else torch.zeros_like(bias)
     rows = rows.detach()
     for at in _query_blocks(x.shape[0], rows.shape[0]):
-        with _recording():
+        with recording():
             leaves = _leaves(at, x, sigma, alpha, temperature, bias)
             values = _block_outputs(leaves, rows, c, scale, shift, kernel)
-            parts = _vjp(values, leaves, [g[at] for g in grads])
+            parts = vjp(values, leaves, [g[at] for g in grads])
         for total, part in zip(out, parts, strict=False):
             total[at] = part
         if bias is not None:
@@ -301,17 +299,17 @@ def posterior_double_backward(
     grad_bias = sigma.new_zeros(0) if bias is None else torch.zeros_like(bias)
     tails = [torch.zeros_like(g, dtype=_F64) for g in grads]
     for at in _query_blocks(x.shape[0], rows.shape[0]):
-        with _recording():
+        with recording():
             leaves = _leaves(at, x, sigma, alpha, temperature, bias)
             cot = [g[at].detach().to(_F64).clone().requires_grad_() for g in grads]
             values = _block_outputs(leaves, rows, c, scale, shift, kernel)
-            first = _vjp(values, leaves, cot, again=True)
+            first = vjp(values, leaves, cot, again=True)
             wanted = [gg if i == 4 else gg[at] for i, gg in enumerate(grad_grads)]
             inner = sum(
                 ((g * gg).sum() for g, gg in zip(first, wanted, strict=False)),
                 start=x.new_zeros((), dtype=_F64),
             )
-            parts = _vjp((inner,), [*leaves, *cot], [torch.ones_like(inner)])
+            parts = vjp((inner,), [*leaves, *cot], [torch.ones_like(inner)])
         for total, part in zip(heads, parts[:4], strict=True):
             total[at] = part
         if bias is not None:
@@ -339,14 +337,14 @@ def posterior_backward_rows(
     c = _center(rows, center, scale, shift)
     total = torch.zeros_like(rows, dtype=_F64)
     for at in _query_blocks(x.shape[0], rows.shape[0]):
-        with _recording():
+        with recording():
             leaf = rows.detach().to(_F64).requires_grad_()
             values = posterior_block(
                 x[at].detach().to(_F64), leaf, sigma[at].detach(), alpha[at].detach(),
                 temperature[at].detach(), None if bias is None else bias.detach(),
                 c, scale, shift, kernel,
             )  # fmt: skip
-            total += _vjp(values, [leaf], [g[at].to(_F64) for g in grads])[0]
+            total += vjp(values, [leaf], [g[at].to(_F64) for g in grads])[0]
     return total.to(rows.dtype)
 
 

@@ -16,10 +16,35 @@ from memokern import files
 # How TrainingSet.save marks its files.
 FORMAT = "memokern.TrainingSet"
 FORMAT_VERSION = 1
+# The tensors of an index in such a file; its version is its own (`memokern.index`).
+INDEX_PREFIX = "index."
+
+
+def read(
+    rows: torch.Tensor | np.ndarray | str | os.PathLike[str] | Dataset, key: str | None
+) -> dict[str, Any]:
+    """What `rows`, in any of these forms, brings: rows as a tensor, and what `from_file` says."""
+    if isinstance(rows, (str, os.PathLike)):
+        return from_file(rows, key)
+    if key is not None:
+        got = type(rows).__name__
+        raise ValueError(f"key={key!r} names an array in a file, but rows is a {got}")
+    if isinstance(rows, torch.Tensor):
+        return {"rows": rows}
+    if isinstance(rows, np.ndarray):
+        return {"rows": files.as_tensor(rows, "rows")}
+    if isinstance(rows, Dataset):
+        tensor, labels = from_dataset(rows)
+        return {"rows": tensor, "labels": labels}
+    raise TypeError(
+        "expected rows as a tensor, a numpy array, a path or a torch Dataset, "
+        f"got {type(rows).__name__}"
+    )
 
 
 def from_file(path: str | os.PathLike[str], key: str | None) -> dict[str, Any]:
-    """What a file says: rows, name, and any of labels, log_weights, scale, shift."""
+    """What a file says: rows, name, and any of labels, log_weights, scale, shift, and index (its
+    description and its tensors, as written; of the file's own rows only)."""
     found: dict[str, Any] = {"rows": files.read_tensor(path, key), "name": Path(path).stem}
     names = files.keys(path)
     metadata = files.read_metadata(path)
@@ -35,6 +60,10 @@ def from_file(path: str | os.PathLike[str], key: str | None) -> dict[str, Any]:
         found["shift"] = float(metadata["shift"])
         if "log_weights" in names:
             found["log_weights"] = files.read_tensor(path, "log_weights")
+        if "index" in metadata and key in (None, "rows"):
+            parts = [name for name in names if name.startswith(INDEX_PREFIX)]
+            tensors = {p.removeprefix(INDEX_PREFIX): files.read_tensor(path, p) for p in parts}
+            found["index"] = (metadata["index"], tensors)
     if "labels" in names and key != "labels":
         labels = files.read_tensor(path, "labels")
         # One-hot labels, or those of another array, are not ours to interpret: there is labels=.

@@ -1,0 +1,96 @@
+"""What the tests of certified pruning share: an index of their own, plainly, and the truth."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from kernel_cases import F32, F64, cpu
+from torch import Tensor
+
+U = 2.0**-24
+
+
+def up(t: Tensor) -> Tensor:
+    """float64 norms to float32, not below them."""
+    return (t * (1 + 1e-6) + 1e-30).to(F32)
+
+
+class Plain:
+    """An index by a random orthonormal basis, and the queries in it: the contract of bound_scan."""
+
+    def __init__(self, y: Tensor, dims: list[int], edges: list[int], half: bool, basis: str):
+        self.center = y.mean(0)
+        yc = y - self.center
+        d = y.shape[1]
+        if basis == "pca":
+            self.basis = torch.linalg.svd(yc.T @ yc)[0]
+        else:
+            g = torch.Generator().manual_seed(1)
+            self.basis = torch.linalg.qr(torch.randn(d, d, dtype=F64, generator=g))[0]
+        self.dims, self.k = dims, dims[-1]
+        self.edges = [e for e in edges if dims[0] <= e < d] + [d]
+        self.first_band = [self.edges.index(k) for k in dims]
+        full = yc @ self.basis
+        z = full[:, : self.k]
+        stored = z[:, dims[0] :].to(torch.float16 if half else F32)
+        coarse = z[:, : dims[0]].to(F32)
+        pad = (torch.cat([coarse, stored], 1).to(F64) - z).norm(dim=1)
+        self.coarse = torch.cat([coarse, self.bands(full), up(pad)[:, None]], 1).contiguous()
+        self.fine = stored.contiguous()
+        self.sq_norms = yc.square().sum(1)
+        self.y_max = self.sq_norms.max().sqrt().item()
+
+    def bands(self, full: Tensor) -> Tensor:
+        cuts = list(zip(self.edges, self.edges[1:], strict=False))
+        if not cuts:
+            return torch.empty(len(full), 0, dtype=F32)
+        return torch.stack([up(full[:, a:b].norm(dim=1)) for a, b in cuts], 1)
+
+    def queries(self, x: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """z, norms, margin, sq of the queries, as bound_scan takes them."""
+        xc = x.to(F64) - alpha[:, None] * self.center
+        full, sq = xc @ self.basis, xc.square().sum(1)
+        length = sq.sqrt()
+        norms = torch.cat([self.bands(full), up(length)[:, None]], 1)
+        nb = len(self.edges) - 1
+        margin = 2 * (self.k + nb + 16) * U * length * self.y_max + 1e-12 * length * self.y_max
+        return full[:, : self.k].to(F32).contiguous(), norms, margin, sq
+
+
+def scan(x, rows, index, sigma, alpha, temperature, bias, scale, shift, *, eps=1e-6, cap=None,
+         coarse=None):  # fmt: skip
+    """bound_scan with the queries' part of the index; -> start, index, threshold, level."""
+    return cpu.bound_scan(
+        x, rows, sigma, alpha, temperature, bias, index.center, index.sq_norms, scale, shift,
+        index.coarse if coarse is None else coarse, index.fine, *index.queries(x, alpha),
+        index.dims, index.first_band, eps, len(rows) if cap is None else cap,
+    )  # fmt: skip
+
+
+def logits(x, y, sigma, alpha, temperature, bias):
+    """t [B, N], by direct differences in float64."""
+    r2 = torch.stack([(q - a * y).square().sum(1) for q, a in zip(x.to(F64), alpha, strict=True)])
+    b = torch.zeros(len(y), dtype=F64) if bias is None else bias
+    return (-r2 / (2 * sigma[:, None] ** 2) + b) / temperature[:, None]
+
+
+def check_lists(found, t: Tensor, eps: float) -> None:
+    """The promise of bound_scan: against all logits t [B, N]."""
+    start, index, threshold, level = found
+    assert start[0] == 0 and start[-1] == len(index)
+    for b in range(len(t)):
+        mine = index[start[b] : start[b + 1]]
+        if level[b] == 0:
+            assert len(mine) == 0
+            continue
+        assert bool((mine.diff() > 0).all()) and len(mine) > 0
+        left = torch.ones(t.shape[1], dtype=torch.bool)
+        left[mine] = False
+        assert bool((t[b][left] <= threshold[b]).all())
+        assert bool(left[t[b] > threshold[b]].logical_not().all())
+        top = t[b].max()
+        # The threshold is a sum of doubles the size of the largest logit.
+        slack = 1e-15 * abs(top.item()) * 100
+        lse = torch.logsumexp(t[b], 0)
+        assert math.log(t.shape[1]) + threshold[b] - lse <= math.log(eps) + slack

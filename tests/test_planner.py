@@ -1,0 +1,109 @@
+"""The planner: which queries are pruned and which are swept, and what that rests on."""
+
+import pytest
+import torch
+from index_cases import with_index
+
+import memokern
+from memokern import TrainingSet, backends, env, pruning
+from memokern.queries import as_rows
+
+AVAILABLE = [
+    row.name
+    for row in backends.explain()
+    if row.available and hasattr(backends.get(row.name), "bound_scan")
+]
+F64 = torch.float64
+
+
+@pytest.fixture(params=AVAILABLE, autouse=True, scope="module")
+def backend(request):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(env.BACKEND, request.param)
+        yield request.param
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
+
+
+def indexed(n=300, d=24):
+    return with_index(TrainingSet(normal(n, d, seed=5) * torch.logspace(0, -1, d)))
+
+
+def test_the_split_is_the_cheapest_of_all():
+    """Against every subset of the queries, for random prices and lists."""
+    g = torch.Generator().manual_seed(0)
+    n, b = 100, 6
+    for _ in range(40):
+        row, query, listed = (10 ** (2 * torch.rand(3, generator=g, dtype=F64))).tolist()
+        costs = pruning.Costs(row, query, listed, 0.0)
+        count = torch.randint(1, n, (b,), generator=g)
+        level = (torch.rand(b, generator=g) > 0.2).long()
+        count[level == 0] = 0
+
+        def price(swept, row=row, query=query, listed=listed, count=count):
+            k = int(swept.sum())
+            return listed * int(count[~swept].sum()) + n * (row * (k > 0) + query * k)
+
+        subsets = [
+            torch.tensor([bool(mask >> i & 1) for i in range(b)]) | (level == 0)
+            for mask in range(1 << b)
+        ]
+        best = min(price(s) for s in subsets)
+        swept = pruning._swept_densely(count, level, n, costs)
+        assert bool(swept[level == 0].all())
+        assert price(swept) <= best * (1 + 1e-9)
+
+
+def test_auto_mixes_by_price():
+    """Queries of few rows are pruned and those of many are swept, and the answer is the same."""
+    data = indexed()
+    sigma = torch.tensor([0.02, 30.0, 0.02, 30.0], dtype=F64)
+    x = data.rows[:4] + sigma[:, None] * normal(4, 24)
+    query = pruning.Query(x, sigma, torch.ones(4, dtype=F64), torch.ones(4, dtype=F64), None)
+    costs = pruning.Costs(row=1.0, query=1.0, listed=4.0, call=0.0)
+    sums, c = pruning.posterior(
+        query, as_rows(data), data.index, eps=1e-14, costs=costs, certificate=True
+    )
+    assert (c.levels == 0).tolist() == [False, True, False, True]
+    assert c.rows_kept[1] == 300 and c.weight[1] == 0
+    want = memokern.posterior(x, data, sigma, method="dense")
+    torch.testing.assert_close(sums[0], want.mean)
+    torch.testing.assert_close(sums[1], want.log_z)
+    # Where a call costs more than the whole sweep there is nothing to gain.
+    dear = costs._replace(call=1e9)
+    assert pruning.posterior(query, as_rows(data), data.index, eps=1e-14, costs=dear)[1] is None
+
+
+def test_costs_are_measured_once_and_positive():
+    x, rows = torch.zeros(1, 32), torch.zeros(4, 32, dtype=torch.uint8)
+    costs = pruning.costs_of(x, rows)
+    assert costs is pruning.costs_of(x, rows)
+    assert costs.row >= 0 and min(costs.query, costs.listed, costs.call) > 0
+    assert costs.dense(2, 10, 32) > costs.dense(1, 10, 32) > 0
+
+
+def test_a_sample_shows_which_queries_keep_too_many_rows():
+    """The rest are not scanned, and the answer is the same."""
+    n = 6 * pruning.SAMPLE
+    data = indexed(n)
+    bias = normal(n, seed=3)
+    sigma = torch.tensor([0.02, 30.0, 0.02, 30.0, 2.0], dtype=F64)
+    x = data.rows[:5] + sigma[:, None] * normal(5, 24)
+    one = torch.ones(5, dtype=F64)
+    query, rows = pruning.Query(x, sigma, one, one, bias), as_rows(data)
+    projected = data.index.project(x, one, data.center)
+    hopeless = pruning._hopeless(query, rows, data.index, projected, 1e-14, 0.1)
+    assert hopeless.tolist() == [False, True, False, True, True]
+    # Whoever would use all rows anyhow is worth every scan.
+    assert not pruning._hopeless(query, rows, data.index, projected, 1e-14, 1.0).any()
+    costs = pruning.Costs(row=1.0, query=1.0, listed=20.0, call=0.0)
+    sums, c = pruning.posterior(query, rows, data.index, eps=1e-14, costs=costs, certificate=True)
+    assert (c.levels == 0).tolist() == hopeless.tolist()
+    want = memokern.posterior(x, data, sigma, bias=bias, method="dense")
+    torch.testing.assert_close(sums[0], want.mean)
+    far = query.take(hopeless)
+    sums, c = pruning.posterior(far, rows, data.index, eps=1e-14, costs=costs, certificate=True)
+    assert (c.levels == 0).all() and (c.rows_kept == n).all()
+    torch.testing.assert_close(sums[0], want.mean[hopeless])
