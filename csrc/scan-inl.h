@@ -350,7 +350,7 @@ struct ScanWork {
     const int64_t i0 = i / NR * NR, n = imin(NR, Bp - i0);
     return x + i0 * K + k * n + (i - i0);
   }
-  void load(int64_t block, List* to) {
+  __attribute__((noinline)) void load(int64_t block, List* to) {
     who = s->who + block * s->lanes;
     B = imin(s->lanes, s->count - block * s->lanes);
     Bp = round_up(B, (int64_t)W);
@@ -372,7 +372,7 @@ struct ScanWork {
   }
   // Bounds from the first K columns of the rows n0 .. n0 + cnt, of which k0 count fully in a guess; each row's bounds come
   // p_row after those of the row before.
-  void blocks(int64_t n0, int64_t cnt, const float* x, int64_t k0, int64_t K, int64_t p_row) {
+  __attribute__((noinline)) void blocks(int64_t n0, int64_t cnt, const float* x, int64_t k0, int64_t K, int64_t p_row) {
     const int64_t row = s->stride;
     for (int64_t i = 0; i < Bp; i++) best[i] = (float)-kInf;
     for (int64_t j = 0; j < cnt; j += UNIT) {
