@@ -202,6 +202,7 @@ struct ScanWork {
         if (level == 1) *at(x, K, i, k) = (float)q.a * norms[s->nb];
       }
     }
+    Ahead none = {};  // the index is small: its rows come by themselves
     for (int64_t j0 = 0; j0 < cnt; j0 += SCAN_TILE) {
       const int64_t m = imin(SCAN_TILE, cnt - j0);
       (in.half ? tile_level<F16> : tile_level<float>)(*s, level, n0 + j0, m, y);
@@ -211,9 +212,9 @@ struct ScanWork {
           const float *x = x_level[level] + i * K + k * n, *rows = y + k * SCAN_TILE;
           float* to = p + j0 * Bp + i;
           if (n == NR)
-            for (int64_t j = 0; j < m; j += MR) micro<float, MR, 2, 1, NR>(rows + j * NR, 1, NR, SCAN_TILE * NR, x, NR, len, to + j * Bp, Bp, true);
+            for (int64_t j = 0; j < m; j += MR) micro<float, MR, 2, 1, NR>(rows + j * NR, 1, NR, SCAN_TILE * NR, x, NR, len, to + j * Bp, Bp, true, none, 0);
           else
-            for (int64_t j = 0; j < m; j += UNIT) micro<float, UNIT, 1, 1, NR>(rows + j * NR, 1, NR, SCAN_TILE * NR, x, W, len, to + j * Bp, Bp, true);
+            for (int64_t j = 0; j < m; j += UNIT) micro<float, UNIT, 1, 1, NR>(rows + j * NR, 1, NR, SCAN_TILE * NR, x, W, len, to + j * Bp, Bp, true, none, 0);
         }
     }
   }

@@ -23,7 +23,7 @@ struct Piece {
 
 // The rows as they are, without a centre; and queries in double, which changes nothing: one instance serves both types.
 struct Plain {
-  Source<double> src;  // raw * scale + shift
+  Source<double> src;  // scale (raw + shift / scale)
   Exact<double>::F exact;
   Fetch<double>::F fetch;
   Values<double>::F row;
@@ -32,10 +32,9 @@ struct Plain {
     const int64_t Dp = round_up(rows.d, 64);
     if (!arena.reserve(Arena::bytes<double>(Dp))) return false;
     double* shift = arena.take<double>(Dp);
-    for (int64_t d = 0; d < rows.d; d++) shift[d] = rows.shift;
+    for (int64_t d = 0; d < rows.d; d++) shift[d] = rows.shift / rows.scale;
     memset((void*)&src, 0, sizeof src);
     src.rows = rows;
-    src.scale = rows.scale;
     src.offset = shift;
     exact = exact_for(src);
     fetch = fetch_for(src);
@@ -69,7 +68,7 @@ static void add_rows(const Source<double>& src, Fetch<double>::F fetch, const in
     for (; i < count && m < SUM_ROWS; i++) {
       if (!(__builtin_fabs(w[i]) > least)) continue;
       rows[m] = n[i];
-      a[m++] = w[i];
+      a[m++] = w[i] * src.rows.scale;
     }
     if (m == 0) break;
     for (int e = m; e < SUM_ROWS; e++) a[e] = 0;

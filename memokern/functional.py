@@ -143,8 +143,22 @@ def posterior(
         out = (out[0].reshape(x.shape), *(v.reshape(batch) for v in out[1:]))
     if certificate and bounds is None:
         bounds = pruning.dense_certificate(s, n)
-    total = log_total(b, rows)
-    return Posterior(x, *out, s, a, t, n, dim, total, bounds)
+    mean, log_z, mean_logit, mean_bias, weight_sq = out
+    return Posterior(
+        x,
+        mean,
+        log_z,
+        mean_logit,
+        mean_bias,
+        weight_sq,
+        s,
+        a,
+        t,
+        n,
+        dim,
+        log_total(b, rows),
+        bounds,
+    )
 
 
 def _sweep_of(x: Tensor, rows: Rows, *others: Tensor | None) -> Callable[..., Any] | None:

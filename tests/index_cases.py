@@ -21,7 +21,7 @@ class PlainIndex:
     """An orthonormal basis from the SVD of the rows; K <= D coordinates, bands of a few."""
 
     def __init__(self, data, dims=(4, 8, 12), storage=torch.float16, basis=None):
-        c = data.center.double()
+        self.center = c = data.center.double()
         yc = data.rows.double() * data.scale + data.shift - c
         d = yc.shape[1]
         self.basis = torch.linalg.svd(yc.T @ yc)[0] if basis is None else basis
@@ -43,8 +43,9 @@ class PlainIndex:
         parts = [true[:, a:b].norm(dim=1, keepdim=True) for a, b in pairs]
         return torch.cat([true[:, :0], *parts], 1)
 
-    def project(self, x, alpha, center):
-        xc = x.double() - alpha[:, None] * center.double()
+    def project(self, x, alpha):
+        center = self.center
+        xc = x.double() - alpha[:, None] * center
         true = xc @ self.basis
         size = xc.norm(dim=1)
         norms = up(torch.cat([self.band_norms(true), size[:, None]], 1))
@@ -52,7 +53,7 @@ class PlainIndex:
         margin = 2.0**-24 * (2 * (self.dims[-1] + self.bands + 16) + 4) * size * self.y_max
         # |xc|^2 and |yc_n|^2 are sums of D rounded squares of differences: the first goes down
         # by a bound on all these errors, whatever the row; the margin by what that takes from it.
-        reach = self.y_max + 2 * center.double().norm()
+        reach = self.y_max + 2 * center.norm()
         off = 2.0**-52 * (x.shape[1] + 32) * (size + alpha.abs() * reach).square()
         low = (size.square() - off).clamp(min=0.0)
         margin = margin + 2.0**-17 * self.y_max * (size - low.sqrt())

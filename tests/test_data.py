@@ -177,7 +177,7 @@ def test_caches_are_computed_once_and_counted():
     center, norms = data.center, data.sq_norms
     assert data.center is center
     assert data.sq_norms is norms
-    assert data.nbytes == 37 * 30 + (4 + 8) * 30 + 8 * 37  # the center is kept as float64 too
+    assert data.nbytes == 37 * 30 + 4 * 30 + 8 * 37
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,0 +1,135 @@
+"""The compiled kernels of the operations on lists of rows: checks, and hands them over.
+
+The signatures are those of :mod:`memokern.ops_support`. The kernels: ``csrc/README.md``.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from memokern.backends.native import module, pointer, queries_of, rows_of
+
+_F64 = torch.float64
+_LEVELS = (
+    16  # of a ladder, at most: the rounding that csrc/bounds-inl.h allows for is that of so many
+)
+
+
+def _shaped(name: str, t: Tensor, shape: tuple[int, ...], *dtypes: torch.dtype) -> Tensor:
+    """`t`, contiguous; ValueError unless it has the shape and one of the dtypes."""
+    if tuple(t.shape) != shape or t.dtype not in dtypes:
+        kinds = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+        got = str(t.dtype).removeprefix("torch.")
+        raise ValueError(f"{name} must be {kinds} {list(shape)}, not {got} {list(t.shape)}")
+    return t.contiguous()
+
+
+def _ladder(coarse: Tensor, dims: list[int], first_band: list[int]) -> tuple[int, Tensor, Tensor]:
+    """The number of bands, and the ladder as tensors; ValueError unless it is one."""
+    if not 1 <= len(dims) <= _LEVELS or len(first_band) != len(dims):
+        raise ValueError(
+            f"dims must have 1 to {_LEVELS} levels and first_band as many,"
+            f" not {len(dims)} and {len(first_band)}"
+        )
+    bands = coarse.shape[-1] - dims[0] - 1
+    ups = all(a < b for a, b in zip([0, *dims], dims, strict=False))
+    in_order = all(a <= b for a, b in zip([0, *first_band], first_band, strict=False))
+    if not ups or not in_order or first_band[0] != 0 or first_band[-1] > bands:
+        raise ValueError(
+            f"dims must increase from 1 and first_band from 0 to at most the {bands} bands of"
+            f" coarse; got dims={dims}, first_band={first_band}"
+        )
+    return bands, torch.tensor(dims, dtype=torch.int64), torch.tensor(first_band, dtype=torch.int64)
+
+
+def bound_scan(
+    x: Tensor, rows: Tensor, sigma: Tensor, alpha: Tensor, temperature: Tensor,
+    bias: Tensor | None, center: Tensor, sq_norms: Tensor, scale: float, shift: float,
+    coarse: Tensor, fine: Tensor, z: Tensor, norms: Tensor, margin: Tensor, sq: Tensor,
+    dims: list[int], first_band: list[int], eps: float, cap: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The rows that can matter to each query; see :mod:`memokern.ops` for what is proven."""
+    q, (s, a, t), b = queries_of(x, rows, sigma, alpha, temperature, bias)
+    args, keep = rows_of(rows, center, sq_norms, scale, shift)
+    dims, first_band = list(dims), list(first_band)
+    bands, ladder, firsts = _ladder(coarse, dims, first_band)
+    if not 0 < eps < 1 or not math.isfinite(rows.shape[0] / eps):
+        raise ValueError(f"eps must lie between 0 and 1, both excluded; got {eps}")
+    if cap < 1 or rows.shape[0] >= 2**32:
+        raise ValueError(f"cap must be at least 1 and rows below 2^32, not {cap} and {len(rows)}")
+    (n, _), m = rows.shape, x.shape[0]
+    held = (
+        _shaped("coarse", coarse, (n, dims[0] + bands + 1), torch.float32),
+        _shaped("fine", fine, (n, dims[-1] - dims[0]), torch.float16, torch.float32),
+        _shaped("z", z, (m, dims[-1]), torch.float32),
+        _shaped("norms", norms, (m, bands + 1), torch.float32),
+        _shaped("margin", margin, (m,), _F64),
+        _shaped("sq", sq, (m,), _F64),
+    )
+    start = torch.empty(m + 1, dtype=torch.int64)
+    threshold, level = torch.empty(m, dtype=_F64), torch.empty(m, dtype=torch.int64)
+    found = module().bound_scan(
+        args, q.dtype == _F64, q.data_ptr(), m, s.data_ptr(), a.data_ptr(), t.data_ptr(),
+        pointer(b), held[0].data_ptr(), held[1].data_ptr(), fine.dtype == torch.float16,
+        *(v.data_ptr() for v in held[2:]), ladder.data_ptr(), firsts.data_ptr(), len(dims), bands,
+        eps, min(cap, n), torch.get_num_threads(),
+        start.data_ptr(), threshold.data_ptr(), level.data_ptr(),
+    )  # fmt: skip
+    index = torch.empty(found.count, dtype=torch.int64)
+    found.copy(index.data_ptr())
+    del keep
+    return start, index, threshold, level
+
+
+def posterior_on_support(
+    x: Tensor, rows: Tensor, sigma: Tensor, alpha: Tensor, temperature: Tensor,
+    bias: Tensor | None, start: Tensor, index: Tensor, scale: float, shift: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The sums of ``posterior`` over the rows listed, each logit by direct differences."""
+    q, (s, a, t), b = queries_of(x, rows, sigma, alpha, temperature, bias)
+    args, _ = rows_of(rows, None, None, scale, shift)
+    start = _shaped("start", start, (x.shape[0] + 1,), torch.int64)
+    index = _shaped("index", index, (index.numel(),), torch.int64)
+    mean = torch.empty_like(q)
+    stats = tuple(torch.empty(q.shape[0], dtype=_F64) for _ in range(4))
+    module().support(
+        args, q.dtype == _F64, q.data_ptr(), q.shape[0],
+        s.data_ptr(), a.data_ptr(), t.data_ptr(), pointer(b), start.data_ptr(), index.data_ptr(),
+        len(index), torch.get_num_threads(), mean.data_ptr(), *(v.data_ptr() for v in stats),
+    )  # fmt: skip
+    return mean.to(x.dtype), stats[0], stats[1], stats[2], stats[3]
+
+
+def posterior_on_support_backward(
+    x: Tensor, rows: Tensor, sigma: Tensor, alpha: Tensor, temperature: Tensor,
+    bias: Tensor | None, start: Tensor, index: Tensor, mean: Tensor, log_z: Tensor,
+    mean_logit: Tensor, mean_bias: Tensor, weight_sq: Tensor, grad_mean: Tensor,
+    grad_log_z: Tensor, grad_mean_logit: Tensor, grad_mean_bias: Tensor, grad_weight_sq: Tensor,
+    scale: float, shift: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients for x, sigma, alpha, temperature and bias.
+
+    The weights are taken anew in float64: the forward results are not needed, and what their type
+    rounded away does not enter.
+    """
+    q, (s, a, t), b = queries_of(x, rows, sigma, alpha, temperature, bias)
+    args, _ = rows_of(rows, None, None, scale, shift)
+    start = _shaped("start", start, (x.shape[0] + 1,), torch.int64)
+    index = _shaped("index", index, (index.numel(),), torch.int64)
+    grad_mean = grad_mean.to(_F64).contiguous()
+    grad_stats = torch.stack(
+        [v.to(_F64) for v in (grad_log_z, grad_mean_logit, grad_mean_bias, grad_weight_sq)]
+    )
+    grad_x = torch.empty_like(q)
+    grads = tuple(torch.empty(q.shape[0], dtype=_F64) for _ in range(3))
+    grad_bias = torch.empty(0 if b is None else b.shape[0], dtype=_F64)
+    module().support_backward(
+        args, q.dtype == _F64, q.data_ptr(), q.shape[0],
+        s.data_ptr(), a.data_ptr(), t.data_ptr(), pointer(b), start.data_ptr(), index.data_ptr(),
+        len(index), torch.get_num_threads(), grad_mean.data_ptr(), grad_stats.data_ptr(),
+        grad_x.data_ptr(), *(v.data_ptr() for v in grads), 0 if b is None else grad_bias.data_ptr(),
+    )  # fmt: skip
+    return grad_x.to(x.dtype), grads[0], grads[1], grads[2], grad_bias
