@@ -93,7 +93,7 @@ def test_a_sample_shows_which_queries_keep_too_many_rows():
     x = data.rows[:5] + sigma[:, None] * normal(5, 24)
     one = torch.ones(5, dtype=F64)
     query, rows = pruning.Query(x, sigma, one, one, bias), as_rows(data)
-    projected = data.index.project(x, one, data.center)
+    projected = data.index.project(x, one)
     hopeless = pruning._hopeless(query, rows, data.index, projected, 1e-14, 0.1)
     assert hopeless.tolist() == [False, True, False, True, True]
     # Whoever would use all rows anyhow is worth every scan.
