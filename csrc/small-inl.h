@@ -9,11 +9,12 @@
 
 namespace memokern { namespace MEMOKERN_ISA_NS {
 
-enum { SMALL_D = 8, ROWS = 64, SMALL_BLOCK = 512, FEW_ROWS = 2048 };
+static const double kLog2E = 1.4426950408889634074, kLn2 = 0.6931471805599453094;
+enum { SMALL_D = 8, ROWS = 256, SMALL_BLOCK = 512, FEW_ROWS = 2048 };
 
 template <class R, int D> struct Lanes {  // one vector of queries
   typedef typename Vec<R>::T V;
-  V x[D], acc[D], alpha, h, inv_t, m;      // l = -h |xc - alpha yc|^2 + b / T
+  V x[D], acc[D], alpha, inv_t, m;  // log2 of e^t: inv_t b - |x - alpha yc|^2, each with its factor; m: the largest
   double s[Vec<R>::W], st[Vec<R>::W], sb[Vec<R>::W], sw2[Vec<R>::W];
 };
 
@@ -23,30 +24,29 @@ static void small_chunk(Lanes<R, D>& q, const R* y, const R* b, const R* b0, int
   typedef typename Vec<R>::T V;
   V l[ROWS], top = q.m;
   for (int64_t r = 0; r < cnt; r++) {
-    V r2 = {};
+    V t = {};
 #pragma GCC unroll 8
     for (int d = 0; d < D; d++) {
       V e = q.x[d] - q.alpha * splat<R>(y[r * D + d]);
       e *= e;
       MK_ROUND(e);  // a fused sum would round the coordinates differently: symmetric rows must stay ties
-      r2 += e;
+      t -= e;
     }
-    V t = -r2 * q.h;
     if (BIAS) t += q.inv_t * splat<R>(b[r]);
     l[r] = t;
     top = vmax(t, top);
   }
-  const V none = splat<R>((R)-kInf), lo = splat<R>(floor_of(R(0)));
+  const V none = splat<R>((R)-kInf), lo = splat<R>(floor_of(R(0)) * R(1.5));  // in powers of 2
   V shift = q.m - top;
   shift = top == none ? V{} : (shift < lo ? lo : shift);
-  const V f = vexp(shift);
+  const V f = vexp2(shift);
   V s = {}, st = {}, sw = {}, sb = {}, acc[D];
 #pragma GCC unroll 8
   for (int d = 0; d < D; d++) acc[d] = V{};
   for (int64_t r = 0; r < cnt; r++) {
     V d_ = l[r] - top;
     d_ = vmax(d_, lo);  // lo also where top is -inf: no row so far has weight
-    const V w = vexp(d_);
+    const V w = vexp2(d_);
     s += w;
     st += w * d_;
     sw += w * w;
@@ -90,10 +90,10 @@ static int small_part(const Source<R>& src, const Queries& in, double b_max, int
       const int e = i % W;
       q[i] = make_query(in, src, q0 + imin(i, count - 1), pl, row);
       const bool soft = q[i].mode == kSoft;
-      for (int64_t d = 0; d < d_real; d++) v.x[d][e] = row[d];
-      v.alpha[e] = (R)(soft ? q[i].alpha : 0);
-      v.h[e] = (R)(soft ? 0.5 * q[i].inv_t / q[i].sigma / q[i].sigma : 0);
-      v.inv_t[e] = (R)(soft ? q[i].inv_t : 1);
+      const double f = soft ? __builtin_sqrt(0.5 * kLog2E * q[i].inv_t) / q[i].sigma : 0;
+      for (int64_t d = 0; d < d_real; d++) v.x[d][e] = (R)(f * row[d]);
+      v.alpha[e] = (R)(f * q[i].alpha);
+      v.inv_t[e] = (R)(soft ? kLog2E * q[i].inv_t : 1);
       v.m[e] = (R)-kInf;
     }
     for (int64_t n0 = 0; n0 < N; n0 += ROWS) {
@@ -125,12 +125,13 @@ static int small_part(const Source<R>& src, const Queries& in, double b_max, int
       const int64_t at = q0 + i;
       // Rows within 15 of the largest logit are those that matter; their distance r bounds the error of a logit:
       // coordinates are off by u (2 |xc| + 3 |alpha y|), squares and sums by (D + 4) u.
-      const double u = Precision<R>::u, m = v.m[e], reach = __builtin_fabs(m) + 2 * b_max * q[i].inv_t + 15, h = v.h[e];
+      const double u = Precision<R>::u, m = v.m[e] * kLn2, reach = __builtin_fabs(m) + 2 * b_max * q[i].inv_t + 15;
+      const double h = 0.5 * q[i].inv_t / (q[i].sigma * q[i].sigma);
       const double err = 2 * u * __builtin_sqrt(reach * h) * (2 * __builtin_sqrt(q[i].xx) + 3 * __builtin_fabs(q[i].alpha) * y_max) +
                          (D + 4) * u * reach + (in.bias ? 4 * u * b_max * q[i].inv_t : 0);
       left[at - b0] = q[i].mode != kSoft || !(err < Precision<R>::tolerance) || !(v.s[e] > 0);
       if (left[at - b0]) continue;
-      State st = {0, m, v.s[e], v.st[e], v.sb[e], v.sw2[e]};
+      State st = {0, m, v.s[e], v.st[e] * kLn2, v.sb[e], v.sw2[e]};
       double acc[D];
       for (int d = 0; d < D; d++) acc[d] = v.acc[d][e];
       R* mean = (R*)out.mean + at * d_real;
