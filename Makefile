@@ -3,6 +3,7 @@
 # make bench    the benchmarks, with the peers that are installed (ARGS="--quick", ARGS="--help")
 # make lint     ruff and mypy
 # make peers    what make bench compares with
+# make neon     the portable kernels on an emulated ARM processor (needs g++-aarch64-linux-gnu and qemu-user)
 #
 # Everything runs in .venv, made on first use. PYTHON chooses the interpreter, TORCH the PyTorch.
 
@@ -10,10 +11,12 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 SMALLDIFFUSION ?= smalldiffusion==0.5.0
 VENV ?= .venv
+ARM ?= aarch64-linux-gnu
+QEMU ?= qemu-aarch64
 BIN = $(VENV)/bin
 SOURCES = $(wildcard csrc/*) $(wildcard csrc/*/*) setup.py pyproject.toml
 
-.PHONY: demo test bench lint peers clean
+.PHONY: demo test bench lint peers neon clean
 
 # torch first and alone: its pinned build decides what the rest may need.
 $(BIN)/python:
@@ -44,6 +47,12 @@ peers: $(VENV)/.dev-installed
 
 bench: $(VENV)/.dev-installed
 	$(BIN)/python -m bench $(ARGS)
+
+neon:
+	mkdir -p build
+	$(ARM)-g++ -std=c++17 -O3 -fno-math-errno -fno-trapping-math -ffp-contract=fast -Wno-psabi -fopenmp -static \
+	  csrc/isa_baseline.cpp tests/cpp/kernels.cpp -o build/kernels-$(ARM)
+	$(QEMU) build/kernels-$(ARM)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .demo
