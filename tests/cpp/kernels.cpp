@@ -1,5 +1,6 @@
 // The portable kernels against plain double loops, without Python: for processors that we have to emulate (`make neon`).
 // Prints a line per operation and exits with 1 if any result is off by more than its bound.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -150,8 +151,11 @@ static void check(const Table& table, const Case& c) {
       for (int64_t d = 0; d < c.d; d++) spread += t.w[n] * (data.y[n * c.d + d] - t.mean[d]) * (data.y[n * c.d + d] - t.mean[d]);
     note(0, off, u * size, c);
     note(1, std::fabs(stats[b] - t.log_z), (c.f64 ? 1e-12 : 1e-6) * (10 + std::fabs(t.log_z)), c);
-    // Weights right to 10 u move grad_x by at most that share of (|alpha| / sigma^2) |g| E|y - mean|^2, a few times over.
-    note(2, std::sqrt(goff), 40 * u * (std::sqrt(gs) + std::fabs(alpha[b]) / (c.sigma * c.sigma) * std::sqrt(gn) * spread) + 1e-30, c);
+    // Weights right to 10 u move grad_x by at most that share of (|alpha| / sigma^2) |g| E|y - mean|^2, a few times over. Where one
+    // row has all the weight, what is left: the mean's rounding in <g, y - mean>, of which the sweep takes all but its own,
+    // times terms that cancel: as large as the rows and the query.
+    const double e = c.f64 ? 4.4e-16 : 2.4e-7, is2 = 1 / (c.sigma * c.sigma), r = std::sqrt(*std::max_element(t.r2.begin(), t.r2.end()));
+    note(2, std::sqrt(goff), 40 * u * (std::sqrt(gs) + std::fabs(alpha[b]) * is2 * std::sqrt(gn) * spread) + e * e * is2 * std::sqrt(gn * c.d) * (size + std::fabs(data.rows.shift)) * (r + size + std::fabs(data.rows.shift)), c);
     double first = std::numeric_limits<double>::infinity();
     for (double v : near.r2) first = std::min(first, v);
     note(3, std::fabs(dist[b * k] - first), 1e-13 * (1 + first), c);
