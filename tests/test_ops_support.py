@@ -169,7 +169,7 @@ def scan(data, index, x, sigma, alpha=1.0, temperature=1.0, bias=None, eps=1e-6,
         torch.as_tensor(v, dtype=torch.float64).expand(len(x)).contiguous()
         for v in (sigma, alpha, temperature)
     )
-    p = index.project(x, a, data.center)
+    p = index.project(x, a)
     return OPS.bound_scan(
         x, data.rows, s, a, t, bias, data.center, data.sq_norms, data.scale, data.shift,
         index.coarse, index.fine, *p, list(index.dims), list(index.first_band), eps,
@@ -245,7 +245,7 @@ def test_opcheck_of_the_scan(storage):
     data, index = indexed(storage=storage)
     x = data.rows[:3]
     one = torch.ones(3, dtype=torch.float64)
-    p = index.project(x, one, data.center)
+    p = index.project(x, one)
     args = (
         x.clone().requires_grad_(), data.rows, 0.2 * one, one, one, normal(data.n), data.center,
         data.sq_norms, data.scale, data.shift, index.coarse, index.fine, *p, list(index.dims),
