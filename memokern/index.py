@@ -157,13 +157,10 @@ class Index:
     # --- queries ------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def project(self, x: Tensor, alpha: Tensor, center: Tensor | None = None) -> Projected:
+    def project(self, x: Tensor, alpha: Tensor) -> Projected:
         """What `Projected` says, of queries x [B, D] float32 or float64 with alpha [B] float64.
 
-        Args:
-            center: of the training set; must be the index's own, which is used if this is None.
-
-        Raises ValueError for another center or wrong shapes. No gradient flows.
+        Raises ValueError for wrong shapes. No gradient flows.
 
         Numerics: the coordinates of float32 queries on the CPU are computed in float32 with the
         DCT, whose sums are short, in float64 otherwise, and the margin is for that. float64 is
@@ -171,12 +168,6 @@ class Index:
 
         Cost: two products per axis of the image for the DCT, B D K multiplications for PCA.
         """
-        if (
-            center is not None
-            and center is not self.center
-            and not torch.equal(center, self.center)
-        ):
-            raise ValueError("the index was built about another center: build_index() anew")
         if x.dim() != 2 or x.shape[1] != self.dim or alpha.shape != x.shape[:1]:
             raise ValueError(
                 f"expected x [B, {self.dim}] and alpha [B], got {list(x.shape)} and "

@@ -108,7 +108,7 @@ def queries_of(data: TrainingSet, sigma: float, count: int = 6) -> torch.Tensor:
 
 
 def assert_bounded(data: TrainingSet, x: torch.Tensor, alpha: torch.Tensor) -> None:
-    projected = data.index.project(x, alpha, data.center)
+    projected = data.index.project(x, alpha)
     for single in (False, True):
         for level, gap in enumerate(gaps(data, projected, x, alpha, single=single)):
             assert (gap >= 0).all(), (level, single, float(gap.min()))
@@ -241,9 +241,9 @@ def test_shorter_products_do_not_loosen_it(basis, precision):
 def test_queries_need_no_gradient_and_come_in_any_number(monkeypatch):
     data = set_of(values_of("smooth", 30, (3, 8, 8))).build_index(dims=(16, 64))
     x, alpha = queries_of(data, 0.3, 20).float(), torch.rand(23, dtype=torch.float64)
-    whole = data.index.project(x, alpha, data.center)
+    whole = data.index.project(x, alpha)
     parameter = x.clone().requires_grad_()
-    tracked = data.index.project(parameter, alpha.clone().requires_grad_(), data.center.clone())
+    tracked = data.index.project(parameter, alpha.clone().requires_grad_())
     assert not any(part.requires_grad for part in tracked)
     monkeypatch.setattr("memokern.index.QUERY_ELEMENTS", 5 * 192)
     for found in (data.index.project(x, alpha), tracked):
@@ -268,8 +268,6 @@ def test_queries_beyond_float32_have_no_bound(basis, bad):
 def test_project_refuses():
     data = set_of(values_of("random", 30, (3, 8, 8))).build_index()
     alpha = torch.ones(2, dtype=torch.float64)
-    with pytest.raises(ValueError, match="about another center"):
-        data.index.project(torch.zeros(2, 192), alpha, data.center + 1)
     for x in (torch.zeros(2, 191), torch.zeros(192), torch.zeros(3, 192)):
         with pytest.raises(ValueError, match=r"expected x \[B, 192\] and alpha \[B\], got"):
             data.index.project(x, alpha)
