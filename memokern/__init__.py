@@ -22,9 +22,11 @@ from memokern.functional import (
     score,
     weights,
 )
+from memokern.results import Certificate
 
 __version__ = "0.1.0"
 __all__ = [
+    "Certificate",
     "Denoiser",
     "Nearest",
     "Posterior",

@@ -2,7 +2,29 @@
 
 from typing import NamedTuple
 
+import pytest
 import torch
+
+from memokern import backends, env
+
+F64 = torch.float64
+AVAILABLE = [
+    row.name
+    for row in backends.explain()
+    if row.available and hasattr(backends.get(row.name), "bound_scan")
+]
+
+
+@pytest.fixture(params=AVAILABLE, autouse=True, scope="module")
+def backend(request):
+    """Every test of a file that imports this runs on each backend that has bounds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(env.BACKEND, request.param)
+        yield request.param
+
+
+def normal(*shape, seed=0, dtype=F64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 class Projected(NamedTuple):

@@ -1,30 +1,13 @@
 """The planner: which queries are pruned and which are swept, and what that rests on."""
 
-import pytest
 import torch
-from index_cases import with_index
+from index_cases import F64, backend, normal, with_index
 
 import memokern
-from memokern import TrainingSet, backends, env, pruning
+from memokern import TrainingSet, pruning
 from memokern.queries import as_rows
 
-AVAILABLE = [
-    row.name
-    for row in backends.explain()
-    if row.available and hasattr(backends.get(row.name), "bound_scan")
-]
-F64 = torch.float64
-
-
-@pytest.fixture(params=AVAILABLE, autouse=True, scope="module")
-def backend(request):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(env.BACKEND, request.param)
-        yield request.param
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
+__all__ = ["backend"]  # a fixture that every test here uses
 
 
 def indexed(n=300, d=24):

@@ -7,29 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from index_cases import PlainIndex, with_index
+from index_cases import F64, PlainIndex, backend, normal, with_index
 
 import memokern
-from memokern import TrainingSet, backends, env, pruning
+from memokern import TrainingSet, pruning
 from memokern.queries import as_rows
 
-AVAILABLE = [
-    row.name
-    for row in backends.explain()
-    if row.available and hasattr(backends.get(row.name), "bound_scan")
-]
-F64 = torch.float64
-
-
-@pytest.fixture(params=AVAILABLE, autouse=True, scope="module")
-def backend(request):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(env.BACKEND, request.param)
-        yield request.param
-
-
-def normal(*shape, seed=0, dtype=F64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+__all__ = ["backend"]  # a fixture that every test here uses
 
 
 # --- the property -------------------------------------------------------------------------------
