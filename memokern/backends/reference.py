@@ -16,6 +16,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from memokern.backends import derivatives
 from memokern.backends.derivatives import recording, vjp
 from memokern.backends.reference_support import (
     bound_scan,
@@ -220,21 +221,16 @@ def weights(
     return _logits_and_weights(r2, sigma, temperature, bias, kernel, x.shape[1])[1]
 
 
-def _leaves(
-    at: slice, x: Tensor, sigma: Tensor, alpha: Tensor, temperature: Tensor, bias: Tensor | None
-) -> list[Tensor]:
-    parts = [x[at].to(_F64), sigma[at], alpha[at], temperature[at]]
-    if bias is not None:
-        parts.append(bias)
-    return [part.detach().clone().requires_grad_() for part in parts]
+def _blocks(
+    x: Tensor, rows: Tensor, center: Tensor, scale: float, shift: float, kernel: str
+) -> Iterator[derivatives.Block]:
+    rows = rows.detach()
 
+    def sums(x: Tensor, s: Tensor, a: Tensor, t: Tensor, b: Tensor | None) -> tuple[Tensor, ...]:
+        return posterior_block(x, rows, s, a, t, b, center, scale, shift, kernel)
 
-def _block_outputs(
-    leaves: list[Tensor], rows: Tensor, center: Tensor, scale: float, shift: float, kernel: str
-) -> tuple[Tensor, ...]:
-    x, sigma, alpha, temperature, *rest = leaves
-    bias = rest[0] if rest else None
-    return posterior_block(x, rows, sigma, alpha, temperature, bias, center, scale, shift, kernel)
+    for at in _query_blocks(x.shape[0], rows.shape[0]):
+        yield at, sums
 
 
 def posterior_backward(
@@ -262,20 +258,9 @@ def posterior_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients for x, sigma, alpha, temperature and bias, by differentiating the formulas."""
     c = _center(rows, center, scale, shift)
-    grads = (grad_mean.to(_F64), grad_log_z, grad_mean_logit, grad_mean_bias, grad_weight_sq)
-    out = [torch.zeros_like(x, dtype=_F64)] + [torch.zeros_like(sigma) for _ in range(3)]
-    grad_bias = sigma.new_zeros(0) if bias is None else torch.zeros_like(bias)
-    rows = rows.detach()
-    for at in _query_blocks(x.shape[0], rows.shape[0]):
-        with recording():
-            leaves = _leaves(at, x, sigma, alpha, temperature, bias)
-            values = _block_outputs(leaves, rows, c, scale, shift, kernel)
-            parts = vjp(values, leaves, [g[at] for g in grads])
-        for total, part in zip(out, parts, strict=False):
-            total[at] = part
-        if bias is not None:
-            grad_bias += parts[4]
-    return out[0].to(x.dtype), out[1], out[2], out[3], grad_bias
+    grads = [grad_mean, grad_log_z, grad_mean_logit, grad_mean_bias, grad_weight_sq]
+    inputs = (x, sigma, alpha, temperature, bias)
+    return derivatives.backward(inputs, grads, _blocks(x, rows, c, scale, shift, kernel))
 
 
 def posterior_double_backward(
@@ -294,30 +279,9 @@ def posterior_double_backward(
 ) -> list[Tensor]:
     """Gradients of <grad_grads, posterior_backward> for the inputs, bias last, then for grads."""
     c = _center(rows, center, scale, shift)
-    rows = rows.detach()
-    heads = [torch.zeros_like(x, dtype=_F64)] + [torch.zeros_like(sigma) for _ in range(3)]
-    grad_bias = sigma.new_zeros(0) if bias is None else torch.zeros_like(bias)
-    tails = [torch.zeros_like(g, dtype=_F64) for g in grads]
-    for at in _query_blocks(x.shape[0], rows.shape[0]):
-        with recording():
-            leaves = _leaves(at, x, sigma, alpha, temperature, bias)
-            cot = [g[at].detach().to(_F64).clone().requires_grad_() for g in grads]
-            values = _block_outputs(leaves, rows, c, scale, shift, kernel)
-            first = vjp(values, leaves, cot, again=True)
-            wanted = [gg if i == 4 else gg[at] for i, gg in enumerate(grad_grads)]
-            inner = sum(
-                ((g * gg).sum() for g, gg in zip(first, wanted, strict=False)),
-                start=x.new_zeros((), dtype=_F64),
-            )
-            parts = vjp((inner,), [*leaves, *cot], [torch.ones_like(inner)])
-        for total, part in zip(heads, parts[:4], strict=True):
-            total[at] = part
-        if bias is not None:
-            grad_bias += parts[4]
-        for total, part in zip(tails, parts[len(leaves) :], strict=True):
-            total[at] = part
-    tails[0] = tails[0].to(grads[0].dtype)
-    return [heads[0].to(x.dtype), *heads[1:], grad_bias, *tails]
+    inputs = (x, sigma, alpha, temperature, bias)
+    blocks = _blocks(x, rows, c, scale, shift, kernel)
+    return derivatives.double_backward(inputs, grads, grad_grads, blocks)
 
 
 def posterior_backward_rows(

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from memokern.backends.derivatives import recording, vjp
+from memokern.backends import derivatives
 
 _F64 = torch.float64
 _ELEMENTS = 1 << 22  # of a temporary: 32 MiB in float64
@@ -284,6 +284,20 @@ def posterior_on_support(
     return mean.to(x.dtype), log_z, mean_logit, mean_bias, weight_sq
 
 
+def _blocks(
+    rows: Tensor, start: Tensor, index: Tensor, scale: float, shift: float
+) -> Iterator[derivatives.Block]:
+    counts, rows = start.diff(), rows.detach()
+
+    def sums_of(counts: Tensor, index: Tensor) -> derivatives.Sums:
+        return lambda x, s, a, t, b: _support_block(
+            x, rows, s, a, t, b, counts, index, scale, shift
+        )
+
+    for at, where in _lists(start, rows.shape[1]):
+        yield at, sums_of(counts[at], index[where])
+
+
 def posterior_on_support_backward(
     x: Tensor,
     rows: Tensor,
@@ -309,18 +323,8 @@ def posterior_on_support_backward(
     """Gradients for x, sigma, alpha, temperature and bias, by differentiating the formulas."""
     grads = [grad_mean, grad_log_z, grad_mean_logit, grad_mean_bias, grad_weight_sq]
     inputs = (x, sigma, alpha, temperature, bias)
-    out, grad_bias = _zeros(x, sigma, bias)
-    counts, rows = start.diff(), rows.detach()
-    for at, where in _lists(start, x.shape[1]):
-        with recording():
-            leaves = _leaves(at, *inputs)
-            values = _outputs(leaves, rows, counts[at], index[where], scale, shift)
-            parts = vjp(values, leaves, [g[at].detach().to(_F64) for g in grads])
-        for total, part in zip(out, parts, strict=False):
-            total[at] = part
-        if bias is not None:
-            grad_bias += parts[4]
-    return out[0].to(x.dtype), out[1], out[2], out[3], grad_bias
+    blocks = _blocks(rows, start, index, scale, shift)
+    return derivatives.backward(inputs, grads, blocks)
 
 
 def posterior_on_support_double_backward(
@@ -339,48 +343,5 @@ def posterior_on_support_double_backward(
 ) -> list[Tensor]:
     """Gradients of <grad_grads, the backward> for the inputs, bias last, then for grads."""
     inputs = (x, sigma, alpha, temperature, bias)
-    heads, grad_bias = _zeros(x, sigma, bias)
-    tails = [torch.zeros_like(g, dtype=_F64) for g in grads]
-    counts, rows = start.diff(), rows.detach()
-    for at, where in _lists(start, x.shape[1]):
-        with recording():
-            leaves = _leaves(at, *inputs)
-            cot = [g[at].detach().to(_F64).clone().requires_grad_() for g in grads]
-            values = _outputs(leaves, rows, counts[at], index[where], scale, shift)
-            first = vjp(values, leaves, cot, again=True)
-            wanted = [gg if i == 4 else gg[at] for i, gg in enumerate(grad_grads)]
-            inner = sum(
-                ((g * gg).sum() for g, gg in zip(first, wanted, strict=False)),
-                start=x.new_zeros((), dtype=_F64),
-            )
-            parts = vjp((inner,), [*leaves, *cot], [torch.ones_like(inner)])
-        for total, part in zip(heads, parts[:4], strict=True):
-            total[at] = part
-        if bias is not None:
-            grad_bias += parts[4]
-        for total, part in zip(tails, parts[len(leaves) :], strict=True):
-            total[at] = part
-    tails[0] = tails[0].to(grads[0].dtype)
-    return [heads[0].to(x.dtype), *heads[1:], grad_bias, *tails]
-
-
-def _zeros(x: Tensor, sigma: Tensor, bias: Tensor | None) -> tuple[list[Tensor], Tensor]:
-    out = [torch.zeros_like(x, dtype=_F64)] + [torch.zeros_like(sigma) for _ in range(3)]
-    return out, sigma.new_zeros(0) if bias is None else torch.zeros_like(bias)
-
-
-def _leaves(at: slice, x: Tensor, *rest: Tensor | None) -> list[Tensor]:
-    """x, sigma, alpha, temperature of some queries, and the bias, which is everyone's."""
-    sigma, alpha, temperature, bias = rest
-    parts = [x[at].to(_F64), *(v[at] for v in (sigma, alpha, temperature) if v is not None)]
-    if bias is not None:
-        parts.append(bias)
-    return [part.detach().clone().requires_grad_() for part in parts]
-
-
-def _outputs(
-    leaves: list[Tensor], rows: Tensor, counts: Tensor, index: Tensor, scale: float, shift: float
-) -> tuple[Tensor, ...]:
-    x, sigma, alpha, temperature, *rest = leaves
-    bias = rest[0] if rest else None
-    return _support_block(x, rows, sigma, alpha, temperature, bias, counts, index, scale, shift)
+    blocks = _blocks(rows, start, index, scale, shift)
+    return derivatives.double_backward(inputs, grads, grad_grads, blocks)
