@@ -22,6 +22,7 @@ MEAN_PEERS = ("cached", "naive", "cdist", "sdpa", "compile")
 KEOPS_DIM = 64  # KeOps is made for D below 100, its documentation says
 K = 2  # neighbours in the `nearest` case
 OURS = "memokern"
+TINY = 10_000  # numbers (B N D) in a case that is all overhead
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from bench import table
-from bench.cases import OURS
+from bench.cases import OURS, TINY
 
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
-TINY = 10_000  # numbers in a case that is all overhead
 
 
 def text(result: dict[str, Any]) -> str:

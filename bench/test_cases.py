@@ -15,6 +15,7 @@ TOLERANCE = 1e-5  # of our error, relative
 BUDGET, QUICK_BUDGET = 6.0, 1.5  # seconds of rounds for a case, if three rounds take no longer
 ROUNDS, MOST = 3, 300
 SLOW = 2.0  # seconds: a peer that takes longer has two rounds
+BATCH = 50  # calls of a tiny case that are timed together
 LARGE = 1e8  # operations from which the limits of the machine are measured beside a case
 NOT_QUICK = ("compile", "keops")  # they compile for many seconds
 
@@ -42,11 +43,13 @@ def test_speed(
     operations = 4 * case.b * len(rows) * case.d
     limits = machine.limits() if operations >= LARGE else {}
     first, *others = built
-    calls = {name: (built[name].call, built[name].before) for name in others}
+    batch = BATCH if case.b * len(rows) * case.d < cases.TINY else 1
+    run = {name: timing.repeated(built[name].call, batch) for name in built}
+    calls = {name: (run[name], built[name].before) for name in others}
     calls |= {name: (call, lambda: None) for name, call in limits.items()}
     times: dict[str, list[tuple[float, bool]]] = {name: [] for name in [first, *calls]}
     once = {name: clock.time(*call)[0] for name, call in calls.items()}
-    mine = (built[first].call, built[first].before)
+    mine = (run[first], built[first].before)
     total = sum(once.values()) + clock.time(*mine)[0]
     rounds = int(min(MOST, max(ROUNDS, (QUICK_BUDGET if quick else BUDGET) / total)))
 
@@ -68,8 +71,8 @@ def test_speed(
         times[first].append(clock.time(*mine))
     torch.set_num_threads(threads)
     found = {
-        name: {**timing.best(times[name]), "error": errors[name], "itemsize": run.itemsize}
-        for name, run in built.items()
+        name: {**timing.best(times[name], batch), "error": errors[name], "itemsize": of.itemsize}
+        for name, of in built.items()
     }
     entry = {"name": case.name, "op": case.op, "b": case.b, "n": len(rows), "d": case.d}
     entry |= {"runs": found, "targets": [asdict(t) for t in case.targets]}
