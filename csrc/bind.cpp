@@ -103,6 +103,21 @@ PYBIND11_MODULE(_C, m) {
     }
     check(failed);
   });
+  m.def("mean", [](const Rows& rows, bool f64, uintptr_t x, int64_t b, double sigma, double alpha, double temperature, uintptr_t bias, int threads, uintptr_t mean) {
+    std::vector<double> columns(7 * b);  // the numbers of each query, and room for its four sums
+    double* c = columns.data();
+    const double numbers[3] = {sigma, alpha, temperature};
+    for (int i = 0; i < 3; i++)
+      for (int64_t j = 0; j < b; j++) c[i * b + j] = numbers[i];
+    const Queries q = {ptr<void>(x), b, c, c + b, c + 2 * b, ptr<double>(bias), kGaussian};
+    const Posterior out = {ptr<void>(mean), c + 3 * b, c + 4 * b, c + 5 * b, c + 6 * b};
+    int failed;
+    {
+      py::gil_scoped_release release;
+      failed = current->posterior(rows, q, out, f64, threads);
+    }
+    check(failed);
+  }, "The posterior's mean alone, of queries that share their numbers.");
   m.def("backward", [](const Rows& rows, bool f64, uintptr_t x, int64_t b, uintptr_t sigma, uintptr_t alpha, uintptr_t temperature, uintptr_t bias, int kernel,
                        int threads, uintptr_t mean, uintptr_t stats, uintptr_t g_mean, uintptr_t g_stats, uintptr_t grad_x, uintptr_t grad_sigma,
                        uintptr_t grad_alpha, uintptr_t grad_temperature, uintptr_t grad_bias) {

@@ -88,7 +88,8 @@ static int small_part(const Source<R>& src, const Queries& in, double b_max, int
     for (int64_t i = 0; i < vectors * W; i++) {
       Lanes<R, D>& v = lanes[i / W];
       const int e = i % W;
-      q[i] = make_query(in, src, q0 + imin(i, count - 1), pl, row);
+      if (i < count) q[i] = make_query(in, src, q0 + i, pl, row);  // else the last one, again
+      else q[i] = q[count - 1];
       const bool soft = q[i].mode == kSoft;
       const double f = soft ? __builtin_sqrt(0.5 * kLog2E * q[i].inv_t) / q[i].sigma : 0;
       for (int64_t d = 0; d < d_real; d++) v.x[d][e] = (R)(f * row[d]);

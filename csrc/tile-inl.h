@@ -41,9 +41,13 @@ MK_INLINE void fetch(const Source<R>& src, int64_t n, int64_t d0, int64_t cnt, R
   if (d < cnt) {
     S tail[W];
     R out[W];
-    memset((void*)tail, 0, sizeof tail);
-    memcpy((void*)tail, raw + d, (cnt - d) * sizeof(S));
-    store(out, Convert<R, S>::vec(tail) + load(off + d));
+    const S* from = raw + d;
+    if ((src.rows.n - 1 - n) * src.rows.stride + src.rows.d - d0 - d < W) {  // nothing to read behind the last row
+      memset((void*)tail, 0, sizeof tail);
+      memcpy((void*)tail, from, (cnt - d) * sizeof(S));
+      from = tail;
+    }
+    store(out, Convert<R, S>::vec(from) + load(off + d));
     for (int i = 0; i < W; i++) dst[d + i] = i < cnt - d ? out[i] : R(0);
   }
 }

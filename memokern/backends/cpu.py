@@ -6,7 +6,6 @@ described in ``csrc/README.md``.
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
 
 import torch
@@ -135,23 +134,14 @@ def small_mean(
     """The mean alone, of a few queries as for :func:`sweep` with numbers that they share and a
     training set's contiguous tensors: no tensor is made but the result, nothing is checked."""
     n, d = rows.shape
-    b = q.numel() // d
     mean = torch.empty_like(q)
-    # The numbers of each query, and room for its four sums.
-    columns = array("d", (sigma, alpha, temperature, 0.0, 0.0, 0.0, 0.0))
-    if b != 1:
-        one, columns = columns, array("d")
-        for number in one:
-            columns.extend(array("d", (number,)) * b)
-    start, step = columns.buffer_info()[0], 8 * b
     args = described(
         rows.data_ptr(), n, d, d, ROW_TYPES[rows.dtype], scale, shift,
         center.data_ptr(), sq_norms.data_ptr(),
     )  # fmt: skip
-    module().posterior(
-        args, q.dtype == _F64, q.data_ptr(), b, start, start + step, start + 2 * step,
-        0 if bias is None else bias.data_ptr(), 0, torch.get_num_threads(), mean.data_ptr(),
-        start + 3 * step, start + 4 * step, start + 5 * step, start + 6 * step,
+    module().mean(
+        args, q.dtype == _F64, q.data_ptr(), q.numel() // d, sigma, alpha, temperature,
+        0 if bias is None else bias.data_ptr(), torch.get_num_threads(), mean.data_ptr(),
     )  # fmt: skip
     return mean
 
