@@ -73,6 +73,12 @@ Rows make_rows(uintptr_t data, int64_t n, int64_t d, int64_t stride, int type, d
   return {ptr<void>(data), n, d, stride, type, scale, shift, ptr<double>(center), ptr<double>(sq_norms)};
 }
 
+Cosine make_cosine(int64_t channels, int64_t height, int64_t width, bool channels_last, uintptr_t turn, uintptr_t down, uintptr_t across, uintptr_t box,
+                   int64_t boxes, uintptr_t place, int64_t size, int64_t kept, uintptr_t edges, int64_t bands, uintptr_t center, uintptr_t worth, double largest) {
+  return {channels, height, width, channels * height * width, channels_last, ptr<float>(turn), ptr<float>(down), ptr<float>(across), ptr<int64_t>(box), boxes,
+          ptr<int32_t>(place), size, kept, ptr<int64_t>(edges), bands, ptr<float>(center), ptr<double>(worth), largest};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -188,6 +194,15 @@ PYBIND11_MODULE(_C, m) {
     }
     check(failed);
   }, "The weights are taken anew: of the forward results none is needed.");
+  py::class_<Cosine>(m, "Cosine").def(py::init(&make_cosine));
+  m.def("project", [](const Cosine& basis, uintptr_t x, uintptr_t alpha, int64_t b, int threads, uintptr_t z, uintptr_t norms, uintptr_t margin, uintptr_t sq) {
+    int failed;
+    {
+      py::gil_scoped_release release;
+      failed = current->project(basis, ptr<float>(x), ptr<double>(alpha), b, ptr<float>(z), ptr<float>(norms), ptr<double>(margin), ptr<double>(sq), threads);
+    }
+    check(failed);
+  });
   m.def("exp", [](bool f64, uintptr_t x, uintptr_t y, int64_t n) {
     if (f64) current->exp_f64(ptr<double>(x), ptr<double>(y), n);
     else current->exp_f32(ptr<float>(x), ptr<float>(y), n);

@@ -2,6 +2,7 @@
 #pragma once
 #include "backward-inl.h"
 #include "nearest-inl.h"
+#include "project-inl.h"
 #include "scan-inl.h"
 #include "small-inl.h"
 #include "support-inl.h"
@@ -38,6 +39,6 @@ static void run_merge(double* a, const double* b, double* factors) {
 #define MK_STR(x) #x
 #define MK_NAME(x) MK_STR(x)
 static const Table kTable = {MK_NAME(MEMOKERN_ISA_NS), Vec<float>::W, run_posterior, run_backward, run_nearest,
-                             run_bound_scan, run_support, run_support_backward, run_exp<float>, run_exp<double>, run_merge};
+                             run_bound_scan, run_support, run_support_backward, run_project, run_exp<float>, run_exp<double>, run_merge};
 
 } }  // namespace

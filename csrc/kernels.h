@@ -76,6 +76,24 @@ struct Bounds {
   int64_t cap;               // rows of a list, at most
 };
 
+// The basis of an index of images: a cosine transform of x - alpha center (memokern/bases.py).
+struct Cosine {
+  int64_t channels, height, width, dim;
+  bool channels_last;        // x is [h, w, c]
+  const float* turn;         // [channels][channels]
+  const float* down;         // [frequency][height]
+  const float* across;       // [frequency][width]
+  const int64_t* box;        // [channels][2] of each rotated channel, how many frequencies down and across are computed
+  int64_t boxes;             // numbers of all boxes, each [across][down, padded]
+  const int32_t* place;      // [size] where in the boxes each coordinate lies
+  int64_t size, kept;        // coordinates computed, and handed out
+  const int64_t* edges;      // [bands + 1]; the last band is not computed where size < dim
+  int64_t bands;
+  const float* center;       // [dim]
+  const double* worth;       // [3][4] what |xc|, |alpha| and 1 are worth in four bounds (memokern/projection.py)
+  double largest;            // |xc| up to which a product stays in float
+};
+
 struct Lists {
   int64_t* start;            // [b + 1] rows of query i: index[start[i] .. start[i + 1])
   double* threshold;         // [b] every other row has l / T <= threshold
@@ -99,6 +117,7 @@ struct Table {
   int (*bound_scan)(const Rows&, const Queries&, const Bounds&, Lists&, bool f64, int threads);
   int (*support)(const Rows&, const Queries&, const Support&, const Posterior&, bool f64, int threads);
   int (*support_backward)(const Rows&, const Queries&, const Support&, const Gradients&, bool f64, int threads);
+  int (*project)(const Cosine&, const float* x, const double* alpha, int64_t b, float* z, float* norms, double* margin, double* sq, int threads);
   void (*exp_f32)(const float* x, float* y, int64_t n);
   void (*exp_f64)(const double* x, double* y, int64_t n);
   void (*merge)(double* a, const double* b, double* factors);  // [6] states (State in logits-inl.h), [2]

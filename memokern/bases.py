@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,6 +60,20 @@ def _defect(matrix: Tensor) -> float:
     gram.diagonal().sub_(1)
     size = float(torch.linalg.matrix_norm(matrix)) ** 2  # sum of |q_i|^2
     return 1.001 * (float(torch.linalg.matrix_norm(gram)) + gamma(n + 2, torch.float64) * size)
+
+
+class Boxes(NamedTuple):
+    """A cosine transform as the compiled kernel takes it (``csrc/project-inl.h``): float32 matrices
+    of the three axes, and for each rotated channel a box of the frequencies that are computed,
+    [across, down], the latter padded; place says where in the boxes the coordinates are.
+    """
+
+    turn: Tensor  # [C, C]
+    down: Tensor  # [H, H], one frequency per row
+    across: Tensor  # [W, W]
+    box: Tensor  # [C, 2] int64, frequencies down and across
+    count: int  # numbers in all boxes
+    place: Tensor  # [M] int32
 
 
 class Cosine:
@@ -115,7 +130,7 @@ class Cosine:
             parts = [tuple(m.to(value.dtype) for m in part) for part in self._parts]
             self._typed[value.dtype] = parts
         m, (channels, height, width) = len(value), self.axes
-        if channels != self.shape[0] and len(self.shape) == 3:
+        if self.channels_last:
             value = value.reshape(m, height, width, channels).transpose(1, 3).transpose(2, 3)
         value = value.reshape(m, channels, height * width)
         found = []
@@ -125,6 +140,27 @@ class Cosine:
             box = down @ rows.reshape(m * len(turn), height, across.shape[1])
             found.append(box.reshape(m, len(turn) * len(down) * across.shape[1]))
         return torch.cat(found, dim=1).index_select(1, self._place)
+
+    @property
+    def channels_last(self) -> bool:
+        return len(self.shape) == 3 and self.axes[0] != self.shape[0]
+
+    def boxes(self, side: int) -> Boxes:
+        """The transform for the compiled kernel, which pads to multiples of `side`."""
+        channel, row, column = torch.unravel_index(self.order, self.axes)
+        box = torch.zeros(self.axes[0], 2, dtype=torch.int64)
+        place = torch.empty_like(channel)
+        count = 0
+        for c in range(self.axes[0]):
+            here = channel == c
+            if here.any():
+                down, across = int(row[here].max()) + 1, int(column[here].max()) + 1
+                tall = -(-down // side) * side
+                box[c, 0], box[c, 1] = down, across
+                place[here] = count + column[here] * tall + row[here]
+                count += across * tall
+        turn, down_all, across_all = (cosines(n).to(torch.float32) for n in self.axes)
+        return Boxes(turn, down_all, across_all, box, count, place.to(torch.int32))
 
     def error(self, dtype: torch.dtype) -> float:
         """Coordinates computed in this type from v are within error * |v| of the exact ones.

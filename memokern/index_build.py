@@ -11,16 +11,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from memokern import bases, checks
-from memokern.index import (
-    STORAGES,
-    U64,
-    Index,
-    band_norms,
-    cuts_of,
-    fingerprint,
-    rounded_up,
-    spread,
-)
+from memokern.index import STORAGES, Index, fingerprint, spread
+from memokern.projection import U64, band_norms, cuts_of, rounded_up
 
 BASES = ("auto", "pca", "dct")
 LADDER = (32, 64, 128, 256, 512)

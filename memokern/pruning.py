@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from memokern import env, ops, ops_support
-from memokern.index import Index, Projected, spread
+from memokern.index import Index, spread
+from memokern.projection import Projected
 from memokern.queries import Rows
 from memokern.results import Certificate
 

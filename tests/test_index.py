@@ -13,9 +13,10 @@ import torch
 from data_cases import DTYPES
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from index_cases import backend  # noqa: F401  # the compiled projection, and the one in PyTorch
 
 from memokern.data import TrainingSet
-from memokern.index import Projected, rounded_up
+from memokern.projection import Projected, rounded_up
 
 KINDS = ["random", "clustered", "low rank", "duplicated", "constant", "far", "smooth"]
 
@@ -218,7 +219,7 @@ def test_margins_are_small():
 
 @pytest.mark.parametrize("basis", ["dct", "pca"])
 @pytest.mark.parametrize("precision", ["ieee", "tf32", "bf16"])
-def test_shorter_products_do_not_loosen_it(basis, precision):
+def test_shorter_products_do_not_loosen_it(basis, precision, backend):  # noqa: F811
     """bfloat16 products, by autocast or by the settings, would break the float32 bound."""
     data = set_of(values_of("random", 30, (3, 8, 8)))
     settings = torch.backends.mkldnn.matmul
@@ -232,10 +233,34 @@ def test_shorter_products_do_not_loosen_it(basis, precision):
     finally:
         settings.fp32_precision = before
     if basis == "dct":
-        # float64 throughout is what shorter products are answered with.
-        used = {dtype for _, dtype in data.index._margin_cache}
+        # float64 throughout is what shorter products are answered with; the kernel has its own.
+        precision = "ieee" if backend == "cpu" else precision
+        used = {dtype for _, dtype in data.index._projector._margin_cache}
         assert used == {torch.float32 if precision == "ieee" else torch.float64}
     assert all((gap >= 0).all() for gap in gaps(data, projected, x, alpha))
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 9), (40, 20, 3), (33, 17), (2, 70, 48), (5, 4, 6)])
+def test_the_kernel_projects_as_pytorch_does(shape, monkeypatch):
+    """Odd and even sides, channels first and last, boxes of fewer frequencies than the image."""
+    data = set_of(values_of("smooth", 40, shape)).build_index("dct", dims=(9, 33, 60))
+    x, alpha = queries_of(data, 0.3).float(), torch.linspace(-1, 1, 9, dtype=torch.float64)
+    monkeypatch.setenv("MEMOKERN_BACKEND", "auto")
+    assert data.index._projector._backends_own(x) is not None
+    mine = data.index.project(x, alpha)
+    strided = x.repeat_interleave(2, dim=1)[:, ::2]
+    for part, again in zip(mine, data.index.project(strided, alpha), strict=True):
+        assert torch.equal(part, again)
+    monkeypatch.setenv("MEMOKERN_BACKEND", "reference")
+    plain = data.index.project(x, alpha)
+    # Each lies within its error, a part of the margin, of the exact coordinates.
+    allowed = 2 * (mine.margin / data.index.y_max)[:, None]
+    assert ((mine.z - plain.z).double().norm(dim=1, keepdim=True) <= allowed).all()
+    bands = [(v.norms[:, :-2].double() * (1 - 2.0**-22)) for v in (mine, plain)]  # rounded up
+    assert ((bands[0] - bands[1]).abs() <= allowed + 2.0**-21 * bands[1]).all()
+    torch.testing.assert_close(mine.norms[:, -1], plain.norms[:, -1], rtol=1e-6, atol=0)
+    torch.testing.assert_close(mine.sq, plain.sq, rtol=1e-6, atol=1e-12)
+    torch.testing.assert_close(mine.margin, plain.margin, rtol=1e-6, atol=0)
 
 
 def test_queries_need_no_gradient_and_come_in_any_number(monkeypatch):
@@ -245,7 +270,7 @@ def test_queries_need_no_gradient_and_come_in_any_number(monkeypatch):
     parameter = x.clone().requires_grad_()
     tracked = data.index.project(parameter, alpha.clone().requires_grad_())
     assert not any(part.requires_grad for part in tracked)
-    monkeypatch.setattr("memokern.index.QUERY_ELEMENTS", 5 * 192)
+    monkeypatch.setattr("memokern.projection.QUERY_ELEMENTS", 5 * 192)
     for found in (data.index.project(x, alpha), tracked):
         for part, expected in zip(found, whole, strict=True):
             torch.testing.assert_close(part, expected, rtol=1e-5, atol=1e-5)

@@ -15,6 +15,7 @@ LAYERS = [
     ["checks", "env", "files"],
     ["backends", "datasets", "processes"],
     ["bases", "ops", "rows"],
+    ["projection"],
     ["index", "ops_support"],
     ["index_build"],
     ["data"],

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from memokern.backends.cpu_support import (
+    CosineProjection,
     bound_scan,
     posterior_on_support,
     posterior_on_support_backward,
@@ -28,6 +29,7 @@ from memokern.backends.native import (
 )
 
 __all__ = [
+    "CosineProjection",
     "bound_scan",
     "detail",
     "isa",

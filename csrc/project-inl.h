@@ -1,0 +1,167 @@
+// project: queries to the coordinates of the index, where these are those of a cosine transform (memokern/bases.py).
+//
+// One query after the other, in one core's caches: x - alpha c; the channels rotated; along each column, then, transposed,
+// along each row, only the frequencies that the coordinates kept have; gathered in their order; norms of the bands in
+// double. Cosines of an even frequency are symmetric about the middle, those of an odd one antisymmetric: sums and
+// differences of opposite values halve the products. (The stored cosines are symmetric to 2^-52 only, far within what
+// Cosine.error grants; that counts n + 1 roundings of a product, here it is one for the sum, one for the cosine, n / 2.)
+#pragma once
+#include "tile-inl.h"
+
+namespace memokern { namespace MEMOKERN_ISA_NS {
+
+enum { SIDE = 16 };  // a box's columns are padded to a multiple, which every vector divides: memokern/bases.py knows it
+
+// out [F][m] = c [F][n] in [n][m]; m is a multiple of W. fold [n + 1][m]: sums of opposite rows, then their differences.
+static void fold_transform(const float* in, int64_t n, int64_t m, const float* c, int64_t F, float* fold, float* out) {
+  enum { W = Vec<float>::W, M = 8 };
+  typedef Vec<float>::T V;
+  const int64_t half = n / 2, sums = (n + 1) / 2;
+  float* differences = fold + sums * m;
+  for (int64_t r = 0; r < half; r++)
+    for (int64_t i = 0; i < m; i += W) {
+      const V a = load(in + r * m + i), b = load(in + (n - 1 - r) * m + i);
+      store(fold + r * m + i, a + b);
+      store(differences + r * m + i, a - b);
+    }
+  if (sums > half) memcpy((void*)(fold + half * m), in + half * m, m * sizeof(float));
+  for (int odd = 0; odd < 2; odd++) {
+    const float* from = odd ? differences : fold;
+    const int64_t depth = odd ? half : sums;
+    for (int64_t f0 = odd; f0 < F; f0 += 2 * M) {
+      const float* row[M];  // beyond the last frequency, that one again
+      float* to[M];
+      for (int j = 0; j < M; j++) {
+        const int64_t f = f0 + 2 * imin(j, (F - 1 - f0) / 2);
+        row[j] = c + f * n;
+        to[j] = out + f * m;
+      }
+      for (int64_t i = 0; i < m; i += W) {
+        V r[M] = {};
+        for (int64_t k = 0; k < depth; k++) {
+          const V v = load(from + k * m + i);
+#pragma GCC unroll 8
+          for (int j = 0; j < M; j++) r[j] += splat<float>(row[j][k]) * v;
+        }
+#pragma GCC unroll 8
+        for (int j = 0; j < M; j++) store(to[j] + i, r[j]);
+      }
+    }
+  }
+}
+
+// Up to float32, rounded up: memokern/projection.py.
+MK_INLINE float norm_up(double v) {
+  const double up = v * (1 + 2.5 * 0x1p-24) + 0x1p-120;
+  return (float)up;
+}
+
+struct ProjectWork {
+  float *value, *turned, *fold, *box, *swapped, *boxes, *found;
+  Arena arena;
+  bool reserve(const Cosine& t) {
+    const int64_t w = round_up(t.width, (int64_t)SIDE), h = round_up(t.height, (int64_t)SIDE), side = imax(w, h);
+    if (!arena.reserve(Arena::bytes<float>(round_up(t.dim, (int64_t)SIDE)) + 4 * Arena::bytes<float>((side + 1) * side) + Arena::bytes<float>(t.boxes) +
+                       Arena::bytes<float>(round_up(t.size, (int64_t)SIDE))))
+      return false;
+    value = arena.take<float>(round_up(t.dim, (int64_t)SIDE));
+    turned = arena.take<float>((side + 1) * side);
+    fold = arena.take<float>((side + 1) * side);
+    box = arena.take<float>((side + 1) * side);
+    swapped = arena.take<float>((side + 1) * side);
+    boxes = arena.take<float>(t.boxes);
+    found = arena.take<float>(round_up(t.size, (int64_t)SIDE));
+    return true;
+  }
+};
+
+static void project_one(const Cosine& t, const float* x, double alpha64, float* z, float* norms, double* margin, double* sq, ProjectWork& w) {
+  enum { W = Vec<float>::W, WD = Vec<double>::W };
+  typedef Vec<double>::T D;
+  const float alpha = (float)alpha64;
+  const int64_t C = t.channels, H = t.height, wide = round_up(t.width, (int64_t)SIDE), area = H * t.width;
+  D total = {};
+  int64_t d = 0;
+  for (; d + WD <= t.dim; d += WD) {
+    for (int i = 0; i < WD; i++) w.value[d + i] = x[d + i] - alpha * t.center[d + i];
+    const D v = Convert<double, float>::vec(w.value + d);
+    total += v * v;
+  }
+  double norm = hsum<double>(total);
+  for (; d < t.dim; d++) {
+    w.value[d] = x[d] - alpha * t.center[d];
+    norm += (double)w.value[d] * w.value[d];
+  }
+  norm = __builtin_sqrt(norm);
+  float* box = w.boxes;
+  for (int64_t c = 0; c < C; c++) {
+    const int64_t high = t.box[2 * c], across = t.box[2 * c + 1], tall = round_up(high, (int64_t)SIDE);
+    if (high == 0) continue;
+    for (int64_t r = 0; r < H; r++) {  // the channel, rotated; rows padded
+      float* to = w.turned + r * wide;
+      for (int64_t i = 0; i < wide; i++) to[i] = 0;
+      for (int64_t k = 0; k < C; k++) {
+        const float f = t.turn[c * C + k];
+        if (t.channels_last) {
+          const float* from = w.value + r * t.width * C + k;
+          for (int64_t i = 0; i < t.width; i++) to[i] += f * from[i * C];
+        } else {
+          const float* from = w.value + k * area + r * t.width;
+          for (int64_t i = 0; i < t.width; i++) to[i] += f * from[i];
+        }
+      }
+    }
+    fold_transform(w.turned, H, wide, t.down, high, w.fold, w.box);
+    for (int64_t i = 0; i < t.width; i++) {
+      float* to = w.swapped + i * tall;
+      for (int64_t r = 0; r < high; r++) to[r] = w.box[r * wide + i];
+      for (int64_t r = high; r < tall; r++) to[r] = 0;
+    }
+    fold_transform(w.swapped, t.width, tall, t.across, across, w.fold, box);
+    box += across * tall;
+  }
+  for (int64_t i = 0; i < t.size; i++) w.found[i] = w.boxes[t.place[i]];
+  memcpy((void*)z, w.found, t.kept * sizeof(float));
+
+  // What the norm as computed, |alpha| and 1 are worth: a bound of |xc| from above, one from below, the coordinates' error, the margin.
+  double worth[4];
+  for (int i = 0; i < 4; i++) worth[i] = t.worth[i] * norm + t.worth[4 + i] * __builtin_fabs(alpha64) + t.worth[8 + i];
+  const double high = worth[0], low = dmax(0, worth[1]);
+  *margin = high < t.largest ? worth[3] : kInf;  // false too where the query is NaN
+  *sq = low * low;
+  double known = 0;
+  for (int64_t b = -1; b < t.bands; b++) {  // the head, then the bands
+    const int64_t from = b < 0 ? 0 : t.edges[b], to = imin(t.edges[b + 1], t.size);
+    if (from >= t.size) break;
+    D s = {};
+    int64_t k = from;
+    for (; k + WD <= to; k += WD) {
+      const D v = Convert<double, float>::vec(w.found + k);
+      s += v * v;
+    }
+    double sum = hsum<double>(s);
+    for (; k < to; k++) sum += (double)w.found[k] * w.found[k];
+    known += sum;
+    if (b >= 0) norms[b] = norm_up(__builtin_sqrt(sum));
+  }
+  if (t.size < t.dim) {  // the last band was not computed: what the norm leaves
+    const double least = dmax(0, __builtin_sqrt(known) - worth[2]), rest = (high - least) * (high + least);
+    norms[t.bands - 1] = norm_up(__builtin_sqrt(dmax(0, rest)));
+  }
+  norms[t.bands] = norm_up(high);
+}
+
+static int run_project(const Cosine& t, const float* x, const double* alpha, int64_t b, float* z, float* norms, double* margin, double* sq, int threads) {
+  const int workers = (int)imax(1, imin(threads, b / 2));
+  int failed = 0;
+#pragma omp parallel for num_threads(workers) schedule(static, 1) reduction(| : failed) if (workers > 1)
+  for (int i = 0; i < workers; i++) {
+    ProjectWork w;
+    failed |= !w.reserve(t);
+    for (int64_t j = b * i / workers; !failed && j < b * (i + 1) / workers; j++)
+      project_one(t, x + j * t.dim, alpha[j], z + j * t.kept, norms + j * (t.bands + 1), margin + j, sq + j, w);
+  }
+  return failed;
+}
+
+} }  // namespace
