@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memokern import backends, ops, pruning
+from memokern import backends, ops, pruning, pruning_nearest
 from memokern.backends import reference
 from memokern.data import TrainingSet
+from memokern.index import Index
 from memokern.queries import (
     PerQuery,
     Rows,
@@ -105,17 +106,10 @@ def posterior(
         >>> round(p.covariance_trace.item(), 4)
         1.0
     """
-    if method not in METHODS:
-        raise ValueError(f"expected method one of {', '.join(METHODS)}, got {method!r}")
+    index = _index_for(data, method)
     if tol is not None and not (isinstance(tol, float | int) and 0 < tol < math.inf):
         raise ValueError(f"expected tol as a finite number > 0, or None, got {tol!r}")
-    index = data.index if isinstance(data, TrainingSet) else None
-    if method == "pruned" and index is None:
-        raise ValueError(
-            "method='pruned' needs an index of the rows: call build_index() on the TrainingSet"
-            " once (a tensor has none), or use method='auto' or 'dense'"
-        )
-    if method == "dense" or kernel != "gaussian":
+    if kernel != "gaussian":
         index = None
     rows, batch, numbers, b = checked(x, data, sigma, alpha, temperature, bias, kernel)
     n, dim = rows.rows.shape
@@ -159,6 +153,19 @@ def posterior(
         log_total(b, rows),
         bounds,
     )
+
+
+def _index_for(data: TrainingSet | Tensor, method: str) -> Index | None:
+    """The index to use, where the method and the data allow for one."""
+    if method not in METHODS:
+        raise ValueError(f"expected method one of {', '.join(METHODS)}, got {method!r}")
+    index = data.index if isinstance(data, TrainingSet) else None
+    if method == "pruned" and index is None:
+        raise ValueError(
+            "method='pruned' needs an index of the rows: call build_index() on the TrainingSet"
+            " once (a tensor has none), or use method='auto' or 'dense'"
+        )
+    return None if method == "dense" else index
 
 
 def _sweep_of(x: Tensor, rows: Rows, *others: Tensor | None) -> Callable[..., Any] | None:
@@ -277,15 +284,16 @@ def log_density(
     return posterior(x, data, sigma, alpha, bias=bias, method=method).log_density
 
 
-def nearest(x: Tensor, data: TrainingSet | Tensor, k: int = 1) -> Nearest:
+def nearest(x: Tensor, data: TrainingSet | Tensor, k: int = 1, *, method: str = "auto") -> Nearest:
     r"""The k nearest rows in L2, exactly: by direct differences in float64.
 
-    The compiled kernels evaluate only rows that a product with a proven bound on its rounding
-    cannot rule out; the reference (MEMOKERN_BACKEND=reference) evaluates all.
+    Evaluated are only rows that a proven bound cannot rule out: that of the data's index, where
+    there is one, else (compiled kernels) one on the rounding of a product over all features. The
+    reference without an index (MEMOKERN_BACKEND=reference) evaluates all.
 
     Args:
         x: [\*batch, \*shape] float32 or float64. data: N rows, as for :func:`posterior`.
-        k: 1 <= k <= N.
+        k: 1 <= k <= N. method: as :func:`posterior`; the result is the same, to the bit.
 
     Returns:
         distance [\*batch, k] float64 (not squared), ascending; index [\*batch, k] int64. Ties go to
@@ -298,6 +306,7 @@ def nearest(x: Tensor, data: TrainingSet | Tensor, k: int = 1) -> Nearest:
         >>> memokern.nearest(torch.tensor([[0.0, 1.0]]), torch.eye(2), k=2).index.tolist()
         [[1, 0]]
     """
+    index = _index_for(data, method)
     rows = as_rows(data)
     batch = batch_shape(x, rows)
     n, dim = rows.rows.shape
@@ -311,8 +320,12 @@ def nearest(x: Tensor, data: TrainingSet | Tensor, k: int = 1) -> Nearest:
             " torch.autograd.grad"
         )
     flat = x.reshape(-1, dim)
-    sq, index = ops.nearest(flat, rows.rows, k, rows.center, rows.sq_norms, rows.scale, rows.shift)
-    return Nearest(sq.sqrt().reshape(*batch, k), index.reshape(*batch, k))
+    if index is None or traced(x):
+        sq, row = ops.nearest(flat, rows.rows, k, *rows.how)
+    else:
+        costs = pruning.costs_of(x, rows.rows) if method == "auto" else None
+        sq, row = pruning_nearest.nearest(flat, rows, index, k, costs)
+    return Nearest(sq.sqrt().reshape(*batch, k), row.reshape(*batch, k))
 
 
 def jvp(

@@ -140,17 +140,17 @@ class Bounded(NamedTuple):
 _samples: weakref.WeakKeyDictionary[Index, tuple[Tensor, Bounded]] = weakref.WeakKeyDictionary()
 
 
-def _sampled(rows: Rows, index: Index) -> tuple[Tensor, Bounded]:
+def sampled(rows: Rows, index: Index) -> tuple[Tensor, Bounded]:
     """The numbers of some rows and the rows, gathered once: a gather costs more than their scan."""
     found = _samples.get(index)
     if found is None:
         some = spread(len(rows.rows), SAMPLE).to(rows.rows.device)
-        found = some, Bounded(*(v[some] for v in _all(rows, index)))
+        found = some, Bounded(*(v[some] for v in bounded(rows, index)))
         _samples[index] = found
     return found
 
 
-def _all(rows: Rows, index: Index) -> Bounded:
+def bounded(rows: Rows, index: Index) -> Bounded:
     assert rows.sq_norms is not None  # a TrainingSet has them
     return Bounded(rows.rows, rows.sq_norms, index.coarse, index.fine)
 
@@ -167,10 +167,10 @@ def _scan(
         if bool(torch.isinf(p.margin).all()):
             none = torch.zeros(len(p.margin) + 1, dtype=torch.int64, device=p.margin.device)
             return none, none[:0], p.margin, none[1:]
-    return _bound_scan(query, rows, index, p, _all(rows, index), query.bias, eps, cap)
+    return bound_scan(query, rows, index, p, bounded(rows, index), query.bias, eps, cap)
 
 
-def _bound_scan(
+def bound_scan(
     query: Query, rows: Rows, index: Index, p: Projected, of: Bounded, bias: Tensor | None,
     eps: float, cap: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -197,12 +197,12 @@ def _hopeless(
     far = window > rows.sq_norms.mean() * query.alpha.square() / 12
     if n <= 4 * SAMPLE or not bool(far.any()):
         return torch.zeros_like(far)
-    some, sample = _sampled(rows, index)
+    some, sample = sampled(rows, index)
     bias = None if query.bias is None else query.bias[some]
     only = p._replace(margin=torch.where(far, p.margin, torch.inf))
     # The same gap as for all rows. The best of some rows is not the best of all, so more are kept.
     few = eps * len(some) / n
-    start, _, _, _ = _bound_scan(query, rows, index, only, sample, bias, few, len(some))
+    start, _, _, _ = bound_scan(query, rows, index, only, sample, bias, few, len(some))
     return far & (start.diff() > len(some) * TOO_MANY * most)
 
 

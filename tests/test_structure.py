@@ -22,6 +22,7 @@ LAYERS = [
     ["queries"],
     ["results"],
     ["pruning"],
+    ["pruning_nearest"],
     ["functional"],
     ["regularizers", "memorization"],
     ["denoiser"],
