@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from memokern import checks, datasets, files, index_build
 from memokern.datasets import sources
-from memokern.index import Index, restored
+from memokern.index import Index, fingerprint, restored
 from memokern.rows import (
     UINT8_SCALE,
     UINT8_SHIFT,
@@ -61,7 +61,7 @@ class TrainingSet:
     Attributes:
         rows: [N, D] as stored, contiguous. shape: of one row. n, dim: N and D. dtype, device.
         scale, shift. labels: [N] int64 or None. log_weights: [N] float64 or None. nbytes.
-        center: [D] the mean row, float32 (float64 for float64 rows).
+        center: [D] the mean row (of a subset with an index, the whole set's), float32 or float64.
         sq_norms: [N] float64, |y_n - center|^2.
 
     Raises:
@@ -119,10 +119,9 @@ class TrainingSet:
                 "rows require a gradient, and a TrainingSet caches norms that would not follow "
                 "them: pass rows.detach(), or the tensor itself to memokern's functions"
             )
-        is_uint8 = tensor.dtype == torch.uint8
         self.shape = tuple(tensor.shape[1:])
         self.rows = tensor.reshape(tensor.shape[0], -1).contiguous()
-        default = (UINT8_SCALE, UINT8_SHIFT) if is_uint8 else (1.0, 0.0)
+        default = (UINT8_SCALE, UINT8_SHIFT) if tensor.dtype == torch.uint8 else (1.0, 0.0)
         self.scale = checks.number("scale", default[0] if scale is None else scale)
         self.shift = checks.number("shift", default[1] if shift is None else shift)
         if self.scale == 0:
@@ -272,9 +271,8 @@ class TrainingSet:
     def dequantize(self, rows: torch.Tensor) -> torch.Tensor:
         """Stored rows, of any shape, as values row * scale + shift in `compute_dtype`."""
         value = rows.to(self.compute_dtype)
-        if (self.scale, self.shift) == (1.0, 0.0):
-            return value
-        return value * self.scale + self.shift
+        plain = (self.scale, self.shift) == (1.0, 0.0)
+        return value if plain else value * self.scale + self.shift
 
     def gather(self, index: torch.Tensor) -> torch.Tensor:
         """The values of the rows at `index` (any shape): [*index.shape, *shape] in `compute_dtype`.
@@ -298,17 +296,25 @@ class TrainingSet:
     def subset(self, index: torch.Tensor | np.ndarray | Sequence[int] | slice) -> TrainingSet:
         """The rows chosen by an index, a mask [N] or a slice, with their labels and weights.
 
-        A slice shares memory. The log weights are not renormalised; an index is not passed on.
-        ValueError if nothing is chosen, or only rows of weight 0.
+        A slice shares memory. The log weights are not renormalised. With an index comes its part of
+        that, and the center remains. ValueError if nothing is chosen, or only rows of weight 0.
         """
         index = checked_choice(index, self.n, self.device)
         rows = self.rows[index]
         if len(rows) == 0:
             raise ValueError("the subset has no rows")
+        labels, weights = (v if v is None else v[index] for v in (self.labels, self.log_weights))
+        part = self._like(rows, labels, weights)
+        if self._index is not None:
+            part._index = self._index.take(index, fingerprint(rows, self.scale, self.shift))
+            part._center, part._sq_norms = part._index.center, self.sq_norms[index].contiguous()
+        return part
+
+    def _like(
+        self, rows: torch.Tensor, labels: torch.Tensor | None, weights: torch.Tensor | None
+    ) -> TrainingSet:
         return TrainingSet(
-            rows.reshape((-1, *self.shape)),
-            labels=None if self.labels is None else self.labels[index],
-            log_weights=None if self.log_weights is None else self.log_weights[index],
+            rows.reshape((-1, *self.shape)), labels=labels, log_weights=weights,
             scale=self.scale, shift=self.shift, name=self.name, check=False,
         )  # fmt: skip
 
@@ -338,10 +344,7 @@ class TrainingSet:
         rows = self.rows.to(device)
         if rows is self.rows:
             return self
-        moved = TrainingSet(
-            rows.reshape((self.n, *self.shape)), labels=self.labels, log_weights=self.log_weights,
-            scale=self.scale, shift=self.shift, name=self.name, check=False,
-        )  # fmt: skip
+        moved = self._like(rows, self.labels, self.log_weights)
         for cache in ("_center", "_center64", "_sq_norms"):
             value = getattr(self, cache)
             setattr(moved, cache, None if value is None else value.to(device))
@@ -366,8 +369,7 @@ class TrainingSet:
         metadata = {
             "format": sources.FORMAT,
             "version": str(sources.FORMAT_VERSION),
-            # repr of a float reads back as the same float
-            "scale": repr(self.scale),
+            "scale": repr(self.scale),  # which reads back as the same float
             "shift": repr(self.shift),
         }
         if self.name is not None:
@@ -385,11 +387,9 @@ class TrainingSet:
         files, and if the index is not of the rows there (index=False leaves it out).
 
         Example:
-            >>> import tempfile, pathlib
             >>> from memokern.data import TrainingSet
-            >>> path = pathlib.Path(tempfile.mkdtemp()) / "digits.safetensors"
-            >>> TrainingSet.digits().save(path)
-            >>> TrainingSet.load(path).shape
+            >>> TrainingSet.digits().save("digits.safetensors")
+            >>> TrainingSet.load("digits.safetensors").shape
             (8, 8)
         """
         if files.read_metadata(path).get("format") != sources.FORMAT:

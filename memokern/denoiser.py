@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -13,8 +13,10 @@ from memokern import functional, queries, regularizers
 from memokern.data import TrainingSet
 from memokern.processes import EDM, Process
 from memokern.regularizers import Prediction, Regularizer
+from memokern.results import Certificate
 
 PREDICTIONS = ("x0", "eps", "v", "score", "velocity")
+BOUNDS = [field.name for field in fields(Certificate)]
 
 
 class Denoiser(nn.Module):
@@ -25,6 +27,8 @@ class Denoiser(nn.Module):
     regulariser, which are code; loading needs a set of the same shape and row type. `.to()` moves
     the buffers; to another floating-point type it converts floating-point rows and nothing else.
     `.to("meta")` keeps shapes and scale and lets the values go; loading a state brings them back.
+    The data's index is used as it is, and by its part for a label; rows that were moved, converted
+    or loaded have none until `data.build_index()`.
 
     Args:
         data: a TrainingSet, or rows [N, \*shape].
@@ -181,7 +185,8 @@ class Denoiser(nn.Module):
 
     def _of_label(self, label: int) -> tuple[Tensor, TrainingSet]:
         """The indices of the rows with this label, and those rows."""
-        if label not in self._classes:
+        known = self._classes.get(label)
+        if known is None or (known[1].index is None) != (self._data.index is None):
             chosen = self._data.where(label)  # ValueError where there are none
             assert self._data.labels is not None
             index = (self._data.labels == label).nonzero()[:, 0]
@@ -211,6 +216,7 @@ class Denoiser(nn.Module):
         label: int | Tensor | None = None,
         *,
         bias: Tensor | None = None,
+        certificate: bool = False,
     ) -> Prediction:
         r"""All predictions at once: x0, score, eps, v, velocity and the posterior behind them.
 
@@ -219,11 +225,12 @@ class Denoiser(nn.Module):
                 broadcasts to the batch.
             label: use only the rows with this label: one for all queries, or [\*batch] integers.
             bias: [N] added to the rows' logits.
+            certificate: as :func:`memokern.posterior`, into the result's posterior.
         """
         time = self._time(x, t)
         sigma, alpha = self.process.sigma(time), self.process.alpha(time)
         if label is None:
-            return self._evaluate(x, self._data, sigma, alpha, bias)
+            return self._evaluate(x, self._data, sigma, alpha, bias, certificate)
         if self.rows.is_meta:
             raise RuntimeError(
                 "labels choose rows by their values, and a Denoiser on the meta device has none:"
@@ -234,24 +241,39 @@ class Denoiser(nn.Module):
             raise TypeError(f"expected label as integers, got {labels.dtype}")
         if labels.dim() == 0:
             index, rows = self._of_label(int(labels))
-            return self._evaluate(x, rows, sigma, alpha, None if bias is None else bias[index])
+            chosen = None if bias is None else bias[index]
+            return self._evaluate(x, rows, sigma, alpha, chosen, certificate)
         batch = queries.batch_shape(x, self._data)
         if labels.shape != batch:
             raise ValueError(
                 f"expected label as one integer or one per query {tuple(batch)}, got"
                 f" {tuple(labels.shape)}"
             )
-        return self._by_label(x, sigma.expand(batch), alpha.expand(batch), labels, bias)
+        sigma, alpha = sigma.expand(batch), alpha.expand(batch)
+        return self._by_label(x, sigma, alpha, labels, bias, certificate)
 
     def _evaluate(
-        self, x: Tensor, data: TrainingSet, sigma: Tensor, alpha: Tensor, bias: Tensor | None
+        self,
+        x: Tensor,
+        data: TrainingSet,
+        sigma: Tensor,
+        alpha: Tensor,
+        bias: Tensor | None,
+        certificate: bool,
     ) -> Prediction:
         return regularizers.evaluate(
-            x, data, sigma, alpha, regularizer=self.regularizer, bias=bias, method=self.method
-        )
+            x, data, sigma, alpha, regularizer=self.regularizer, bias=bias, method=self.method,
+            certificate=certificate,
+        )  # fmt: skip
 
     def _by_label(
-        self, x: Tensor, sigma: Tensor, alpha: Tensor, labels: Tensor, bias: Tensor | None
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        alpha: Tensor,
+        labels: Tensor,
+        bias: Tensor | None,
+        certificate: bool,
     ) -> Prediction:
         """One evaluation per label that occurs, put together in the queries' order."""
         batch = labels.shape
@@ -262,7 +284,9 @@ class Denoiser(nn.Module):
             at = (wanted == label).nonzero()[:, 0]
             index, rows = self._of_label(label)
             chosen = None if bias is None else bias[index]
-            parts.append(self._evaluate(flat[at], rows, sigmas[at], alphas[at], chosen))
+            parts.append(
+                self._evaluate(flat[at], rows, sigmas[at], alphas[at], chosen, certificate)
+            )
             order.append(at)
         back = torch.argsort(torch.cat(order))
 
@@ -279,10 +303,12 @@ class Denoiser(nn.Module):
         numbers = ("x", "sigma", "alpha", "temperature")
         sums = ("mean", "log_z", "mean_logit", "mean_bias", "weight_sq")
         posteriors = [part.posterior for part in parts]
+        bounds = [p.certificate for p in posteriors if p.certificate is not None]
         queries = [part.query for part in parts]
         posterior = replace(
             posteriors[0],
             n=self._data.n,
+            certificate=Certificate(**joined(bounds, *BOUNDS)) if bounds else None,
             log_weight_total=join(
                 [p.log_weight_total.expand(p.sigma.shape) for p in posteriors], axis
             ),

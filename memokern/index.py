@@ -13,6 +13,7 @@ arithmetic: `Projected` says what has to be added.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -119,6 +120,13 @@ class Index:
             self.row_error,
             self.fingerprint,
         )
+
+    def take(self, rows: Tensor | slice, fingerprint: str) -> Index:
+        """The index of some of the rows, by their numbers; the bounds are about the same center."""
+        part = copy.copy(self)
+        part.coarse, part.fine = (v[rows].contiguous() for v in (self.coarse, self.fine))
+        part.fingerprint = fingerprint
+        return part
 
     @torch.no_grad()
     def project(self, x: Tensor, alpha: Tensor) -> Projected:

@@ -55,6 +55,7 @@ def collapse(
     data: TrainingSet | torch.Tensor,
     tol: float = 1e-2,
     *,
+    method: str = "auto",
     progress: bool = False,
 ) -> Memorization:
     """Collapse onto a training point: value = min_n |x - y_n|, memorised where value < tol.
@@ -64,6 +65,7 @@ def collapse(
         data: the TrainingSet, or its rows as a tensor [N, *shape].
         tol: L2 distance > 0 in the data's units, all features together. Usual: 1e-2 in the plane
             and for closed-form scores, up to 0.5 for networks.
+        method: as :func:`memokern.nearest`: "auto" uses the data's index where that is faster.
         progress: show a progress bar.
 
     Returns: a Memorization whose value is the distance.
@@ -87,7 +89,7 @@ def collapse(
         collapse: 2 of 3 memorised (66.7%)
     """
     _require_positive("tol", tol)
-    distance, index = _nearest(*_checked(samples, data), 1, progress)
+    distance, index = _nearest(*_checked(samples, data), 1, method, progress)
     return _collapse(distance, index, tol)
 
 
@@ -96,6 +98,7 @@ def ratio(
     data: TrainingSet | torch.Tensor,
     threshold: float = 1 / 3,
     *,
+    method: str = "auto",
     progress: bool = False,
 ) -> Memorization:
     """Ratio criterion: value = d1/d2 of the nearest and second nearest row; < threshold is a copy.
@@ -118,7 +121,7 @@ def ratio(
     samples, data = _checked(samples, data)
     if data.n < 2:
         raise ValueError("the ratio criterion needs at least 2 training rows, got 1")
-    return _ratio(*_nearest(samples, data, 2, progress), threshold)
+    return _ratio(*_nearest(samples, data, 2, method, progress), threshold)
 
 
 def carlini(
@@ -127,6 +130,7 @@ def carlini(
     k: int = 50,
     threshold: float = 0.5,
     *,
+    method: str = "auto",
     progress: bool = False,
 ) -> Memorization:
     """Normalised distance: value = d1 / mean(d1, ..., dk) over the k nearest rows, in [0, 1].
@@ -149,7 +153,7 @@ def carlini(
     samples, data = _checked(samples, data)
     if not 2 <= k <= data.n:
         raise ValueError(f"expected 2 <= k <= {data.n}, the number of training rows, got k = {k}")
-    return _carlini(*_nearest(samples, data, k, progress), threshold)
+    return _carlini(*_nearest(samples, data, k, method, progress), threshold)
 
 
 def exact_match(
@@ -164,7 +168,8 @@ def exact_match(
     value is the number of differing features, |[x > threshold] - [y > threshold]|_1, of the row
     that differs least; distance is its square root, the L2 distance of the thresholded images.
 
-    Args, Raises: as `collapse`; threshold is the level between the two values, in the data's units.
+    Args, Raises: as `collapse`, without method; threshold is the level between the two values, in
+        the data's units.
 
     Numerics: exact. Cost: as `collapse`, and N D bytes for the thresholded rows.
 
@@ -187,7 +192,7 @@ def exact_match(
     # A comparison makes a number of NaN; put it back, so that such a sample matches nothing.
     sample_bits = (samples > threshold).to(samples.dtype).masked_fill_(samples.isnan(), torch.nan)
     binary = TrainingSet(bits.reshape(data.n, *data.shape), scale=1, shift=0)
-    distance, index = _nearest(sample_bits, binary, 1, progress)
+    distance, index = _nearest(sample_bits, binary, 1, "dense", progress)
     differing = distance[:, 0].square().round()
     return _result("exact", differing, 1.0, distance, index)
 
@@ -200,6 +205,7 @@ def report(
     threshold: float = 1 / 3,
     k: int = 50,
     level: float | None = None,
+    method: str = "auto",
     progress: bool = False,
 ) -> dict[str, Memorization]:
     """All criteria that apply, by name, from one nearest-row search.
@@ -207,6 +213,7 @@ def report(
     Args:
         tol, threshold: of `collapse` and `ratio`. k: of `carlini`, at most N is used.
         level: the threshold of `exact_match`, which is left out without it.
+        method: as `collapse`.
 
     With one training row only "collapse" (and "exact") are given. Otherwise as the functions above.
 
@@ -222,7 +229,7 @@ def report(
     if k < 2:
         raise ValueError(f"expected k >= 2, got {k}")
     samples, data = _checked(samples, data)
-    distance, index = _nearest(samples, data, min(k, data.n), progress)
+    distance, index = _nearest(samples, data, min(k, data.n), method, progress)
     found = {"collapse": _collapse(distance, index, tol)}
     if data.n >= 2:
         found["ratio"] = _ratio(distance, index, threshold)
@@ -295,13 +302,13 @@ def _checked(
 
 
 def _nearest(
-    samples: torch.Tensor, data: TrainingSet, k: int, progress: bool
+    samples: torch.Tensor, data: TrainingSet, k: int, method: str, progress: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Distances [S, k] float64, ascending, and rows [S, k] of the k nearest training rows."""
 
     def parts() -> Iterator[functional.Nearest]:
         for chunk in tqdm(samples.split(CHUNK), desc="nearest rows", disable=not progress):
-            yield functional.nearest(chunk, data, k)
+            yield functional.nearest(chunk, data, k, method=method)
 
     found = list(parts())
     return torch.cat([part.distance for part in found]), torch.cat([part.index for part in found])

@@ -149,12 +149,27 @@ def test_mean_and_norms_far_from_zero_are_kept_with_the_index():
 # --- other sets, copies, files ------------------------------------------------------------------
 
 
-def test_a_subset_has_no_index_and_a_copy_has():
+@pytest.mark.parametrize("chosen", [[5, 1, 1], slice(3, 40, 2), "mask"])
+def test_a_subset_has_its_part_of_the_index(tmp_path, chosen):
+    data = TrainingSet.digits()
+    index = data.labels == 3 if chosen == "mask" else chosen
+    assert data.subset(index).index is None
+    data.build_index()
+    part = data.subset(index)
+    assert torch.equal(part.index.coarse, data.index.coarse[index])
+    assert torch.equal(part.index.fine, data.index.fine[index])
+    assert torch.equal(part.center, data.center) and part.index.center is part.center
+    assert torch.equal(part.sq_norms, data.sq_norms[index])
+    assert part.index.n == part.n and part.index.y_max == data.index.y_max
+    assert part.rows.is_contiguous() and part.index.coarse.is_contiguous()
+    path = tmp_path / "part.safetensors"
+    part.save(path)  # whose rows are its own
+    assert same(TrainingSet.load(path).index, part.index)
+    assert same(part.subset(slice(0, 2)).index, data.index.take(index, "").take(slice(0, 2), ""))
+
+
+def test_a_copy_has_the_index():
     data = TrainingSet.digits().build_index()
-    assert data.subset([1, 2, 3]).index is None
-    assert data.subset(slice(0, 9)).index is None
-    assert data.where(3).index is None
-    assert data.index is not None
     for twin in (copy.deepcopy(data), pickle.loads(pickle.dumps(data))):
         assert same(twin.index, data.index)
         assert twin.index.center is twin.center

@@ -43,7 +43,7 @@ INSIDE = {
     ],
     "samplers": [["base"], ["flow", "reverse"], ["__init__"]],
     "experiments": [["base"], ["planar"], ["squares", "structured", "sweeps"], ["__init__"]],
-    "cli": [["common"], ["metrics", "other", "sample"], ["__init__"]],
+    "cli": [["common"], ["log"], ["metrics", "other", "sample"], ["__init__"]],
 }
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 # The package's own names, for those above all that they are defined in.

@@ -13,7 +13,11 @@ from typing import Any
 import click
 import torch
 
-from memokern import TrainingSet, backends, figures, files
+from memokern import TrainingSet, backends, bases, figures, files, functional
+
+# Where an index is built unasked: the rows and features of which a sweep takes so long that bounds
+# save time, and the queries (samples times evaluations) after which it has paid for itself.
+INDEX_ROWS, INDEX_DIM, INDEX_PAYS = 2000, 256, 4000
 
 DIGITS = "digits"  # the word that stands for the embedded data set
 
@@ -139,6 +143,32 @@ def load_rows(source: str, key: str | None, data: TrainingSet, about: str) -> to
         if not rows.isfinite().all():
             raise ValueError("samples hold NaN or infinite values")
         return rows.reshape(len(rows), *data.shape)
+
+
+def method_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--method, of the commands that sweep over the rows."""
+    return click.option(
+        "--method",
+        default="auto",
+        show_default=True,
+        type=click.Choice(functional.METHODS),
+        help="dense: sweep over all rows. pruned: over those that an index cannot prove to have "
+        "no weight; the index is the data file's ('memokern index' makes such files), or is "
+        "built. auto: what is faster, and an index is built only where that pays.",
+    )(command)
+
+
+def index_for(data: TrainingSet, method: str, queries: int, *, progress: bool) -> None:
+    """Build the data's index where it has none and `method` wants one; "auto" wants one for many
+    images and at least `INDEX_PAYS` queries.
+    """
+    if data.index is not None or method == "dense":
+        return
+    worth = data.n >= INDEX_ROWS and data.dim >= INDEX_DIM and queries >= INDEX_PAYS
+    if method == "auto" and not (worth and bases.is_image(data.shape)):
+        return
+    with wrong_input("--method"):
+        data.build_index(progress=None if progress else False)
 
 
 def criteria(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -21,6 +21,7 @@ from memokern.cli import common
 @click.option(
     "--data-key", metavar="NAME", help="Which array of the data's .npz or .safetensors file."
 )
+@common.method_option
 @common.criteria
 @click.option(
     "--neighbours",
@@ -57,6 +58,7 @@ def memorization(
     data: str,
     samples_key: str | None,
     data_key: str | None,
+    method: str,
     tolerance: float,
     ratio_threshold: float,
     neighbours: int,
@@ -76,6 +78,7 @@ def memorization(
     training = common.load(data, data_key, "DATA", "--data-key")
     rows = common.load_rows(samples, samples_key, training, "SAMPLES")
     common.check_two_rows(training, "DATA")
+    common.index_for(training, method, len(rows), progress=common.progress_wanted())
     meanings = {
         "collapse": f"distance to the nearest row < {tolerance:g}",
         "ratio": f"nearest / second nearest < {ratio_threshold:.3g}",
@@ -83,8 +86,9 @@ def memorization(
         "exact": "" if binary is None else f"equal after thresholding at {binary:g}",
     }
     found = metrics.report(
-        rows, training, tol=tolerance, threshold=ratio_threshold, k=neighbours, level=binary
-    )
+        rows, training, tol=tolerance, threshold=ratio_threshold, k=neighbours, level=binary,
+        method=method, progress=common.progress_wanted(),
+    )  # fmt: skip
     if report is not None:
         with common.failure("cannot write"):
             files.write_json(

@@ -19,7 +19,7 @@ from memokern import (
     regularizers,
     samplers,
 )
-from memokern.cli import common
+from memokern.cli import common, log
 
 SOLVERS = ("euler", "heun", "rk45", "sde")
 REGULARIZER_HELP = (
@@ -93,7 +93,23 @@ REGULARIZER_HELP = (
     help="Where to compute: cpu, or a device that PyTorch has here (cuda, cuda:1, mps, ...). "
     "The same seed starts from the same noise on all of them.",
 )
+@common.method_option
 @common.criteria
+@click.option(
+    "-v",
+    "--verbose",
+    is_flag=True,
+    help="Say after each evaluation of the score what was done: rows kept of all (mean over the "
+    "samples, at most), samples swept densely, dimensions of the index used, the proven error of "
+    "the denoised mean (L2), time.",
+)
+@click.option(
+    "--log",
+    "log_file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write the same, and more, as .json or .csv.",
+)
 @click.option(
     "-o",
     "--output",
@@ -130,8 +146,11 @@ def sample(
     seed: int,
     sigma_min: float | None,
     device_name: str,
+    method: str,
     tolerance: float,
     ratio_threshold: float,
+    verbose: bool,
+    log_file: Path | None,
     output: Path | None,
     picture: Path | None,
     report: Path | None,
@@ -142,6 +161,8 @@ def sample(
     Example: memokern sample --regularizer tikhonov:c=0.1 -n 24 --picture samples.png
 
     Example: memokern sample --label 3 --output threes.npz
+
+    Example: memokern sample --method pruned --verbose
     """
     if solver == "rk45" and steps is not None:
         raise common.WrongInput("--steps: rk45 chooses its own steps; leave --steps out")
@@ -154,6 +175,7 @@ def sample(
         ("--output", output, (".npz",)),
         ("--picture", picture, figures.FORMATS),
         ("--json", report, (".json",)),
+        ("--log", log_file, log.FORMATS),
     )
     common.check_outputs(outputs, force)
     if picture is not None:
@@ -181,15 +203,20 @@ def sample(
         )
     with common.wrong_input(), torch.no_grad():
         training = training.to(device)
-        denoiser = Denoiser(training, process=flow, regularizer=regularizer)
+        evaluations = _evaluations(solver, steps) * count
+        common.index_for(training, method, evaluations, progress=common.progress_wanted())
+        denoiser = Denoiser(training, process=flow, regularizer=regularizer, method=method)
         # One query first: it refuses what cannot be combined before the long work, and the caches
         # that a training set fills once stay out of the times.
         denoiser(flow.prior((1, *training.shape), device=device), start, label)
+    index = training.index
+    watch = log.Log(() if index is None else index.dims, show=verbose)
     options: dict[str, Any] = {
         "sigma_min": sigma_min,
         "label": label,
         "seed": seed,
-        "progress": common.progress_wanted(),
+        "progress": common.progress_wanted() and not verbose,
+        "watch": watch if verbose or log_file is not None else None,
     }
     started = time.perf_counter()
     # RuntimeError: rk45 that cannot go on, a device without memory.
@@ -215,6 +242,8 @@ def sample(
         "device": str(device),
         "process": process,
         "solver": solver,
+        "method": method,
+        "index": None if index is None else repr(index),
         "regularizer": "+".join(regularizer_texts) or "none",
         "seed": seed,
         "sigma_from": float(found.sigmas[0]),
@@ -224,10 +253,20 @@ def sample(
         "seconds_per_evaluation": elapsed / max(1, found.nfe),
     }
     _write(found, training, facts, output, picture, report)
+    if log_file is not None:
+        with common.failure("cannot write"):
+            watch.write(log_file)
     click.echo(render(facts))
-    for path in (output, picture, report):
+    for path in (output, picture, report, log_file):
         if path is not None:
             click.echo(f"wrote        {path}")
+
+
+def _evaluations(solver: str, steps: int | None) -> int:
+    """About how often the score is evaluated."""
+    if solver == "sde":
+        return steps or samplers.SDE_STEPS
+    return (steps or samplers.ODE_STEPS) * (1 if solver == "euler" else 2)
 
 
 def _rows_of_label(data: TrainingSet, label: int) -> int:

@@ -67,6 +67,7 @@ def evaluate(
     regularizer: Regularizer | None = None,
     bias: Tensor | None = None,
     method: str = "auto",
+    certificate: bool = False,
 ) -> Prediction:
     r"""The regularised score at x, and x0, eps, v and velocity from it.
 
@@ -93,7 +94,7 @@ def evaluate(
     query = reg.prepare(spread, data)
     posterior = functional.posterior(
         query.x, data, query.sigma, query.alpha, query.temperature,
-        bias=query.bias, kernel=query.kernel, method=method,
+        bias=query.bias, kernel=query.kernel, method=method, certificate=certificate,
     )  # fmt: skip
     plain = posterior.residual
     gated = reg.gate(plain, spread, posterior)

@@ -7,8 +7,18 @@ becomes 0, for every process.
 
 from __future__ import annotations
 
-from memokern.samplers.base import Samples
+from memokern.samplers.base import Evaluation, Samples, Watch
 from memokern.samplers.flow import ODE_STEPS, SOLVERS, TOLERANCES, ode
 from memokern.samplers.reverse import SDE_STEPS, sde
 
-__all__ = ["ODE_STEPS", "SDE_STEPS", "SOLVERS", "TOLERANCES", "Samples", "ode", "sde"]
+__all__ = [
+    "ODE_STEPS",
+    "SDE_STEPS",
+    "SOLVERS",
+    "TOLERANCES",
+    "Evaluation",
+    "Samples",
+    "Watch",
+    "ode",
+    "sde",
+]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from memokern import checks, queries
 from memokern.denoiser import Denoiser
 from memokern.processes import Process
+from memokern.results import Certificate
 
 DTYPES = (torch.float32, torch.float64)
 # Where alpha / sigma is less, x says nothing about the data, and 1 / alpha is not used.
@@ -34,6 +36,29 @@ class Samples:
     times: Tensor
     sigmas: Tensor
     nfe: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation of the denoiser in a run, as `watch` is told.
+
+    Attributes:
+        step: the solver's step that it belongs to, from 1; None for rk45, which may take a step
+            back. count: of the run's evaluations so far. t, alpha, sigma: of the queries.
+        seconds: it took, with what the certificate costs.
+        certificate: what was swept for each query, and how far off that can be.
+    """
+
+    step: int | None
+    count: int
+    t: float
+    alpha: float
+    sigma: float
+    seconds: float
+    certificate: Certificate
+
+
+Watch = Callable[[Evaluation], None]
 
 
 @dataclass(frozen=True)
@@ -69,6 +94,7 @@ class Run:
         generator: torch.Generator | None,
         dtype: torch.dtype | None,
         trajectory: bool,
+        watch: Watch | None,
     ) -> None:
         if not isinstance(denoiser, Denoiser):
             raise TypeError(f"expected a memokern.Denoiser, got {type(denoiser).__name__}")
@@ -88,6 +114,8 @@ class Run:
         self.generator = torch.Generator().manual_seed(seed) if seed is not None else generator
         self.denoiser, self.process = denoiser, denoiser.process
         self.label, self.bias, self.nfe = label, bias, 0
+        self.watch = watch
+        self.step: int | None = 1
         self.x = self._start(start, dtype)
         self.record: list[Tensor] | None = [self.x] if trajectory else None
 
@@ -108,7 +136,19 @@ class Run:
     def evaluate(self, x: Tensor, t: float) -> tuple[Tensor, Tensor]:
         """x0 and eps."""
         self.nfe += 1
-        found = self.denoiser.evaluate(x, t, self.label, bias=self.bias)
+        if self.watch is None:
+            found = self.denoiser.evaluate(x, t, self.label, bias=self.bias)
+            return found.x0, found.eps
+        began = time.perf_counter()
+        found = self.denoiser.evaluate(x, t, self.label, bias=self.bias, certificate=True)
+        if x.device.type != "cpu":
+            torch.accelerator.synchronize(x.device)
+        seconds, level = time.perf_counter() - began, level_of(self.process, t)
+        bounds = found.posterior.certificate
+        assert bounds is not None
+        self.watch(
+            Evaluation(self.step, self.nfe, level.t, level.alpha, level.sigma, seconds, bounds)
+        )
         return found.x0, found.eps
 
     def noise(self) -> Tensor:
@@ -118,7 +158,9 @@ class Run:
         return z.to(self.x.device)
 
     def keep(self) -> None:
-        """Records x, where a trajectory is wanted."""
+        """The end of a step: records x, where a trajectory is wanted."""
+        if self.step is not None:
+            self.step += 1
         if self.record is not None:
             self.record.append(self.x)
 

@@ -12,7 +12,16 @@ from tqdm.auto import tqdm
 
 from memokern import checks
 from memokern.denoiser import Denoiser
-from memokern.samplers.base import Level, Run, Samples, check_stop, held, level_of, levels_of
+from memokern.samplers.base import (
+    Level,
+    Run,
+    Samples,
+    Watch,
+    check_stop,
+    held,
+    level_of,
+    levels_of,
+)
 
 SOLVERS = ("euler", "heun", "rk45")
 ODE_STEPS = 18
@@ -41,6 +50,7 @@ def ode(
     dtype: torch.dtype | None = None,
     progress: bool = False,
     trajectory: bool = False,
+    watch: Watch | None = None,
 ) -> Samples:
     r"""Samples of the probability-flow ODE, d(x / alpha) = eps d(sigma / alpha).
 
@@ -63,6 +73,8 @@ def ode(
         seed, generator: of the starts and of churn; neither: PyTorch's own generator.
         dtype: float32 or float64; default that of the starts, else float64 for float64 rows.
         progress: show a bar. trajectory: keep all states.
+        watch: called after each evaluation with an :class:`Evaluation`: the rows that were swept
+            and the proven error.
 
     Returns:
         :class:`Samples`.
@@ -91,7 +103,7 @@ def ode(
     churn_min = checks.number("churn_min", churn_min, 0.0)
     hint = f"; churn_min is {churn_min:g}"
     churn_max = checks.number("churn_max", churn_max, churn_min, infinite=True, hint=hint)
-    run = Run(denoiser, start, label, bias, seed, generator, dtype, trajectory)
+    run = Run(denoiser, start, label, bias, seed, generator, dtype, trajectory, watch)
     if solver == "rk45":
         if steps is not None or churn != 0:
             raise ValueError("rk45 chooses its own steps and has no churn: leave both out")
@@ -146,6 +158,7 @@ def _rk45(
 ) -> Samples:
     """x = r (x0 cos a + eps sin a), r = hypot(alpha, sigma): d(x / r) / da = eps cos a - x0 sin a,
     finite at both ends."""
+    run.step = None
     process, kind, shape, device = run.process, run.x.dtype, run.x.shape, run.x.device
     first, end = level_of(process, process.t_noise), level_of(process, process.t_data)
     stop = process.sigma_min if sigma_min is None else sigma_min

@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from memokern.denoiser import Denoiser
-from memokern.samplers.base import Run, Samples, levels_of
+from memokern.samplers.base import Run, Samples, Watch, levels_of
 
 SDE_STEPS = 200
 
@@ -29,6 +29,7 @@ def sde(
     dtype: torch.dtype | None = None,
     progress: bool = False,
     trajectory: bool = False,
+    watch: Watch | None = None,
 ) -> Samples:
     r"""Samples of the reverse SDE by Euler-Maruyama, dx = (f x - g^2 score) dt + g dW, t running
     from noise to data (Anderson 1982; Song et al., arXiv 2011.13456).
@@ -49,7 +50,7 @@ def sde(
         >>> samplers.sde(Denoiser(rows), 2, seed=0).x.abs().tolist()
         [[1.0, 0.0], [1.0, 0.0]]
     """
-    run = Run(denoiser, start, label, bias, seed, generator, dtype, trajectory)
+    run = Run(denoiser, start, label, bias, seed, generator, dtype, trajectory, watch)
     process = run.process
     levels = levels_of(process, steps, sigma_min, denoise_last)
     with run.gradients():
