@@ -193,7 +193,9 @@ def test_info_is_text_or_json() -> None:
     assert facts["threads"] == torch.get_num_threads()
 
 
-@pytest.mark.parametrize("command", ["", "sample", "memorization", "reproduce", "demo", "info"])
+@pytest.mark.parametrize(
+    "command", ["", "sample", "memorization", "index", "reproduce", "demo", "info"]
+)
 def test_help_describes_itself(command) -> None:
     done = call(*command.split(), "--help")
     assert done.exit_code == 0 and done.output.startswith("Usage: ")

@@ -19,6 +19,7 @@ from memokern import TrainingSet
 def _files(folder) -> None:
     np.save(folder / "line.npy", np.zeros((4, 5)))
     np.save(folder / "bad.npy", np.array([[0.0, 1.0], [np.nan, 1.0]]))
+    np.save(folder / "wide.npy", np.zeros((2, 5000), dtype=np.float32))
     np.save(folder / "one.npy", np.zeros((1, 2)))
     np.save(folder / "plane.npy", np.arange(6.0).reshape(3, 2))
     np.save(folder / "words.npy", np.array(["a", "b"]))
@@ -65,6 +66,12 @@ sample --device meta => --device: no 'meta' on this machine; there is cpu
 sample --device cpu --device cuda:99 => --device: no 'cuda:99' on this machine; there is cpu
 sample --tolerance nan => --tolerance: expected a positive number, got nan
 sample --ratio 0 => --ratio: expected a positive number
+sample --method magic => 'magic' is not one of 'auto', 'dense', 'pruned'
+sample --data plane.npy --method pruned => --method: expected rows of more than 16 features
+sample --log a.txt => --log: the name must end in .json, .csv, got 'a.txt'
+sample --log nowhere/a.csv => --log: no such folder: 'nowhere'
+sample --log there.json => --log: 'there.json' exists; give --force
+sample --log a.json --json a.json => --log: 'a.json' is also what --json would write
 sample -o a.txt => --output: the name must end in .npz
 sample -o nowhere/a.npz => --output: no such folder: 'nowhere'
 sample -o dir.npz => --output: 'dir.npz' is a folder
@@ -76,7 +83,15 @@ memorization plane.npy line.npy => expected samples of shape [S, 5]
 memorization bad.npy plane.npy => samples hold NaN or infinite values
 memorization plane.npy plane.npy --json there.json => exists; give --force
 memorization plane.npy plane.npy --tolerance -1 => expected a positive number
+memorization plane.npy plane.npy --method magic => 'magic' is not one of
+memorization plane.npy plane.npy --method pruned => --method: expected rows of more than 16
 memorization plane.npy plane.npy --neighbours 1 => 1 is not in the range x>=2
+index digits => Missing option '-o' / '--output'
+index digits -o a.npz => --output: the name must end in .safetensors, got 'a.npz'
+index missing.npy -o a.safetensors => DATA: no such file
+index plane.npy -o a.safetensors => DATA: expected rows of more than 16 features for an index
+index digits --basis wavelets -o a.safetensors => 'wavelets' is not one of
+index wide.npy -o a.safetensors => DATA: no basis by default for rows [5000]
 reproduce => Missing argument
 reproduce magic => unknown experiment 'magic'; known: trajectories-ve
 reproduce rate --out notes.txt => --out: 'notes.txt' is a file, not a folder

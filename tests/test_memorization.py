@@ -147,9 +147,9 @@ def test_report_is_the_criteria_from_one_search(monkeypatch):
     searches = []
     nearest = memorization.functional.nearest
 
-    def counted(*args):
+    def counted(*args, **how):
         searches.append(args)
-        return nearest(*args)
+        return nearest(*args, **how)
 
     monkeypatch.setattr(memorization.functional, "nearest", counted)
     report = memorization.report(samples, data, tol=0.5, threshold=0.4, k=20, level=0.0)

@@ -9,7 +9,7 @@ import click
 import memokern
 from memokern.cli.common import Group
 from memokern.cli.metrics import memorization
-from memokern.cli.other import demo, info, reproduce
+from memokern.cli.other import demo, index, info, reproduce
 from memokern.cli.sample import sample
 
 __all__ = ["main"]
@@ -34,5 +34,5 @@ def main(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for command in (sample, memorization, reproduce, demo, info):
+for command in (sample, memorization, index, reproduce, demo, info):
     main.add_command(command)

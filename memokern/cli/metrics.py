@@ -10,6 +10,7 @@ import torch
 from memokern import files
 from memokern import memorization as metrics
 from memokern.cli import common
+from memokern.pruning_nearest import MOST_ASKED
 
 
 @click.command(short_help="Measure how many samples are copies of rows.")
@@ -78,7 +79,9 @@ def memorization(
     training = common.load(data, data_key, "DATA", "--data-key")
     rows = common.load_rows(samples, samples_key, training, "SAMPLES")
     common.check_two_rows(training, "DATA")
-    common.index_for(training, method, len(rows), progress=common.progress_wanted())
+    # For many neighbours of few rows all rows are swept, with an index too.
+    few = min(neighbours, training.n) <= MOST_ASKED * training.n
+    common.index_for(training, method, few * len(rows), progress=common.progress_wanted())
     meanings = {
         "collapse": f"distance to the nearest row < {tolerance:g}",
         "ratio": f"nearest / second nearest < {ratio_threshold:.3g}",

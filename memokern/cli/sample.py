@@ -315,6 +315,7 @@ def render(facts: dict[str, Any]) -> str:
             f"score evaluations, "
             f"sigma {facts['sigma_from']:.4g} to {facts['sigma_to']:.4g}, seed {facts['seed']}, "
             f"on {facts['device']}",
+            f"method       {facts['method']}, {facts['index'] or 'no index'}",
             f"regulariser  {facts['regularizer']}",
             f"memorised    collapse {facts['collapse']['fraction']:7.1%} of {count}: "
             f"nearest training row closer than {facts['collapse']['tolerance']:g}",
