@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from memokern import ops, pruning
-from memokern.index import Index, Projected
+from memokern.index import Index
+from memokern.projection import Projected
 from memokern.queries import Rows
 
 # Queries whose lists are evaluated together, if these are long or of one row each: a call costs as
