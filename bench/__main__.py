@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import memokern
-from bench import report
+from bench import images, report
 
 HERE = Path(__file__).resolve().parent
 RAN = (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.INTERRUPTED)
@@ -24,6 +24,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, help="N (50,000)")
     parser.add_argument("-k", metavar="WORDS", help="pytest's -k: nearest, B64-D3072, memory ...")
     parser.add_argument("--data", help="a file of rows (.npy, .npz, .safetensors)")
+    parser.add_argument("--images", help="a file of uint8 images, for the cases of pruning")
     parser.add_argument("--json", type=Path, help="where the figures go (default: results/)")
     parser.add_argument("--update", type=Path, metavar="FILE",
                         help="only what FILE lacks, or what others disturbed")  # fmt: skip
@@ -59,6 +60,7 @@ def _run(args: argparse.Namespace) -> int:
     options += ["--quick"] if args.quick else []
     options += ["-k", args.k] if args.k else []
     options += [f"--data={Path(args.data).resolve()}"] if args.data else []
+    options += [f"--images={Path(args.images).resolve()}"] if args.images else []
     started = time.time()
     status = int(pytest.main(options))
     if status in RAN and out.exists() and out.stat().st_mtime >= started:
@@ -84,6 +86,12 @@ def main() -> int:
             memokern.TrainingSet(args.data)  # a wrong file is said now, whatever -k selects
         except (OSError, TypeError, ValueError) as error:
             print(f"bench: --data {args.data}: {error}", file=sys.stderr)
+            return 2
+    if args.images:
+        try:
+            images.load(args.images)
+        except (OSError, TypeError, ValueError) as error:
+            print(f"bench: --images {args.images}: {error}", file=sys.stderr)
             return 2
     return _run(args)
 

@@ -44,7 +44,7 @@ class Target:
 class Case:
     """B queries, N rows of D features, timed on each of `runs`, in turns."""
 
-    op: str  # mean | threads | types | backward | nearest: see runs.py
+    op: str  # mean | threads | types | backward | nearest: see runs.py; those in PRUNED: pruned.py
     b: int
     d: int
     runs: tuple[str, ...]
@@ -57,7 +57,8 @@ class Case:
     def name(self) -> str:
         n = f" N={self.n}" if self.n else ""
         sigma = f" sigma={self.sigma:g}" if self.sigma else ""
-        return f"{self.op} B={self.b}{n} D={self.d}{sigma}"
+        dim = "" if self.op in PRUNED else f" D={self.d}"
+        return f"{self.op} B={self.b}{n}{dim}{sigma}"
 
     @property
     def id(self) -> str:
@@ -72,6 +73,9 @@ class Case:
 
 
 FASTEST = Target("fastest", 1)
+# Cases of certified pruning, on images: queries from images that are not among the rows, or on a
+# reverse trajectory; its noise levels, EDM's training levels, all in one; the index itself.
+PRUNED = ("pruned", "pruned-path", "trajectory", "training", "index")
 
 
 def _dense(d: int) -> list[Case]:
@@ -128,12 +132,35 @@ def _few_features() -> list[Case]:
     return low + [Case("mean", b, 2, runs, (FASTEST,), n=n, quick=True) for b, n in small]
 
 
+def _pruned() -> list[Case]:
+    runs = (OURS, "dense", "pruned", "cached", "sdpa")
+
+    def goals(dense: float, peer: float | None) -> tuple[Target, ...]:
+        found = (Target("ratio", dense, "dense"),)
+        return found if peer is None else (*found, Target("fastest", peer))
+
+    found = []
+    for op in PRUNED[:2]:
+        for sigma, dense, peer in (
+            (0.05, 60, 80), (0.3, 60, 80), (0.6, 40, 50), (1.1, 15, 20), (1.9, 5, None),
+            (3.3, 1.8, None),
+        ):  # fmt: skip
+            quick = op == "pruned-path" and sigma == 0.3
+            found.append(Case(op, 64, 3072, runs, goals(dense, peer), sigma=sigma, quick=quick))
+        found.append(Case(op, 1, 3072, runs, goals(20, None), sigma=0.3))
+    found.append(Case("trajectory", 64, 3072, runs, goals(2, 2.5)))
+    found.append(Case("training", 64, 3072, runs, goals(20, 25)))
+    # less than 20 dense evaluations
+    found.append(Case("index", 64, 3072, (OURS, "dense"), goals(1 / 20, None), sigma=0.3))
+    return found
+
+
 def select(quick: bool = False, dim: int | None = None) -> list[Case]:
     """All cases, or those of --quick; dim: those that a file of such rows stands in for."""
     if dim is not None:
         return [c for c in _dense(dim) if not quick or c.b in (1, 8, 64)]
     cases = [*_dense(3072), *_other(torch.get_num_threads()), *_types(), *_dense(784)]
-    cases += _few_features()
+    cases += [*_few_features(), *_pruned()]
     return [c for c in cases if c.quick] if quick else cases
 
 

@@ -12,13 +12,14 @@ import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import memokern
 
-Mean = Callable[[Tensor, float], Tensor]
+Mean = Callable[[Tensor, Any], Tensor]  # sigma: a float; for some of them, also [B, 1]
 
 
 def _memokern(rows: Tensor) -> Mean:
@@ -45,8 +46,10 @@ def _cdist(rows: Tensor) -> Mean:
 def _sdpa(rows: Tensor) -> Mean:
     half = rows.square().sum(1) / 2
 
-    def run(x: Tensor, s: float) -> Tensor:
+    def run(x: Tensor, s: float | Tensor) -> Tensor:
         mask = (-half / s**2).expand(1, 1, len(x), -1)
+        if isinstance(s, Tensor):  # [B, 1]: the scale is one for all
+            x, s = x / s**2, 1.0
         y = rows[None, None]
         return torch.nn.functional.scaled_dot_product_attention(
             x[None, None], y, y, attn_mask=mask, scale=1 / s**2
@@ -151,10 +154,10 @@ def squares(x: Tensor, rows: Tensor, chunk: int = 2048) -> Tensor:
 
 
 def reference(
-    x: Tensor, rows: Tensor, sigma: float, grad: Tensor | None = None, chunk: int = 2048
+    x: Tensor, rows: Tensor, sigma: Any, grad: Tensor | None = None, chunk: int = 2048
 ) -> Tensor:
-    """The mean in float64 by direct differences; with grad [B, D], the gradient for x of
-    <grad, mean>: sum w (y - mean) <y - mean, grad> / sigma^2."""
+    """The mean in float64 by direct differences (sigma a float, or [B, 1]); with grad [B, D], the
+    gradient for x of <grad, mean>: sum w (y - mean) <y - mean, grad> / sigma^2."""
     w = torch.softmax(-squares(x, rows, chunk) / (2 * sigma**2), 1).split(chunk, 1)
     parts = list(zip(w, rows.split(chunk), strict=True))
     zero = torch.zeros(x.shape, dtype=torch.float64)

@@ -25,18 +25,19 @@ class Run:
     truth: Tensor  # of the checked queries
     before: Callable[[], object] = lambda: None
     itemsize: int = 4  # bytes of a stored number
+    checked: int = CHECKED  # results that the truth is of, spread evenly
 
     def error(self, got: Tensor) -> float:
         """The largest difference from the truth over the largest true value; inf for NaN."""
-        difference = float((_checked(got).double() - self.truth).abs().max())
+        difference = float((_checked(got, self.checked).double() - self.truth).abs().max())
         return difference / float(self.truth.abs().max()) if math.isfinite(difference) else math.inf
 
 
 Make = Callable[[str], Run]
 
 
-def _checked(x: Tensor) -> Tensor:
-    return x[torch.linspace(0, len(x) - 1, min(len(x), CHECKED)).long()]
+def _checked(x: Tensor, count: int = CHECKED) -> Tensor:
+    return x[torch.linspace(0, len(x) - 1, min(len(x), count)).long()]
 
 
 def _mean(case: Case, rows: Tensor) -> Make:
@@ -115,10 +116,14 @@ _MAKERS = {
 }  # fmt: skip
 
 
-def build(case: Case, rows: Tensor, skipped: dict[str, str]) -> tuple[dict[str, Run], dict]:
+def maker(case: Case, rows: Tensor) -> Make:
+    """What makes the runs of a case on such rows."""
+    return _MAKERS[case.op](case, rows)
+
+
+def build(case: Case, make: Make, skipped: dict[str, str]) -> tuple[dict[str, Run], dict]:
     """The runs of a case that can run here, each called once: (runs, errors). The reasons of the
     others go to `skipped`."""
-    make = _MAKERS[case.op](case, rows)
     runs: dict[str, Run] = {}
     errors: dict[str, float] = {}
     for name in case.runs:

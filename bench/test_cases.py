@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import cases, machine, memory, peers, runs, timing
+from bench import cases, images, machine, memory, peers, pruned, runs, timing
 from bench.cases import OURS, Case
 
 TOLERANCE = 1e-5  # of our error, relative
@@ -32,16 +32,22 @@ def test_speed(
     if quick and any(name in NOT_QUICK for name in case.runs):
         case = Case(**{**vars(case), "runs": tuple(r for r in case.runs if r not in NOT_QUICK)})
         skipped.update(dict.fromkeys(NOT_QUICK, "left out by --quick"))
-    kind = "uint8" if case.op == "types" else "float32"
-    n = case.n or option("rows")
-    rows = cases.read(path) if path else cases.rows(n, case.d, kind)
     threads = torch.get_num_threads()
-    built, errors = runs.build(case, rows, skipped)
+    if case.op in cases.PRUNED:
+        data = images.load(option("images"), option("quick"))
+        rows, make = images.values(data.rows), pruned.maker(case, data)
+    else:
+        kind = "uint8" if case.op == "types" else "float32"
+        n = case.n or option("rows")
+        rows = cases.read(path) if path else cases.rows(n, case.d, kind)
+        make = runs.maker(case, rows)
+    built, errors = runs.build(case, make, skipped)
     for name, error in errors.items():
         assert name in peers.ALL - {OURS} or error < TOLERANCE, (case.name, errors)
 
     operations = 4 * case.b * len(rows) * case.d
-    limits = machine.limits() if operations >= LARGE else {}
+    whole = operations >= LARGE and case.op not in cases.PRUNED
+    limits = machine.limits() if whole else {}
     first, *others = built
     batch = BATCH if case.b * len(rows) * case.d < cases.TINY else 1
     run = {name: timing.repeated(built[name].call, batch) for name in built}

@@ -6,7 +6,7 @@
 // s_n - |xc|^2 / 2 of rows evaluated by direct differences: proven. A row is dropped when its bound, widened by all
 // that rounding can do (slack), is below best + |xc|^2 / 2 - sigma^2 T log(N / eps).
 #pragma once
-#include "posterior-inl.h"
+#include "whole-inl.h"
 
 namespace memokern { namespace MEMOKERN_ISA_NS {
 
@@ -14,8 +14,10 @@ enum {
   SCAN_B = 64,           // queries of a block
   SCAN_P = 256 << 10,    // bytes of a chunk's bounds: they are read again at once, from L2
   SCAN_TILE = 10 * UNIT, // rows of a tile of the further levels
+  SCAN_L1 = 4096,        // numbers of it, about: with a panel of queries and bounds they stay in L1
   SCAN_LIST = 4096,      // a list is let grow to so many rows, or twice the cap
-  SCAN_LOOK = 8          // coordinates of the first look
+  SCAN_LOOK = 8,         // coordinates of the first look
+  SCAN_MANY = 24         // rows for which it pays to evaluate one of them, or to prepare a query for whole products
 };
 // Of a row's bound beyond its coordinates, how much a good guess of s_n counts: bounds alone prefer rows of large norm,
 // coordinates alone those of small norm. CIFAR-10, 32 coordinates: 0.15 to 0.3 find the best row of 58 of 64 queries or more up
@@ -72,10 +74,12 @@ struct Scan {
   const Queries* in;
   const Bounds* bound;
   bool f64;
-  Source<float> f;       // for direct differences: only `rows` is set
-  Source<double> d;
+  Source<float> f;       // for direct differences and whole products
+  Source<double> d;      // for direct differences: only `rows` is set
   Exact<float>::F exact_f;
   Exact<double>::F exact_d;
+  Whole::F whole;
+  double y_max;
   Scanned* q;            // [b]
   int64_t N, D, k0, K, nb, stride, top;  // stride of coarse; the last level
   const int64_t* who;    // [count] the queries in range
@@ -208,6 +212,39 @@ template <class S> static float segment(const S* p, const float* x, int64_t coun
   return sum + part[0];
 }
 
+// The last level: the product over all features. (A list longer than the cap is given up anyway.)
+static void climb_whole(const Scan& s, int64_t b, List& l) {
+  const Scanned& q = s.q[b];
+  const Bounds& in = *s.bound;
+  WholeQuery query;
+  const double size = in.norms[b * (s.nb + 1) + s.nb];
+  if (!(s.f64 ? query.prepare(s.f, (const double*)s.in->x + b * s.D, q.alpha, size, s.y_max)
+              : query.prepare(s.f, (const float*)s.in->x + b * s.D, q.alpha, size, s.y_max)))
+    return;  // no memory: the list is right as it is
+  const double error = q.a * query.error;
+  const int64_t row_bytes = imin(s.D * size_of(s.rows->type), 8192), stride = s.rows->stride * size_of(s.rows->type);
+  float least = q.least(l.best), top = (float)-kInf;
+  int64_t kept = l.done, promising = -1;
+  for (int64_t i = l.done; i < l.count; i++) {
+    Entry e = l.e[i];
+    if (i + 1 < l.count) {  // rows lie far apart, and the processor's own prefetcher begins anew in each page
+      const char* at = (const char*)s.rows->data + l.e[i + 1].n * stride;
+      for (int64_t k = 0; k < row_bytes; k += 64) __builtin_prefetch(at + k);
+    }
+    if (e.up < least) continue;
+    e.up = (float)(q.alpha * s.whole(s.f, e.n, query) - 0.5 * q.a * q.a * s.rows->sq_norms[e.n] + q.s2 * s.bias(e.n) + error);
+    if (e.up < least) continue;
+    if (e.up > top) {
+      top = e.up;
+      promising = e.n;
+    }
+    l.e[kept++] = e;
+  }
+  l.count = kept;
+  if (promising >= 0) s.consider(b, promising, l);
+  l.filter(q.least(l.best));
+}
+
 // What a level adds for query b: a z in `x` [K - k0], and -a |x_b| for the bands that its coordinates replace. At level 1 the
 // stored coordinates' own error comes in, and stays.
 template <class S> static void climb(const Scan& s, int64_t b, List& l, float* x) {
@@ -253,12 +290,13 @@ template <class S> static void climb(const Scan& s, int64_t b, List& l, float* x
     }
     l.count = kept;
     l.level = (int)imax(l.level, level + 1);
-    if (kept > 1 && promising >= 0) {  // one exact row, to drop others that would each cost as much
+    if (kept > SCAN_MANY && promising >= 0) {  // one exact row, to drop others
       s.consider(b, promising, l);
       least = q.least(l.best);
     }
   }
   l.filter(least);
+  if (l.count > l.done + SCAN_MANY && l.count <= in.cap) climb_whole(s, b, l);
   l.done = l.count;
 }
 template <class S> static void tile_level(const Scan& s, int64_t level, int64_t n0, int64_t cnt, float* y) {

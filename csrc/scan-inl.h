@@ -203,8 +203,9 @@ struct ScanWork {
       }
     }
     Ahead none = {};  // the index is small: its rows come by themselves
-    for (int64_t j0 = 0; j0 < cnt; j0 += SCAN_TILE) {
-      const int64_t m = imin(SCAN_TILE, cnt - j0);
+    const int64_t tile = imax(UNIT, imin(SCAN_TILE, SCAN_L1 / K / UNIT * UNIT));
+    for (int64_t j0 = 0; j0 < cnt; j0 += tile) {
+      const int64_t m = imin(tile, cnt - j0);
       (in.half ? tile_level<F16> : tile_level<float>)(*s, level, n0 + j0, m, y);
       for (int64_t k = 0; k < K; k += KC)
         for (int64_t i = 0; i < Bp; i += NR) {
@@ -310,8 +311,9 @@ static int scan_all(Scan& s, Lists& out, int threads) {
   if (!arena.reserve(Arena::bytes<Scanned>(B) + Arena::bytes<int64_t>(B))) return 1;
   s.q = arena.take<Scanned>(B);
   int64_t* who = arena.take<int64_t>(B);
+  s.y_max = __builtin_sqrt(y2);
   for (int64_t b = 0; b < B; b++) {
-    s.q[b] = scan_query(s, b, __builtin_sqrt(y2), __builtin_sqrt(c), b_max);
+    s.q[b] = scan_query(s, b, s.y_max, __builtin_sqrt(c), b_max);
     if (s.q[b].active) who[s.count++] = b;
   }
   s.who = who;
@@ -377,15 +379,19 @@ static int run_bound_scan(const Rows& rows, const Queries& in, const Bounds& bou
   out.index = nullptr;
   out.start[0] = 0;
   if (in.b == 0) return 0;
+  Centred<float> centred;
+  if (!centred.prepare(rows)) return 1;
   Scan s;
   memset((void*)&s, 0, sizeof s);
   s.rows = &rows;
   s.in = &in;
   s.bound = &bound;
   s.f64 = f64;
-  s.f.rows = s.d.rows = rows;
+  s.f = centred.src;
+  s.d.rows = rows;
   s.exact_f = exact_for(s.f);
   s.exact_d = exact_for(s.d);
+  s.whole = whole_for(rows.type);
   s.N = rows.n;
   s.D = rows.d;
   s.top = bound.levels - 1;

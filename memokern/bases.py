@@ -72,7 +72,7 @@ class Boxes(NamedTuple):
     down: Tensor  # [H, H], one frequency per row
     across: Tensor  # [W, W]
     box: Tensor  # [C, 2] int64, frequencies down and across
-    count: int  # numbers in all boxes
+    numbers: int  # in all boxes
     place: Tensor  # [M] int32
 
 

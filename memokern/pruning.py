@@ -202,8 +202,9 @@ def _hopeless(
     only = p._replace(margin=torch.where(far, p.margin, torch.inf))
     # The same gap as for all rows. The best of some rows is not the best of all, so more are kept.
     few = eps * len(some) / n
-    start, _, _, _ = bound_scan(query, rows, index, only, sample, bias, few, len(some))
-    return far & (start.diff() > len(some) * TOO_MANY * most)
+    cap = max(1, min(len(some), int(len(some) * TOO_MANY * most)))
+    _, _, _, level = bound_scan(query, rows, index, only, sample, bias, few, cap)
+    return far & (level == 0)
 
 
 def _dense(query: Query, rows: Rows) -> Sums:

@@ -25,6 +25,8 @@ class Plain:
         d = y.shape[1]
         if basis == "pca":
             self.basis = torch.linalg.svd(yc.T @ yc)[0]
+        elif basis == "axes":
+            self.basis = torch.eye(d, dtype=F64)
         else:
             g = torch.Generator().manual_seed(1)
             self.basis = torch.linalg.qr(torch.randn(d, d, dtype=F64, generator=g))[0]

@@ -11,7 +11,7 @@ import math
 import pytest
 import torch
 from kernel_cases import F32, F64, ROW_TYPES, column, cpu, make
-from support_cases import Plain, check_lists, logits, scan
+from support_cases import Plain, U, check_lists, logits, scan
 
 DIMS, EDGES = [8, 12, 16, 24], [8, 10, 12, 16, 24, 32]
 
@@ -283,3 +283,37 @@ def test_arguments_are_checked() -> None:
             cpu.posterior_on_support(
                 x, rows, *how, None, torch.tensor(start), torch.tensor(listed), 1.0, 0.0
             )
+
+
+@pytest.mark.parametrize("dtype", ROW_TYPES, ids=str)
+@pytest.mark.parametrize("x_dtype", [F32, F64], ids=["float32", "float64"])
+def test_the_last_level_is_the_product_of_all_features(
+    dtype: torch.dtype, x_dtype: torch.dtype
+) -> None:
+    """Rows that differ only beyond the ladder, in 3000 features (more than one sum in float, or in
+    32 bits, takes), and a threshold in their midst: every row above it is listed, and of those
+    below only such as rounding cannot tell from it."""
+    n, d, b, eps = 400, 3001, 6, 1e-6
+    g = torch.Generator().manual_seed(5)
+    values = torch.rand(n, d, dtype=F64, generator=g)
+    values[:, :40] = values[:1, :40]
+    scale, shift = (2 / 255, -1.0) if dtype == torch.uint8 else (1.0, 0.0)
+    rows = (values * 255 if dtype == torch.uint8 else values).to(dtype)
+    y = rows.to(F64) * scale + shift
+    index = Plain(y, [8, 16], [8, 16], True, "axes")
+    x = (y[:b] + 0.01 * torch.randn(b, d, dtype=F64, generator=g)).to(x_dtype)
+    typical = torch.stack([(q.to(F64) - y).square().sum(1).median() for q in x])
+    sigma = (typical / (2 * math.log(n / eps))).sqrt()
+    how = (sigma, column(1.0, b), column(1.0, b))
+    found = scan(x, rows, index, *how, None, scale, shift)
+    t = logits(x, y, *how, None)
+    check_lists(found, t, eps)
+    start, listed, threshold, level = found
+    # The error of a product (csrc/whole-inl.h), and of a bound (`slack` in csrc/bounds-inl.h).
+    pad = (shift - index.center).norm() + index.center.norm()
+    length = (x.to(F64) - index.center).norm(dim=1)
+    error = U * (length * (300 * index.y_max + 4 * pad) + 300 * index.y_max**2)
+    for i in range(b):
+        mine = listed[start[i] : start[i + 1]]
+        assert 100 < len(mine) < 300 and level[i] > 0
+        assert bool((t[i][mine] >= threshold[i] - 2 * error[i] / sigma[i] ** 2).all())

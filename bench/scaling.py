@@ -1,0 +1,121 @@
+"""`python -m bench.scaling`: the cost of one evaluation against the number of rows, as a picture.
+
+Rows are images and augmented copies of them, queries x = y + sigma z of some rows, as in
+training. Dense and pruned, at a small sigma; beside them the
+time that reading the index's first level takes at the machine's read rate, which no scan can beat.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import memokern
+from bench import images, machine, pruned, timing
+from bench.images import Images
+from memokern import files
+
+COUNTS = (1_000, 3_000, 10_000, 30_000, 100_000, 200_000)
+ROUNDS = {"pruned": 9, "dense": 3, "read": 5}
+
+
+def measure(path: str | None, counts: list[int], b: int, sigma: float) -> dict[str, Any]:
+    """Seconds of each way for each number of rows."""
+    clock = timing.Clock()
+    source = images.load(path)
+    found = []
+    for n in counts:
+        entry = _measure(Images(images.augmented(source.rows, n), source.held_out), b, sigma, clock)
+        found.append(entry)
+        ms = {name: 1e3 * entry[name] for name in ("pruned", "dense", "read")}
+        print(
+            f"N={n:>7}  pruned {ms['pruned']:8.2f} ms  dense {ms['dense']:8.1f} ms "
+            f"({ms['dense'] / ms['pruned']:.0f}x)  read {ms['read']:.2f} ms  rows kept "
+            f"{entry['kept']:.1f}",
+            flush=True,
+        )
+    return {
+        "machine": machine.describe(), "b": b, "sigma": sigma, "images": path or "synthetic",
+        "shape": list(source.rows.shape[1:]), "counts": found,
+    }  # fmt: skip
+
+
+def _measure(data: Images, b: int, sigma: float, clock: timing.Clock) -> dict[str, float]:
+    rows = memokern.TrainingSet(data.rows).build_index(progress=False)
+    x = pruned.noisy_rows(data, b, sigma)
+    index = rows.index
+    assert index is not None
+    read = torch.ones(index.coarse.numel())
+    calls: dict[str, Callable[[], object]] = {
+        "pruned": lambda: memokern.denoise(x, rows, sigma, method="pruned"),
+        "dense": lambda: memokern.denoise(x, rows, sigma, method="dense"),
+        "read": read.sum,
+    }
+    entry: dict[str, float] = {"n": len(data.rows)}
+    for name, call in calls.items():
+        call()
+        times = [clock.time(call, lambda: None) for _ in range(ROUNDS[name])]
+        entry[name] = timing.best(times)["seconds"]
+    kept = memokern.posterior(x, rows, sigma, method="pruned", certificate=True).certificate
+    assert kept is not None
+    entry["kept"] = float(kept.rows_kept.double().mean())
+    return entry
+
+
+def draw(result: dict[str, Any], out: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    counts = result["counts"]
+    n = [c["n"] for c in counts]
+    figure, axes = plt.subplots(figsize=(5.2, 3.6), layout="constrained")
+    for name, label, style in (
+        ("dense", "dense sweep", "o-"),
+        ("pruned", "pruned, certified", "s-"),
+        ("read", "read of the index's first level", ":"),
+    ):
+        axes.plot(n, [1e3 * c[name] for c in counts], style, label=label)
+    axes.plot(n, [1e3 * counts[0]["pruned"] * v / n[0] for v in n], "--", color="0.7", label="~ N")
+    axes.set(xscale="log", yscale="log", xlabel="rows N", ylabel="time of one evaluation, ms")
+    threads = result["machine"]["threads"]
+    axes.set_title(f"B = {result['b']}, sigma = {result['sigma']:g}, {threads} threads")
+    axes.legend(frameon=False)
+    figure.savefig(out, dpi=150)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser("python -m bench.scaling", description=__doc__)
+    parser.add_argument("--data", help="a file of uint8 images (.npy, .npz, .safetensors)")
+    parser.add_argument("--counts", type=int, nargs="+", default=list(COUNTS), metavar="N")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--sigma", type=float, default=0.3)
+    parser.add_argument("--json", type=Path, default=Path("results/scaling.json"))
+    parser.add_argument("--picture", type=Path, default=Path("results/scaling.png"))
+    parser.add_argument("--load", action="store_true", help="draw the figures of --json again")
+    args = parser.parse_args()
+    try:
+        if args.load:
+            result = json.loads(args.json.read_text())
+        else:
+            result = measure(args.data, args.counts, args.batch, args.sigma)
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            files.write_json(args.json, result)
+    except (OSError, ValueError) as error:
+        print(f"bench.scaling: {error}", file=sys.stderr)
+        return 2
+    args.picture.parent.mkdir(parents=True, exist_ok=True)
+    draw(result, args.picture)
+    print(f"figures in {args.json}, picture in {args.picture}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
