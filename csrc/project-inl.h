@@ -60,58 +60,79 @@ struct ProjectWork {
   float *value, *turned, *fold, *box, *swapped, *boxes, *found;
   Arena arena;
   bool reserve(const Cosine& t) {
-    const int64_t w = round_up(t.width, (int64_t)SIDE), h = round_up(t.height, (int64_t)SIDE), side = imax(w, h);
-    if (!arena.reserve(Arena::bytes<float>(round_up(t.dim, (int64_t)SIDE)) + 4 * Arena::bytes<float>((side + 1) * side) + Arena::bytes<float>(t.boxes) +
-                       Arena::bytes<float>(round_up(t.size, (int64_t)SIDE))))
+    const int64_t w = round_up(t.width, (int64_t)SIDE), h = round_up(t.height, (int64_t)SIDE), side = imax(w, h), size = round_up(t.size, (int64_t)SIDE);
+    const int64_t values = t.dim + SIDE, turns = t.channels * t.height * w;
+    if (!arena.reserve(Arena::bytes<float>(values) + Arena::bytes<float>(turns) + 3 * Arena::bytes<float>((side + 1) * side) + Arena::bytes<float>(t.boxes) +
+                       Arena::bytes<float>(size)))
       return false;
-    value = arena.take<float>(round_up(t.dim, (int64_t)SIDE));
-    turned = arena.take<float>((side + 1) * side);
+    value = arena.take<float>(values);
+    turned = arena.take<float>(turns);
     fold = arena.take<float>((side + 1) * side);
     box = arena.take<float>((side + 1) * side);
     swapped = arena.take<float>((side + 1) * side);
     boxes = arena.take<float>(t.boxes);
-    found = arena.take<float>(round_up(t.size, (int64_t)SIDE));
+    found = arena.take<float>(size);
     return true;
   }
 };
 
-static void project_one(const Cosine& t, const float* x, double alpha64, float* z, float* norms, double* margin, double* sq, ProjectWork& w) {
-  enum { W = Vec<float>::W, WD = Vec<double>::W };
-  typedef Vec<double>::T D;
-  const float alpha = (float)alpha64;
-  const int64_t C = t.channels, H = t.height, wide = round_up(t.width, (int64_t)SIDE), area = H * t.width;
-  D total = {};
+// x - alpha c, as channels of pixels, into value; its norm.
+static double centred_pixels(const Cosine& t, const float* x, float alpha, float* value) {
+  enum { WD = Vec<double>::W };
+  const float* c = t.center;
+  if (t.channels_last) {
+    const int64_t C = t.channels, area = t.height * t.width;
+    for (int64_t i = 0; i < area; i++)
+      for (int64_t k = 0; k < C; k++) value[k * area + i] = x[i * C + k] - alpha * c[i * C + k];
+  } else {
+    enum { W = Vec<float>::W };
+    int64_t d = 0;
+    for (; d + W <= t.dim; d += W) store(value + d, load(x + d) - alpha * load(c + d));
+    for (; d < t.dim; d++) value[d] = x[d] - alpha * c[d];
+  }
+  Vec<double>::T s0 = {}, s1 = {};
   int64_t d = 0;
-  for (; d + WD <= t.dim; d += WD) {
-    for (int i = 0; i < WD; i++) w.value[d + i] = x[d + i] - alpha * t.center[d + i];
-    const D v = Convert<double, float>::vec(w.value + d);
-    total += v * v;
+  for (; d + 2 * WD <= t.dim; d += 2 * WD) {
+    const Vec<double>::T a = Convert<double, float>::vec(value + d), b = Convert<double, float>::vec(value + d + WD);
+    s0 += a * a;
+    s1 += b * b;
   }
-  double norm = hsum<double>(total);
-  for (; d < t.dim; d++) {
-    w.value[d] = x[d] - alpha * t.center[d];
-    norm += (double)w.value[d] * w.value[d];
-  }
-  norm = __builtin_sqrt(norm);
-  float* box = w.boxes;
+  double sum = hsum<double>(s0 + s1);
+  for (; d < t.dim; d++) sum += (double)value[d] * value[d];
+  return __builtin_sqrt(sum);
+}
+
+// The channels, rotated, in rows of whole vectors. What lies beyond a row's end is not a pixel, and never read.
+static void turn_channels(const Cosine& t, const float* value, float* turned) {
+  enum { W = Vec<float>::W };
+  typedef Vec<float>::T V;
+  const int64_t C = t.channels, wide = round_up(t.width, (int64_t)SIDE), area = t.height * t.width;
   for (int64_t c = 0; c < C; c++) {
-    const int64_t high = t.box[2 * c], across = t.box[2 * c + 1], tall = round_up(high, (int64_t)SIDE);
-    if (high == 0) continue;
-    for (int64_t r = 0; r < H; r++) {  // the channel, rotated; rows padded
-      float* to = w.turned + r * wide;
-      for (int64_t i = 0; i < wide; i++) to[i] = 0;
-      for (int64_t k = 0; k < C; k++) {
-        const float f = t.turn[c * C + k];
-        if (t.channels_last) {
-          const float* from = w.value + r * t.width * C + k;
-          for (int64_t i = 0; i < t.width; i++) to[i] += f * from[i * C];
-        } else {
-          const float* from = w.value + k * area + r * t.width;
-          for (int64_t i = 0; i < t.width; i++) to[i] += f * from[i];
-        }
+    if (t.box[2 * c] == 0) continue;
+    const float* turn = t.turn + c * C;
+    for (int64_t r = 0; r < t.height; r++) {
+      const float* from = value + r * t.width;
+      float* to = turned + (c * t.height + r) * wide;
+      for (int64_t i = 0; i < t.width; i += W) {
+        V v = turn[0] * load(from + i);
+        for (int64_t k = 1; k < C; k++) v += turn[k] * load(from + k * area + i);
+        store(to + i, v);
       }
     }
-    fold_transform(w.turned, H, wide, t.down, high, w.fold, w.box);
+  }
+}
+
+static void project_one(const Cosine& t, const float* x, double alpha, float* z, float* norms, double* margin, double* sq, ProjectWork& w) {
+  enum { WD = Vec<double>::W };
+  typedef Vec<double>::T D;
+  const int64_t H = t.height, wide = round_up(t.width, (int64_t)SIDE);
+  const double norm = centred_pixels(t, x, (float)alpha, w.value);
+  turn_channels(t, w.value, w.turned);
+  float* box = w.boxes;
+  for (int64_t c = 0; c < t.channels; c++) {
+    const int64_t high = t.box[2 * c], across = t.box[2 * c + 1], tall = round_up(high, (int64_t)SIDE);
+    if (high == 0) continue;
+    fold_transform(w.turned + c * H * wide, H, wide, t.down, high, w.fold, w.box);
     for (int64_t i = 0; i < t.width; i++) {
       float* to = w.swapped + i * tall;
       for (int64_t r = 0; r < high; r++) to[r] = w.box[r * wide + i];
@@ -125,7 +146,7 @@ static void project_one(const Cosine& t, const float* x, double alpha64, float* 
 
   // What the norm as computed, |alpha| and 1 are worth: a bound of |xc| from above, one from below, the coordinates' error, the margin.
   double worth[4];
-  for (int i = 0; i < 4; i++) worth[i] = t.worth[i] * norm + t.worth[4 + i] * __builtin_fabs(alpha64) + t.worth[8 + i];
+  for (int i = 0; i < 4; i++) worth[i] = t.worth[i] * norm + t.worth[4 + i] * __builtin_fabs(alpha) + t.worth[8 + i];
   const double high = worth[0], low = dmax(0, worth[1]);
   *margin = high < t.largest ? worth[3] : kInf;  // false too where the query is NaN
   *sq = low * low;
