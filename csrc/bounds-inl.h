@@ -17,6 +17,7 @@ enum {
   SCAN_L1 = 4096,        // numbers of it, about: with a panel of queries and bounds they stay in L1
   SCAN_LIST = 4096,      // a list is let grow to so many rows, or twice the cap
   SCAN_LOOK = 8,         // coordinates of the first look
+  SCAN_SAMPLE = 256,     // rows that show how long a list would be
   SCAN_MANY = 24         // rows for which it pays to evaluate one of them, or to prepare a query for whole products
 };
 // Of a row's bound beyond its coordinates, how much a good guess of s_n counts: bounds alone prefer rows of large norm,
@@ -85,9 +86,12 @@ struct Scan {
   const int64_t* who;    // [count] the queries in range
   int64_t count, lanes, blocks, parts, NT, chunks;
   uint8_t* level;        // [blocks][chunks]
+  const uint8_t* zero;   // [chunks]
+  float* taken;          // [SCAN_SAMPLE][stride] some rows of the index, or null: no list can be too long
   List* lists;           // [parts][b]
   bool none;             // no bias
 
+  int64_t sampled(int64_t j) const { return N * j / SCAN_SAMPLE; }
   double bias(int64_t n) const { return none ? 0 : in->bias[n]; }
   // A proven lower bound of s_n - |xc|^2 / 2: the difference, less its own rounding.
   double evaluate(int64_t b, int64_t n) const {
@@ -212,7 +216,7 @@ template <class S> static float segment(const S* p, const float* x, int64_t coun
   return sum + part[0];
 }
 
-// The last level: the product over all features. (A list longer than the cap is given up anyway.)
+// The last level: the product over all features.
 static void climb_whole(const Scan& s, int64_t b, List& l) {
   const Scanned& q = s.q[b];
   const Bounds& in = *s.bound;
@@ -296,7 +300,11 @@ template <class S> static void climb(const Scan& s, int64_t b, List& l, float* x
     }
   }
   l.filter(least);
-  if (l.count > l.done + SCAN_MANY && l.count <= in.cap) climb_whole(s, b, l);
+}
+// The whole ladder, and the last level. (A list longer than the cap is given up anyway.)
+static void finish_list(const Scan& s, int64_t b, List& l, float* x) {
+  (s.bound->half ? climb<F16> : climb<float>)(s, b, l, x);
+  if (l.count > l.done + SCAN_MANY && l.count <= s.bound->cap) climb_whole(s, b, l);
   l.done = l.count;
 }
 template <class S> static void tile_level(const Scan& s, int64_t level, int64_t n0, int64_t cnt, float* y) {

@@ -82,17 +82,17 @@ struct ScanWork {
     }
     for (int64_t l = 0; l <= s->top; l++) x_level[l] = nullptr;
   }
-  // Bounds from the first K columns of the rows n0 .. n0 + cnt, of which k0 count fully in a guess; each row's bounds come
+  // Bounds from the first K columns of cnt rows of the index, of which k0 count fully in a guess; each row's bounds come
   // p_row after those of the row before.
-  __attribute__((noinline)) void blocks(int64_t n0, int64_t cnt, const float* x, int64_t k0, int64_t K, int64_t p_row) {
+  __attribute__((noinline)) void blocks(const float* coarse, int64_t cnt, const float* x, int64_t k0, int64_t K, int64_t p_row) {
     const int64_t row = s->stride;
     for (int64_t i = 0; i < Bp; i++) best[i] = (float)-kInf;
     for (int64_t j = 0; j < cnt; j += UNIT) {
-      const float* rows = s->bound->coarse + (n0 + j) * row;
+      const float* rows = coarse + j * row;
       if (j + UNIT > cnt) {  // the last, filled up with copies
         for (int64_t i = 0; i < UNIT; i++) {
           const int64_t from = imin(j + i, cnt - 1);
-          memcpy((void*)(last + i * row), s->bound->coarse + (n0 + from) * row, row * sizeof(float));
+          memcpy((void*)(last + i * row), coarse + from * row, row * sizeof(float));
           h[j + i] = h[from];
           bias[j + i] = bias[from];
         }
@@ -126,7 +126,7 @@ struct ScanWork {
         for (int64_t k = 0; k < K; k++) h[j] -= 0.5f * c[k] * c[k];
         if (!s->none) bias[j] = (float)s->in->bias[n + j];
       }
-      blocks(n, cnt, x_look, K, K, 0);
+      blocks(s->bound->coarse + n * s->stride, cnt, x_look, K, K, 0);
       for (int64_t i = 0; i < B; i++) {
         if (!(best[i] > top[i])) continue;
         for (int64_t j = where[i]; j < imin(where[i] + (int64_t)UNIT, cnt); j++) {
@@ -145,17 +145,48 @@ struct ScanWork {
       least[i] = s->q[who[i]].least(lists[who[i]].best);
     }
   }
+  // Queries whose lists would be longer than the cap, as some rows show, are given up: only time rests on it.
+  // `taken` [SCAN_SAMPLE][stride] of the index, row j of them being row N j / SCAN_SAMPLE.
+  void sample(const float* taken, float* scratch) {
+    const int64_t K0 = s->k0 + s->nb, step = imin(SCAN_SAMPLE, s->NT);
+    List few[SCAN_B];
+    memset((void*)few, 0, sizeof few);
+    for (int64_t j0 = 0; j0 < SCAN_SAMPLE; j0 += step) {
+      const int64_t cnt = imin(step, SCAN_SAMPLE - j0);
+      for (int64_t j = 0; j < cnt; j++) {
+        const int64_t n = s->sampled(j0 + j);
+        h[j] = (float)(-0.5 * s->rows->sq_norms[n]);
+        if (!s->none) bias[j] = (float)s->in->bias[n];
+      }
+      blocks(taken + j0 * s->stride, cnt, x0, s->k0, K0, Bp);
+      for (int64_t i = 0; i < B; i++)
+        for (int64_t j = 0; j < cnt && least[i] < (float)kInf; j++)
+          if (p[j * Bp + i] >= least[i]) failed |= !few[i].push((uint32_t)s->sampled(j0 + j), p[j * Bp + i]);
+    }
+    for (int64_t i = 0; i < B; i++) {
+      List &l = lists[who[i]], &of = few[i];
+      of.best = l.best;
+      of.levels = s->zero;
+      const double most = (double)SCAN_SAMPLE * s->bound->cap / s->N;
+      if (of.count > most) (s->bound->half ? climb<F16> : climb<float>)(*s, who[i], of, scratch);
+      if (of.count > most) {
+        l.lost = true;
+        least[i] = (float)kInf;
+      }
+      free(of.e);
+    }
+  }
   void level0(int64_t n0, int64_t cnt) {
     const int64_t K0 = s->k0 + s->nb;
     for (int64_t j = 0; j < cnt; j++) {
       h[j] = (float)(-0.5 * s->rows->sq_norms[n0 + j]);
       if (!s->none) bias[j] = (float)s->in->bias[n0 + j];
     }
-    blocks(n0, cnt, x0, s->k0, K0, Bp);
+    blocks(s->bound->coarse + n0 * s->stride, cnt, x0, s->k0, K0, Bp);
     for (int64_t i = 0; i < B; i++) {  // the most promising row of each query, if it promises more than those before
       const Scanned& q = s->q[who[i]];
       List& l = lists[who[i]];
-      if (!(best[i] > top[i]) || !q.active) continue;
+      if (!(best[i] > top[i]) || !q.active || l.lost) continue;
       top[i] = best[i];
       int64_t n = -1;
       float most = (float)-kInf, bound = 0;
@@ -239,7 +270,7 @@ struct ScanWork {
       if (l.count <= limit) continue;
       l.filter(least[i]);
       if (l.count <= limit / 4 * 3) continue;
-      (s->bound->half ? climb<F16> : climb<float>)(*s, who[i], l, scratch);
+      finish_list(*s, who[i], l, scratch);
       least[i] = s->q[who[i]].least(l.best);
       if (l.count <= cap) continue;
       l.lost = true;
@@ -252,8 +283,14 @@ struct ScanWork {
     load(block, s->lists + part * s->in->b);
     if (looking || s->parts == 1) look(c0 * s->NT, n_end);
     if (looking && s->parts > 1) return;
+    if (s->taken) sample(s->taken, scratch);
     uint8_t* level = s->level + block * s->chunks;
-    for (int64_t i = 0; i < B; i++) lists[who[i]].levels = level;
+    bool any = false;
+    for (int64_t i = 0; i < B; i++) {
+      lists[who[i]].levels = level;
+      any |= least[i] < (float)kInf;
+    }
+    if (!any) return;
     for (int64_t c = c0; c < c1; c++) {
       const int64_t n0 = c * s->NT, cnt = imin(s->NT, n_end - n0);
       level0(n0, cnt);
@@ -325,8 +362,14 @@ static int scan_all(Scan& s, Lists& out, int threads) {
   s.chunks = (s.N + s.NT - 1) / s.NT;
   s.parts = imin(s.parts, s.chunks);
   s.lists = (List*)calloc(B * s.parts, sizeof(List));
-  if (!s.lists || !work.reserve(Arena::bytes<uint8_t>(s.blocks * s.chunks) + Arena::bytes<float>(s.blocks * s.parts * fine) + Arena::bytes<float>(B * s.parts * fine))) return 1;
+  if (!s.lists || !work.reserve(Arena::bytes<uint8_t>(s.blocks * s.chunks) + Arena::bytes<uint8_t>(s.chunks) + Arena::bytes<float>(SCAN_SAMPLE * s.stride) +
+                                  Arena::bytes<float>(s.blocks * s.parts * fine) + Arena::bytes<float>(B * s.parts * fine))) return 1;
   s.level = work.take<uint8_t>(s.blocks * s.chunks);
+  s.zero = work.take<uint8_t>(s.chunks);
+  if (in.cap < s.N && s.N >= 4 * SCAN_SAMPLE) {
+    s.taken = work.take<float>(SCAN_SAMPLE * s.stride);
+    for (int64_t j = 0; j < SCAN_SAMPLE; j++) memcpy((void*)(s.taken + j * s.stride), in.coarse + s.sampled(j) * s.stride, s.stride * sizeof(float));
+  }
   float* scratch = work.take<float>(s.blocks * s.parts * fine);
   for (int64_t i = 0; i < B * s.parts; i++) {
     s.lists[i].best = -kInf;
@@ -343,7 +386,7 @@ static int scan_all(Scan& s, Lists& out, int threads) {
     const int64_t b = t % B;
     if (l.lost || !s.q[b].active) continue;
     l.filter(s.q[b].least(l.best));
-    (in.half ? climb<F16> : climb<float>)(s, b, l, climbing + t * fine);
+    finish_list(s, b, l, climbing + t * fine);
   }
   const double log_n = __builtin_log(s.N / in.eps);
   out.start[0] = 0;

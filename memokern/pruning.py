@@ -14,9 +14,7 @@ What was dropped is bounded by the :class:`.Certificate`. Proofs: ``docs/pruning
 from __future__ import annotations
 
 import functools
-import math
 import time
-import weakref
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -24,7 +22,7 @@ import torch
 from torch import Tensor
 
 from memokern import env, ops, ops_support
-from memokern.index import Index, spread
+from memokern.index import Index
 from memokern.projection import Projected
 from memokern.queries import Rows
 from memokern.results import Certificate
@@ -35,9 +33,6 @@ Sums = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 # data, is then below what the sweep's own rounding promises (1e-5 of the mean in float32) or, in
 # float64, does (1e-13). Smaller is cheap: the rows kept are those within log(N / eps) of the best.
 EPS = {torch.float32: 1e-6, torch.float64: 1e-14}
-# What a sample keeps is an overestimate; by this factor on CIFAR-10 where it matters (1.3 to 2).
-TOO_MANY = 1.75
-SAMPLE = 256  # rows that show whether it is worth looking at all
 _ULP = 2.0**-52  # twice the unit roundoff: pays for the second-order terms too
 
 
@@ -99,11 +94,10 @@ def posterior(
     small = costs is not None and costs.dense(b, n, dim) < 4 * costs.call
     if b == 0 or small:  # four: to project, to scan, to sweep, and what lies between
         return _dense(query, rows), dense_certificate(query.sigma, n) if certificate else None
-    cap = n if costs is None else min(n, int(n * (costs.row + costs.query) / costs.listed))
-    # The share of the rows whose list costs what the query's part of a sweep does.
-    most = None if costs is None else costs.dense(b, n, dim) / (b * n * dim * costs.listed)
     with torch.no_grad():
-        start, listed, threshold, level = _scan(query, rows, index, eps, cap, most)
+        cap = n if costs is None else _cap(query, n, costs)
+        p = index.project(query.x, query.alpha)
+        start, listed, threshold, level = bound_scan(query, rows, index, p, eps, cap)
         swept = _swept_densely(start.diff(), level, n, costs)
         n_swept = int(swept.sum())
     if n_swept == 0:
@@ -128,83 +122,16 @@ def posterior(
     return sums, _certificate(query, rows, index, sums, start.diff(), threshold, level)
 
 
-class Bounded(NamedTuple):
-    """Rows, and what is known of them."""
-
-    rows: Tensor
-    sq_norms: Tensor
-    coarse: Tensor
-    fine: Tensor
-
-
-_samples: weakref.WeakKeyDictionary[Index, tuple[Tensor, Bounded]] = weakref.WeakKeyDictionary()
-
-
-def sampled(rows: Rows, index: Index) -> tuple[Tensor, Bounded]:
-    """The numbers of some rows and the rows, gathered once: a gather costs more than their scan."""
-    found = _samples.get(index)
-    if found is None:
-        some = spread(len(rows.rows), SAMPLE).to(rows.rows.device)
-        found = some, Bounded(*(v[some] for v in bounded(rows, index)))
-        _samples[index] = found
-    return found
-
-
-def bounded(rows: Rows, index: Index) -> Bounded:
-    assert rows.sq_norms is not None  # a TrainingSet has them
-    return Bounded(rows.rows, rows.sq_norms, index.coarse, index.fine)
-
-
-def _scan(
-    query: Query, rows: Rows, index: Index, eps: float, cap: int, most: float | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """bound_scan of all rows; but not for queries of which it would keep more than that share."""
-    p = index.project(query.x, query.alpha)
-    if most is not None:
-        # What cannot be bounded is given up at once.
-        hopeless = _hopeless(query, rows, index, p, eps, most)
-        p = p._replace(margin=torch.where(hopeless, torch.inf, p.margin))
-        if bool(torch.isinf(p.margin).all()):
-            none = torch.zeros(len(p.margin) + 1, dtype=torch.int64, device=p.margin.device)
-            return none, none[:0], p.margin, none[1:]
-    return bound_scan(query, rows, index, p, bounded(rows, index), query.bias, eps, cap)
-
-
 def bound_scan(
-    query: Query, rows: Rows, index: Index, p: Projected, of: Bounded, bias: Tensor | None,
-    eps: float, cap: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    query: Query, rows: Rows, index: Index, p: Projected, eps: float, cap: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The operation on all rows, for queries as projected."""
     out: tuple[Tensor, Tensor, Tensor, Tensor] = ops_support.bound_scan(
-        query.x, of.rows, query.sigma, query.alpha, query.temperature, bias, rows.center,
-        of.sq_norms, rows.scale, rows.shift, of.coarse, of.fine, p.z, p.norms, p.margin, p.sq,
-        index.dims, index.first_band, eps, cap,
+        query.x, rows.rows, query.sigma, query.alpha, query.temperature, query.bias, rows.center,
+        rows.sq_norms, rows.scale, rows.shift, index.coarse, index.fine, p.z, p.norms, p.margin,
+        p.sq, index.dims, index.first_band, eps, cap,
     )  # fmt: skip
     return out
-
-
-def _hopeless(
-    query: Query, rows: Rows, index: Index, p: Projected, eps: float, most: float
-) -> Tensor:
-    """[B] bool: queries that keep too many rows, as a sample of the rows shows.
-
-    Nothing rests on it but time. A row is kept if its squared distance is within 2 sigma^2 T
-    log(N / eps) of the least: where that is little beside what tells rows apart, none is drawn.
-    """
-    n = len(rows.rows)
-    assert rows.sq_norms is not None
-    gap = math.log(n / eps)
-    window = 2 * gap * query.temperature * query.sigma.square()
-    far = window > rows.sq_norms.mean() * query.alpha.square() / 12
-    if n <= 4 * SAMPLE or not bool(far.any()):
-        return torch.zeros_like(far)
-    some, sample = sampled(rows, index)
-    bias = None if query.bias is None else query.bias[some]
-    only = p._replace(margin=torch.where(far, p.margin, torch.inf))
-    # The same gap as for all rows. The best of some rows is not the best of all, so more are kept.
-    few = eps * len(some) / n
-    cap = max(1, min(len(some), int(len(some) * TOO_MANY * most)))
-    _, _, _, level = bound_scan(query, rows, index, only, sample, bias, few, cap)
-    return far & (level == 0)
 
 
 def _dense(query: Query, rows: Rows) -> Sums:
@@ -225,6 +152,14 @@ def _on_support(query: Query, rows: Rows, start: Tensor, listed: Tensor) -> Sums
 
 
 # --- planner ------------------------------------------------------------------------------------
+
+
+def _cap(query: Query, n: int, costs: Costs) -> int:
+    """The rows whose list costs what a query's part of a sweep does. A sweep reads the rows once
+    for all its queries: those about as noisy as the noisiest, if for any."""
+    noise = query.sigma * query.temperature.sqrt() / query.alpha.abs()
+    shared = max(1, int((noise > noise.max() / 2).sum()))
+    return max(1, min(n, int(n * (costs.row / shared + costs.query) / costs.listed)))
 
 
 def _swept_densely(count: Tensor, level: Tensor, n: int, costs: Costs | None) -> Tensor:

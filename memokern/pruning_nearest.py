@@ -56,9 +56,6 @@ def nearest(
         likely = _likely(p, index, k)
         sq = _guess(p, rows, index, likely)
         left = torch.isfinite(p.margin)
-        if costs is not None:
-            left &= _share(p, rows, index, sq[:, -1]) <= MOST_KEPT
-            left &= 4 * left.sum() >= 3 * b  # a scan for few costs what it does for many
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     rest = [(~left).nonzero()[:, 0]]
     at = left.nonzero()[:, 0]
@@ -142,18 +139,6 @@ def _guess(p: Projected, rows: Rows, index: Index, likely: Tensor) -> Tensor:
     return sq.clamp(min=0.0).sort(dim=1).values
 
 
-def _share(p: Projected, rows: Rows, index: Index, sq: Tensor) -> Tensor:
-    """[B] which share of the rows the whole ladder could not prove to lie beyond sq, as a sample
-    shows. Nothing rests on it but time."""
-    _, some = pruning.sampled(rows, index)
-    k0, last, first, bands = index.dims[0], index.dims[-1], index.first_band[-1], index.bands
-    near = p.z[:, :k0] @ some.coarse[:, :k0].T
-    near += p.z[:, k0:last] @ some.fine.to(torch.float32).T
-    near += p.norms[:, first:bands] @ some.coarse[:, k0 + first : k0 + bands].T
-    near += p.norms[:, -1:] * some.coarse[:, -1]
-    return (some.sq_norms - 2 * near <= (sq - p.sq + 2 * p.margin)[:, None]).double().mean(1)
-
-
 def _within(
     x: Tensor, rows: Rows, index: Index, p: Projected, at: Tensor, sq: Tensor, cap: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -170,10 +155,7 @@ def _within(
     one = torch.ones_like(sigma)
     query = pruning.Query(x, sigma, one, one, None)
     mine = Projected(*(v[at] for v in p))
-    everything = pruning.bounded(rows, index)
-    start, listed, threshold, level = pruning.bound_scan(
-        query, rows, index, mine, everything, None, EPS, cap
-    )
+    start, listed, threshold, level = pruning.bound_scan(query, rows, index, mine, EPS, cap)
     # t = -r^2 / (2 sigma^2) <= threshold. What is computed of r^2 is less by the rounding of the
     # sum of squares (and of threshold and sigma) and of each difference x - y, |y| <= |x| + r.
     least = -2 * sigma.square() * threshold

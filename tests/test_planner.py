@@ -67,9 +67,9 @@ def test_costs_are_measured_once_and_positive():
     assert costs.dense(2, 10, 32) > costs.dense(1, 10, 32) > 0
 
 
-def test_a_sample_shows_which_queries_keep_too_many_rows():
-    """The rest are not scanned, and the answer is the same."""
-    n = 6 * pruning.SAMPLE
+def test_queries_that_keep_too_many_rows_are_swept():
+    """The scan gives them up, and the answer is the same."""
+    n = 1500
     data = indexed(n)
     bias = normal(n, seed=3)
     sigma = torch.tensor([0.02, 30.0, 0.02, 30.0, 2.0], dtype=F64)
@@ -77,16 +77,28 @@ def test_a_sample_shows_which_queries_keep_too_many_rows():
     one = torch.ones(5, dtype=F64)
     query, rows = pruning.Query(x, sigma, one, one, bias), as_rows(data)
     projected = data.index.project(x, one)
-    hopeless = pruning._hopeless(query, rows, data.index, projected, 1e-14, 0.1)
-    assert hopeless.tolist() == [False, True, False, True, True]
-    # Whoever would use all rows anyhow is worth every scan.
-    assert not pruning._hopeless(query, rows, data.index, projected, 1e-14, 1.0).any()
-    costs = pruning.Costs(row=1.0, query=1.0, listed=20.0, call=0.0)
+    given_up = [False, True, False, True, True]
+    *_, level = pruning.bound_scan(query, rows, data.index, projected, 1e-14, n // 10)
+    assert (level == 0).tolist() == given_up
+    # With a cap of all rows none is.
+    assert (pruning.bound_scan(query, rows, data.index, projected, 1e-14, n)[3] > 0).all()
+    costs = pruning.Costs(row=1.0, query=1.0, listed=15.0, call=0.0)  # 10 % of the rows
     sums, c = pruning.posterior(query, rows, data.index, eps=1e-14, costs=costs, certificate=True)
-    assert (c.levels == 0).tolist() == hopeless.tolist()
+    assert (c.levels == 0).tolist() == given_up
     want = memokern.posterior(x, data, sigma, bias=bias, method="dense")
     torch.testing.assert_close(sums[0], want.mean)
-    far = query.take(hopeless)
+    far = query.take(torch.tensor(given_up))
     sums, c = pruning.posterior(far, rows, data.index, eps=1e-14, costs=costs, certificate=True)
     assert (c.levels == 0).all() and (c.rows_kept == n).all()
-    torch.testing.assert_close(sums[0], want.mean[hopeless])
+    torch.testing.assert_close(sums[0], want.mean[torch.tensor(given_up)])
+
+
+def test_the_cap_counts_who_shares_a_sweep():
+    def cap(*sigmas):
+        sigma = torch.tensor(sigmas, dtype=F64)
+        one = torch.ones_like(sigma)
+        query = pruning.Query(normal(len(sigma), 24), sigma, one, one, None)
+        return pruning._cap(query, 1000, pruning.Costs(row=4.0, query=1.0, listed=20.0, call=0.0))
+
+    assert cap(1.0) == 250 and cap(1.0, 0.01, 0.02) == 250
+    assert cap(1.0, 1.0, 1.0, 0.7) == 100

@@ -58,7 +58,8 @@ def holds(data, index, x, sigma, alpha=1.0, temperature=1.0, bias=None, eps=1e-6
         torch.as_tensor(v, dtype=F64).expand(b).contiguous() for v in (sigma, alpha, temperature)
     )
     query, rows = pruning.Query(x, sigma, alpha, temperature, bias), as_rows(data)
-    start, listed, _, level = pruning._scan(query, rows, index, eps, data.n)
+    p = index.project(x, alpha)
+    start, listed, _, level = pruning.bound_scan(query, rows, index, p, eps, data.n)
     sums, c = pruning.posterior(query, rows, index, eps=eps, certificate=True)
     y = data.rows.double() * data.scale + data.shift
     mean, log_z, *_ = oracle.posterior(x, y, sigma, alpha, temperature, bias)

@@ -143,7 +143,7 @@ def test_a_bound_that_is_too_small_is_noticed():
     index = data._index = PlainIndex(data, dims=(4, 8), basis=torch.eye(24, dtype=F64))
     want = memokern.nearest(x, data, method="dense").index
     assert want == 0 and torch.equal(pruned(x, data, 1)[1], want)
-    index.coarse[:, index.dims[0] :] = 0.0
+    index.coarse[0, index.dims[0] :] = 0.0
     assert not torch.equal(pruned(x, data, 1)[1], want)
 
 
