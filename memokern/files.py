@@ -302,8 +302,10 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = target.with_name(f".{target.stem[:100]}.{secrets.token_hex(6)}.tmp{target.suffix}")
     # Made here, not by tempfile, whose files only the owner may read. O_EXCL: never another's file.
     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    mode = temporary.stat().st_mode
     try:
         yield temporary
+        temporary.chmod(mode)  # safetensors puts a file of its own there, again for the owner only
         _sync(temporary, os.O_RDWR)
         os.replace(temporary, target)
     except BaseException:

@@ -28,6 +28,8 @@ from memokern.projection import Projected, Projector
 from memokern.rows import readable
 
 VERSION = 1
+# What to do with an index that cannot be used.
+ANEW = "load with index=False, then build_index() anew"
 STORAGES = {"float16": torch.float16, "float32": torch.float32}
 # Of the rows that a fingerprint looks at.
 SEEN_BYTES = 1 << 22
@@ -194,8 +196,8 @@ class Index:
         if self.fingerprint != fingerprint(rows, scale, shift) or self.n != len(rows):
             raise ValueError(
                 f"the index does not belong to these {len(rows)} rows [{rows.shape[1]}] with scale "
-                f"{scale!r} and shift {shift!r}: they changed after it was built. Load with "
-                "index=False, and build_index() anew"
+                f"{scale!r} and shift {shift!r}: they changed after it was built; "
+                f"{ANEW}"
             )
 
 
@@ -226,10 +228,7 @@ def restored(
         if (tuple(sq_norms.shape), sq_norms.dtype) != ((index.n,), torch.float64):
             raise ValueError("its sq_norms do not fit it")
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
-        raise ValueError(
-            f"the index in the file cannot be used ({error}): load with index=False, then "
-            "build_index() anew"
-        ) from error
+        raise ValueError(f"the index in the file cannot be used ({error}); {ANEW}") from error
     return index, sq_norms
 
 

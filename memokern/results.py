@@ -25,6 +25,14 @@ class Certificate:
             by that much at most. All [\*batch] float64.
         rows_kept: how many rows were swept; levels: how many levels of the index's ladder decided
             which (0: a dense sweep). Both [\*batch] int64.
+
+    Example:
+        >>> import torch, memokern
+        >>> digits = memokern.TrainingSet.digits().build_index()
+        >>> x = digits[:2] + 0.01
+        >>> p = memokern.posterior(x, digits, 0.05, method="pruned", certificate=True)
+        >>> p.certificate.rows_kept.tolist(), bool((p.certificate.weight < 1e-6).all())
+        ([1, 1], True)
     """
 
     weight: Tensor

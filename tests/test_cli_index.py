@@ -6,6 +6,7 @@ import csv
 import json
 
 import pytest
+import safetensors.torch
 import torch
 from cli_calls import call
 
@@ -44,11 +45,29 @@ def test_samples_are_those_of_dense_sweeps(indexed, tmp_path, label) -> None:
         report = tmp_path / f"{method}.json"
         done = call(*STEPS, "--data", indexed, "--method", method, "--json", report, *label)
         assert done.exit_code == 0, done.output
-        assert f"method       {method}, Index(dct" in done.stdout
+        # A dense sweep leaves the file's index where it is.
+        index = "no index" if method == "dense" else "Index(dct: 1797 rows"
+        assert f"method       {method}, {index}" in done.stdout
         facts[method] = json.loads(report.read_text())
     each = [f["each"]["index"] for f in facts.values()]
     assert each[0] == each[1] == each[2]
     assert facts["pruned"]["method"] == "pruned" and "dct" in facts["pruned"]["index"]
+
+
+def test_a_damaged_index_is_told_with_the_way_out(indexed, tmp_path) -> None:
+    path = tmp_path / "damaged.safetensors"
+    tensors, metadata = safetensors.torch.load_file(indexed), files.read_metadata(indexed)
+    tensors["rows"] = tensors["rows"].flip(0)
+    safetensors.torch.save_file(tensors, path, metadata)
+    files.write_npz(tmp_path / "s.npz", samples=TrainingSet.digits()[:3])
+    for command in ([*STEPS, "--data", path], ["memorization", tmp_path / "s.npz", path]):
+        done = call(*command)
+        assert done.exit_code == 2 and "does not belong to these 1797 rows" in done.stderr
+        hint = "'memokern index' makes a new one, --method dense needs none"
+        assert hint in done.stderr and done.stderr.count("\n") == 1
+        assert call(*command, "--method", "dense").exit_code == 0
+    assert call("index", path, "-o", path, "--force").exit_code == 0
+    assert call(*STEPS, "--data", path).exit_code == 0
 
 
 def read(path):

@@ -271,6 +271,18 @@ def test_write_safetensors(tmp_path):
     assert files.read_metadata(tmp_path / "a.npy") == {}
 
 
+def test_every_writer_respects_the_umask(tmp_path):
+    """Also safetensors', which makes a file of its own for the owner only."""
+    previous = os.umask(0o027)
+    try:
+        files.write_safetensors(tmp_path / "a.safetensors", {"rows": torch.zeros(2)})
+        files.write_npz(tmp_path / "a.npz", rows=torch.zeros(2))
+        files.write_json(tmp_path / "a.json", {})
+    finally:
+        os.umask(previous)
+    assert {p.stat().st_mode & 0o777 for p in tmp_path.iterdir()} == {0o640}
+
+
 def test_write_json(tmp_path):
     value = {
         "fraction": np.float32(0.5),

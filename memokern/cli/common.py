@@ -14,6 +14,7 @@ import click
 import torch
 
 from memokern import TrainingSet, backends, bases, figures, files, functional
+from memokern.index import ANEW
 
 # Where an index is built unasked: the rows and features of which a sweep takes so long that bounds
 # save time, and the queries (samples times evaluations) after which it has paid for itself.
@@ -67,8 +68,11 @@ def wrong_input(about: str | None = None, key_option: str = "--key") -> Iterator
     try:
         yield
     except (ValueError, TypeError, OSError, RuntimeError, MemoryError) as error:
-        # The library speaks of its argument; here it is an option.
+        # The library speaks of its arguments and methods; here they are options and commands.
         message = (str(error) or type(error).__name__).replace("with key=", f"with {key_option}")
+        message = message.replace(
+            ANEW, "'memokern index' makes a new one, --method dense needs none"
+        )
         raise WrongInput(f"{about}: {message}" if about else message) from error
 
 
@@ -106,9 +110,11 @@ def failure(
         raise click.ClickException(f"{about}: {error or type(error).__name__}") from error
 
 
-def load(source: str, key: str | None, about: str, key_option: str = "--key") -> TrainingSet:
-    """The training set in a file (.npy, .npz, .safetensors), or the embedded digits for the word
-    "digits".
+def load(
+    source: str, key: str | None, about: str, key_option: str = "--key", *, index: bool = True
+) -> TrainingSet:
+    """The training set in a file (.npy, .npz, .safetensors), with the file's index if `index`, or
+    the embedded digits for the word "digits".
     """
     with wrong_input(about, key_option):
         if source == DIGITS and not Path(source).exists():
@@ -117,7 +123,7 @@ def load(source: str, key: str | None, about: str, key_option: str = "--key") ->
                     f"a key needs a data file, got {key!r} with the embedded digits: leave it out"
                 )
             return TrainingSet.digits()
-        return TrainingSet(source, key=key)
+        return TrainingSet(source, key=key, index=index)
 
 
 def load_rows(source: str, key: str | None, data: TrainingSet, about: str) -> torch.Tensor:

@@ -76,7 +76,7 @@ def memorization(
     common.check_positive({"--tolerance": tolerance, "--ratio": ratio_threshold})
     common.check_outputs([("--json", report, (".json",))], force)
     common.check_machine()
-    training = common.load(data, data_key, "DATA", "--data-key")
+    training = common.load(data, data_key, "DATA", "--data-key", index=method != "dense")
     rows = common.load_rows(samples, samples_key, training, "SAMPLES")
     common.check_two_rows(training, "DATA")
     # For many neighbours of few rows all rows are swept, with an index too.

@@ -109,7 +109,7 @@ def index(data: str, key: str | None, output: Path, basis: str, force: bool) -> 
     Example: memokern index digits --output digits.safetensors
     """
     common.check_outputs([("--output", output, (".safetensors",))], force)
-    training = common.load(data, key, "DATA")
+    training = common.load(data, key, "DATA", index=False)
     started = time.perf_counter()
     with common.wrong_input("DATA"):
         training.build_index(basis, progress=None if common.progress_wanted() else False)

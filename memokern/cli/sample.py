@@ -183,7 +183,7 @@ def sample(
             figures.require()
     device = common.device(device_name)
     common.check_machine(device)
-    training = common.load(data, key, "--data")
+    training = common.load(data, key, "--data", index=method != "dense")
     swept = training.n if label is None else _rows_of_label(training, label)
     if picture is not None and figures.image_layout(training.shape) is None:
         raise common.WrongInput(
