@@ -24,8 +24,8 @@ from memokern.queries import Rows
 # much as some rows, and the rows of one query are evaluated for all of its group.
 GROUP = (4, 64)
 # From which share of the rows on, asked for (k) or kept, and for how few queries, a sweep over all
-# is as fast. CIFAR-10, N = 9,000: with what goes before, lists of 1 to 2 % of the rows.
-MOST_ASKED, MOST_KEPT, FEWEST = 1 / 1000, 1 / 100, 16
+# is as fast. CIFAR-10, N = 9,000: with what goes before, lists of 3 to 5 % of the rows.
+MOST_ASKED, MOST_KEPT, FEWEST = 1 / 1000, 1 / 32, 16
 ELEMENTS = 1 << 22  # of a temporary
 # A scan keeps rows within 2 sigma^2 log(N / eps) of the best distance; sigma is made to fit.
 EPS = 0.5
