@@ -18,6 +18,7 @@ enum {
   SCAN_LIST = 4096,      // a list is let grow to so many rows, or twice the cap
   SCAN_LOOK = 8,         // coordinates of the first look
   SCAN_SAMPLE = 256,     // rows that show how long a list would be
+  SCAN_WORTH = 4,        // what reading the rows for a sweep costs, in queries of it, about
   SCAN_MANY = 24         // rows for which it pays to evaluate one of them, or to prepare a query for whole products
 };
 // Of a row's bound beyond its coordinates, how much a good guess of s_n counts: bounds alone prefer rows of large norm,
@@ -301,10 +302,10 @@ template <class S> static void climb(const Scan& s, int64_t b, List& l, float* x
   }
   l.filter(least);
 }
-// The whole ladder, and the last level. (A list longer than the cap is given up anyway.)
+// The whole ladder, and the last level, which leaves few of a list. (One many times the cap costs more than it is worth.)
 static void finish_list(const Scan& s, int64_t b, List& l, float* x) {
   (s.bound->half ? climb<F16> : climb<float>)(s, b, l, x);
-  if (l.count > l.done + SCAN_MANY && l.count <= s.bound->cap) climb_whole(s, b, l);
+  if (l.count > l.done + SCAN_MANY && l.count / SCAN_WORTH <= s.bound->cap) climb_whole(s, b, l);
   l.done = l.count;
 }
 template <class S> static void tile_level(const Scan& s, int64_t level, int64_t n0, int64_t cnt, float* y) {

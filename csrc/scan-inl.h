@@ -145,7 +145,8 @@ struct ScanWork {
       least[i] = s->q[who[i]].least(lists[who[i]].best);
     }
   }
-  // Queries whose lists would be longer than the cap, as some rows show, are given up: only time rests on it.
+  // Queries whose lists would be longer than the cap, as some rows show, are given up, if what that saves is worth a sweep
+  // over the rows for them. Only time rests on it.
   // `taken` [SCAN_SAMPLE][stride] of the index, row j of them being row N j / SCAN_SAMPLE.
   void sample(const float* taken, float* scratch) {
     const int64_t K0 = s->k0 + s->nb, step = imin(SCAN_SAMPLE, s->NT);
@@ -163,18 +164,20 @@ struct ScanWork {
         for (int64_t j = 0; j < cnt && least[i] < (float)kInf; j++)
           if (p[j * Bp + i] >= least[i]) failed |= !few[i].push((uint32_t)s->sampled(j0 + j), p[j * Bp + i]);
     }
+    const double most = (double)SCAN_SAMPLE * s->bound->cap / s->N;
+    double saved = 0;
     for (int64_t i = 0; i < B; i++) {
-      List &l = lists[who[i]], &of = few[i];
-      of.best = l.best;
-      of.levels = s->zero;
-      const double most = (double)SCAN_SAMPLE * s->bound->cap / s->N;
-      if (of.count > most) (s->bound->half ? climb<F16> : climb<float>)(*s, who[i], of, scratch);
-      if (of.count > most) {
-        l.lost = true;
+      few[i].best = lists[who[i]].best;
+      few[i].levels = s->zero;
+      if (few[i].count > most) (s->bound->half ? climb<F16> : climb<float>)(*s, who[i], few[i], scratch);
+      if (few[i].count > most) saved += few[i].count / most - 1;
+      free(few[i].e);
+    }
+    for (int64_t i = 0; i < B && saved >= imin(SCAN_WORTH, B); i++)
+      if (few[i].count > most) {
+        lists[who[i]].lost = true;
         least[i] = (float)kInf;
       }
-      free(of.e);
-    }
   }
   void level0(int64_t n0, int64_t cnt) {
     const int64_t K0 = s->k0 + s->nb;

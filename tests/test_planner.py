@@ -82,7 +82,7 @@ def test_queries_that_keep_too_many_rows_are_swept():
     assert (level == 0).tolist() == given_up
     # With a cap of all rows none is.
     assert (pruning.bound_scan(query, rows, data.index, projected, 1e-14, n)[3] > 0).all()
-    costs = pruning.Costs(row=1.0, query=1.0, listed=15.0, call=0.0)  # 10 % of the rows
+    costs = pruning.Costs(row=1.0, query=1.0, listed=30.0, call=0.0)  # 10 % of the rows
     sums, c = pruning.posterior(query, rows, data.index, eps=1e-14, costs=costs, certificate=True)
     assert (c.levels == 0).tolist() == given_up
     want = memokern.posterior(x, data, sigma, bias=bias, method="dense")
@@ -100,5 +100,5 @@ def test_the_cap_counts_who_shares_a_sweep():
         query = pruning.Query(normal(len(sigma), 24), sigma, one, one, None)
         return pruning._cap(query, 1000, pruning.Costs(row=4.0, query=1.0, listed=20.0, call=0.0))
 
-    assert cap(1.0) == 250 and cap(1.0, 0.01, 0.02) == 250
-    assert cap(1.0, 1.0, 1.0, 0.7) == 100
+    assert cap(1.0) == 500 and cap(1.0, 0.01, 0.02) == 500
+    assert cap(1.0, 1.0, 1.0, 0.7) == 200
