@@ -60,16 +60,18 @@ def nearest(
     rest = [(~left).nonzero()[:, 0]]
     at = left.nonzero()[:, 0]
     for _ in range(2):
-        if len(at) == 0:
-            break
         with torch.no_grad():
             start, listed, beyond = _within(x[at], rows, index, p, at, sq, cap)
+        known = ~torch.isnan(beyond)
+        if not known.any() or (costs is not None and 4 * known.sum() < 3 * len(known)):
+            break  # a sweep for many costs little more for all
+        rest.append(at[~known])
+        at, beyond, start = at[known], beyond[known], _starts(start.diff()[known])
         found, row = _by_groups(x[at], rows, k, start, listed, likely[at])
         done = found[:, -1].detach() < beyond
         parts.append((at[done], found[done], row[done]))
-        rest.append(at[torch.isnan(beyond)])  # given up in the scan
         sq[at] = found.detach()
-        at = at[~done & ~torch.isnan(beyond)]
+        at = at[~done]
     far = torch.cat([*rest, at])
     if len(far):
         parts.append((far, *_among(x[far], rows, k, None)))
@@ -88,6 +90,11 @@ def _among(x: Tensor, rows: Rows, k: int, some: Tensor | None) -> tuple[Tensor, 
         x, rows.rows.index_select(0, some), k, rows.center, norms, rows.scale, rows.shift
     )
     return sq, some[at]
+
+
+def _starts(count: Tensor) -> Tensor:
+    """Where lists of these lengths start in one, and where the last ends."""
+    return torch.cat([count.new_zeros(1), count.cumsum(0)])
 
 
 def _by_groups(

@@ -182,6 +182,13 @@ def test_no_queries_and_one_row():
     assert memokern.nearest(one[:], one, method="pruned").distance.tolist() == [[0.0]]
 
 
+def test_queries_that_no_scan_takes_are_swept():
+    data = images(100).build_index()
+    x = torch.full((3, 3, 16, 16), 1e30)
+    got, want = (memokern.nearest(x, data, 2, method=m) for m in ("pruned", "dense"))
+    assert torch.equal(got.index, want.index) and torch.equal(got.distance, want.distance)
+
+
 def test_a_method_is_checked():
     data = images(20)
     with pytest.raises(ValueError, match=r"call build_index\(\)"):
