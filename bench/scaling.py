@@ -25,9 +25,11 @@ COUNTS = (1_000, 3_000, 10_000, 30_000, 100_000, 200_000)
 ROUNDS = {"pruned": 9, "dense": 3, "read": 5}
 
 
-def measure(path: str | None, counts: list[int], b: int, sigma: float) -> dict[str, Any]:
+def measure(
+    path: str | None, counts: list[int], b: int, sigma: float, patience: float
+) -> dict[str, Any]:
     """Seconds of each way for each number of rows."""
-    clock = timing.Clock()
+    clock = timing.Clock(patience)
     source = images.load(path)
     found = []
     for n in counts:
@@ -99,13 +101,15 @@ def main() -> int:
     parser.add_argument("--sigma", type=float, default=0.3)
     parser.add_argument("--json", type=Path, default=Path("results/scaling.json"))
     parser.add_argument("--picture", type=Path, default=Path("results/scaling.png"))
+    parser.add_argument("--patience", type=float, default=timing.PATIENCE, metavar="SECONDS",
+                        help="how long to wait, in all, for a quiet machine")  # fmt: skip
     parser.add_argument("--load", action="store_true", help="draw the figures of --json again")
     args = parser.parse_args()
     try:
         if args.load:
             result = json.loads(args.json.read_text())
         else:
-            result = measure(args.data, args.counts, args.batch, args.sigma)
+            result = measure(args.data, args.counts, args.batch, args.sigma, args.patience)
             args.json.parent.mkdir(parents=True, exist_ok=True)
             files.write_json(args.json, result)
     except (OSError, ValueError) as error:

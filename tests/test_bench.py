@@ -1,15 +1,18 @@
 """The benchmark: its real entry point, its arithmetic, and what it refuses."""
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from bench import cases, conftest, peers, report, runs, table, timing
+import memokern
+from bench import cases, conftest, images, peers, pruned, report, runs, scaling, table, timing
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -38,6 +41,69 @@ def test_a_small_run_through_the_entry_point(tmp_path):
     assert bench("--load", out, "--markdown").stdout == report.markdown(result) + "\n"
 
 
+def test_pruning_is_measured_on_images(tmp_path):
+    out = tmp_path / "figures.json"
+    run = bench("--quick", "-k", "pruned", "--json", out)
+    assert run.returncode == 0, run.stdout + run.stderr
+    (case,) = json.loads(out.read_text())["cases"]
+    assert (case["op"], case["n"], case["b"]) == ("pruned-path", 2500, 64)
+    assert set(case["runs"]) == {"memokern", "dense", "pruned", "cached", "sdpa"}
+    assert max(case["runs"][name]["error"] for name in pruned.METHODS) < 1e-5
+    rows = tmp_path / "rows.npy"
+    np.save(rows, np.zeros((5, 7), np.float32))
+    run = bench("--images", rows, "-k", "pruned")
+    assert run.returncode == 2 and "expected uint8 images" in run.stderr
+
+
+@pytest.fixture
+def few_images(monkeypatch):
+    monkeypatch.setattr(images, "COUNT", 300)
+    monkeypatch.setattr(images, "HELD_OUT", 20)
+    images.load.cache_clear()
+    yield images.load(None)
+    images.load.cache_clear()
+
+
+def test_the_batches_of_pruning_cases(few_images):
+    data = few_images
+    assert data.rows.shape == (280, 3, 32, 32) and data.held_out.shape == (20, 3, 32, 32)
+    path = pruned.trajectory(data, 2)
+    assert len(path) == 2 * pruned.STEPS - 1  # Heun: two a step, one in the last
+    assert path[0][1] == pytest.approx(80.0) and path[-1][1] == pytest.approx(0.002)
+    assert [s for _, s in path] == sorted((s for _, s in path), reverse=True)
+    (last, _) = path[-1]  # the model that memorises: all but on a row
+    distance = memokern.nearest(last.reshape(-1, 3, 32, 32), memokern.TrainingSet(data.rows))
+    assert (distance.distance < 0.5).all()
+    for case in cases.select():
+        if case.op in cases.PRUNED:
+            for x, sigma in pruned.batches(dataclasses.replace(case, b=2), data):
+                assert x.shape == (2, 3072) and torch.isfinite(x).all()
+                assert isinstance(sigma, float) or sigma.shape == (2,)
+    x, sigma = pruned.held_out(data, 2, 0.0)
+    assert (torch.cdist(x, images.values(data.held_out)).amin(1) == 0).all()
+
+
+def test_augmented_images_are_many_and_distinct(few_images):
+    more = images.augmented(few_images.rows, 900)
+    assert len(more) == 900 and torch.equal(more[:280], few_images.rows)
+    assert torch.equal(more[280:560], few_images.rows.flip(-1))
+    assert len(more.flatten(1).unique(dim=0)) == 900
+
+
+def test_the_cost_against_the_number_of_rows(few_images, tmp_path, monkeypatch, capsys):
+    out, picture = tmp_path / "n.json", tmp_path / "n.png"
+    argv = ["scaling", "--counts", 50, 300, "--batch", 3, "--patience", 0, "--json", out]
+    argv += ["--picture", picture]
+    monkeypatch.setattr(sys, "argv", list(map(str, argv)))
+    assert scaling.main() == 0
+    counts = json.loads(out.read_text())["counts"]
+    assert [c["n"] for c in counts] == [50, 300]
+    assert all(min(c["pruned"], c["dense"], c["read"]) > 0 < c["kept"] for c in counts)
+    assert picture.read_bytes()[:4] == b"\x89PNG" and "N=    300" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["scaling", "--data", str(tmp_path / "none.npy")])
+    assert scaling.main() == 2 and "none.npy" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["memokern", "cached", "naive", "cdist", "sdpa", "ideal"])
 def test_peers_agree_with_float64_where_nothing_cancels(name):
     if peers.missing(name):
@@ -63,7 +129,7 @@ def test_the_references_gradient_is_that_of_its_mean():
 
 
 def test_every_case_names_what_can_be_built_and_its_targets_name_its_runs():
-    own = {"forward", "1 thread", "2 threads", *cases.DTYPES}
+    own = {"forward", "1 thread", "2 threads", "dense", "pruned", *cases.DTYPES}
     for case in cases.select():
         assert set(case.runs) <= peers.ALL | own, case
         for target in case.targets:
