@@ -12,7 +12,7 @@ import memokern
 ROOT = Path(memokern.__file__).parent
 # From the bottom to the top: a module imports only from the lines above its own.
 LAYERS = [
-    ["checks", "env", "files"],
+    ["checks", "env", "files", "kernels"],
     ["backends", "datasets", "processes"],
     ["bases", "ops", "rows"],
     ["index", "ops_support"],
@@ -41,6 +41,11 @@ INSIDE = {
     ],
     "samplers": [["base"], ["flow", "reverse"], ["__init__"]],
     "experiments": [["base"], ["planar"], ["squares", "structured", "sweeps"], ["__init__"]],
+    "kernels": [
+        ["variant"],
+        ["listing"],
+        ["__init__"],
+    ],
     "cli": [["common"], ["metrics", "other", "sample"], ["__init__"]],
 }
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

@@ -1,0 +1,191 @@
+"""Every kernel compiled ahead of time, for machines that need not be there.
+
+Registers and spills are the assembler's own report, shared memory the compiler's; occupancy is
+computed from them and from what a multiprocessor has. Needs Triton, and no GPU. Triton must not be
+interpreting: run it as a process of its own, ``python -m bench.aot --help``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from memokern.kernels import listing
+from memokern.kernels.variant import Variant
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A machine: what a block may use, and what a multiprocessor has for all of its blocks.
+
+    Sources: the tuning guides and the table of technical specifications in NVIDIA's CUDA C++
+    Programming Guide; AMD's CDNA 3 instruction set architecture.
+    """
+
+    name: str
+    vendor: str
+    arch: int | str
+    warp: int
+    matrix: str  # how its disassembler calls a product on the matrix cores
+    shared: int  # bytes a block may use
+    shared_all: int  # bytes of a multiprocessor
+    warps: int  # that a multiprocessor holds
+    blocks: int
+
+
+KIB = 1024
+TARGETS = {
+    t.name: t
+    for t in (
+        Target("sm_80", "cuda", 80, 32, r"\bHMMA", 163 * KIB, 164 * KIB, 64, 32),
+        Target("sm_90", "cuda", 90, 32, r"\bHGMMA|\bHMMA", 227 * KIB, 228 * KIB, 64, 32),
+        Target("sm_100", "cuda", 100, 32, r"\bUTC\w*MMA|\bHMMA", 227 * KIB, 228 * KIB, 64, 32),
+        Target("gfx942", "hip", "gfx942", 64, r"v_mfma", 64 * KIB, 64 * KIB, 32, 32),
+    )
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Resources:
+    """What one variant takes on one target. Registers are a thread's, shared memory a block's."""
+
+    variant: str
+    target: str
+    registers: int
+    spills: int
+    shared: int
+    occupancy: float
+    matrix: str  # the first product on the matrix cores in its machine code, or ""
+
+
+def compiled(variant: Variant, target: Target) -> Any:
+    """The variant's machine code."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    variant = variant.on(target.vendor)
+    names = variant.kernel.arg_names
+    constant = variant.constexprs
+    source = ASTSource(
+        fn=variant.kernel,
+        signature={n: "constexpr" if n in constant else variant.signature[n] for n in names},
+        constexprs=constant,
+        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in variant.aligned},
+    )
+    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    where = GPUTarget(target.vendor, target.arch, target.warp)
+    return triton.compile(source, target=where, options=options)
+
+
+def resources(variant: Variant, target: Target) -> Resources:
+    """Compile, and read what the assembler says."""
+    code = compiled(variant, target)
+    read = _of_cuda if target.vendor == "cuda" else _of_hip
+    registers, spills, text = read(code, target)
+    found = re.search(rf"(?:{target.matrix})[\w.]*", text)
+    shared = int(code.metadata.shared)
+    return Resources(
+        variant.name, target.name, registers, spills, shared,
+        occupancy(target, registers, shared, variant.num_warps), found[0] if found else "",
+    )  # fmt: skip
+
+
+def _of_cuda(code: Any, target: Target) -> tuple[int, int, str]:
+    import triton
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    with tempfile.TemporaryDirectory() as folder:
+        ptx, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
+        ptx.write_text(code.asm["ptx"])
+        cubin.write_bytes(code.asm["cubin"])
+        arch = re.search(r"\.target (sm_\w+)", code.asm["ptx"])
+        assert arch is not None
+        log = subprocess.run(
+            [get_ptxas(target.arch).path, "-v", "--regAllocOptLevel=2", f"--gpu-name={arch[1]}",
+             str(ptx), "-o", os.devnull],
+            check=True, capture_output=True, text=True,
+        ).stderr  # fmt: skip
+        text = subprocess.run(
+            [triton.knobs.nvidia.nvdisasm.path, "-c", str(cubin)],
+            check=True, capture_output=True, text=True,
+        ).stdout  # fmt: skip
+    used = re.search(r"Used (\d+) registers", log)
+    assert used is not None, log
+    return int(used[1]), sum(map(int, re.findall(r"(\d+) bytes spill", log))), text
+
+
+def _of_hip(code: Any, target: Target) -> tuple[int, int, str]:
+    text = code.asm["amdgcn"]
+
+    def field(name: str) -> int:
+        found = re.search(rf"\.{name}:\s+(\d+)", text)
+        return int(found[1]) if found else 0
+
+    # .vgpr_count is that of both register files, which are one on this machine.
+    spills = field("vgpr_spill_count") + field("sgpr_spill_count")
+    return field("vgpr_count"), 4 * spills, text
+
+
+def occupancy(target: Target, registers: int, shared: int, num_warps: int) -> float:
+    """Warps that a multiprocessor holds at a time, as a share of those that it could."""
+    if target.vendor == "hip":  # 512 registers a lane, in steps of 8, on each of 4 units
+        waves = min(target.warps // 4, 512 // max(8, -(-registers // 8) * 8))
+        by_registers = 4 * waves // num_warps
+        reserved = 0
+    else:  # 65,536 registers, given to a warp in steps of 256; a block takes 1 KiB for itself
+        by_registers = 65536 // (max(1, -(-registers * 32 // 256)) * 256) // num_warps
+        reserved = KIB
+    by_shared = target.shared_all // (shared + reserved) if shared + reserved else target.blocks
+    blocks = min(by_registers, by_shared, target.warps // num_warps, target.blocks)
+    return blocks * num_warps / target.warps
+
+
+def _one(name: str, target: str) -> dict[str, Any]:
+    variant = next(v for v in listing.variants() if v.name == name)
+    try:
+        return dataclasses.asdict(resources(variant, TARGETS[target]))
+    except Exception as error:  # of one variant: the others are wanted too
+        return {"variant": name, "target": target, "error": f"{type(error).__name__}: {error}"}
+
+
+def table(names: list[str], targets: list[str], workers: int) -> list[dict[str, Any]]:
+    """The resources of all these, as plain rows; a row has "error" where it does not compile."""
+    pairs = [(n, t) for n in names for t in targets]
+    with concurrent.futures.ProcessPoolExecutor(workers) as pool:
+        return list(pool.map(_one, *zip(*pairs, strict=True))) if pairs else []
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.aot", description=__doc__)
+    parser.add_argument("words", nargs="*", help="only variants whose name has all these words")
+    parser.add_argument("--target", action="append", choices=list(TARGETS))
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    args = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        sys.exit("Triton is interpreting, and then compiles nothing: unset TRITON_INTERPRET")
+    names = [v.name for v in listing.variants() if all(w in v.name for w in args.words)]
+    rows = table(names, args.target or list(TARGETS), args.workers)
+    if args.json:
+        print(json.dumps(rows))
+        return
+    for row in rows:
+        if "error" in row:
+            print(f"{row['variant']:<40} {row['target']:<7} {row['error']}")
+        else:
+            print("{variant:<40} {target:<7} {registers:>4} registers {spills:>5} B spilled "
+                  "{shared:>7} B shared {occupancy:>6.1%} {matrix}".format(**row))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
