@@ -7,7 +7,7 @@ import importlib
 from memokern.kernels.variant import Variant
 
 # The modules that have kernels of their own.
-MODULES: tuple[str, ...] = ()
+MODULES = ("nearest", "support")
 
 
 def variants() -> list[Variant]:
