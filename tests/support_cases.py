@@ -94,3 +94,28 @@ def check_lists(found, t: Tensor, eps: float) -> None:
         slack = 1e-15 * abs(top.item()) * 100
         lse = torch.logsumexp(t[b], 0)
         assert math.log(t.shape[1]) + threshold[b] - lse <= math.log(eps) + slack
+
+
+def lists(n: int, b: int, seed: int, empty: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    counts = [0 if empty and i == 1 else int(torch.randint(1, n + 1, (1,), generator=g))
+              for i in range(b)]  # fmt: skip
+    index = [torch.randperm(n, generator=g)[:c].sort().values for c in counts]
+    return torch.tensor([0, *counts]).cumsum(0), torch.cat(index)
+
+
+def on_lists(x, rows, sigma, alpha, temperature, bias, start, index, scale, shift):
+    """The formulas over the rows listed, in float64; differentiable."""
+    out = []
+    for b in range(len(x)):
+        n = index[start[b] : start[b + 1]]
+        extra = torch.zeros(len(n), dtype=F64) if bias is None else bias[n]
+        keep = extra > -math.inf
+        n, extra = n[keep], extra[keep]
+        y = rows[n].to(F64) * scale + shift
+        r2 = (x[b].to(F64) - alpha[b] * y).square().sum(1)
+        logit = -r2 / (2 * sigma[b] ** 2) + extra
+        w = torch.softmax(logit / temperature[b], 0)
+        log_z = temperature[b] * torch.logsumexp(logit / temperature[b], 0)
+        out.append((w @ y, log_z, (w * logit).sum(), (w * extra).sum(), w.square().sum()))
+    return tuple(torch.stack(v) for v in zip(*out, strict=True))

@@ -18,7 +18,7 @@ from memokern.kernels.variant import POINTERS, ROW_TYPES, Variant, row_name
 GROUP = 64  # rows
 ROOM = (1, 8, 64)  # neighbours that a compiled kernel has room for
 PRECISION = "tf32x3"  # of the first product: three products of tf32, or "ieee"
-_GROUPS_AT_ONCE = 1024  # least keys read at a time
+_GROUPS_AT_ONCE = 256  # least keys read at a time
 
 
 @triton.jit
