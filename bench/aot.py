@@ -82,9 +82,8 @@ def compiled(variant: Variant, target: Target) -> Any:
         constexprs=constant,
         attrs={(names.index(n),): [["tt.divisibility", 16]] for n in variant.aligned},
     )
-    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
     where = GPUTarget(target.vendor, target.arch, target.warp)
-    return triton.compile(source, target=where, options=options)
+    return triton.compile(source, target=where, options=variant.options(target.vendor))
 
 
 def resources(variant: Variant, target: Target) -> Resources:

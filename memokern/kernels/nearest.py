@@ -154,7 +154,7 @@ def exact_variant(dtype: torch.dtype, k: int) -> Variant:
         constexprs={
             "GROUP": GROUP, "GROUPS_AT_ONCE": _GROUPS_AT_ONCE, "BLOCK_D": 32, "SLOTS": slots,
         },
-        num_warps=4, num_stages=2,
+        num_warps=8, num_stages=1, registers=96,
         aligned=("x", "rows", "numbers", "least", "limit", "dist", "index", "D", "stride_n"),
     )  # fmt: skip
 

@@ -32,7 +32,8 @@ class Variant(NamedTuple):
     name: unique among all variants. signature: the Triton type of every argument that is not in
     constexprs, by name. aligned: the arguments that are divisible by 16 (pointers: their address),
     which Triton's launcher finds out by itself. matrix: whether its products must be on the tensor
-    cores.
+    cores. registers: how many a thread may use on NVIDIA, where the assembler, left alone, would
+    rather spill a few bytes than pass its next step of occupancy.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Variant(NamedTuple):
     num_stages: int = 2
     aligned: tuple[str, ...] = ()
     matrix: bool = False
+    registers: int | None = None
 
     def launch(self, grid: tuple[int, ...], device: torch.device, **args: Any) -> None:
         """Run on the device's current stream; nothing is compiled before the first launch."""
@@ -52,8 +54,15 @@ class Variant(NamedTuple):
         guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
         with guard:
             self.kernel[grid](
-                **args, **self.constexprs, num_warps=self.num_warps, num_stages=self.num_stages
+                **args, **self.constexprs, **self.options("hip" if torch.version.hip else "cuda")
             )
+
+    def options(self, vendor: str) -> dict[str, int]:
+        """How the compiler is called, for ``"cuda"`` or ``"hip"``."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        if self.registers is not None and vendor == "cuda":
+            options["maxnreg"] = self.registers
+        return options
 
     def on(self, vendor: str) -> Variant:
         """The variant as ``"cuda"`` or ``"hip"`` takes it: tf32x3 is NVIDIA's, and AMD's matrix
