@@ -79,7 +79,9 @@ def install() -> None:
 
     def binary_op(self: Any, left: Any, right: Any, op: Any) -> Any:
         if not is_short(left, right):
-            return binary(self, left, right, op)
+            made = binary(self, left, right, op)
+            # It names a comparison by its operands' type, which broadcasting then makes numbers of.
+            return handle(made.data, tl.int1) if made.data.dtype == np.bool_ else made
         out = op(plain(left), plain(right))
         return handle(out if out.dtype == np.bool_ else narrow(out), tl.bfloat16)
 
