@@ -57,10 +57,4 @@ def posterior(
                 (tiles_b * tiles_d, parts_n), device, weights=dots, factor=factor, unit=unit,
                 acc=acc, b=b, n0=n0, n=n, part_n=part_n, **at,
             )  # fmt: skip
-        finish_v = finish.finish_variant()
-        finish_v.launch(
-            (b, -(-d // finish_v.constexprs["BLOCK_D"])), device, state=state, acc=acc,
-            table=q.table, sigma=q.sigma, temperature=q.temperature, numbers=q.numbers, mean=out[0],
-            log_z=out[1], mean_logit=out[2], mean_bias=out[3], weight_sq=out[4], total=total,
-            b0=b0, B=b, D=d, states=1, parts=parts_n, offset=q.how.offset,
-        )  # fmt: skip
+        finish.launch(q, b0, b, state, 1, acc, parts_n, out)

@@ -143,7 +143,7 @@ def exact_differences(
     SHAPE: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """|x - alpha y|^2 [SHAPE] in float64 by direct differences, of pairs of queries and rows given
-    by their offsets; each operation is that of the reference."""
+    by their offsets, alpha [SHAPE]; each operation is that of the reference."""
     acc = tl.zeros([SHAPE, BLOCK_D], tl.float64)
     for d in range(0, D, BLOCK_D):
         o_d = d + tl.arange(0, BLOCK_D)
@@ -151,6 +151,26 @@ def exact_differences(
         # [SHAPE, BLOCK_D]
         b_x = tl.load(x + o_x[:, None] + o_d[None, :], mask=m, other=0.0).to(tl.float64)
         b_y = tl.load(rows + o_y[:, None] + o_d[None, :], mask=m, other=0).to(tl.float64)
-        diff = b_x - alpha * (b_y * scale + shift)
+        diff = b_x - alpha[:, None] * (b_y * scale + shift)
         acc += tl.where(m, diff * diff, 0.0)
     return tl.sum(acc, 1)
+
+
+@triton.jit
+def merge(
+    key, m, s, st, sb, sw2, key_b, m_b, s_b, st_b, sb_b, sw2_b
+):  # fmt: skip
+    """The state of both, and what their accumulators must be multiplied by: a monoid, whose neutral
+    element has key inf, m -inf and sums 0. Only the smaller key counts."""
+    least = tl.minimum(key, key_b)
+    has_a, has_b = (key == least) & (s > 0.0), (key_b == least) & (s_b > 0.0)
+    inf = float("inf")
+    top = tl.maximum(tl.where(has_a, m, -inf), tl.where(has_b, m_b, -inf))
+    gap_a, gap_b = tl.where(has_a, m - top, 0.0), tl.where(has_b, m_b - top, 0.0)
+    f_a, f_b = tl.where(has_a, tl.exp(gap_a), 0.0), tl.where(has_b, tl.exp(gap_b), 0.0)
+    least = tl.where(has_a | has_b, least, inf)
+    return (
+        least, top, f_a * s + f_b * s_b,
+        f_a * (st + s * gap_a) + f_b * (st_b + s_b * gap_b),
+        f_a * sb + f_b * sb_b, f_a * f_a * sw2 + f_b * f_b * sw2_b, f_a, f_b,
+    )  # fmt: skip

@@ -18,6 +18,7 @@ from memokern.kernels.common import (
     M,
     S,
 )
+from memokern.kernels.queries import Queries
 from memokern.kernels.variant import POINTERS, ROW_TYPES, Variant, row_name
 
 _BLOCK_D = 256
@@ -159,3 +160,18 @@ def row_norms(rows: Tensor, center: Tensor, numbers: Tensor) -> Tensor:
         sq_norms=out, N=n, D=d, stride_n=rows.stride(0) if n > 1 else d,
     )  # fmt: skip
     return out
+
+
+def launch(
+    q: Queries, b0: int, b: int, state: Tensor, states: int, acc: Tensor, parts: int,
+    out: list[Tensor],
+) -> None:  # fmt: skip
+    """Write the results of the queries b0 .. b0 + b to out: mean, log_z, mean_logit, ..."""
+    total, d = q.x.shape
+    v = finish_variant()
+    v.launch(
+        (b, -(-d // v.constexprs["BLOCK_D"])), q.x.device, state=state, acc=acc, table=q.table,
+        sigma=q.sigma, temperature=q.temperature, numbers=q.numbers, mean=out[0], log_z=out[1],
+        mean_logit=out[2], mean_bias=out[3], weight_sq=out[4], total=total, b0=b0, B=b, D=d,
+        states=states, parts=parts, offset=q.how.offset,
+    )  # fmt: skip

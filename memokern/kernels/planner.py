@@ -11,10 +11,12 @@ from typing import NamedTuple
 
 import torch
 
-from memokern.kernels.products import TILES
+from memokern.kernels import onepass
+from memokern.kernels.products import accumulate_tile, dots_tile
 from memokern.kernels.weigh import CHUNKS
 
 WORKSPACE = 64 << 20  # bytes of the products of a block of queries with a chunk of rows, at most
+FEW = 16  # queries, up to which tiles are low
 _WAVES = 2  # programs for each multiprocessor
 
 
@@ -23,6 +25,16 @@ class Machine(NamedTuple):
 
     multiprocessors: int
     l2_bytes: int
+
+
+class OnePass(NamedTuple):
+    """The sweep as one kernel. few: tiles for up to 16 queries. features: of a tile. queries: of a
+    launch. parts: of the rows, joined at the end."""
+
+    few: bool
+    features: int
+    queries: int
+    parts: int
 
 
 class Chunked(NamedTuple):
@@ -47,24 +59,51 @@ def _parts(programs: int, wanted: int, most: int) -> int:
     return parts
 
 
-def chunked(b: int, n: int, d: int, size: int, machine: Machine, products: int = 1) -> Chunked:
-    """For b queries, n rows of d features of `size` bytes. products: of each pair that are kept.
+def in_one_pass(d: int, kernel: str) -> bool:
+    """Whether the sweep is one pass. The log kernel needs logarithms in float64, for which a tile
+    of products leaves no registers."""
+    return d <= onepass.FEATURES[-1] and kernel == "gaussian"
 
-    >>> chunked(1, 50_000, 3072, 2, Machine(132, 50 << 20))
+
+def one_pass(b: int, n: int, d: int, machine: Machine) -> OnePass:
+    """For b queries and n rows of d features.
+
+    >>> one_pass(1, 50_000, 64, Machine(132, 50 << 20))
+    OnePass(few=True, features=64, queries=1, parts=264)
+    >>> one_pass(65_536, 50_000, 64, Machine(132, 50 << 20))
+    OnePass(few=False, features=64, queries=65536, parts=1)
+    """
+    few = b <= FEW
+    features = next(f for f in onepass.FEATURES if d <= f)
+    tile = onepass.tile(features, few)
+    queries = min(b, max(tile.b, WORKSPACE // (4 * d) // tile.b * tile.b))
+    wanted = -(-_WAVES * machine.multiprocessors // -(-queries // tile.b))
+    parts = max(1, min(wanted, n // (4 * tile.n)))
+    return OnePass(few, features, queries, parts)
+
+
+def chunked(
+    b: int, n: int, d: int, dtype: torch.dtype, machine: Machine, products: int = 1
+) -> Chunked:
+    """For b queries and n rows of d features. products: of each pair that are kept.
+
+    >>> chunked(1, 50_000, 3072, torch.bfloat16, Machine(132, 50 << 20))
     Chunked(few=True, queries=1, rows=4096, parts_d=4, parts_n=4)
     """
-    few = b <= 16
-    block_b, block_n = TILES[few]
+    few = b <= FEW
+    dots = dots_tile(few, dtype, "tf32x3")
+    size = element_size(dtype)
     rows = CHUNKS[0]
     for chunk in CHUNKS[1:]:
         if chunk * d * size <= machine.l2_bytes // 2:
             rows = chunk
-    queries = min(b, max(block_b, WORKSPACE // (4 * products * rows) // block_b * block_b))
-    tiles_b = -(-queries // block_b)
+    queries = min(b, max(dots.b, WORKSPACE // (4 * products * rows) // dots.b * dots.b))
+    tiles_b = -(-queries // dots.b)
     wanted = _WAVES * machine.multiprocessors
     used = min(rows, n)
-    parts_d = _parts(tiles_b * -(-used // block_n), wanted, min(8, max(1, d // 256)))
-    parts_n = _parts(tiles_b * -(-d // 64), wanted, min(8, max(1, used // 128)))
+    parts_d = _parts(tiles_b * -(-used // dots.n), wanted, min(8, max(1, d // 256)))
+    tiles_d = -(-d // accumulate_tile(few, dtype, "tf32x3").d)
+    parts_n = _parts(tiles_b * tiles_d, wanted, min(8, max(1, used // 128)))
     return Chunked(few, queries, rows, parts_d, parts_n)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -9,9 +11,35 @@ import triton.language as tl
 from memokern.kernels.common import as_operand, dot_terms, dot_weights, operand
 from memokern.kernels.variant import POINTERS, ROW_TYPES, Variant, row_name
 
-# Queries and rows of a tile of the first product; queries and features of one of the second. For
-# up to 16 queries a low tile: memory is the limit there, and a tile of 64 would be mostly empty.
-TILES = {True: (16, 64), False: (64, 64)}
+
+
+class Tile(NamedTuple):
+    """A configuration: queries, rows and features of a tile, and how it is launched."""
+
+    b: int
+    n: int
+    d: int
+    warps: int
+    stages: int
+
+
+def dots_tile(few: bool, rows: torch.dtype, precision: str) -> Tile:
+    """Of the first product. Up to 16 queries are bound by memory, and a tile of 64 would be mostly
+    empty. float32 takes half the features: a product of three fills the registers otherwise."""
+    if few:
+        return Tile(16, 64, 32 if rows == torch.float32 else 64, 4, 4)
+    if rows == torch.float32:
+        return Tile(64, 64 if precision == "ieee" else 128, 32, 8, 3)
+    return Tile(64, 128, 64, 8, 3)
+
+
+def accumulate_tile(few: bool, rows: torch.dtype, precision: str) -> Tile:
+    """Of the second, whose tile is b x d."""
+    if few:
+        return Tile(16, 32, 64, 4, 4)
+    if rows == torch.float32:
+        return Tile(64, 32, 64, 8 if precision == "ieee" else 4, 3)
+    return Tile(64, 64, 64, 8, 3)
 
 
 @triton.jit
@@ -90,10 +118,9 @@ def accumulate_kernel(
 
 
 def dots_variant(rows: torch.dtype, few: bool, precision: str) -> Variant:
-    how = operand(rows, precision)
-    block_b, block_n = TILES[few]
+    how, tile = operand(rows, precision), dots_tile(few, rows, precision)
     return Variant(
-        name=f"dots {row_name(rows)} B{block_b} {precision}",
+        name=f"dots {row_name(rows)} B{tile.b} {precision}",
         kernel=dots_kernel,
         signature={
             "terms": POINTERS[how.dtype], "rows": POINTERS[rows], "dots": "*fp32", "B": "i32",
@@ -102,19 +129,18 @@ def dots_variant(rows: torch.dtype, few: bool, precision: str) -> Variant:
         },
         constexprs={
             "TERMS": how.terms, "PRECISION": precision if how.terms == 1 else "ieee",
-            "BLOCK_B": block_b, "BLOCK_N": block_n, "BLOCK_D": 32 if how.terms == 1 else 64,
+            "BLOCK_B": tile.b, "BLOCK_N": tile.n, "BLOCK_D": tile.d,
         },
-        num_warps=4, num_stages=3,
-        aligned=("terms", "rows", "dots", "n", "D", "stride_n"),
+        num_warps=tile.warps, num_stages=tile.stages,
+        aligned=("terms", "rows", "dots", "n", "D", "stride_n", "part_d"),
         matrix=how.terms > 1 or precision != "ieee",
     )  # fmt: skip
 
 
 def accumulate_variant(rows: torch.dtype, few: bool, precision: str) -> Variant:
-    how = operand(rows, precision)
-    block_b = TILES[few][0]
+    how, tile = operand(rows, precision), accumulate_tile(few, rows, precision)
     return Variant(
-        name=f"accumulate {row_name(rows)} B{block_b} {precision}",
+        name=f"accumulate {row_name(rows)} B{tile.b} {precision}",
         kernel=accumulate_kernel,
         signature={
             "weights": "*fp32", "rows": POINTERS[rows], "factor": "*fp32", "unit": "*fp32",
@@ -123,10 +149,10 @@ def accumulate_variant(rows: torch.dtype, few: bool, precision: str) -> Variant:
         },
         constexprs={
             "PRECISION": precision if how.terms == 1 else "ieee",
-            "BLOCK_B": block_b, "BLOCK_N": 32, "BLOCK_D": 64,
+            "BLOCK_B": tile.b, "BLOCK_N": tile.n, "BLOCK_D": tile.d,
         },
-        num_warps=4, num_stages=3,
-        aligned=("weights", "rows", "factor", "unit", "acc", "n", "D", "stride_n"),
+        num_warps=tile.warps, num_stages=tile.stages,
+        aligned=("weights", "rows", "factor", "unit", "acc", "n", "D", "stride_n", "part_n"),
         matrix=how.terms > 1 or precision != "ieee",
     )  # fmt: skip
 

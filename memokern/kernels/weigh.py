@@ -124,12 +124,13 @@ def weigh_kernel(
     left = exact
     count = tl.max(tl.sum(left.to(tl.int32), 1), 0)
     o_x = tl.zeros([STRIPS], tl.int64) + (b0 + i_b) * D
+    alphas = tl.zeros([STRIPS], tl.float64) + b_alpha
     while count > 0:
         first = tl.min(tl.where(left, o_w, WIDTH), 1)
         found = first < WIDTH
         o_n = n0 + tl.arange(0, STRIPS) * WIDTH + first
         b_r2 = exact_differences(
-            x, rows, o_x, tl.where(found, o_n, 0).to(tl.int64) * stride_n, b_alpha, scale, shift,
+            x, rows, o_x, tl.where(found, o_n, 0).to(tl.int64) * stride_n, alphas, scale, shift,
             found, D, STRIPS, BLOCK_D,
         )  # fmt: skip
         here = left & (o_w == first[:, None])
