@@ -23,14 +23,12 @@ from memokern.kernels.common import (
     MODE,
     SB,
     ST,
-    STATE,
     SW2,
     M,
     S,
     as_operand,
     dot_weights,
     error_of,
-    exact_differences,
     lowest_left,
     merge,
     operand,
@@ -48,21 +46,18 @@ def sweep_kernel(
     sq_norms,  # [N] |yc|^2
     bias,  # [N], read if HAS_BIAS
     table,  # [NUMBERS, total]
-    x,  # [total, D]
-    sigma, alpha,  # [total]
-    numbers,  # [2] scale, shift
-    state,  # [parts, 6, B] out
+    state,  # [parts, STATE, B] out
     acc,  # [parts, B, D] out
-    total, b0, B, N, D, stride_n, part_n,
+    bits,  # [B, parts, part_n / (RUN BLOCK_N), BLOCK_N] out
+    total, b0, B, N, D, stride_n, part_n, runs,
     TERMS: tl.constexpr, PRECISION: tl.constexpr, HAS_BIAS: tl.constexpr, RUN: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EXACT_D: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program owns BLOCK_B of the queries b0 .. b0 + B and part_n rows, and streams these in
-    runs of RUN tiles. After each tile m is the largest logit so far, s the sum of e^(t-m), b_acc
-    that of e^(t-m) u, but for the rows that rounding could change, which it remembers as bits;
-    after each run it evaluates these exactly, one of each query at a time, and adds the run to the
-    state and to acc in memory. So the loop over tiles has no branch and is pipelined, and b_acc is
-    a sum of few tiles: tensor cores cut off, and over a million rows that would add up."""
+    runs of RUN tiles. After each tile r_m is the largest logit of the run, r_s the sum of e^(t-m),
+    b_acc that of e^(t-m) u, but for the rows that rounding could change: these it marks in bits,
+    for `exact_kernel`. After each run it adds the run to its state, and to acc in memory: b_acc is
+    a sum of few tiles, since tensor cores cut sums off, which over a million rows would add up."""
     i_p = tl.program_id(1)
     o_b = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
     mask_b = o_b < B
@@ -104,7 +99,7 @@ def sweep_kernel(
     end = tl.minimum(N, (i_p + 1) * part_n)
     for n0 in range(i_p * part_n, end, RUN * BLOCK_N):
         b_acc = tl.zeros([BLOCK_B, BLOCK_D], tl.float32)
-        bits = tl.zeros([BLOCK_B, BLOCK_N], tl.int32)
+        b_bits = tl.zeros([BLOCK_B, BLOCK_N], tl.int32)
         r_m = tl.full([BLOCK_B], -inf, tl.float32)
         r_s = tl.zeros([BLOCK_B], tl.float32)
         r_st = tl.zeros([BLOCK_B], tl.float32)
@@ -136,7 +131,7 @@ def sweep_kernel(
             low = tl.maximum(low, tl.max(tl.where(valid & (t == t), t, -inf), 1) - err)
             lo = lowest_left(low, err, hard)
             exact = valid & ((t >= lo[:, None]) | (err == inf)[:, None])
-            bits = bits | tl.where(exact, 1 << i, 0)
+            b_bits = b_bits | tl.where(exact, 1 << i, 0)
             rest = valid & (exact == 0) & (hard == 0)[:, None]
             m_new = tl.maximum(r_m, tl.max(tl.where(rest, t, -inf), 1))
             m_safe = tl.where(m_new == -inf, 0.0, m_new)
@@ -160,48 +155,10 @@ def sweep_kernel(
         f_a, f_b = f_a.to(tl.float32)[:, None], f_b.to(tl.float32)[:, None] / big
         old = tl.load(p_acc + o_d[None, :], mask=mask_x & (f_a > 0.0), other=0.0)
         tl.store(p_acc + o_d[None, :], old * f_a + b_acc * f_b, mask=mask_x)
-
-        if tl.max(tl.max((bits != 0).to(tl.int32), 1), 0) > 0:
-            scale, shift = tl.load(numbers), tl.load(numbers + 1)
-            b_alpha = tl.load(alpha + b0 + o_b, mask=mask_b, other=0.0)
-            spread = tl.where(hard, 1.0, tl.load(sigma + b0 + o_b, mask=mask_b, other=1.0))
-            inv_t64 = tl.load(p_t + INV_T * total, mask=mask_b, other=0.0)
-            common = tl.load(p_t + COMMON * total, mask=mask_b, other=0.0)
-            for i in range(0, RUN):
-                left = ((bits >> i) & 1) != 0
-                count = tl.max(tl.sum(left.to(tl.int32), 1), 0)
-                while count > 0:
-                    o_j = tl.arange(0, BLOCK_N)[None, :]
-                    first = tl.min(tl.where(left, o_j, BLOCK_N), 1)
-                    found = first < BLOCK_N
-                    left = left & (o_j != first[:, None])
-                    count -= 1
-                    at = (n0 + i * BLOCK_N + tl.where(found, first, 0)).to(tl.int64)
-                    r2 = exact_differences(
-                        x, rows, (b0 + o_b) * D, at * stride_n, b_alpha, scale, shift, found, D,
-                        BLOCK_B, EXACT_D,
-                    )  # fmt: skip
-                    b_bias = tl.zeros([BLOCK_B], tl.float64)
-                    if HAS_BIAS:
-                        b_bias = tl.load(bias + at, mask=found, other=0.0)
-                    v = tl.where(hard, 0.0, -0.5 * (r2 / spread) / spread * inv_t64 + common)
-                    one = tl.where(found, 1.0, 0.0).to(tl.float64)
-                    key, m, s, st, sb, sw2, g_a, g_b = merge(
-                        key, m, s, st, sb, sw2, tl.where(found, tl.where(hard, r2, 0.0), inf),
-                        v + b_bias * inv_t64, one, one * 0.0, b_bias, one,
-                    )  # fmt: skip
-                    g_a, g_b = g_a.to(tl.float32)[:, None], g_b.to(tl.float32)[:, None]
-                    tl.debug_barrier()  # another thread may have written what this one reads
-                    for d in range(0, D, EXACT_D):
-                        o_e = (d + tl.arange(0, EXACT_D))[None, :]
-                        mask = found[:, None] & (o_e < D)
-                        b_y = tl.load(rows + at[:, None] * stride_n + o_e, mask=mask, other=0)
-                        b_y = as_operand(b_y).to(tl.float32)
-                        old = tl.load(p_acc + o_e, mask=mask & (g_a > 0.0), other=0.0)
-                        tl.store(p_acc + o_e, old * g_a + b_y * g_b, mask=mask)
-            known = tl.where((s > 0.0) & (hard == 0), m, -inf).to(tl.float32)
-            low = tl.maximum(low, known - 1.2e-7 * tl.where(known > -inf, tl.abs(known), 0.0))
-        tl.debug_barrier()
+        # The run's words, [BLOCK_B, BLOCK_N]
+        i_r = (n0 - i_p * part_n) // (RUN * BLOCK_N)
+        p_w = bits + ((o_b * tl.num_programs(1) + i_p) * runs + i_r)[:, None] * BLOCK_N
+        tl.store(p_w + tl.arange(0, BLOCK_N)[None, :], b_bits, mask=mask_b[:, None])
 
     p_s = state + i_p.to(tl.int64) * 6 * B + o_b
     tl.store(p_s + KEY * B, key, mask=mask_b)
@@ -210,6 +167,93 @@ def sweep_kernel(
     tl.store(p_s + ST * B, st, mask=mask_b)
     tl.store(p_s + SB * B, sb, mask=mask_b)
     tl.store(p_s + SW2 * B, sw2, mask=mask_b)
+
+
+@triton.jit
+def exact_kernel(
+    bits,  # [B, parts, runs, WIDTH]
+    rows,  # [N, D]
+    bias,  # [N], read if HAS_BIAS
+    table,  # [NUMBERS, total]
+    x,  # [total, D]
+    sigma, alpha,  # [total]
+    numbers,  # [2] scale, shift
+    state,  # [parts, STATE, B] out
+    acc,  # [parts, B, D] out, where the state has rows
+    total, b0, B, N, D, stride_n, part_n, runs,
+    HAS_BIAS: tl.constexpr, RUN: tl.constexpr, WIDTH: tl.constexpr, STRIPS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The rows that `sweep_kernel` marked, by direct differences in float64. One program owns a
+    query and a part of the rows; it streams the marks in STRIPS strips of words, and evaluates one
+    row of each strip at a time. The state and b_acc are those of the rows so far."""
+    i_b, i_p = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    to = b0 + i_b
+    inf = float("inf")
+    mode = tl.load(table + MODE * total + to).to(tl.int32)
+    inv_t, common = tl.load(table + INV_T * total + to), tl.load(table + COMMON * total + to)
+    hard = mode == HARD
+    b_alpha = tl.load(alpha + to)
+    spread = tl.where(hard, 1.0, tl.load(sigma + to))
+    scale, shift = tl.load(numbers), tl.load(numbers + 1)
+    o_d = tl.arange(0, BLOCK_D)[None, :]
+    b_x = tl.load(x + to * D + o_d, mask=o_d < D, other=0.0).to(tl.float64)
+    p_w = bits + (i_b * tl.num_programs(1) + i_p) * runs * WIDTH
+    # The last part may have fewer runs than the others.
+    words = tl.cdiv(tl.minimum(part_n, N - i_p * part_n), RUN * WIDTH) * WIDTH
+    o_w = tl.arange(0, STRIPS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    o_c = tl.arange(0, WIDTH)[None, :]
+    key, m = common * 0.0 + inf, common * 0.0 - inf
+    s = common * 0.0
+    st, sb, sw2 = s, s, s
+    b_acc = tl.zeros([BLOCK_D], tl.float64)
+    for w0 in range(0, words, STRIPS * WIDTH):
+        # [STRIPS, WIDTH]: a strip is a run
+        left = tl.load(p_w + w0 + o_w, mask=w0 + o_w < words, other=0)
+        while tl.max(tl.max((left != 0).to(tl.int32), 1), 0) > 0:
+            first = tl.min(tl.where(left != 0, o_c, WIDTH), 1)
+            found = first < WIDTH
+            here = o_c == first[:, None]
+            word = tl.sum(tl.where(here, left, 0), 1)
+            bit = word & -word
+            left = tl.where(here, left & (left - 1), left)
+            # The number of the bit: the exponent of it as float32.
+            i_t = ((bit.to(tl.float32).to(tl.int32, bitcast=True) >> 23) & 255) - 127
+            i_r = w0 // WIDTH + tl.arange(0, STRIPS)
+            o_n = i_p * part_n + (i_r * RUN + i_t) * WIDTH + first
+            o_n = tl.where(found, o_n, 0).to(tl.int64)
+            mask = found[:, None] & (o_d < D)
+            # [STRIPS, BLOCK_D]
+            b_raw = tl.load(rows + o_n[:, None] * stride_n + o_d, mask=mask, other=0)
+            diff = b_x - b_alpha * (b_raw.to(tl.float64) * scale + shift)
+            r2 = tl.sum(tl.where(mask, diff * diff, 0.0), 1)
+            b_bias = tl.zeros([STRIPS], tl.float64)
+            if HAS_BIAS:
+                b_bias = tl.load(bias + o_n, mask=found, other=0.0)
+            v = tl.where(hard, 0.0, -0.5 * (r2 / spread) / spread * inv_t + common)
+            v += b_bias * inv_t
+            k_new = tl.where(found, tl.where(hard, r2, 0.0), inf)
+            k_best = tl.min(k_new, 0)
+            counts = found & (k_new == k_best)
+            v_best = tl.max(tl.where(counts, v, -inf), 0)
+            gap = tl.where(counts, v - tl.where(counts, v_best, 0.0), 0.0)
+            w = tl.where(counts, tl.exp(gap), 0.0)
+            key, m, s, st, sb, sw2, f_a, f_b = merge(
+                key, m, s, st, sb, sw2, k_best, v_best, tl.sum(w, 0), tl.sum(w * gap, 0),
+                tl.sum(w * b_bias, 0), tl.sum(w * w, 0),
+            )  # fmt: skip
+            b_u = tl.where(mask, as_operand(b_raw).to(tl.float64), 0.0)
+            b_acc = b_acc * f_a + tl.sum(w[:, None] * b_u, 0) * f_b
+    p_s = state + i_p.to(tl.int64) * 6 * B + i_b
+    tl.store(p_s + KEY * B, key)
+    tl.store(p_s + M * B, m)
+    tl.store(p_s + S * B, s)
+    tl.store(p_s + ST * B, st)
+    tl.store(p_s + SB * B, sb)
+    tl.store(p_s + SW2 * B, sw2)
+    o_f = tl.arange(0, BLOCK_D)
+    p_acc = acc + (i_p.to(tl.int64) * B + i_b) * D + o_f
+    tl.store(p_acc, b_acc.to(tl.float32), mask=(o_f < D) & (s > 0.0))
 
 
 class Tile(NamedTuple):
@@ -228,7 +272,7 @@ def tile(features: int, few: bool) -> Tile:
     return Tile(64, 64 if features < 128 else 32, 4, 2)
 
 
-def variant(rows: torch.dtype, features: int, few: bool, has_bias: bool, precision: str) -> Variant:
+def sweep_variant(rows: torch.dtype, features: int, few: bool, has_bias: bool, precision: str) -> Variant:
     """For up to `features` features, a power of two from 16."""
     how, size = operand(rows, precision), tile(features, few)
     return Variant(
@@ -237,19 +281,38 @@ def variant(rows: torch.dtype, features: int, few: bool, has_bias: bool, precisi
         kernel=sweep_kernel,
         signature={
             "terms": POINTERS[how.dtype], "rows": POINTERS[rows], "sq_norms": "*fp64",
-            "bias": "*fp64", "table": "*fp64", "x": "*fp32", "sigma": "*fp64", "alpha": "*fp64",
-            "numbers": "*fp64", "state": "*fp64", "acc": "*fp32", "total": "i32", "b0": "i32",
-            "B": "i32", "N": "i32", "D": "i32", "stride_n": "i64", "part_n": "i32",
+            "bias": "*fp64", "table": "*fp64", "state": "*fp64", "acc": "*fp32", "bits": "*i32",
+            "total": "i32", "b0": "i32", "B": "i32", "N": "i32", "D": "i32", "stride_n": "i64",
+            "part_n": "i32", "runs": "i32",
         },
         constexprs={
             "TERMS": how.terms, "PRECISION": precision if how.terms == 1 else "ieee",
             "HAS_BIAS": has_bias, "RUN": RUN, "BLOCK_B": size.b, "BLOCK_N": size.n,
-            "BLOCK_D": features, "EXACT_D": min(features, 32),
+            "BLOCK_D": features,
         },
         num_warps=size.warps, num_stages=size.stages,
-        aligned=("terms", "rows", "sq_norms", "bias", "table", "x", "sigma", "alpha", "numbers",
-                 "state", "acc", "D", "stride_n", "part_n"),
+        aligned=("terms", "rows", "sq_norms", "bias", "table", "state", "acc", "bits", "D",
+                 "stride_n", "part_n"),
         matrix=how.terms > 1 or precision != "ieee",
+    )  # fmt: skip
+
+
+def exact_variant(rows: torch.dtype, features: int, width: int, has_bias: bool) -> Variant:
+    """For tiles of `width` rows."""
+    return Variant(
+        name=f"exact {row_name(rows)} D{features} N{width}{' bias' if has_bias else ''}",
+        kernel=exact_kernel,
+        signature={
+            "bits": "*i32", "rows": POINTERS[rows], "bias": "*fp64", "table": "*fp64", "x": "*fp32",
+            "sigma": "*fp64", "alpha": "*fp64", "numbers": "*fp64", "state": "*fp64",
+            "acc": "*fp32", "total": "i32", "b0": "i32", "B": "i32", "N": "i32", "D": "i32",
+            "stride_n": "i64", "part_n": "i32", "runs": "i32",
+        },
+        constexprs={
+            "HAS_BIAS": has_bias, "RUN": RUN, "WIDTH": width, "STRIPS": 16, "BLOCK_D": features,
+        },
+        num_warps=4,
+        aligned=("bits", "rows", "bias", "x", "acc", "D", "stride_n", "part_n"),
     )  # fmt: skip
 
 
@@ -258,8 +321,15 @@ FEATURES = (16, 32, 64, 128)
 
 def variants() -> list[Variant]:
     """Row types by features, sizes of the batch, with and without a bias, precisions."""
-    return [
-        variant(t, d, few, has_bias, p)
+    exact = [
+        exact_variant(t, d, width, has_bias)
+        for t in ROW_TYPES
+        for d in FEATURES
+        for width in sorted({tile(d, few).n for few in (True, False)})
+        for has_bias in (False, True)
+    ]
+    return exact + [
+        sweep_variant(t, d, few, has_bias, p)
         for t in ROW_TYPES
         for d in FEATURES
         for few in (True, False)

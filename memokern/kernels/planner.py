@@ -76,7 +76,8 @@ def one_pass(b: int, n: int, d: int, machine: Machine) -> OnePass:
     few = b <= FEW
     features = next(f for f in onepass.FEATURES if d <= f)
     tile = onepass.tile(features, few)
-    queries = min(b, max(tile.b, WORKSPACE // (4 * d) // tile.b * tile.b))
+    # Of a query: sums, and a mark for each row.
+    queries = min(b, max(tile.b, WORKSPACE // (4 * d + n // 8) // tile.b * tile.b))
     wanted = -(-_WAVES * machine.multiprocessors // -(-queries // tile.b))
     parts = max(1, min(wanted, n // (4 * tile.n)))
     return OnePass(few, features, queries, parts)

@@ -28,18 +28,31 @@ def _one_pass(
     q: Queries, data: Rows, plan: planner.OnePass, precision: str, out: list[Tensor]
 ) -> None:
     total, d = q.x.shape
-    device, has_bias = q.x.device, data.bias is not None
-    sweep_v = onepass.variant(data.rows.dtype, plan.features, plan.few, has_bias, precision)
-    part_n = planner.share(data.n, plan.parts, sweep_v.constexprs["BLOCK_N"])
-    parts = -(-data.n // part_n)
-    acc = torch.empty(parts * plan.queries * d, dtype=torch.float32, device=device)
-    state = torch.empty(parts * STATE * plan.queries, dtype=torch.float64, device=device)
+    device, dtype, has_bias = q.x.device, data.rows.dtype, data.bias is not None
+    sweep_v = onepass.sweep_variant(dtype, plan.features, plan.few, has_bias, precision)
+    block_b, block_n = sweep_v.constexprs["BLOCK_B"], sweep_v.constexprs["BLOCK_N"]
+    exact_v = onepass.exact_variant(dtype, plan.features, block_n, has_bias)
+    part_n = planner.share(data.n, plan.parts, block_n)
+    parts, runs = -(-data.n // part_n), -(-part_n // (onepass.RUN * block_n))
+    # The parts of both kernels, joined at the end.
+    acc = torch.empty(2 * parts, plan.queries * d, dtype=torch.float32, device=device)
+    state = torch.empty(2 * parts, STATE * plan.queries, dtype=torch.float64, device=device)
+    bits = torch.empty(plan.queries * parts * runs * block_n, dtype=torch.int32, device=device)
     for b0 in range(0, total, plan.queries):
         b = min(plan.queries, total - b0)
+        # Views of as many numbers as this block has.
+        acc_b, state_b = acc.view(-1)[: 2 * parts * b * d], state.view(-1)[: 2 * parts * STATE * b]
+        at = {
+            "rows": data.rows, "bias": data.sq_norms if data.bias is None else data.bias,
+            "table": q.table, "bits": bits, "total": total, "b0": b0, "B": b, "N": data.n,
+            "D": d, "stride_n": data.stride, "part_n": part_n, "runs": runs,
+        }  # fmt: skip
         sweep_v.launch(
-            (-(-b // sweep_v.constexprs["BLOCK_B"]), parts), device, terms=q.terms, rows=data.rows,
-            sq_norms=data.sq_norms, bias=data.sq_norms if data.bias is None else data.bias,
-            table=q.table, x=q.x, sigma=q.sigma, alpha=q.alpha, numbers=q.numbers, state=state,
-            acc=acc, total=total, b0=b0, B=b, N=data.n, D=d, stride_n=data.stride, part_n=part_n,
+            (-(-b // block_b), parts), device, terms=q.terms, sq_norms=data.sq_norms,
+            state=state_b, acc=acc_b, **at,
         )  # fmt: skip
-        finish.launch(q, b0, b, state, parts, acc, parts, out)
+        exact_v.launch(
+            (b, parts), device, x=q.x, sigma=q.sigma, alpha=q.alpha, numbers=q.numbers,
+            state=state_b[parts * STATE * b :], acc=acc_b[parts * b * d :], **at,
+        )  # fmt: skip
+        finish.launch(q, b0, b, state, 2 * parts, acc, 2 * parts, out)
