@@ -36,7 +36,7 @@ from memokern.kernels.common import (
 from memokern.kernels.products import precisions
 from memokern.kernels.variant import POINTERS, ROW_TYPES, Variant, row_name
 
-RUN = 32  # tiles between two looks at the rows to evaluate exactly: the bits of an int32
+RUN = 32  # tiles of a part, at most: the bits of an int32
 
 
 @triton.jit
@@ -48,16 +48,16 @@ def sweep_kernel(
     table,  # [NUMBERS, total]
     state,  # [parts, STATE, B] out
     acc,  # [parts, B, D] out
-    bits,  # [B, parts, part_n / (RUN BLOCK_N), BLOCK_N] out
-    total, b0, B, N, D, stride_n, part_n, runs,
-    TERMS: tl.constexpr, PRECISION: tl.constexpr, HAS_BIAS: tl.constexpr, RUN: tl.constexpr,
+    bits,  # [B, parts, BLOCK_N] out
+    total, b0, B, N, D, stride_n, run,
+    TERMS: tl.constexpr, PRECISION: tl.constexpr, HAS_BIAS: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program owns BLOCK_B of the queries b0 .. b0 + B and part_n rows, and streams these in
-    runs of RUN tiles. After each tile r_m is the largest logit of the run, r_s the sum of e^(t-m),
-    b_acc that of e^(t-m) u, but for the rows that rounding could change: these it marks in bits,
-    for `exact_kernel`. After each run it adds the run to its state, and to acc in memory: b_acc is
-    a sum of few tiles, since tensor cores cut sums off, which over a million rows would add up."""
+    """One program owns BLOCK_B of the queries b0 .. b0 + B and a part of `run` tiles of rows, at
+    most 32, which it streams. After each tile m is the largest logit so far, s the sum of e^(t-m),
+    b_acc that of e^(t-m) u, but for the rows that rounding could change: these it marks, each tile
+    by a bit of its own, for `exact_kernel`. Writes the part's state, sums and marks. A part is
+    short: tensor cores cut sums off at each step, and over a million rows that would add up."""
     i_p = tl.program_id(1)
     o_b = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
     mask_b = o_b < B
@@ -90,88 +90,71 @@ def sweep_kernel(
     short: tl.constexpr = rows.dtype.element_ty != tl.float32
     big: tl.constexpr = 32768.0 if short and rows.dtype.element_ty != tl.bfloat16 else 1.0
 
-    key = tl.full([BLOCK_B], inf, tl.float64)
-    m = tl.full([BLOCK_B], -inf, tl.float64)
-    s = tl.zeros([BLOCK_B], tl.float64)
+    m = tl.full([BLOCK_B], -inf, tl.float32)
+    s = tl.zeros([BLOCK_B], tl.float32)
     st, sb, sw2 = s, s, s
     low = tl.full([BLOCK_B], -inf, tl.float32)
-    p_acc = acc + (i_p.to(tl.int64) * B + o_b)[:, None] * D
-    end = tl.minimum(N, (i_p + 1) * part_n)
-    for n0 in range(i_p * part_n, end, RUN * BLOCK_N):
-        b_acc = tl.zeros([BLOCK_B, BLOCK_D], tl.float32)
-        b_bits = tl.zeros([BLOCK_B, BLOCK_N], tl.int32)
-        r_m = tl.full([BLOCK_B], -inf, tl.float32)
-        r_s = tl.zeros([BLOCK_B], tl.float32)
-        r_st = tl.zeros([BLOCK_B], tl.float32)
-        r_sb = tl.zeros([BLOCK_B], tl.float32)
-        r_sw = tl.zeros([BLOCK_B], tl.float32)
-        for i in range(0, tl.minimum(RUN, tl.cdiv(end - n0, BLOCK_N))):
-            o_n = (n0 + i * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
-            mask_n = o_n < end
-            # [BLOCK_N, BLOCK_D]
-            p_y = rows + o_n[:, None] * stride_n + o_d[None, :]
-            b_u = as_operand(tl.load(p_y, mask=mask_n[:, None] & mask_d, other=0))
-            # [BLOCK_B, BLOCK_N]
-            t = tl.dot(b_x0, tl.trans(b_u), input_precision=PRECISION)
-            if TERMS > 1:
-                t = tl.dot(b_x1, tl.trans(b_u), t, input_precision=PRECISION)
-            if TERMS > 2:
-                t = tl.dot(b_x2, tl.trans(b_u), t, input_precision=PRECISION)
-            sq = tl.load(sq_norms + o_n, mask=mask_n, other=0.0).to(tl.float32)
-            t = t * a1[:, None] - sq[None, :] * a2[:, None]
-            b_max = 0.0
-            if HAS_BIAS:
-                b_b = tl.load(bias + o_n, mask=mask_n, other=-inf).to(tl.float32)
-                mask_n = mask_n & (b_b != -inf)
-                b_b = tl.where(mask_n, b_b, 0.0)
-                b_max = tl.max(tl.abs(b_b), 0)
-                t += b_b[None, :] * tl.where(hard, 0.0, inv_t)[:, None]
-            err = error_of(e0, e1, e2, e3, tl.max(sq, 0), b_max)
-            valid = mask_n[None, :] & seen[:, None]
-            low = tl.maximum(low, tl.max(tl.where(valid & (t == t), t, -inf), 1) - err)
-            lo = lowest_left(low, err, hard)
-            exact = valid & ((t >= lo[:, None]) | (err == inf)[:, None])
-            b_bits = b_bits | tl.where(exact, 1 << i, 0)
-            rest = valid & (exact == 0) & (hard == 0)[:, None]
-            m_new = tl.maximum(r_m, tl.max(tl.where(rest, t, -inf), 1))
-            m_safe = tl.where(m_new == -inf, 0.0, m_new)
-            drop = tl.where(r_m == -inf, 0.0, r_m - m_safe)
-            f = tl.where(r_m == -inf, 0.0, tl.exp(drop))
-            gap = tl.where(rest, t - m_safe[:, None], 0.0)
-            b_p = tl.where(rest, tl.exp(gap), 0.0)
-            r_st = f * (r_st + r_s * drop) + tl.sum(b_p * gap, 1)
-            r_s = f * r_s + tl.sum(b_p, 1)
-            r_sw = f * f * r_sw + tl.sum(b_p * b_p, 1)
-            if HAS_BIAS:
-                r_sb = f * r_sb + tl.sum(b_p * b_b[None, :], 1)
-            b_acc = dot_weights(b_p * big, b_u, b_acc * f[:, None], PRECISION)
-            r_m = m_new
+    b_acc = tl.zeros([BLOCK_B, BLOCK_D], tl.float32)
+    b_bits = tl.zeros([BLOCK_B, BLOCK_N], tl.int32)
+    n0 = i_p * run * BLOCK_N
+    for i in range(0, tl.minimum(run, tl.cdiv(N - n0, BLOCK_N))):
+        o_n = (n0 + i * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+        mask_n = o_n < N
+        # [BLOCK_N, BLOCK_D]
+        p_y = rows + o_n[:, None] * stride_n + o_d[None, :]
+        b_u = as_operand(tl.load(p_y, mask=mask_n[:, None] & mask_d, other=0))
+        # [BLOCK_B, BLOCK_N]
+        t = tl.dot(b_x0, tl.trans(b_u), input_precision=PRECISION)
+        if TERMS > 1:
+            t = tl.dot(b_x1, tl.trans(b_u), t, input_precision=PRECISION)
+        if TERMS > 2:
+            t = tl.dot(b_x2, tl.trans(b_u), t, input_precision=PRECISION)
+        sq = tl.load(sq_norms + o_n, mask=mask_n, other=0.0).to(tl.float32)
+        t = t * a1[:, None] - sq[None, :] * a2[:, None]
+        b_max = 0.0
+        if HAS_BIAS:
+            b_b = tl.load(bias + o_n, mask=mask_n, other=-inf).to(tl.float32)
+            mask_n = mask_n & (b_b != -inf)
+            b_b = tl.where(mask_n, b_b, 0.0)
+            b_max = tl.max(tl.abs(b_b), 0)
+            t += b_b[None, :] * tl.where(hard, 0.0, inv_t)[:, None]
+        err = error_of(e0, e1, e2, e3, tl.max(sq, 0), b_max)
+        valid = mask_n[None, :] & seen[:, None]
+        low = tl.maximum(low, tl.max(tl.where(valid & (t == t), t, -inf), 1) - err)
+        lo = lowest_left(low, err, hard)
+        exact = valid & ((t >= lo[:, None]) | (err == inf)[:, None])
+        b_bits = b_bits | tl.where(exact, 1 << i, 0)
+        rest = valid & (exact == 0) & (hard == 0)[:, None]
+        m_new = tl.maximum(m, tl.max(tl.where(rest, t, -inf), 1))
+        m_safe = tl.where(m_new == -inf, 0.0, m_new)
+        drop = tl.where(m == -inf, 0.0, m - m_safe)
+        f = tl.where(m == -inf, 0.0, tl.exp(drop))
+        gap = tl.where(rest, t - m_safe[:, None], 0.0)
+        b_p = tl.where(rest, tl.exp(gap), 0.0)
+        st = f * (st + s * drop) + tl.sum(b_p * gap, 1)
+        s = f * s + tl.sum(b_p, 1)
+        sw2 = f * f * sw2 + tl.sum(b_p * b_p, 1)
+        if HAS_BIAS:
+            sb = f * sb + tl.sum(b_p * b_b[None, :], 1)
+        b_acc = dot_weights(b_p * big, b_u, b_acc * f[:, None], PRECISION)
+        m = m_new
 
-        r_key = tl.where(r_s > 0.0, 0.0, inf).to(tl.float64)
-        key, m, s, st, sb, sw2, f_a, f_b = merge(
-            key, m, s, st, sb, sw2, r_key, r_m.to(tl.float64), r_s.to(tl.float64),
-            r_st.to(tl.float64), r_sb.to(tl.float64), r_sw.to(tl.float64),
-        )  # fmt: skip
-        f_a, f_b = f_a.to(tl.float32)[:, None], f_b.to(tl.float32)[:, None] / big
-        old = tl.load(p_acc + o_d[None, :], mask=mask_x & (f_a > 0.0), other=0.0)
-        tl.store(p_acc + o_d[None, :], old * f_a + b_acc * f_b, mask=mask_x)
-        # The run's words, [BLOCK_B, BLOCK_N]
-        i_r = (n0 - i_p * part_n) // (RUN * BLOCK_N)
-        p_w = bits + ((o_b * tl.num_programs(1) + i_p) * runs + i_r)[:, None] * BLOCK_N
-        tl.store(p_w + tl.arange(0, BLOCK_N)[None, :], b_bits, mask=mask_b[:, None])
-
+    p_acc = acc + (i_p.to(tl.int64) * B + o_b)[:, None] * D + o_d[None, :]
+    tl.store(p_acc, b_acc / big, mask=mask_x)
+    p_w = bits + (o_b * tl.num_programs(1) + i_p)[:, None] * BLOCK_N
+    tl.store(p_w + tl.arange(0, BLOCK_N)[None, :], b_bits, mask=mask_b[:, None])
     p_s = state + i_p.to(tl.int64) * 6 * B + o_b
-    tl.store(p_s + KEY * B, key, mask=mask_b)
-    tl.store(p_s + M * B, m, mask=mask_b)
-    tl.store(p_s + S * B, s, mask=mask_b)
-    tl.store(p_s + ST * B, st, mask=mask_b)
-    tl.store(p_s + SB * B, sb, mask=mask_b)
-    tl.store(p_s + SW2 * B, sw2, mask=mask_b)
+    tl.store(p_s + KEY * B, tl.where(s > 0.0, 0.0, inf).to(tl.float64), mask=mask_b)
+    tl.store(p_s + M * B, m.to(tl.float64), mask=mask_b)
+    tl.store(p_s + S * B, s.to(tl.float64), mask=mask_b)
+    tl.store(p_s + ST * B, st.to(tl.float64), mask=mask_b)
+    tl.store(p_s + SB * B, sb.to(tl.float64), mask=mask_b)
+    tl.store(p_s + SW2 * B, sw2.to(tl.float64), mask=mask_b)
 
 
 @triton.jit
 def exact_kernel(
-    bits,  # [B, parts, runs, WIDTH]
+    bits,  # [B, marked, WIDTH]
     rows,  # [N, D]
     bias,  # [N], read if HAS_BIAS
     table,  # [NUMBERS, total]
@@ -180,13 +163,13 @@ def exact_kernel(
     numbers,  # [2] scale, shift
     state,  # [parts, STATE, B] out
     acc,  # [parts, B, D] out, where the state has rows
-    total, b0, B, N, D, stride_n, part_n, runs,
-    HAS_BIAS: tl.constexpr, RUN: tl.constexpr, WIDTH: tl.constexpr, STRIPS: tl.constexpr,
+    total, b0, B, D, stride_n, run, marked, share,
+    HAS_BIAS: tl.constexpr, WIDTH: tl.constexpr, STRIPS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The rows that `sweep_kernel` marked, by direct differences in float64. One program owns a
-    query and a part of the rows; it streams the marks in STRIPS strips of words, and evaluates one
-    row of each strip at a time. The state and b_acc are those of the rows so far."""
+    query and the marks of `share` parts of the sweep, streams them STRIPS parts at a time, and
+    evaluates a row of each at a time. The state and b_acc are those of the rows so far."""
     i_b, i_p = tl.program_id(0).to(tl.int64), tl.program_id(1)
     to = b0 + i_b
     inf = float("inf")
@@ -198,18 +181,16 @@ def exact_kernel(
     scale, shift = tl.load(numbers), tl.load(numbers + 1)
     o_d = tl.arange(0, BLOCK_D)[None, :]
     b_x = tl.load(x + to * D + o_d, mask=o_d < D, other=0.0).to(tl.float64)
-    p_w = bits + (i_b * tl.num_programs(1) + i_p) * runs * WIDTH
-    # The last part may have fewer runs than the others.
-    words = tl.cdiv(tl.minimum(part_n, N - i_p * part_n), RUN * WIDTH) * WIDTH
-    o_w = tl.arange(0, STRIPS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     o_c = tl.arange(0, WIDTH)[None, :]
     key, m = common * 0.0 + inf, common * 0.0 - inf
     s = common * 0.0
     st, sb, sw2 = s, s, s
     b_acc = tl.zeros([BLOCK_D], tl.float64)
-    for w0 in range(0, words, STRIPS * WIDTH):
-        # [STRIPS, WIDTH]: a strip is a run
-        left = tl.load(p_w + w0 + o_w, mask=w0 + o_w < words, other=0)
+    for j0 in range(i_p * share, tl.minimum(marked, (i_p + 1) * share), STRIPS):
+        # [STRIPS, WIDTH]
+        o_j = j0 + tl.arange(0, STRIPS)
+        p_w = bits + (i_b * marked + o_j)[:, None] * WIDTH + o_c
+        left = tl.load(p_w, mask=(o_j < marked)[:, None], other=0)
         while tl.max(tl.max((left != 0).to(tl.int32), 1), 0) > 0:
             first = tl.min(tl.where(left != 0, o_c, WIDTH), 1)
             found = first < WIDTH
@@ -219,8 +200,7 @@ def exact_kernel(
             left = tl.where(here, left & (left - 1), left)
             # The number of the bit: the exponent of it as float32.
             i_t = ((bit.to(tl.float32).to(tl.int32, bitcast=True) >> 23) & 255) - 127
-            i_r = w0 // WIDTH + tl.arange(0, STRIPS)
-            o_n = i_p * part_n + (i_r * RUN + i_t) * WIDTH + first
+            o_n = (o_j * run + i_t) * WIDTH + first
             o_n = tl.where(found, o_n, 0).to(tl.int64)
             mask = found[:, None] & (o_d < D)
             # [STRIPS, BLOCK_D]
@@ -283,16 +263,15 @@ def sweep_variant(rows: torch.dtype, features: int, few: bool, has_bias: bool, p
             "terms": POINTERS[how.dtype], "rows": POINTERS[rows], "sq_norms": "*fp64",
             "bias": "*fp64", "table": "*fp64", "state": "*fp64", "acc": "*fp32", "bits": "*i32",
             "total": "i32", "b0": "i32", "B": "i32", "N": "i32", "D": "i32", "stride_n": "i64",
-            "part_n": "i32", "runs": "i32",
+            "run": "i32",
         },
         constexprs={
             "TERMS": how.terms, "PRECISION": precision if how.terms == 1 else "ieee",
-            "HAS_BIAS": has_bias, "RUN": RUN, "BLOCK_B": size.b, "BLOCK_N": size.n,
-            "BLOCK_D": features,
+            "HAS_BIAS": has_bias, "BLOCK_B": size.b, "BLOCK_N": size.n, "BLOCK_D": features,
         },
         num_warps=size.warps, num_stages=size.stages,
         aligned=("terms", "rows", "sq_norms", "bias", "table", "state", "acc", "bits", "D",
-                 "stride_n", "part_n"),
+                 "stride_n"),
         matrix=how.terms > 1 or precision != "ieee",
     )  # fmt: skip
 
@@ -305,14 +284,14 @@ def exact_variant(rows: torch.dtype, features: int, width: int, has_bias: bool) 
         signature={
             "bits": "*i32", "rows": POINTERS[rows], "bias": "*fp64", "table": "*fp64", "x": "*fp32",
             "sigma": "*fp64", "alpha": "*fp64", "numbers": "*fp64", "state": "*fp64",
-            "acc": "*fp32", "total": "i32", "b0": "i32", "B": "i32", "N": "i32", "D": "i32",
-            "stride_n": "i64", "part_n": "i32", "runs": "i32",
+            "acc": "*fp32", "total": "i32", "b0": "i32", "B": "i32", "D": "i32",
+            "stride_n": "i64", "run": "i32", "marked": "i32", "share": "i32",
         },
         constexprs={
-            "HAS_BIAS": has_bias, "RUN": RUN, "WIDTH": width, "STRIPS": 16, "BLOCK_D": features,
+            "HAS_BIAS": has_bias, "WIDTH": width, "STRIPS": 16, "BLOCK_D": features,
         },
         num_warps=4,
-        aligned=("bits", "rows", "bias", "x", "acc", "D", "stride_n", "part_n"),
+        aligned=("bits", "rows", "bias", "x", "acc", "D", "stride_n"),
     )  # fmt: skip
 
 

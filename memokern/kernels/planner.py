@@ -29,12 +29,13 @@ class Machine(NamedTuple):
 
 class OnePass(NamedTuple):
     """The sweep as one kernel. few: tiles for up to 16 queries. features: of a tile. queries: of a
-    launch. parts: of the rows, joined at the end."""
+    launch. run: tiles of rows of a part. exact_parts: of the rows marked for exact evaluation."""
 
     few: bool
     features: int
     queries: int
-    parts: int
+    run: int
+    exact_parts: int
 
 
 class Chunked(NamedTuple):
@@ -69,18 +70,21 @@ def one_pass(b: int, n: int, d: int, machine: Machine) -> OnePass:
     """For b queries and n rows of d features.
 
     >>> one_pass(1, 50_000, 64, Machine(132, 50 << 20))
-    OnePass(few=True, features=64, queries=1, parts=264)
-    >>> one_pass(65_536, 50_000, 64, Machine(132, 50 << 20))
-    OnePass(few=False, features=64, queries=65536, parts=1)
+    OnePass(few=True, features=64, queries=1, run=2, exact_parts=24)
+    >>> one_pass(4096, 50_000, 64, Machine(132, 50 << 20))
     """
     few = b <= FEW
     features = next(f for f in onepass.FEATURES if d <= f)
     tile = onepass.tile(features, few)
-    # Of a query: sums, and a mark for each row.
-    queries = min(b, max(tile.b, WORKSPACE // (4 * d + n // 8) // tile.b * tile.b))
-    wanted = -(-_WAVES * machine.multiprocessors // -(-queries // tile.b))
-    parts = max(1, min(wanted, n // (4 * tile.n)))
-    return OnePass(few, features, queries, parts)
+    tiles_n = -(-n // tile.n)
+    # Of a query: sums of each part, at most twice as many as there must be, and marks.
+    each = (4 * d + 48 + 4 * tile.n) * -(-tiles_n // onepass.RUN) * 2
+    queries = min(b, max(tile.b, WORKSPACE // each // tile.b * tile.b))
+    programs = -(-queries // tile.b) * tiles_n
+    run = max(1, min(onepass.RUN, programs // (_WAVES * machine.multiprocessors)))
+    swept = -(-tiles_n // run)
+    exact_parts = max(1, min(-(-swept // 16), -(-_WAVES * machine.multiprocessors // queries)))
+    return OnePass(few, features, queries, run, exact_parts)
 
 
 def chunked(

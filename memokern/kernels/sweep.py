@@ -32,27 +32,26 @@ def _one_pass(
     sweep_v = onepass.sweep_variant(dtype, plan.features, plan.few, has_bias, precision)
     block_b, block_n = sweep_v.constexprs["BLOCK_B"], sweep_v.constexprs["BLOCK_N"]
     exact_v = onepass.exact_variant(dtype, plan.features, block_n, has_bias)
-    part_n = planner.share(data.n, plan.parts, block_n)
-    parts, runs = -(-data.n // part_n), -(-part_n // (onepass.RUN * block_n))
+    swept = -(-data.n // (plan.run * block_n))
+    parts = swept + plan.exact_parts
     # The parts of both kernels, joined at the end.
-    acc = torch.empty(2 * parts, plan.queries * d, dtype=torch.float32, device=device)
-    state = torch.empty(2 * parts, STATE * plan.queries, dtype=torch.float64, device=device)
-    bits = torch.empty(plan.queries * parts * runs * block_n, dtype=torch.int32, device=device)
+    acc = torch.empty(parts * plan.queries * d, dtype=torch.float32, device=device)
+    state = torch.empty(parts * STATE * plan.queries, dtype=torch.float64, device=device)
+    bits = torch.empty(plan.queries * swept * block_n, dtype=torch.int32, device=device)
     for b0 in range(0, total, plan.queries):
         b = min(plan.queries, total - b0)
-        # Views of as many numbers as this block has.
-        acc_b, state_b = acc.view(-1)[: 2 * parts * b * d], state.view(-1)[: 2 * parts * STATE * b]
         at = {
             "rows": data.rows, "bias": data.sq_norms if data.bias is None else data.bias,
-            "table": q.table, "bits": bits, "total": total, "b0": b0, "B": b, "N": data.n,
-            "D": d, "stride_n": data.stride, "part_n": part_n, "runs": runs,
+            "table": q.table, "bits": bits, "total": total, "b0": b0, "B": b, "D": d,
+            "stride_n": data.stride, "run": plan.run,
         }  # fmt: skip
         sweep_v.launch(
-            (-(-b // block_b), parts), device, terms=q.terms, sq_norms=data.sq_norms,
-            state=state_b, acc=acc_b, **at,
+            (-(-b // block_b), swept), device, terms=q.terms, sq_norms=data.sq_norms, N=data.n,
+            state=state, acc=acc, **at,
         )  # fmt: skip
         exact_v.launch(
-            (b, parts), device, x=q.x, sigma=q.sigma, alpha=q.alpha, numbers=q.numbers,
-            state=state_b[parts * STATE * b :], acc=acc_b[parts * b * d :], **at,
+            (b, plan.exact_parts), device, x=q.x, sigma=q.sigma, alpha=q.alpha, numbers=q.numbers,
+            state=state[swept * STATE * b :], acc=acc[swept * b * d :], marked=swept,
+            share=-(-swept // plan.exact_parts), **at,
         )  # fmt: skip
-        finish.launch(q, b0, b, state, 2 * parts, acc, 2 * parts, out)
+        finish.launch(q, b0, b, state, parts, acc, parts, out)
