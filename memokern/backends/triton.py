@@ -121,3 +121,36 @@ def posterior(
     if b:
         sweep.posterior(queries, stored, machine(x.device), kernel, _precision(), [mean, *stats])
     return mean.to(x.dtype), stats[0], stats[1], stats[2], stats[3]
+
+
+def posterior_backward(
+    x: Tensor, rows: Tensor, sigma: Tensor, alpha: Tensor, temperature: Tensor,
+    bias: Tensor | None, center: Tensor | None, sq_norms: Tensor | None, mean: Tensor,
+    log_z: Tensor, mean_logit: Tensor, mean_bias: Tensor, weight_sq: Tensor, grad_mean: Tensor,
+    grad_log_z: Tensor, grad_mean_logit: Tensor, grad_mean_bias: Tensor, grad_weight_sq: Tensor,
+    scale: float, shift: float, kernel: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients for x, sigma, alpha, temperature and bias; see :mod:`memokern.ops`."""
+    data = (center, sq_norms, scale, shift, kernel)
+    saved = (log_z, mean_logit, mean_bias, weight_sq)
+    coming = (grad_log_z, grad_mean_logit, grad_mean_bias, grad_weight_sq)
+    if _is_double(x, rows):
+        return reference.posterior_backward(
+            x, rows, sigma, alpha, temperature, bias, center, sq_norms, mean, *saved, grad_mean,
+            *coming, scale, shift, kernel,
+        )  # fmt: skip
+    from memokern.kernels import gradient
+
+    queries, stored = _prepared(x, rows, (sigma, alpha, temperature), bias, *data)
+    b, device = x.shape[0], x.device
+    grad_bias = torch.zeros(0 if bias is None else rows.shape[0], dtype=_F64, device=device)
+    out = [torch.empty(b, dtype=_F64, device=device) for _ in range(3)]
+    grad_x = torch.empty(x.shape, dtype=torch.float32, device=device)
+    if b:
+        gradient.posterior_backward(
+            queries, stored, mean.to(torch.float32).contiguous(),
+            torch.stack([v.to(_F64) for v in saved]), grad_mean.to(torch.float32).contiguous(),
+            torch.stack([v.to(_F64) for v in coming]), machine(device), kernel, _precision(),
+            [grad_x, *out, grad_bias],
+        )  # fmt: skip
+    return grad_x, out[0], out[1], out[2], grad_bias

@@ -20,8 +20,9 @@ import triton.language as tl
 # product of the query's terms and a row as it enters products, t = a1 <x, u> - a2 |yc|^2 (+ b / T)
 # is (l / T + common) to an error of e0 + e1 |yc| + e2 |yc|^2 + e3 |b|. At sigma = 0 and in the log
 # kernel t lacks the bias, and r^2 = 2 (common - t).
-A1, A2, INV_T, COMMON, E0, E1, E2, E3, MODE = (tl.constexpr(i) for i in range(9))
-NUMBERS = 9
+# <xc, yc> is DOT <x, u> + XO.
+A1, A2, INV_T, COMMON, E0, E1, E2, E3, MODE, DOT, XO = (tl.constexpr(i) for i in range(11))
+NUMBERS = 11
 SOFT, HARD, LOG, LOST = (tl.constexpr(i) for i in range(4))
 # Rows of a state: only the smallest key counts (the squared distance when sigma = 0; 0 for an exact
 # hit of the log kernel, 1 for its other rows); with the rows of that key, m is the largest v, and

@@ -7,7 +7,10 @@ import importlib
 from memokern.kernels.variant import Variant
 
 # The modules that have kernels of their own.
-MODULES = ("nearest", "support")
+MODULES = (
+    "queries", "onepass", "products", "weigh", "finish", "backward", "backward_ends",
+    "nearest", "support",
+)  # fmt: skip
 
 
 def variants() -> list[Variant]:

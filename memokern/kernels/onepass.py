@@ -245,16 +245,20 @@ class Tile(NamedTuple):
     stages: int
 
 
-def tile(features: int, few: bool) -> Tile:
-    """For so many features, a power of two. few: up to 16 queries."""
-    if few:
-        return Tile(16, 64, 4, 2)
-    return Tile(64, 64 if features < 128 else 32, 4, 2)
+def tile(rows: torch.dtype, features: int, few: bool) -> Tile | None:
+    """For rows of a type and so many features, a power of two; few: up to 16 queries. None where
+    the sums, the query's terms and a tile of products do not fit the registers of an A100 together,
+    as compiling shows: there the sweep is chunked."""
+    most = (64 if few else 32) if rows == torch.float32 else (128 if few else 64)
+    if features > most:
+        return None
+    return Tile(16, 64, 4, 3) if few else Tile(64, 32, 4, 3)
 
 
 def sweep_variant(rows: torch.dtype, features: int, few: bool, has_bias: bool, precision: str) -> Variant:
     """For up to `features` features, a power of two from 16."""
-    how, size = operand(rows, precision), tile(features, few)
+    how, size = operand(rows, precision), tile(rows, features, few)
+    assert size is not None
     return Variant(
         name=f"sweep {row_name(rows)} D{features} B{size.b} {precision}"
         + (" bias" if has_bias else ""),
@@ -300,18 +304,19 @@ FEATURES = (16, 32, 64, 128)
 
 def variants() -> list[Variant]:
     """Row types by features, sizes of the batch, with and without a bias, precisions."""
-    exact = [
-        exact_variant(t, d, width, has_bias)
-        for t in ROW_TYPES
-        for d in FEATURES
-        for width in sorted({tile(d, few).n for few in (True, False)})
-        for has_bias in (False, True)
-    ]
-    return exact + [
-        sweep_variant(t, d, few, has_bias, p)
+    fits = [
+        (t, d, few, size)
         for t in ROW_TYPES
         for d in FEATURES
         for few in (True, False)
-        for has_bias in (False, True)
-        for p in precisions(t)
+        if (size := tile(t, d, few)) is not None
+    ]
+    return [
+        *(exact_variant(t, d, size.n, bias) for t, d, _, size in fits for bias in (False, True)),
+        *(
+            sweep_variant(t, d, few, bias, p)
+            for t, d, few, _ in fits
+            for bias in (False, True)
+            for p in precisions(t)
+        ),
     ]

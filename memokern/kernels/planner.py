@@ -13,7 +13,7 @@ import torch
 
 from memokern.kernels import onepass
 from memokern.kernels.products import accumulate_tile, dots_tile
-from memokern.kernels.weigh import CHUNKS
+from memokern.kernels.weigh import chunks
 
 WORKSPACE = 64 << 20  # bytes of the products of a block of queries with a chunk of rows, at most
 FEW = 16  # queries, up to which tiles are low
@@ -60,22 +60,21 @@ def _parts(programs: int, wanted: int, most: int) -> int:
     return parts
 
 
-def in_one_pass(d: int, kernel: str) -> bool:
-    """Whether the sweep is one pass. The log kernel needs logarithms in float64, for which a tile
-    of products leaves no registers."""
-    return d <= onepass.FEATURES[-1] and kernel == "gaussian"
+def one_pass(
+    b: int, n: int, d: int, dtype: torch.dtype, machine: Machine, kernel: str
+) -> OnePass | None:
+    """For b queries and n rows of d features; None where a tile's sums would not fit the registers.
+    The log kernel needs logarithms in float64, which leave no room for them at all.
 
-
-def one_pass(b: int, n: int, d: int, machine: Machine) -> OnePass:
-    """For b queries and n rows of d features.
-
-    >>> one_pass(1, 50_000, 64, Machine(132, 50 << 20))
-    OnePass(few=True, features=64, queries=1, run=2, exact_parts=24)
-    >>> one_pass(4096, 50_000, 64, Machine(132, 50 << 20))
+    >>> one_pass(1, 50_000, 64, torch.bfloat16, Machine(132, 50 << 20), "gaussian")
+    OnePass(few=True, features=64, queries=1, run=2, exact_parts=25)
+    >>> one_pass(64, 50_000, 3072, torch.bfloat16, Machine(132, 50 << 20), "gaussian")
     """
     few = b <= FEW
-    features = next(f for f in onepass.FEATURES if d <= f)
-    tile = onepass.tile(features, few)
+    features = next((f for f in onepass.FEATURES if d <= f), None)
+    tile = None if features is None else onepass.tile(dtype, features, few)
+    if features is None or tile is None or kernel == "log":
+        return None
     tiles_n = -(-n // tile.n)
     # Of a query: sums of each part, at most twice as many as there must be, and marks.
     each = (4 * d + 48 + 4 * tile.n) * -(-tiles_n // onepass.RUN) * 2
@@ -88,8 +87,9 @@ def one_pass(b: int, n: int, d: int, machine: Machine) -> OnePass:
 
 
 def chunked(
-    b: int, n: int, d: int, dtype: torch.dtype, machine: Machine, products: int = 1
-) -> Chunked:
+    b: int, n: int, d: int, dtype: torch.dtype, machine: Machine, kernel: str = "gaussian",
+    products: int = 1,
+) -> Chunked:  # fmt: skip
     """For b queries and n rows of d features. products: of each pair that are kept.
 
     >>> chunked(1, 50_000, 3072, torch.bfloat16, Machine(132, 50 << 20))
@@ -98,8 +98,8 @@ def chunked(
     few = b <= FEW
     dots = dots_tile(few, dtype, "tf32x3")
     size = element_size(dtype)
-    rows = CHUNKS[0]
-    for chunk in CHUNKS[1:]:
+    rows, *more = chunks(kernel)
+    for chunk in more:
         if chunk * d * size <= machine.l2_bytes // 2:
             rows = chunk
     queries = min(b, max(dots.b, WORKSPACE // (4 * products * rows) // dots.b * dots.b))

@@ -11,6 +11,7 @@ from memokern.kernels.common import (
     A1,
     A2,
     COMMON,
+    DOT,
     E0,
     E1,
     E2,
@@ -23,6 +24,7 @@ from memokern.kernels.common import (
     MODE,
     NUMBERS,
     SOFT,
+    XO,
     operand,
     power_of_two,
     product_errors,
@@ -84,7 +86,8 @@ def queries_kernel(
     # The largest feature becomes 128 to 256: float16 then keeps 22 bits of all that matter.
     p2 = tl.where(known, power_of_two(tl.max(top, 0)), 1.0)
     norm, a = tl.sqrt(sxx), tl.abs(b_alpha)
-    a1 = b_alpha * unit * scale * (p2.to(tl.float64) / 128.0)
+    dot = scale * (p2.to(tl.float64) / 128.0)
+    a1 = b_alpha * unit * dot
     a2 = 0.5 * b_alpha * b_alpha * unit
     common = (0.5 * sxx - b_alpha * sxo) * unit
     hit = 4.5e-16 * a * (tl.sqrt(soo) + tl.sqrt(scc))
@@ -106,6 +109,8 @@ def queries_kernel(
     tl.store(to + E2 * B, tl.where(known, e2, 0.0))
     tl.store(to + E3 * B, tl.where(known, e3, 0.0))
     tl.store(to + MODE * B, mode.to(tl.float64))
+    tl.store(to + DOT * B, tl.where(known & fits, dot, 0.0))
+    tl.store(to + XO * B, tl.where(known, sxo, 0.0))
 
     for d in range(0, D, BLOCK_D):
         o_d = d + tl.arange(0, BLOCK_D)

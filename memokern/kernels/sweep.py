@@ -17,11 +17,12 @@ def posterior(
 ) -> None:  # fmt: skip
     """Into out: mean [B, D] float32, log_z, mean_logit, mean_bias and weight_sq [B] float64."""
     b, d = q.x.shape
-    if planner.in_one_pass(d, kernel):
-        _one_pass(q, data, planner.one_pass(b, data.n, d, machine), precision, out)
-        return
-    plan = planner.chunked(b, data.n, d, data.rows.dtype, machine)
-    chunked.posterior(q, data, plan, kernel, precision, out)
+    size = (b, data.n, d, data.rows.dtype, machine, kernel)
+    plan = planner.one_pass(*size)
+    if plan is not None:
+        _one_pass(q, data, plan, precision, out)
+    else:
+        chunked.posterior(q, data, planner.chunked(*size), kernel, precision, out)
 
 
 def _one_pass(

@@ -34,7 +34,6 @@ from memokern.kernels.common import (
 from memokern.kernels.variant import POINTERS, ROW_TYPES, Variant, row_name
 
 STRIPS = 16
-CHUNKS = (256, 1024, 4096)  # rows of a chunk, at most
 
 
 @triton.jit
@@ -174,6 +173,16 @@ def weigh_kernel(
     tl.store(state + SW2 * b + i_b, sw0 * f * f + tl.sum(tl.sum(p * p, 1), 0))
 
 
+def chunks(kernel: str) -> tuple[int, ...]:
+    """Rows of a chunk, at most. The log kernel's logarithms in float64 fill the registers."""
+    return (256, 1024) if kernel == "log" else (256, 1024, 4096)
+
+
+def warps(chunk: int) -> int:
+    """Of a program that owns a chunk of so many rows."""
+    return {256: 4, 1024: 8, 4096: 16}[chunk]
+
+
 def variant(rows: torch.dtype, chunk: int, has_bias: bool, kernel: str) -> Variant:
     """For chunks of up to `chunk` rows."""
     return Variant(
@@ -189,7 +198,7 @@ def variant(rows: torch.dtype, chunk: int, has_bias: bool, kernel: str) -> Varia
             "HAS_BIAS": has_bias, "IS_LOG": kernel == "log", "STRIPS": STRIPS,
             "WIDTH": chunk // STRIPS, "BLOCK_D": 64,
         },
-        num_warps=16 if chunk > 1024 else 4,
+        num_warps=warps(chunk),
         aligned=("dots", "sq_norms", "bias", "table", "x", "rows", "numbers", "n", "D", "stride_n"),
     )  # fmt: skip
 
@@ -199,7 +208,7 @@ def variants() -> list[Variant]:
     return [
         variant(t, chunk, has_bias, kernel)
         for t in ROW_TYPES
-        for chunk in CHUNKS
-        for has_bias in (False, True)
         for kernel in ("gaussian", "log")
+        for chunk in chunks(kernel)
+        for has_bias in (False, True)
     ]
