@@ -130,9 +130,9 @@ def _of_hip(code: Any, target: Target) -> tuple[int, int, str]:
         found = re.search(rf"\.{name}:\s+(\d+)", text)
         return int(found[1]) if found else 0
 
-    # .vgpr_count is that of both register files, which are one on this machine.
-    spills = field("vgpr_spill_count") + field("sgpr_spill_count")
-    return field("vgpr_count"), 4 * spills, text
+    # .vgpr_count is that of both register files, which are one on this machine. Scalar registers
+    # spill into vector registers; the private segment is what goes to memory.
+    return field("vgpr_count"), field("private_segment_fixed_size"), text
 
 
 def occupancy(target: Target, registers: int, shared: int, num_warps: int) -> float:

@@ -18,6 +18,7 @@ from torch import Tensor
 from memokern import env
 from memokern.backends import reference
 from memokern.backends.native import check_rows, queries_of, wide
+from memokern.backends.triton_inputs import numbers
 
 _F64 = torch.float64
 
@@ -91,15 +92,14 @@ def _prepared(
 
     check_rows(rows, center, sq_norms)
     q, numbers_of_each, b = queries_of(x, rows, *columns, bias)
-    numbers = torch.full((2,), shift, dtype=_F64, device=x.device)
-    numbers[0].fill_(scale)
+    units = numbers(scale, shift, x.device)
     center, sq_norms = wide(center), wide(sq_norms)
     if center is None or sq_norms is None:
         # The mean of a few rows centres well enough, and any center is right.
         step = max(1, rows.shape[0] // 64)
         center = rows[: 64 * step : step].to(_F64).mean(0) * scale + shift
-        sq_norms = row_norms(rows, center, numbers)
-    queries = Queries(q, rows, numbers_of_each, center, numbers, kernel, _precision())
+        sq_norms = row_norms(rows, center, units)
+    queries = Queries(q, rows, numbers_of_each, center, units, kernel, _precision())
     return queries, Rows(rows, sq_norms, b)
 
 

@@ -252,7 +252,7 @@ def tile(rows: torch.dtype, features: int, few: bool) -> Tile | None:
     most = (64 if few else 32) if rows == torch.float32 else (128 if few else 64)
     if features > most:
         return None
-    return Tile(16, 64, 4, 3) if few else Tile(64, 32, 4, 3)
+    return Tile(16, 32 if rows == torch.float32 else 64, 4, 3) if few else Tile(64, 32, 4, 3)
 
 
 def sweep_variant(rows: torch.dtype, features: int, few: bool, has_bias: bool, precision: str) -> Variant:
