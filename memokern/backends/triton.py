@@ -60,6 +60,26 @@ def detail() -> str:
     return f"Triton {triton.__version__}, {where}; float64 goes to the reference"
 
 
+# --- lists of rows: memokern/backends/triton_select.py -------------------------------------------
+
+
+def _select(name: str) -> Any:
+    def call(*args: Any) -> Any:
+        from memokern.backends import triton_select
+
+        return getattr(triton_select, name)(*args)
+
+    return call
+
+
+nearest = _select("nearest")
+posterior_on_support = _select("posterior_on_support")
+posterior_on_support_backward = _select("posterior_on_support_backward")
+
+
+# --- the posterior -------------------------------------------------------------------------------
+
+
 def _is_double(x: Tensor, rows: Tensor) -> bool:
     """Whether a call is computed in float64, for which there is no kernel."""
     return _F64 in (x.dtype, rows.dtype)

@@ -30,7 +30,7 @@ from memokern.kernels.common import (
     store_terms,
 )
 from memokern.kernels.variant import POINTERS, ROW_TYPES, Variant, row_name
-from memokern.kernels.weigh import STRIPS, chunks, warps
+from memokern.kernels.weigh import STRIPS, chunks, registers, warps
 
 # Sums over the rows, [SUMS, b] float64; w: weights, h: what multiplies d w, q = w (...): what
 # multiplies d l, c: d l / d x = c (alpha y - x) / sigma^2. Of w, w <g, y - mean> / T (zero but for
@@ -303,6 +303,7 @@ def coefficients_variant(rows: torch.dtype, chunk: int, has_bias: bool, kernel: 
             "WIDTH": chunk // STRIPS, "BLOCK_D": 32,
         },
         num_warps=warps(chunk),
+        registers=registers(chunk),
         aligned=("dots", "dots_g", "sq_norms", "bias", "x", "mean", "grad_mean", "rows", "center",
                  "near", "n", "D", "stride_n"),
     )  # fmt: skip

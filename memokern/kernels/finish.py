@@ -8,11 +8,13 @@ import triton.language as tl
 from torch import Tensor
 
 from memokern.kernels.common import (
+    COMMON,
     HARD,
     KEY,
     LOG,
     MODE,
     SB,
+    SOFT,
     ST,
     SW2,
     M,
@@ -21,7 +23,7 @@ from memokern.kernels.common import (
 from memokern.kernels.queries import Queries
 from memokern.kernels.variant import POINTERS, ROW_TYPES, Variant, row_name
 
-_BLOCK_D = 256
+_BLOCK_D = 128
 
 
 @triton.jit
@@ -58,7 +60,7 @@ def finish_kernel(
     mean,  # [total, D] out
     log_z, mean_logit, mean_bias, weight_sq,  # [total] out
     total, b0, B, D, states, parts, offset,
-    BLOCK_D: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Parts joined, by the monoid, to the results. One program owns a query and BLOCK_D features.
     states: as many as parts, or 1 where all parts are relative to the same m."""
@@ -68,30 +70,40 @@ def finish_kernel(
     p_s = state + i_b
     inf = float("inf")
     step = tl.cast(B, tl.int64) * 6
-    key = tl.load(p_s + KEY * B)
-    for i in range(1, states):
-        key = tl.minimum(key, tl.load(p_s + i * step + KEY * B))
-    m = tl.load(p_s + M * B) * 0.0 - inf
-    for i in range(0, states):
-        counts = (tl.load(p_s + i * step + KEY * B) == key) & (key < inf)
-        m = tl.maximum(m, tl.where(counts, tl.load(p_s + i * step + M * B), -inf))
+    # PARTS at a time, since there may be thousands.
+    o_p = tl.arange(0, PARTS)
+    least = tl.full([PARTS], inf, tl.float64)
+    for i in range(0, states, PARTS):
+        at = p_s + (i + o_p) * step
+        least = tl.minimum(least, tl.load(at + KEY * B, mask=i + o_p < states, other=inf))
+    key = tl.min(least, 0)
+    most = tl.full([PARTS], -inf, tl.float64)
+    for i in range(0, states, PARTS):
+        at, mask = p_s + (i + o_p) * step, i + o_p < states
+        counts = (tl.load(at + KEY * B, mask=mask, other=inf) == key) & (key < inf)
+        most = tl.maximum(most, tl.where(counts, tl.load(at + M * B, mask=mask, other=-inf), -inf))
+    m = tl.max(most, 0)
     m = tl.where(m == -inf, 0.0, m)
-    s = m * 0.0
-    st, sb, sw2 = s, s, s
+    z_s = tl.zeros([PARTS], tl.float64)
+    z_st, z_sb, z_sw = z_s, z_s, z_s
     total_acc = tl.zeros([BLOCK_D], tl.float64)
-    for i in range(0, parts):
-        at = p_s + tl.minimum(i, states - 1) * step
-        counts = (tl.load(at + KEY * B) == key) & (key < inf)
-        gap = tl.where(counts, tl.load(at + M * B) - m, -inf)
-        f = tl.exp(gap)
-        part = tl.load(acc + (tl.cast(i, tl.int64) * B + i_b) * D + o_d, mask=(o_d < D) & (f > 0.0), other=0.0)
-        total_acc += part.to(tl.float64) * f
-        if i < states:
-            s_i = tl.load(at + S * B)
-            s += f * s_i
-            st += tl.where(f > 0.0, f * (tl.load(at + ST * B) + s_i * tl.where(f > 0.0, gap, 0.0)), 0.0)
-            sb += f * tl.load(at + SB * B)
-            sw2 += f * f * tl.load(at + SW2 * B)
+    for i in range(0, parts, PARTS):
+        at = p_s + tl.minimum(i + o_p, states - 1) * step
+        counts = (tl.load(at + KEY * B) == key) & (key < inf) & (i + o_p < parts)
+        gap = tl.where(counts, tl.load(at + M * B), m) - m
+        f = tl.where(counts, tl.exp(gap), 0.0)
+        p_a = acc + ((i + o_p).to(tl.int64) * B + i_b)[:, None] * D + o_d[None, :]
+        mask = (f > 0.0)[:, None] & (o_d < D)[None, :]
+        part = tl.load(p_a, mask=mask, other=0.0).to(tl.float64)
+        total_acc += tl.sum(part * f[:, None], 0)
+        # Of a state that all parts share, once.
+        f = tl.where(i + o_p < states, f, 0.0)
+        s_i = tl.load(at + S * B)
+        z_s += f * s_i
+        z_st += f * (tl.load(at + ST * B) + s_i * gap)
+        z_sb += f * tl.load(at + SB * B)
+        z_sw += f * f * tl.load(at + SW2 * B)
+    s, st, sb, sw2 = tl.sum(z_s, 0), tl.sum(z_st, 0), tl.sum(z_sb, 0), tl.sum(z_sw, 0)
 
     to = b0 + i_b
     mode = tl.load(table + MODE * total + to).to(tl.int32)
@@ -108,8 +120,8 @@ def finish_kernel(
         # Of a soft query m is relative to what all rows share; at a limit it lacks the distance.
         hard = mode == HARD
         beyond = tl.where(hard & (key > 0.0), -0.5 * (key / b_sigma) / b_sigma, 0.0)
-        common = tl.load(table + 3 * total + to)
-        beyond = tl.where(mode == 0, -b_t * common, beyond)
+        common = tl.load(table + COMMON * total + to)
+        beyond = tl.where(mode == SOFT, -b_t * common, beyond)
         hit = (mode == LOG) & (key == 0.0)
         tl.store(log_z + to, tl.where(lost, nan, tl.where(hit, inf, lse + beyond)))
         tl.store(mean_logit + to, tl.where(lost, nan, tl.where(hit, inf, logit + beyond)))
@@ -140,7 +152,7 @@ def finish_variant() -> Variant:
             "mean_logit": "*fp64", "mean_bias": "*fp64", "weight_sq": "*fp64", "total": "i32",
             "b0": "i32", "B": "i32", "D": "i32", "states": "i32", "parts": "i32", "offset": "fp32",
         },
-        constexprs={"BLOCK_D": _BLOCK_D},
+        constexprs={"PARTS": 16, "BLOCK_D": _BLOCK_D},
         aligned=("state", "acc", "table", "sigma", "temperature", "numbers", "mean", "log_z",
                  "mean_logit", "mean_bias", "weight_sq", "D"),
     )  # fmt: skip

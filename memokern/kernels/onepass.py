@@ -276,6 +276,7 @@ def sweep_variant(rows: torch.dtype, features: int, few: bool, has_bias: bool, p
         num_warps=size.warps, num_stages=size.stages,
         aligned=("terms", "rows", "sq_norms", "bias", "table", "state", "acc", "bits", "D",
                  "stride_n"),
+        registers=255,
         matrix=how.terms > 1 or precision != "ieee",
     )  # fmt: skip
 

@@ -183,6 +183,11 @@ def warps(chunk: int) -> int:
     return {256: 4, 1024: 8, 4096: 16}[chunk]
 
 
+def registers(chunk: int) -> int:
+    """That a thread of it may use: all of a multiprocessor's, shared by its threads."""
+    return min(255, 2048 // warps(chunk))
+
+
 def variant(rows: torch.dtype, chunk: int, has_bias: bool, kernel: str) -> Variant:
     """For chunks of up to `chunk` rows."""
     return Variant(
@@ -199,6 +204,7 @@ def variant(rows: torch.dtype, chunk: int, has_bias: bool, kernel: str) -> Varia
             "WIDTH": chunk // STRIPS, "BLOCK_D": 64,
         },
         num_warps=warps(chunk),
+        registers=registers(chunk),
         aligned=("dots", "sq_norms", "bias", "table", "x", "rows", "numbers", "n", "D", "stride_n"),
     )  # fmt: skip
 
