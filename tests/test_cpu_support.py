@@ -11,27 +11,9 @@ import math
 import pytest
 import torch
 from kernel_cases import F32, F64, ROW_TYPES, column, cpu, make
-from support_cases import Plain, check_lists, lists, logits, on_lists, scan
+from support_cases import Plain, check_lists, lists, logits, near, on_lists, scan, spread
 
 DIMS, EDGES = [8, 12, 16, 24], [8, 10, 12, 16, 24, 32]
-
-
-def spread(n: int, d: int, seed: int, kind: str = "random") -> torch.Tensor:
-    """[n, d] float32 rows with a few directions of large variance."""
-    g = torch.Generator().manual_seed(seed)
-    y = torch.randn(n, d, dtype=F64, generator=g) * torch.linspace(3, 0.1, d, dtype=F64)
-    if kind == "clustered":  # sorted: the last cluster's rows come last
-        y = 0.05 * y + 3 * torch.randn(8, d, dtype=F64, generator=g)[torch.arange(n) * 8 // n]
-    if kind == "duplicated":
-        y[n // 3 :] = y[torch.arange(n - n // 3) % max(n // 3, 1)]
-    return y.to(F32)
-
-
-def near(rows, b: int, sigma: float, alpha: float, seed: int, x_dtype=F32) -> torch.Tensor:
-    g = torch.Generator().manual_seed(seed)
-    pick = torch.randint(0, len(rows), (b,), generator=g)
-    noise = torch.randn(b, rows.shape[1], dtype=F64, generator=g)
-    return (alpha * rows.to(F64)[pick] + sigma * noise).to(x_dtype)
 
 
 @pytest.mark.parametrize("half", [True, False], ids=["float16", "float32"])

@@ -44,7 +44,7 @@ INSIDE = {
     "kernels": [
         ["variant", "rows"],
         ["common"],
-        ["nearest", "products", "queries", "support", "weigh"],
+        ["nearest", "products", "queries", "scan", "support", "weigh"],
         ["backward", "finish", "onepass"],
         ["backward_ends", "planner"],
         ["chunked", "gradient"],

@@ -112,6 +112,23 @@ def key_error(size: Tensor, c: Centred, d: int, scale: float, precision: str) ->
 # --- sums over lists ----------------------------------------------------------------------------
 
 
+def pairs(
+    x: Tensor, rows: Tensor, alpha: Tensor, unit: Tensor, query: Tensor, index: Tensor,
+    grad_mean: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """r^2, <g, y>, <x - alpha y, y> [M] of these queries and rows; the last two with grad_mean
+    only. unit: the rows' scale and shift."""
+    m = len(index)
+    r2, gy, xy = (torch.empty(m, dtype=_F64, device=x.device) for _ in range(3))
+    variant = support.pairs_variant(rows.dtype, grad_mean is not None)
+    variant.launch(
+        (-(-m // variant.constexprs["BLOCK_M"]),), x.device, x=x, rows=rows, numbers=unit,
+        alpha=alpha, grad_mean=unit if grad_mean is None else grad_mean, query=query, index=index,
+        r2=r2, gy=gy, xy=xy, M=m, D=x.shape[1], N=len(rows), stride_n=stride_of(rows),
+    )  # fmt: skip
+    return r2, gy, xy
+
+
 class _Lists:
     """Checked arguments of the operations on lists, and what both directions do with them."""
 
@@ -153,17 +170,7 @@ class _Lists:
 
     def pairs(self, grad_mean: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """r^2, <g, y>, <x - alpha y, y> [M]; the last two with grad_mean only."""
-        m = len(self.index)
-        out = [torch.empty(m, dtype=_F64, device=self.device) for _ in range(3)]
-        variant = support.pairs_variant(self.rows.dtype, grad_mean is not None)
-        variant.launch(
-            (-(-m // variant.constexprs["BLOCK_M"]),), self.device,
-            x=self.x, rows=self.rows, numbers=self.numbers, alpha=self.alpha,
-            grad_mean=self.numbers if grad_mean is None else grad_mean,
-            query=self.query, index=self.index, r2=out[0], gy=out[1], xy=out[2],
-            M=m, D=self.d, N=len(self.rows), stride_n=stride_of(self.rows),
-        )  # fmt: skip
-        return out[0], out[1], out[2]
+        return pairs(self.x, self.rows, self.alpha, self.numbers, self.query, self.index, grad_mean)
 
     def _per_query(self) -> dict[str, Tensor | int]:
         return {

@@ -9,7 +9,7 @@ from memokern.kernels.variant import Variant
 # The modules that have kernels of their own.
 MODULES = (
     "queries", "onepass", "products", "weigh", "finish", "backward", "backward_ends",
-    "nearest", "support",
+    "nearest", "scan", "support",
 )  # fmt: skip
 
 

@@ -150,7 +150,9 @@ def support_weights_kernel(
         tl.store(w + o_i, tl.where(some, b_w / total, 0.0), mask=mask)
     mean = tl.sum(b_st, 0) / total
     E, more = T * (m + mean), T * (tl.log(total) - mean)
-    away = tl.where(hard & (key > 0), 0.5 * (key / tl.load(sigma + i_b)) / tl.load(sigma + i_b), 0.0)
+    away = tl.where(
+        hard & (key > 0), 0.5 * (key / tl.load(sigma + i_b)) / tl.load(sigma + i_b), 0.0
+    )
     to = stats + i_b
     tl.store(to, tl.where(some, E + more - away, -float("inf")))
     tl.store(to + B, tl.where(some, E - away, float("nan")))
