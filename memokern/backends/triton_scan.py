@@ -31,7 +31,7 @@ def bound_scan(
     coarse: Tensor, fine: Tensor, z: Tensor, norms: Tensor, margin: Tensor, sq: Tensor,
     dims: list[int], first_band: list[int], eps: float, cap: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The rows that can matter to each query; see :mod:`memokern.ops_support` for what is proven."""
+    """The rows that can matter to each query; :mod:`memokern.ops_support` says what is proven."""
     if refusal(x, rows) is not None:
         return reference.bound_scan(
             x, rows, sigma, alpha, temperature, bias, center, sq_norms, scale, shift, coarse, fine,

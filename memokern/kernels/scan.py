@@ -1,9 +1,9 @@
 """Bounds on every logit from a few coordinates of a row, and the rows that they leave.
 
 As in csrc/bounds-inl.h, whose derivation and units these are: with a = |alpha|,
-s_n = a <xc, yc_n> - a^2 |yc_n|^2 / 2 + sigma^2 b_n is bounded from above by the coordinates' part of
-the product and a |x_b||y_b| for each band beyond them; a row is dropped when its bound lies below
-`least`, which the launcher has lowered by all that rounding can do.
+s_n = a <xc, yc_n> - a^2 |yc_n|^2 / 2 + sigma^2 b_n is bounded from above by the coordinates' part
+of the product and a |x_b||y_b| for each band beyond them; a row is dropped when its bound lies
+below `least`, which the launcher has lowered by all that rounding can do.
 
 `scan_level0_kernel` evaluates the first level of the ladder for all rows and is launched three
 times: for a promising row of every block, whose exact logit is then a lower bound on the best one;
@@ -140,7 +140,7 @@ def level0_variant(step: int, biased: bool, few: bool) -> Variant:
         f" B{block_b}",
         kernel=scan_level0_kernel,
         signature={
-            **{name: "*fp32" for name in floats}, "place": "*i64", "query": "*i64",
+            **dict.fromkeys(floats, "*fp32"), "place": "*i64", "query": "*i64",
             "index": "*i64", "B": "i32", "N": "i32", "k0": "i32", "K": "i32", "stride_n": "i32",
         },
         constexprs={
@@ -159,7 +159,7 @@ def climb_variant(dtype: torch.dtype) -> Variant:
         signature={
             "coarse": "*fp32", "fine": POINTERS[dtype], "xs": "*fp32", "norms": "*fp32",
             "query": "*i64", "index": "*i64", "up": "*fp32", "M": "i32", "F": "i32",
-            **{name: "i32" for name in ("stride_n", "k0", "bands", "k1", "k2", "b1", "b2")},
+            **dict.fromkeys(("stride_n", "k0", "bands", "k1", "k2", "b1", "b2"), "i32"),
             "pad": "fp32",
         },
         constexprs={"BLOCK_M": 64, "BLOCK_K": 32},

@@ -288,7 +288,7 @@ def weights_variant(biased: bool) -> Variant:
         name=f"support_weights {'bias' if biased else 'plain'}",
         kernel=support_weights_kernel,
         signature={
-            **{name: "*fp64" for name in floats}, "index": "*i64", "start": "*i64",
+            **dict.fromkeys(floats, "*fp64"), "index": "*i64", "start": "*i64",
             "mode": "*i32", "B": "i32",
         },
         constexprs={"HAS_BIAS": biased, "BLOCK": 512},
@@ -306,7 +306,7 @@ def coefficients_variant(biased: bool) -> Variant:
         name=f"support_coefficients {'bias' if biased else 'plain'}",
         kernel=support_coefficients_kernel,
         signature={
-            **{name: "*fp64" for name in floats}, "index": "*i64", "start": "*i64",
+            **dict.fromkeys(floats, "*fp64"), "index": "*i64", "start": "*i64",
             "mode": "*i32", "B": "i32",
         },
         constexprs={"HAS_BIAS": biased, "BLOCK": 512},
