@@ -8,8 +8,9 @@ the device: it can be captured in a CUDA graph, after a first call outside of on
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
-import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -57,7 +58,7 @@ def detail() -> str:
     import triton
 
     where = "interpreted on the CPU" if interpreted() else torch.cuda.get_device_name()
-    return f"Triton {triton.__version__}, {where}; float64 goes to the reference"
+    return f"Triton {triton.__version__}, {where}; float64, and more than 64 neighbours, go to the reference"
 
 
 # --- lists of rows: memokern/backends/triton_select.py -------------------------------------------
@@ -174,3 +175,18 @@ def posterior_backward(
             [grad_x, *out, grad_bias],
         )  # fmt: skip
     return grad_x, out[0], out[1], out[2], grad_bias
+
+
+def _from(module: str, name: str) -> Callable[..., Any]:
+    """An operation whose launcher imports Triton, which must wait for the first call."""
+
+    def run(*args: Any) -> Any:
+        return getattr(importlib.import_module(f"memokern.backends.{module}"), name)(*args)
+
+    return run
+
+
+nearest = _from("triton_select", "nearest")
+posterior_on_support = _from("triton_select", "posterior_on_support")
+posterior_on_support_backward = _from("triton_select", "posterior_on_support_backward")
+bound_scan = _from("triton_scan", "bound_scan")
