@@ -1,8 +1,8 @@
 """Every kernel compiled ahead of time, for machines that need not be there.
 
-Registers and spills are the assembler's own report, shared memory the compiler's; occupancy is
-computed from them and from what a multiprocessor has. Needs Triton, and no GPU. Triton must not be
-interpreting: run it as a process of its own, ``python -m bench.aot --help``.
+Registers and spills are read from the machine code, shared memory is the compiler's word; occupancy
+is computed from them and from what a multiprocessor has. Needs Triton, and no GPU. Triton must not
+be interpreting: run it as a process of its own, ``python -m bench.aot --help``.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from bench.resources import page, words
 from memokern.kernels import listing
 from memokern.kernels.variant import Variant
 
@@ -90,7 +91,7 @@ def resources(variant: Variant, target: Target) -> Resources:
     """Compile, and read what the assembler says."""
     code = compiled(variant, target)
     read = _of_cuda if target.vendor == "cuda" else _of_hip
-    registers, spills, text = read(code, target)
+    registers, spills, text = read(code, variant.matrix)
     found = re.search(rf"(?:{target.matrix})[\w.]*", text)
     shared = int(code.metadata.shared)
     return Resources(
@@ -99,31 +100,28 @@ def resources(variant: Variant, target: Target) -> Resources:
     )  # fmt: skip
 
 
-def _of_cuda(code: Any, target: Target) -> tuple[int, int, str]:
+def _of_cuda(code: Any, matrix: bool) -> tuple[int, int, str]:
+    """From the machine code itself. Without arrays, a stack holds what is spilled only."""
     import triton
-    from triton.backends.nvidia.compiler import get_ptxas
 
     with tempfile.TemporaryDirectory() as folder:
-        ptx, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
-        ptx.write_text(code.asm["ptx"])
+        cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(code.asm["cubin"])
-        arch = re.search(r"\.target (sm_\w+)", code.asm["ptx"])
-        assert arch is not None
-        log = subprocess.run(
-            [get_ptxas(target.arch).path, "-v", "--regAllocOptLevel=2", f"--gpu-name={arch[1]}",
-             str(ptx), "-o", os.devnull],
-            check=True, capture_output=True, text=True,
-        ).stderr  # fmt: skip
-        text = subprocess.run(
-            [triton.knobs.nvidia.nvdisasm.path, "-c", str(cubin)],
-            check=True, capture_output=True, text=True,
-        ).stdout  # fmt: skip
-    used = re.search(r"Used (\d+) registers", log)
-    assert used is not None, log
-    return int(used[1]), sum(map(int, re.findall(r"(\d+) bytes spill", log))), text
+
+        def said(tool: str, *flags: str) -> str:
+            return subprocess.run(
+                [tool, *flags, str(cubin)], check=True, capture_output=True, text=True
+            ).stdout
+
+        usage = said(triton.knobs.nvidia.cuobjdump.path, "-res-usage")
+        # Disassembling takes as long as compiling.
+        text = said(triton.knobs.nvidia.nvdisasm.path, "-c") if matrix else ""
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found is not None, usage
+    return int(found[1]), int(found[2]), text
 
 
-def _of_hip(code: Any, target: Target) -> tuple[int, int, str]:
+def _of_hip(code: Any, matrix: bool) -> tuple[int, int, str]:
     text = code.asm["amdgcn"]
 
     def field(name: str) -> int:
@@ -157,11 +155,36 @@ def _one(name: str, target: str) -> dict[str, Any]:
         return {"variant": name, "target": target, "error": f"{type(error).__name__}: {error}"}
 
 
-def table(names: list[str], targets: list[str], workers: int) -> list[dict[str, Any]]:
-    """The resources of all these, as plain rows; a row has "error" where it does not compile."""
-    pairs = [(n, t) for n in names for t in targets]
+def table(pairs: list[tuple[str, str]], workers: int) -> list[dict[str, Any]]:
+    """The resources of these variants on these targets, by their names, as plain rows; a row has
+    "error" where it does not compile."""
     with concurrent.futures.ProcessPoolExecutor(workers) as pool:
         return list(pool.map(_one, *zip(*pairs, strict=True))) if pairs else []
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row of the table to read."""
+    if "error" in row:
+        return f"{row['variant']:<40} {row['target']:<7} {row['error']}"
+    return (
+        "{variant:<40} {target:<7} {registers:>4} registers {spills:>5} B spilled "
+        "{shared:>7} B shared {occupancy:>6.1%} {matrix}".format(**row)
+    )
+
+
+def problem(row: dict[str, Any], chosen: list[Variant]) -> str | None:
+    """Why a variant may not be in the list, or None."""
+    target = TARGETS[row["target"]]
+    wanted = next(v.matrix for v in chosen if v.name == row["variant"])
+    if "error" in row:
+        return str(row["error"])
+    if row["spills"]:
+        return f"{row['spills']} bytes spilled"
+    if row["shared"] > target.shared:
+        return f"{row['shared']} bytes of shared memory, where a block may use {target.shared}"
+    if wanted and not row["matrix"]:
+        return "its products are not on the matrix cores"
+    return None
 
 
 def main() -> None:
@@ -169,21 +192,31 @@ def main() -> None:
     parser.add_argument("words", nargs="*", help="only variants whose name has all these words")
     parser.add_argument("--target", action="append", choices=list(TARGETS))
     parser.add_argument("--json", action="store_true")
+    parser.add_argument(
+        "--markdown", type=Path, metavar="FILE", help="write the page of all kernels"
+    )
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         sys.exit("Triton is interpreting, and then compiles nothing: unset TRITON_INTERPRET")
-    names = [v.name for v in listing.variants() if all(w in v.name for w in args.words)]
-    rows = table(names, args.target or list(TARGETS), args.workers)
+    chosen = [v for v in listing.variants() if all(w in v.name for w in args.words)]
+    targets = args.target or list(TARGETS)
+    rows = table([(v.name, t) for v in chosen for t in targets], args.workers)
     if args.json:
         print(json.dumps(rows))
         return
     for row in rows:
-        if "error" in row:
-            print(f"{row['variant']:<40} {row['target']:<7} {row['error']}")
-        else:
-            print("{variant:<40} {target:<7} {registers:>4} registers {spills:>5} B spilled "
-                  "{shared:>7} B shared {occupancy:>6.1%} {matrix}".format(**row))  # fmt: skip
+        print(line(row))
+    bad = [row for row in rows if problem(row, chosen)]
+    for row in bad:
+        print(f"{row['variant']} on {row['target']}: {problem(row, chosen)}", file=sys.stderr)
+    if bad:
+        sys.exit(f"{len(bad)} of {len(rows)} are no good")
+    if args.markdown:
+        import triton
+
+        text = page(rows, {v.name: words(v) for v in chosen}, triton.__version__)
+        args.markdown.write_text(text)
 
 
 if __name__ == "__main__":

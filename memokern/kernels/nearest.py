@@ -21,7 +21,7 @@ PRECISION = "tf32x3"  # of the first product: three products of tf32, or "ieee"
 _GROUPS_AT_ONCE = 256  # least keys read at a time
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "N"])
 def nearest_groups_kernel(
     xc,  # [B, D] centred queries
     rows,  # [N, D]
@@ -57,7 +57,7 @@ def nearest_groups_kernel(
     tl.store(least + o_b * tl.cdiv(N, GROUP) + i_g, b_least, mask=mask_b)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "parts", "k"])
 def nearest_exact_kernel(
     x,  # [B, D]
     rows,  # [N, D]

@@ -23,7 +23,7 @@ SOFT, HARD, LOST = 0, 1, 3
 _SOFT, _HARD = tl.constexpr(SOFT), tl.constexpr(HARD)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "N"])
 def support_pairs_kernel(
     x,  # [B, D]
     rows,  # [N, D]
@@ -80,7 +80,7 @@ def _bias_of(bias, index, o_i, mask, HAS_BIAS: tl.constexpr):
     return b
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def support_weights_kernel(
     r2,  # [M]
     index,  # [M]
@@ -162,7 +162,7 @@ def support_weights_kernel(
     tl.store(to + 5 * B, tl.where(some, more, 0.0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def support_coefficients_kernel(
     w, r2, gy, xy,  # [M]; gy is overwritten
     index,  # [M]
@@ -231,7 +231,7 @@ def support_coefficients_kernel(
     tl.store(out + 3 * B + i_b, tl.sum(b_total, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "parts"])
 def support_sum_kernel(
     w,  # [M]
     index,  # [M]

@@ -52,10 +52,9 @@ class Variant(NamedTuple):
             return
         # Triton launches on the current device, which need not be the tensors'.
         guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+        vendor = "hip" if torch.version.hip else "cuda"
         with guard:
-            self.kernel[grid](
-                **args, **self.constexprs, **self.options("hip" if torch.version.hip else "cuda")
-            )
+            self.kernel[grid](**args, **self.on(vendor).constexprs, **self.options(vendor))
 
     def options(self, vendor: str) -> dict[str, int]:
         """How the compiler is called, for ``"cuda"`` or ``"hip"``."""
