@@ -156,16 +156,15 @@ def test_identities(d: int) -> None:
     torch.testing.assert_close(twice[4], first[4] / 2, rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("d", [1, 40, 140])
-@pytest.mark.parametrize("dtype", [F32, torch.bfloat16])
+@pytest.mark.parametrize("d,dtype", [(1, F32), (40, torch.bfloat16), (140, F32)])
 def test_limit_of_small_sigma(d: int, dtype: torch.dtype) -> None:
     g = torch.Generator().manual_seed(1)
-    rows = torch.randn(300, d, generator=g).to(dtype)
-    rows[200] = rows[7]
+    rows = torch.randn(70, d, generator=g).to(dtype)
+    rows[60] = rows[7]
     x = rows[torch.arange(3) + 5].float() + 1e-3 * torch.randn(3, d, generator=g)
     x[-1] = rows[7].float()
-    bias = torch.zeros(300, dtype=F64)
-    bias[200] = math.log(3)
+    bias = torch.zeros(70, dtype=F64)
+    bias[60] = math.log(3)
     got, _ = run(x, rows, 0.0, bias=bias)
     r2 = (x[:, None].double() - rows[None].double()).square().sum(-1)
     near = r2.argmin(1)

@@ -252,7 +252,9 @@ def tile(rows: torch.dtype, features: int, few: bool) -> Tile | None:
     most = (64 if few else 32) if rows == torch.float32 else (128 if few else 64)
     if features > most:
         return None
-    return Tile(16, 32 if rows == torch.float32 else 64, 4, 3) if few else Tile(64, 32, 4, 3)
+    if not few:
+        return Tile(64, 32, 4, 3)
+    return Tile(16, 32 if rows == torch.float32 or features == 128 else 64, 4, 3)
 
 
 def sweep_variant(rows: torch.dtype, features: int, few: bool, has_bias: bool, precision: str) -> Variant:
@@ -312,8 +314,9 @@ def variants() -> list[Variant]:
         for few in (True, False)
         if (size := tile(t, d, few)) is not None
     ]
+    widths = {(t, d, size.n): None for t, d, _, size in fits}  # in order, each once
     return [
-        *(exact_variant(t, d, size.n, bias) for t, d, _, size in fits for bias in (False, True)),
+        *(exact_variant(t, d, n, bias) for t, d, n in widths for bias in (False, True)),
         *(
             sweep_variant(t, d, few, bias, p)
             for t, d, few, _ in fits

@@ -18,6 +18,7 @@ from memokern.kernels.weigh import chunks
 WORKSPACE = 64 << 20  # bytes of the products of a block of queries with a chunk of rows, at most
 FEW = 16  # queries, up to which tiles are low
 _WAVES = 2  # programs for each multiprocessor
+_MOST_PARTS = 16  # of features or of a chunk's rows
 
 
 class Machine(NamedTuple):
@@ -93,7 +94,7 @@ def chunked(
     """For b queries and n rows of d features. products: of each pair that are kept.
 
     >>> chunked(1, 50_000, 3072, torch.bfloat16, Machine(132, 50 << 20))
-    Chunked(few=True, queries=1, rows=4096, parts_d=4, parts_n=4)
+    Chunked(few=True, queries=1, rows=4096, parts_d=8, parts_n=8)
     """
     few = b <= FEW
     dots = dots_tile(few, dtype, "tf32x3")
@@ -106,9 +107,9 @@ def chunked(
     tiles_b = -(-queries // dots.b)
     wanted = _WAVES * machine.multiprocessors
     used = min(rows, n)
-    parts_d = _parts(tiles_b * -(-used // dots.n), wanted, min(8, max(1, d // 256)))
+    parts_d = _parts(tiles_b * -(-used // dots.n), wanted, min(_MOST_PARTS, max(1, d // 128)))
     tiles_d = -(-d // accumulate_tile(few, dtype, "tf32x3").d)
-    parts_n = _parts(tiles_b * tiles_d, wanted, min(8, max(1, used // 128)))
+    parts_n = _parts(tiles_b * tiles_d, wanted, min(_MOST_PARTS, max(1, used // 128)))
     return Chunked(few, queries, rows, parts_d, parts_n)
 
 
