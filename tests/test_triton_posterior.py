@@ -68,7 +68,7 @@ def test_tails_of_features_in_chunks(d: int, dtype: torch.dtype, in_chunks: None
     check(x, rows, scale, shift, 0.5, cached=d == 5)
 
 
-@pytest.mark.parametrize("b,n", [(1, 1), (1, 65), (16, 31), (17, 32), (65, 33)])
+@pytest.mark.parametrize("b,n", [(1, 1), (1, 65), (16, 31), (17, 32), (65, 9)])
 def test_tails_of_rows_and_queries(b: int, n: int) -> None:
     x, rows, scale, shift = make(b, n, 5, F32, 0.7, seed=n)
     check(x, rows, scale, shift, 0.7)
@@ -254,15 +254,16 @@ def test_far_rows_and_queries(d: int) -> None:
 @pytest.mark.parametrize("d", [3, 140])
 def test_plans_change_only_the_order_of_sums(d: int, monkeypatch) -> None:
     """Other parts of rows, features and queries: the same results within rounding."""
-    x, rows, _, _ = make(64, 100, d, torch.bfloat16, 3.0)
+    x, rows, _, _ = make(16, 300, d, torch.bfloat16, 3.0)
     x = torch.cat([x, x[:1]])
+    monkeypatch.setattr(planner, "FEW", 17)  # low tiles: 16 queries, then the last
     whole, _ = run(x, rows, 3.0)
-    monkeypatch.setattr(triton, "machine", lambda _: planner.Machine(8, 1 << 12))
+    monkeypatch.setattr(triton, "machine", lambda _: planner.Machine(4, 1 << 12))
     monkeypatch.setattr(planner, "WORKSPACE", 1)
     other, _ = run(x, rows, 3.0)
     for a, e in zip(other, whole, strict=True):
         torch.testing.assert_close(a, e, rtol=2e-5, atol=2e-5)
-        assert torch.equal(a[0], a[64])  # of the second launch, or tile
+        assert torch.equal(a[0], a[16])  # of the second launch, or tile
 
 
 @pytest.mark.parametrize("d", [40, 140])

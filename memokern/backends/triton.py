@@ -58,7 +58,8 @@ def detail() -> str:
     import triton
 
     where = "interpreted on the CPU" if interpreted() else torch.cuda.get_device_name()
-    return f"Triton {triton.__version__}, {where}; float64, and more than 64 neighbours, go to the reference"
+    rest = "float64, and more than 64 neighbours, go to the reference"
+    return f"Triton {triton.__version__}, {where}; {rest}"
 
 
 # --- lists of rows: memokern/backends/triton_select.py -------------------------------------------
@@ -103,7 +104,7 @@ def _precision() -> str:
 
 
 def _prepared(
-    x: Tensor, rows: Tensor, columns: tuple[Tensor, ...], bias: Tensor | None,
+    x: Tensor, rows: Tensor, columns: tuple[Tensor, Tensor, Tensor], bias: Tensor | None,
     center: Tensor | None, sq_norms: Tensor | None, scale: float, shift: float, kernel: str,
 ) -> tuple[Any, Any]:  # fmt: skip
     """The queries and the rows as the kernels take them; what their owner has not is computed."""

@@ -293,7 +293,7 @@ def coefficients_variant(rows: torch.dtype, chunk: int, has_bias: bool, kernel: 
         name=f"coefficients {row_name(rows)} N{chunk} {kernel}{' bias' if has_bias else ''}",
         kernel=coefficients_kernel,
         signature={
-            "dots": "*fp32", "dots_g": "*fp32", **{name: "*fp64" for name in wide},
+            "dots": "*fp32", "dots_g": "*fp32", **dict.fromkeys(wide, "*fp64"),
             "x": "*fp32", "mean": "*fp32", "grad_mean": "*fp32", "rows": POINTERS[rows],
             "near": "*fp32", "factor": "*fp32", "unit": "*fp32", "B": "i32", "b0": "i32",
             "b": "i32", "n0": "i64", "n": "i32", "D": "i32", "stride_n": "i64", "parts": "i32",

@@ -114,7 +114,7 @@ def limit_kernel(
     mode = tl.load(table + MODE * B + i_b).to(tl.int32)
     log_z, Eb = tl.load(stats + i_b), tl.load(stats + 2 * B + i_b)
     S = tl.load(stats + 3 * B + i_b)
-    if HAS_BIAS:
+    if HAS_BIAS:  # noqa: SIM102 (decided when it is compiled, the other when it runs)
         if mode == LOST:
             tl.atomic_add(grad_bias, float("nan"))
     limit = (mode == HARD) | ((mode != LOST) & (log_z == inf))
@@ -201,7 +201,7 @@ def grads_variant() -> Variant:
         name="grads",
         kernel=grads_kernel,
         signature={
-            **{name: "*fp64" for name in wide}, "acc": "*fp32", "near": "*fp32", "x": "*fp32",
+            **dict.fromkeys(wide, "*fp64"), "acc": "*fp32", "near": "*fp32", "x": "*fp32",
             "mean": "*fp32", "grad_x": "*fp32", "B": "i32", "b0": "i32", "b": "i32", "D": "i32",
             "parts": "i32", "offset": "fp32",
         },
@@ -217,7 +217,7 @@ def limit_variant(rows: torch.dtype, has_bias: bool) -> Variant:
         name=f"limit {row_name(rows)}{' bias' if has_bias else ''}",
         kernel=limit_kernel,
         signature={
-            **{name: "*fp64" for name in wide}, "rows": POINTERS[rows], "x": "*fp32",
+            **dict.fromkeys(wide, "*fp64"), "rows": POINTERS[rows], "x": "*fp32",
             "mean": "*fp32", "grad_mean": "*fp32", "B": "i32", "N": "i32", "D": "i32",
             "stride_n": "i64",
         },

@@ -48,8 +48,8 @@ def sweep_kernel(
     table,  # [NUMBERS, total]
     state,  # [parts, STATE, B] out
     acc,  # [parts, B, D] out
-    bits,  # [B, parts, BLOCK_N] out
-    total, b0, B, N, D, stride_n, run,
+    bits,  # [B, marked, BLOCK_N] out: as many as there are parts
+    total, b0, B, N, D, stride_n, run, marked,
     TERMS: tl.constexpr, PRECISION: tl.constexpr, HAS_BIAS: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -58,8 +58,10 @@ def sweep_kernel(
     b_acc that of e^(t-m) u, but for the rows that rounding could change: these it marks, each tile
     by a bit of its own, for `exact_kernel`. Writes the part's state, sums and marks. A part is
     short: tensor cores cut sums off at each step, and over a million rows that would add up."""
-    i_p = tl.program_id(1)
-    o_b = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
+    # Programs of the same rows are neighbours: the rows stay in the L2 cache between them.
+    n_b = tl.cdiv(B, BLOCK_B)
+    i_b, i_p = tl.program_id(0) % n_b, tl.program_id(0) // n_b
+    o_b = (i_b * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
     mask_b = o_b < B
     o_d = tl.arange(0, BLOCK_D)
     mask_d = (o_d < D)[None, :]
@@ -141,7 +143,7 @@ def sweep_kernel(
 
     p_acc = acc + (i_p.to(tl.int64) * B + o_b)[:, None] * D + o_d[None, :]
     tl.store(p_acc, b_acc / big, mask=mask_x)
-    p_w = bits + (o_b * tl.num_programs(1) + i_p)[:, None] * BLOCK_N
+    p_w = bits + (o_b * marked + i_p)[:, None] * BLOCK_N
     tl.store(p_w + tl.arange(0, BLOCK_N)[None, :], b_bits, mask=mask_b[:, None])
     p_s = state + i_p.to(tl.int64) * 6 * B + o_b
     tl.store(p_s + KEY * B, tl.where(s > 0.0, 0.0, inf).to(tl.float64), mask=mask_b)
@@ -257,7 +259,9 @@ def tile(rows: torch.dtype, features: int, few: bool) -> Tile | None:
     return Tile(16, 32 if rows == torch.float32 or features == 128 else 64, 4, 3)
 
 
-def sweep_variant(rows: torch.dtype, features: int, few: bool, has_bias: bool, precision: str) -> Variant:
+def sweep_variant(
+    rows: torch.dtype, features: int, few: bool, has_bias: bool, precision: str
+) -> Variant:
     """For up to `features` features, a power of two from 16."""
     how, size = operand(rows, precision), tile(rows, features, few)
     assert size is not None
@@ -269,7 +273,7 @@ def sweep_variant(rows: torch.dtype, features: int, few: bool, has_bias: bool, p
             "terms": POINTERS[how.dtype], "rows": POINTERS[rows], "sq_norms": "*fp64",
             "bias": "*fp64", "table": "*fp64", "state": "*fp64", "acc": "*fp32", "bits": "*i32",
             "total": "i32", "b0": "i32", "B": "i32", "N": "i32", "D": "i32", "stride_n": "i64",
-            "run": "i32",
+            "run": "i32", "marked": "i32",
         },
         constexprs={
             "TERMS": how.terms, "PRECISION": precision if how.terms == 1 else "ieee",

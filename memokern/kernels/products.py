@@ -12,7 +12,6 @@ from memokern.kernels.common import as_operand, dot_terms, dot_weights, operand
 from memokern.kernels.variant import POINTERS, ROW_TYPES, Variant, row_name
 
 
-
 class Tile(NamedTuple):
     """A configuration: queries, rows and features of a tile, and how it is launched."""
 

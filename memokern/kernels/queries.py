@@ -93,7 +93,8 @@ def queries_kernel(
     hit = 4.5e-16 * a * (tl.sqrt(soo) + tl.sqrt(scc))
     hard = mode == HARD
     e1 = tl.where(hard, bound, likely) * a * unit * norm
-    e0 = e1 * tl.sqrt(soo) + tl.where(mode == SOFT, 0.0, 2 * u * tl.abs(common) + hit * (norm + hit))
+    shared = tl.where(mode == SOFT, 0.0, 2 * u * tl.abs(common) + hit * (norm + hit))
+    e0 = e1 * tl.sqrt(soo) + shared
     e2 = 4 * u * a2
     e3 = tl.where(mode == SOFT, 2 * u * inv_t, 0.0)
     fits = (tl.abs(a1) < HUGE) & (a2 < HUGE) & (tl.abs(common) < HUGE)

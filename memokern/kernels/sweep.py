@@ -44,15 +44,15 @@ def _one_pass(
         at = {
             "rows": data.rows, "bias": data.sq_norms if data.bias is None else data.bias,
             "table": q.table, "bits": bits, "total": total, "b0": b0, "B": b, "D": d,
-            "stride_n": data.stride, "run": plan.run,
+            "stride_n": data.stride, "run": plan.run, "marked": swept,
         }  # fmt: skip
         sweep_v.launch(
-            (-(-b // block_b), swept), device, terms=q.terms, sq_norms=data.sq_norms, N=data.n,
+            (-(-b // block_b) * swept,), device, terms=q.terms, sq_norms=data.sq_norms, N=data.n,
             state=state, acc=acc, **at,
         )  # fmt: skip
         exact_v.launch(
             (b, plan.exact_parts), device, x=q.x, sigma=q.sigma, alpha=q.alpha, numbers=q.numbers,
-            state=state[swept * STATE * b :], acc=acc[swept * b * d :], marked=swept,
+            state=state[swept * STATE * b :], acc=acc[swept * b * d :],
             share=-(-swept // plan.exact_parts), **at,
         )  # fmt: skip
         finish.launch(q, b0, b, state, parts, acc, parts, out)

@@ -1,4 +1,4 @@
-"""Between the two products of the chunked sweep: from products to weights, exact where it counts."""
+"""Between the products of the chunked sweep: from products to weights, exact where it counts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from memokern.kernels.common import (
     HARD,
     INV_T,
     KEY,
-    LOG,
     LOG_THETA,
     LOST,
     MODE,
@@ -67,7 +66,6 @@ def weigh_kernel(
     hard = mode == HARD
     inf = float("inf")
     # The state so far; a chunk that starts the sweep starts it anew.
-    fresh = n0 == 0
     key0 = tl.load(state + KEY * b + i_b, mask=n0 > 0, other=inf)
     m0 = tl.load(state + M * b + i_b, mask=n0 > 0, other=-inf)
     s0 = tl.load(state + S * b + i_b, mask=n0 > 0, other=0.0)
@@ -101,7 +99,8 @@ def weigh_kernel(
         off = tl.where(near > 0.0, half * inv_t * delta / safe, inf)
         high = tl.where(near > 0.0, (bias64 - half * tl.log(safe / D)) * inv_t, inf)
         far = tl.where(t_all | (mask == 0), inf, tl.maximum(r2 + delta, 1e-300))
-        lower = tl.where(far < inf, (bias64 - half * tl.log(tl.where(far < inf, far, 1.0) / D)) * inv_t, -inf)
+        lower = (bias64 - half * tl.log(tl.where(far < inf, far, 1.0) / D)) * inv_t
+        lower = tl.where(far < inf, lower, -inf)
         low64 = tl.maximum(tl.where(s0 > 0.0, m0, -inf), tl.max(tl.max(lower, 1), 0))
         low64 = tl.where((key0 == 0.0) & (s0 > 0.0), inf, low64)
         margin = LOG_THETA - tl.log(tl.minimum(tl.maximum(off, 1e-30), 1.0))
