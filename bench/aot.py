@@ -129,7 +129,7 @@ def _of_hip(code: Any, matrix: bool) -> tuple[int, int, str]:
         return int(found[1]) if found else 0
 
     # .vgpr_count is that of both register files, which are one on this machine. Scalar registers
-    # spill into vector registers; the private segment is what goes to memory.
+    # spill into vector registers: only the private segment is memory.
     return field("vgpr_count"), field("private_segment_fixed_size"), text
 
 

@@ -222,11 +222,14 @@ def table() -> str:
     cpu = measured_on_a_cpu((ROOT / "README.md").read_text())
     where = next((w for _, w in cpu.values()), "")
     lines = [
-        "Predicted, never measured: milliseconds at least, from data sheets, without the cost of launches. In brackets: how much"
-        f" of it waits for memory. Beside them what the CPU kernels were measured to take ({where}; README). Written by"
+        "Predicted, never measured: milliseconds at least, from data sheets, without exponentials"
+        " and the cost of launches. In brackets: how much of it waits for memory. Beside them what"
+        f" the CPU kernels were measured to take ({where}; README). Written by"
         " `python -m bench.roofline --markdown docs/triton.md`.",
         "",
-        "| operation | rows | " + " | ".join(g.name for g in GPUS) + " | launches (H100) | CPU, measured |",
+        "| operation | rows | "
+        + " | ".join(g.name for g in GPUS)
+        + " | launches (H100) | CPU, measured |",
         "| --- | --- |" + " --- |" * (len(GPUS) + 2),
     ]
     for p in PROBLEMS:
@@ -236,9 +239,7 @@ def table() -> str:
         known = p.dtype == F32 and p.n == 50_000 and name in cpu
         beside = f"{cpu[name][0]:g}" if known else ""
         kind = str(p.dtype).removeprefix("torch.")
-        lines.append(
-            f"| {name} N={p.n:,} | {kind} | {figures} | {found[1].launches} | {beside} |"
-        )
+        lines.append(f"| {name} N={p.n:,} | {kind} | {figures} | {found[1].launches} | {beside} |")
     return "\n".join(lines)
 
 
