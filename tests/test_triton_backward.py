@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from kernel_cases import F32, F64, column, gradients, make
+from kernel_cases import F32, F64, column, cpu, gradients, make
 from test_triton_posterior import ROW_TYPES, on_device, run
 from triton_interpreter import DEVICE
 
@@ -86,7 +86,7 @@ def test_at_the_limit() -> None:
 @pytest.mark.parametrize("kernel", ["gaussian", "log"])
 @pytest.mark.parametrize("sigma", [0.0, 1.0])
 def test_exact_hits(kernel: str, sigma: float) -> None:
-    """Where log_z is finite at sigma = 0, and infinite in the log kernel: as the reference."""
+    """Where log_z is finite at sigma = 0, and infinite in the log kernel: as the CPU's kernels."""
     g = torch.Generator().manual_seed(0)
     rows = torch.randn(9, 4, generator=g)
     rows[5] = rows[2]
@@ -94,7 +94,7 @@ def test_exact_hits(kernel: str, sigma: float) -> None:
     got, columns = run(x, rows, sigma, temperature=1.3, bias=bias, kernel=kernel)
     grads = random_like(got, 2)
     args = (x, rows, *columns, bias, None, None, *got, *grads, 1.0, 0.0, kernel)
-    want = reference.posterior_backward(*args)
+    want = cpu.posterior_backward(*args)
     back = backward(x, rows, columns, bias, got, grads, kernel=kernel)
     for a, e in zip(back, want, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
@@ -110,8 +110,11 @@ def test_beside_a_row(kernel: str, sigma: float) -> None:
     grads = random_like(got, 0)
     back = backward(x, rows, columns, None, got, grads, kernel=kernel)
     want = gradients(x, rows, *columns, None, 1.0, 0.0, kernel, grads)
+    # <g, y - mean> has the rounding of the mean, which is float32; where the logits are linear in
+    # r^2 it drops out.
+    rounded = 2**-24 * grads[0].norm() * got[0].norm() if kernel == "log" else 0.0
     for a, e in zip(back[:3], want, strict=False):
-        assert (a.double() - e).abs().max() <= 1e-6 * e.abs().max() + 1e-9
+        assert (a.double() - e).abs().max() <= (1e-6 + rounded) * e.abs().max() + 1e-9
 
 
 def test_through_the_operation(monkeypatch) -> None:

@@ -25,7 +25,8 @@ A1, A2, INV_T, COMMON, E0, E1, E2, E3, MODE, DOT, XO = (tl.constexpr(i) for i in
 NUMBERS = 11
 SOFT, HARD, LOG, LOST = (tl.constexpr(i) for i in range(4))
 # Rows of a state: only the smallest key counts (the squared distance when sigma = 0; 0 for an exact
-# hit of the log kernel, 1 for its other rows); with the rows of that key, m is the largest v, and
+# hit of the log kernel, 1 for its other rows); of the rows of that key, m is the largest v = l / T
+# (at a limit without the distance; never with what t has beyond it, in which it would drown), and
 # s, st, sb, sw2 are the sums of e^(v-m), e^(v-m) (v-m), e^(v-m) b, e^(2(v-m)).
 KEY, M, S, ST, SB, SW2 = (tl.constexpr(i) for i in range(6))
 STATE = 6

@@ -8,13 +8,11 @@ import triton.language as tl
 from torch import Tensor
 
 from memokern.kernels.common import (
-    COMMON,
     HARD,
     KEY,
     LOG,
     MODE,
     SB,
-    SOFT,
     ST,
     SW2,
     M,
@@ -117,11 +115,9 @@ def finish_kernel(
         s_safe = tl.where(lost, 1.0, s)
         lse = b_t * (m + tl.log(s_safe))
         logit = b_t * (m + st / s_safe)
-        # Of a soft query m is relative to what all rows share; at a limit it lacks the distance.
+        # At a limit the logits lack the distance.
         hard = mode == HARD
         beyond = tl.where(hard & (key > 0.0), -0.5 * (key / b_sigma) / b_sigma, 0.0)
-        common = tl.load(table + COMMON * total + to)
-        beyond = tl.where(mode == SOFT, -b_t * common, beyond)
         hit = (mode == LOG) & (key == 0.0)
         tl.store(log_z + to, tl.where(lost, nan, tl.where(hit, inf, lse + beyond)))
         tl.store(mean_logit + to, tl.where(lost, nan, tl.where(hit, inf, logit + beyond)))

@@ -147,7 +147,8 @@ def sweep_kernel(
     tl.store(p_w + tl.arange(0, BLOCK_N)[None, :], b_bits, mask=mask_b[:, None])
     p_s = state + i_p.to(tl.int64) * 6 * B + o_b
     tl.store(p_s + KEY * B, tl.where(s > 0.0, 0.0, inf).to(tl.float64), mask=mask_b)
-    tl.store(p_s + M * B, m.to(tl.float64), mask=mask_b)
+    common = tl.load(p_t + COMMON * total, mask=mask_b, other=0.0)
+    tl.store(p_s + M * B, m.to(tl.float64) - common, mask=mask_b)
     tl.store(p_s + S * B, s.to(tl.float64), mask=mask_b)
     tl.store(p_s + ST * B, st.to(tl.float64), mask=mask_b)
     tl.store(p_s + SB * B, sb.to(tl.float64), mask=mask_b)
@@ -176,7 +177,7 @@ def exact_kernel(
     to = b0 + i_b
     inf = float("inf")
     mode = tl.load(table + MODE * total + to).to(tl.int32)
-    inv_t, common = tl.load(table + INV_T * total + to), tl.load(table + COMMON * total + to)
+    inv_t = tl.load(table + INV_T * total + to)
     hard = mode == HARD
     b_alpha = tl.load(alpha + to)
     spread = tl.where(hard, 1.0, tl.load(sigma + to))
@@ -184,8 +185,8 @@ def exact_kernel(
     o_d = tl.arange(0, BLOCK_D)[None, :]
     b_x = tl.load(x + to * D + o_d, mask=o_d < D, other=0.0).to(tl.float64)
     o_c = tl.arange(0, WIDTH)[None, :]
-    key, m = common * 0.0 + inf, common * 0.0 - inf
-    s = common * 0.0
+    s = inv_t * 0.0
+    key, m = s + inf, s - inf
     st, sb, sw2 = s, s, s
     b_acc = tl.zeros([BLOCK_D], tl.float64)
     for j0 in range(i_p * share, tl.minimum(marked, (i_p + 1) * share), STRIPS):
@@ -212,7 +213,7 @@ def exact_kernel(
             b_bias = tl.zeros([STRIPS], tl.float64)
             if HAS_BIAS:
                 b_bias = tl.load(bias + o_n, mask=found, other=0.0)
-            v = tl.where(hard, 0.0, -0.5 * (r2 / spread) / spread * inv_t + common)
+            v = tl.where(hard, 0.0, -0.5 * (r2 / spread) / spread * inv_t)
             v += b_bias * inv_t
             k_new = tl.where(found, tl.where(hard, r2, 0.0), inf)
             k_best = tl.min(k_new, 0)

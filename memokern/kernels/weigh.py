@@ -111,10 +111,13 @@ def weigh_kernel(
         if HAS_BIAS:
             t = t + tl.where(hard, 0.0, b_b * inv_t.to(tl.float32))
         top = tl.max(tl.max(tl.where(mask & (t == t), t, -inf), 1), 0)
-        low = tl.maximum(top - err, tl.where((s0 > 0.0) & (mode != HARD), m0, -inf).to(tl.float32))
+        # Rounding down: what is known exactly must stay a lower bound.
+        known = tl.where((s0 > 0.0) & (mode != HARD), m0 + common, -inf).to(tl.float32)
+        known = tl.where(known > -inf, known - 1.2e-7 * tl.abs(known), known)
+        low = tl.maximum(top - err, known)
         lo = lowest_left(low, err, hard)
         exact = mask & (t_all | (t >= lo))
-        v = t.to(tl.float64)
+        v = t.to(tl.float64) - common
 
     r2_exact = tl.zeros([STRIPS, WIDTH], tl.float64)
     scale, shift = tl.load(numbers), tl.load(numbers + 1)
@@ -144,7 +147,7 @@ def weigh_kernel(
         key = tl.where(mask, tl.where(hit, 0.0, 1.0), inf)
     else:
         spread = tl.where(hard, 1.0, b_sigma)
-        v_exact = tl.where(hard, 0.0, -0.5 * (r2_exact / spread) / spread * inv_t + common)
+        v_exact = tl.where(hard, 0.0, -0.5 * (r2_exact / spread) / spread * inv_t)
         v = tl.where(exact, v_exact + bias64 * inv_t, v)
         key = tl.where(mask, tl.where(hard, tl.where(exact, r2_exact, inf), 0.0), inf)
     best = tl.minimum(key0, tl.min(tl.min(key, 1), 0))
