@@ -53,9 +53,9 @@ def check_one_pass(plan, b, n, d, dtype):
 
 def check_chunked(plan, b, n, d, dtype, machine, kernel, kept):
     dots = products.dots_tile(plan.few, dtype, "tf32x3")
-    assert plan.rows in chunks(kernel) and 1 <= plan.queries <= b
+    assert plan.rows in chunks(kernel, kept) and 1 <= plan.queries <= b
     size = planner.element_size(dtype)
-    assert plan.rows == chunks(kernel)[0] or plan.rows * d * size <= machine.l2_bytes // 2
+    assert plan.rows == chunks(kernel, kept)[0] or plan.rows * d * size <= machine.l2_bytes // 2
     held = 4 * kept * plan.queries * plan.rows
     assert plan.queries <= dots.b or held <= planner.WORKSPACE
     assert 1 <= plan.parts_d <= 16 and 1 <= plan.parts_n <= 16
@@ -89,7 +89,7 @@ def test_what_is_planned_is_listed() -> None:
                     continue
                 for p in products.precisions(dtype):
                     assert onepass.sweep_variant(dtype, d, few, True, p).name in names
-                assert onepass.exact_variant(dtype, d, tile.n, False).name in names
+                assert onepass.exact_variant(dtype, d, tile.n).name in names
 
 
 def test_the_ladder(monkeypatch) -> None:

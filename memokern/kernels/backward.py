@@ -75,7 +75,7 @@ def coefficients_kernel(
     dots,  # [parts, b, n] <x, u>; the first part out: q c / unit, 0 for rows evaluated exactly
     dots_g,  # [parts, b, n] <g, u>; the first part out: what moves the bias
     sq_norms,  # [N]
-    bias,  # [N], read if HAS_BIAS
+    bias,  # [N], read if has_bias
     table,  # [NUMBERS, B]
     pulls,  # [2, B]
     x, mean, grad_mean,  # [B, D]
@@ -88,8 +88,8 @@ def coefficients_kernel(
     sums,  # [SUMS, b] in and out
     near,  # [b, D] in and out: sum of q c (alpha y - x) of the rows evaluated exactly
     factor, unit,  # [b] out
-    B, b0, b, n0, n, D, stride_n, parts,
-    HAS_BIAS: tl.constexpr, IS_LOG: tl.constexpr, STRIPS: tl.constexpr, WIDTH: tl.constexpr,
+    B, b0, b, n0, n, D, stride_n, parts, has_bias,
+    IS_LOG: tl.constexpr, STRIPS: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program owns a query and the chunk's rows, as STRIPS strips of WIDTH; it adds the chunk
@@ -126,13 +126,10 @@ def coefficients_kernel(
         dot += tl.load(dots + at, mask=mask, other=0.0)
         dot_g += tl.load(dots_g + at, mask=mask, other=0.0)
     sq = tl.load(sq_norms + n0 + o_j, mask=mask, other=0.0).to(tl.float32)
-    b_b = tl.zeros([STRIPS, WIDTH], tl.float32)
-    b_max = 0.0
-    if HAS_BIAS:
-        b_b = tl.load(bias + n0 + o_j, mask=mask, other=-inf).to(tl.float32)
-        mask = mask & (b_b != -inf)
-        b_b = tl.where(mask, b_b, 0.0)
-        b_max = tl.max(tl.max(tl.abs(b_b), 1), 0)
+    b_b = tl.load(bias + n0 + o_j, mask=mask & (has_bias != 0), other=0.0).to(tl.float32)
+    mask = mask & (b_b != -inf)
+    b_b = tl.where(mask, b_b, 0.0)
+    b_max = tl.max(tl.max(tl.abs(b_b), 1), 0)
     err = error_of(e0, e1, e2, e3, tl.max(tl.max(sq, 1), 0), b_max)
     t = dot * a1 - sq * a2
     unknown = err == inf
@@ -154,10 +151,7 @@ def coefficients_kernel(
         l_b = (t64 * T - b_b).to(tl.float32)
     else:
         lo = lowest_left(tz.to(tl.float32), err, mode == HARD)
-        if HAS_BIAS:
-            t_b = t + b_b * inv_t.to(tl.float32)
-        else:
-            t_b = t
+        t_b = t + b_b * inv_t.to(tl.float32)
         exact = mask & (unknown | (t_b >= lo))
         t64 = t_b.to(tl.float64)
         gap_z, gap_e = (t64 - tz).to(tl.float32), (t64 - te).to(tl.float32)
@@ -186,9 +180,8 @@ def coefficients_kernel(
     tl.store(unit + i_b, one)
     tl.store(factor + i_b, tl.where(n0 > 0, 1.0, 0.0))
     tl.store(dots + i_b * n + o_j, qc / one, mask=o_j < n)
-    if HAS_BIAS:
-        moved = tl.where(rest, q + g_b.to(tl.float32) * w, 0.0)
-        tl.store(dots_g + i_b * n + o_j, moved, mask=(o_j < n) & (exact == 0))
+    moved = tl.where(rest, q + g_b.to(tl.float32) * w, 0.0)
+    tl.store(dots_g + i_b * n + o_j, moved, mask=(o_j < n) & (exact == 0) & (has_bias != 0))
 
     scale, shift = tl.load(numbers), tl.load(numbers + 1)
     p_near = near + i_b * D
@@ -223,9 +216,7 @@ def coefficients_kernel(
             s_a += diff * (v_y - v_c)
             s_g += tl.where(m_d, v_g * (v_y - v_m), 0.0)
         x_r2, x_xy, x_hg = tl.sum(s_r, 1), tl.sum(s_a, 1), tl.sum(s_g, 1) * inv_t
-        x_b = tl.zeros([STRIPS], tl.float64)
-        if HAS_BIAS:
-            x_b = tl.load(bias + n0 + o_n, mask=found, other=0.0)
+        x_b = tl.load(bias + n0 + o_n, mask=found & (has_bias != 0), other=0.0)
         if IS_LOG:
             x_r2 = tl.where(found, x_r2, 1.0)
             x_lb = -0.5 * D * tl.log(x_r2 / D)
@@ -244,9 +235,8 @@ def coefficients_kernel(
         z_qa += tl.sum(x_q * x_c * x_xy, 0)
         z_wa += tl.sum(x_w * x_xy, 0)
         z_t += tl.sum(x_w * x_le * (x_hg + x_ho), 0)
-        if HAS_BIAS:
-            x_moved = (x_q + g_b * x_w).to(tl.float32)
-            tl.store(dots_g + i_b * n + o_n, x_moved, mask=found)
+        x_moved = (x_q + g_b * x_w).to(tl.float32)
+        tl.store(dots_g + i_b * n + o_n, x_moved, mask=found & (has_bias != 0))
         for d in range(0, D, BLOCK_D):
             o_f = d + tl.arange(0, BLOCK_D)
             m_f = found[:, None] & (o_f < D)[None, :]
@@ -285,21 +275,22 @@ def gradients_variant(rows: torch.dtype) -> Variant:
     )  # fmt: skip
 
 
-def coefficients_variant(rows: torch.dtype, chunk: int, has_bias: bool, kernel: str) -> Variant:
+def coefficients_variant(rows: torch.dtype, chunk: int, kernel: str) -> Variant:
     """For chunks of up to `chunk` rows."""
     wide = ("sq_norms", "bias", "table", "pulls", "sigma", "alpha", "temperature", "center",
             "numbers", "stats", "grads", "sums")  # fmt: skip
     return Variant(
-        name=f"coefficients {row_name(rows)} N{chunk} {kernel}{' bias' if has_bias else ''}",
+        name=f"coefficients {row_name(rows)} N{chunk} {kernel}",
         kernel=coefficients_kernel,
         signature={
             "dots": "*fp32", "dots_g": "*fp32", **dict.fromkeys(wide, "*fp64"),
             "x": "*fp32", "mean": "*fp32", "grad_mean": "*fp32", "rows": POINTERS[rows],
             "near": "*fp32", "factor": "*fp32", "unit": "*fp32", "B": "i32", "b0": "i32",
             "b": "i32", "n0": "i64", "n": "i32", "D": "i32", "stride_n": "i64", "parts": "i32",
+            "has_bias": "i32",
         },
         constexprs={
-            "HAS_BIAS": has_bias, "IS_LOG": kernel == "log", "STRIPS": STRIPS,
+            "IS_LOG": kernel == "log", "STRIPS": STRIPS,
             "WIDTH": chunk // STRIPS, "BLOCK_D": 32,
         },
         num_warps=warps(chunk),
@@ -310,11 +301,10 @@ def coefficients_variant(rows: torch.dtype, chunk: int, has_bias: bool, kernel: 
 
 
 def variants() -> list[Variant]:
-    """Row types; and by chunks, with and without a bias, for both kernels of the posterior."""
+    """Row types; and these by chunks, for both kernels of the posterior."""
     return [gradients_variant(t) for t in ROW_TYPES] + [
-        coefficients_variant(t, chunk, has_bias, kernel)
+        coefficients_variant(t, chunk, kernel)
         for t in ROW_TYPES
         for kernel in ("gaussian", "log")
-        for chunk in chunks(kernel)
-        for has_bias in (False, True)
+        for chunk in chunks(kernel, products=2)
     ]

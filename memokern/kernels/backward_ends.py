@@ -93,7 +93,7 @@ def grads_kernel(
 @triton.jit
 def limit_kernel(
     rows,  # [N, D]
-    bias,  # [N], read if HAS_BIAS
+    bias,  # [N], read if has_bias
     table,  # [NUMBERS, B]
     x, mean, grad_mean,  # [B, D]
     alpha, temperature,  # [B]
@@ -101,9 +101,9 @@ def limit_kernel(
     stats,  # [4, B] log_z, mean_logit, mean_bias, weight_sq
     grads,  # [4, B] of these
     grad_temperature,  # [B] in and out
-    grad_bias,  # [N] in and out, if HAS_BIAS
-    B, N, D, stride_n,
-    HAS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    grad_bias,  # [N] in and out, if has_bias
+    B, N, D, stride_n, has_bias,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """A query at its limit (sigma = 0, or an exact hit of the log kernel): only the nearest rows
     have weight, and only the bias and the temperature still move it. One program owns a query, and
@@ -114,12 +114,9 @@ def limit_kernel(
     mode = tl.load(table + MODE * B + i_b).to(tl.int32)
     log_z, Eb = tl.load(stats + i_b), tl.load(stats + 2 * B + i_b)
     S = tl.load(stats + 3 * B + i_b)
-    if HAS_BIAS:  # noqa: SIM102 (decided when it is compiled, the other when it runs)
-        if mode == LOST:
-            tl.atomic_add(grad_bias, float("nan"))
+    tl.atomic_add(grad_bias, float("nan"), mask=(mode == LOST) & (has_bias != 0))
     limit = (mode == HARD) | ((mode != LOST) & (log_z == inf))
-    if HAS_BIAS == 0:
-        limit = limit & (log_z > -inf) & (log_z < inf)
+    limit = limit & ((has_bias != 0) | ((log_z > -inf) & (log_z < inf)))
     if limit:
         T, scale, shift = tl.load(temperature + i_b), tl.load(numbers), tl.load(numbers + 1)
         alphas = tl.zeros([BLOCK_N], tl.float64) + tl.load(alpha + i_b)
@@ -131,10 +128,8 @@ def limit_kernel(
         for n0 in range(0, N, BLOCK_N):
             o_n = (n0 + tl.arange(0, BLOCK_N)).to(tl.int64)
             mask = o_n < N
-            b_b = tl.zeros([BLOCK_N], tl.float64)
-            if HAS_BIAS:
-                b_b = tl.load(bias + o_n, mask=mask, other=-inf)
-                mask = mask & (b_b != -inf)
+            b_b = tl.load(bias + o_n, mask=mask & (has_bias != 0), other=0.0)
+            mask = mask & (b_b != -inf)
             r2 = exact_differences(
                 x, rows, o_x, o_n * stride_n, alphas, scale, shift, mask, D, BLOCK_N, BLOCK_D
             )
@@ -157,10 +152,8 @@ def limit_kernel(
         for n0 in range(0, N, BLOCK_N):
             o_n = (n0 + tl.arange(0, BLOCK_N)).to(tl.int64)
             mask = o_n < N
-            b_b = tl.zeros([BLOCK_N], tl.float64)
-            if HAS_BIAS:
-                b_b = tl.load(bias + o_n, mask=mask, other=-inf)
-                mask = mask & (b_b != -inf)
+            b_b = tl.load(bias + o_n, mask=mask & (has_bias != 0), other=0.0)
+            mask = mask & (b_b != -inf)
             r2 = exact_differences(
                 x, rows, o_x, o_n * stride_n, alphas, scale, shift, mask, D, BLOCK_N, BLOCK_D
             )
@@ -178,8 +171,8 @@ def limit_kernel(
             off = tl.where(tie, b_b - Eb, 0.0)
             h = (tl.sum(gy, 1) + (g_e + g_b) * off + 2.0 * g_s * (w - S)) / T
             temp -= w * off * h / T
-            if HAS_BIAS:
-                tl.atomic_add(grad_bias + o_n, w * (g_l + g_e + g_b + h), mask=tie)
+            moved = w * (g_l + g_e + g_b + h)
+            tl.atomic_add(grad_bias + o_n, moved, mask=tie & (has_bias != 0))
         own = tl.where(finite, g_l * (log_z - Eb) / T, 0.0)
         tl.store(grad_temperature + i_b, own + tl.sum(temp, 0))
 
@@ -210,23 +203,22 @@ def grads_variant() -> Variant:
     )  # fmt: skip
 
 
-def limit_variant(rows: torch.dtype, has_bias: bool) -> Variant:
+def limit_variant(rows: torch.dtype) -> Variant:
     wide = ("bias", "table", "alpha", "temperature", "numbers", "stats", "grads",
             "grad_temperature", "grad_bias")  # fmt: skip
     return Variant(
-        name=f"limit {row_name(rows)}{' bias' if has_bias else ''}",
+        name=f"limit {row_name(rows)}",
         kernel=limit_kernel,
         signature={
             **dict.fromkeys(wide, "*fp64"), "rows": POINTERS[rows], "x": "*fp32",
             "mean": "*fp32", "grad_mean": "*fp32", "B": "i32", "N": "i32", "D": "i32",
-            "stride_n": "i64",
+            "stride_n": "i64", "has_bias": "i32",
         },
-        constexprs={"HAS_BIAS": has_bias, "BLOCK_N": 64, "BLOCK_D": 32},
+        constexprs={"BLOCK_N": 64, "BLOCK_D": 32},
         num_warps=8,
         aligned=("bias", "rows", "x", "mean", "grad_mean", "grad_bias", "D", "stride_n"),
     )  # fmt: skip
 
 
 def variants() -> list[Variant]:
-    limits = [limit_variant(t, has_bias) for t in ROW_TYPES for has_bias in (False, True)]
-    return [columns_variant(), grads_variant(), *limits]
+    return [columns_variant(), grads_variant(), *(limit_variant(t) for t in ROW_TYPES)]

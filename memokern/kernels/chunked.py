@@ -26,7 +26,7 @@ def posterior(
     dtype = data.rows.dtype
     dots_v = products.dots_variant(dtype, plan.few, precision)
     add_v = products.accumulate_variant(dtype, plan.few, precision)
-    weigh_v = weigh.variant(dtype, plan.rows, data.bias is not None, kernel)
+    weigh_v = weigh.variant(dtype, plan.rows, kernel)
     chunk = min(plan.rows, data.n)
     part_d = planner.share(d, plan.parts_d, dots_v.constexprs["BLOCK_D"])
     part_n = planner.share(chunk, plan.parts_n, add_v.constexprs["BLOCK_N"])
@@ -50,7 +50,8 @@ def posterior(
                 (b,), device, dots=dots, sq_norms=data.sq_norms,
                 bias=data.sq_norms if data.bias is None else data.bias, table=q.table, x=q.x,
                 sigma=q.sigma, alpha=q.alpha, numbers=q.numbers, state=state, factor=factor,
-                B=total, b0=b0, b=b, n0=n0, n=n, parts=parts_d, **at,
+                B=total, b0=b0, b=b, n0=n0, n=n, parts=parts_d,
+                has_bias=int(data.bias is not None), **at,
             )  # fmt: skip
             tiles_d = -(-d // add_v.constexprs["BLOCK_D"])
             add_v.launch(

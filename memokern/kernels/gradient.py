@@ -28,7 +28,7 @@ def posterior_backward(
     plan = planner.chunked(total, data.n, d, dtype, machine, kernel, products=2)
     dots_v = products.dots_variant(dtype, plan.few, precision)
     add_v = products.accumulate_variant(dtype, plan.few, precision)
-    weigh_v = backward.coefficients_variant(dtype, plan.rows, has_bias, kernel)
+    weigh_v = backward.coefficients_variant(dtype, plan.rows, kernel)
     grads_v, columns_v = backward_ends.grads_variant(), backward_ends.columns_variant()
     chunk = min(plan.rows, data.n)
     part_d = planner.share(d, plan.parts_d, dots_v.constexprs["BLOCK_D"])
@@ -69,7 +69,7 @@ def posterior_backward(
                 (b,), device, dots=dots, dots_g=dots_g, sq_norms=data.sq_norms, bias=biases,
                 pulls=pulls, grad_mean=grad_mean, sigma=q.sigma, center=q.center, sums=sums,
                 near=near, factor=factor, unit=unit, b0=b0, b=b, n0=n0, n=n, parts=parts_d,
-                **read, **of_q,
+                has_bias=int(has_bias), **read, **of_q,
             )  # fmt: skip
             tiles_d = -(-d // add_v.constexprs["BLOCK_D"])
             add_v.launch(
@@ -86,7 +86,8 @@ def posterior_backward(
             grad_x=out[0], grad_sigma=out[1], grad_alpha=out[2], grad_temperature=out[3], b0=b0,
             b=b, D=d, parts=parts_n, offset=q.how.offset, **of_q,
         )  # fmt: skip
-    backward_ends.limit_variant(dtype, has_bias).launch(
+    backward_ends.limit_variant(dtype).launch(
         (total,), device, bias=biases, grad_mean=grad_mean, grad_temperature=out[3],
-        grad_bias=out[4] if has_bias else biases, N=data.n, **read, **of_q,
+        grad_bias=out[4] if has_bias else biases, N=data.n,
+        has_bias=int(has_bias), **read, **of_q,
     )  # fmt: skip

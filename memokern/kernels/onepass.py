@@ -159,15 +159,15 @@ def sweep_kernel(
 def exact_kernel(
     bits,  # [B, marked, WIDTH]
     rows,  # [N, D]
-    bias,  # [N], read if HAS_BIAS
+    bias,  # [N], read if has_bias
     table,  # [NUMBERS, total]
     x,  # [total, D]
     sigma, alpha,  # [total]
     numbers,  # [2] scale, shift
     state,  # [parts, STATE, B] out
     acc,  # [parts, B, D] out, where the state has rows
-    total, b0, B, D, stride_n, run, marked, share,
-    HAS_BIAS: tl.constexpr, WIDTH: tl.constexpr, STRIPS: tl.constexpr,
+    total, b0, B, D, stride_n, run, marked, share, has_bias,
+    WIDTH: tl.constexpr, STRIPS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The rows that `sweep_kernel` marked, by direct differences in float64. One program owns a
@@ -210,9 +210,7 @@ def exact_kernel(
             b_raw = tl.load(rows + o_n[:, None] * stride_n + o_d, mask=mask, other=0)
             diff = b_x - b_alpha * (b_raw.to(tl.float64) * scale + shift)
             r2 = tl.sum(tl.where(mask, diff * diff, 0.0), 1)
-            b_bias = tl.zeros([STRIPS], tl.float64)
-            if HAS_BIAS:
-                b_bias = tl.load(bias + o_n, mask=found, other=0.0)
+            b_bias = tl.load(bias + o_n, mask=found & (has_bias != 0), other=0.0)
             v = tl.where(hard, 0.0, -0.5 * (r2 / spread) / spread * inv_t)
             v += b_bias * inv_t
             k_new = tl.where(found, tl.where(hard, r2, 0.0), inf)
@@ -288,19 +286,20 @@ def sweep_variant(
     )  # fmt: skip
 
 
-def exact_variant(rows: torch.dtype, features: int, width: int, has_bias: bool) -> Variant:
+def exact_variant(rows: torch.dtype, features: int, width: int) -> Variant:
     """For tiles of `width` rows."""
     return Variant(
-        name=f"exact {row_name(rows)} D{features} N{width}{' bias' if has_bias else ''}",
+        name=f"exact {row_name(rows)} D{features} N{width}",
         kernel=exact_kernel,
         signature={
             "bits": "*i32", "rows": POINTERS[rows], "bias": "*fp64", "table": "*fp64", "x": "*fp32",
             "sigma": "*fp64", "alpha": "*fp64", "numbers": "*fp64", "state": "*fp64",
             "acc": "*fp32", "total": "i32", "b0": "i32", "B": "i32", "D": "i32",
             "stride_n": "i64", "run": "i32", "marked": "i32", "share": "i32",
+            "has_bias": "i32",
         },
         constexprs={
-            "HAS_BIAS": has_bias, "WIDTH": width, "STRIPS": 16, "BLOCK_D": features,
+            "WIDTH": width, "STRIPS": 16, "BLOCK_D": features,
         },
         num_warps=4,
         aligned=("bits", "rows", "bias", "x", "acc", "D", "stride_n"),
@@ -321,7 +320,7 @@ def variants() -> list[Variant]:
     ]
     widths = {(t, d, size.n): None for t, d, _, size in fits}  # in order, each once
     return [
-        *(exact_variant(t, d, n, bias) for t, d, n in widths for bias in (False, True)),
+        *(exact_variant(t, d, n) for t, d, n in widths),
         *(
             sweep_variant(t, d, few, bias, p)
             for t, d, few, _ in fits

@@ -99,7 +99,7 @@ def chunked(
     few = b <= FEW
     dots = dots_tile(few, dtype, "tf32x3")
     size = element_size(dtype)
-    rows, *more = chunks(kernel)
+    rows, *more = chunks(kernel, products)
     for chunk in more:
         if chunk * d * size <= machine.l2_bytes // 2:
             rows = chunk

@@ -32,7 +32,7 @@ def _one_pass(
     device, dtype, has_bias = q.x.device, data.rows.dtype, data.bias is not None
     sweep_v = onepass.sweep_variant(dtype, plan.features, plan.few, has_bias, precision)
     block_b, block_n = sweep_v.constexprs["BLOCK_B"], sweep_v.constexprs["BLOCK_N"]
-    exact_v = onepass.exact_variant(dtype, plan.features, block_n, has_bias)
+    exact_v = onepass.exact_variant(dtype, plan.features, block_n)
     swept = -(-data.n // (plan.run * block_n))
     parts = swept + plan.exact_parts
     # The parts of both kernels, joined at the end.
@@ -53,6 +53,6 @@ def _one_pass(
         exact_v.launch(
             (b, plan.exact_parts), device, x=q.x, sigma=q.sigma, alpha=q.alpha, numbers=q.numbers,
             state=state[swept * STATE * b :], acc=acc[swept * b * d :],
-            share=-(-swept // plan.exact_parts), **at,
+            share=-(-swept // plan.exact_parts), has_bias=int(has_bias), **at,
         )  # fmt: skip
         finish.launch(q, b0, b, state, parts, acc, parts, out)

@@ -39,7 +39,7 @@ STRIPS = 16
 def weigh_kernel(
     dots,  # [parts, b, n] in; the first part out: weights
     sq_norms,  # [N] |yc|^2
-    bias,  # [N], read if HAS_BIAS
+    bias,  # [N], read if has_bias
     table,  # [NUMBERS, B]
     x,  # [B, D]
     rows,  # [N, D]
@@ -47,8 +47,8 @@ def weigh_kernel(
     numbers,  # [2] scale, shift
     state,  # [STATE, b] in and out
     factor,  # [b] out: what the accumulators so far must be multiplied by
-    B, b0, b, n0, n, D, stride_n, parts,
-    HAS_BIAS: tl.constexpr, IS_LOG: tl.constexpr, STRIPS: tl.constexpr, WIDTH: tl.constexpr,
+    B, b0, b, n0, n, D, stride_n, parts, has_bias,
+    IS_LOG: tl.constexpr, STRIPS: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program owns a query and the chunk's rows, as STRIPS strips of WIDTH. It merges the
@@ -77,15 +77,10 @@ def weigh_kernel(
     for i in range(0, parts):
         dot += tl.load(dots + (tl.cast(i, tl.int64) * b + i_b) * n + o_j, mask=o_j < n, other=0.0)
     sq = tl.load(sq_norms + n0 + o_j, mask=mask, other=0.0).to(tl.float32)
-    if HAS_BIAS:
-        bias64 = tl.load(bias + n0 + o_j, mask=mask, other=-inf)
-        mask = mask & (bias64 != -inf)
-        b_b = tl.where(mask, bias64, 0.0).to(tl.float32)
-        b_max = tl.max(tl.max(tl.abs(b_b), 1), 0)
-    else:
-        bias64 = tl.zeros([STRIPS, WIDTH], tl.float64)
-        b_b = tl.zeros([STRIPS, WIDTH], tl.float32)
-        b_max = 0.0
+    bias64 = tl.load(bias + n0 + o_j, mask=mask & (has_bias != 0), other=0.0)
+    mask = mask & (bias64 != -inf)
+    b_b = tl.where(mask, bias64, 0.0).to(tl.float32)
+    b_max = tl.max(tl.max(tl.abs(b_b), 1), 0)
     err = error_of(e0, e1, e2, e3, tl.max(tl.max(sq, 1), 0), b_max)
     t = dot * a1 - sq * a2
     t_all = err == inf
@@ -108,8 +103,7 @@ def weigh_kernel(
         exact = exact | (mask & (off > THETA) & (high > low64 + margin))
         v = (bias64 - half * tl.log(tl.where(r2 > 0.0, r2, 1.0) / D)) * inv_t
     else:
-        if HAS_BIAS:
-            t = t + tl.where(hard, 0.0, b_b * inv_t.to(tl.float32))
+        t += tl.where(hard, 0.0, b_b * inv_t.to(tl.float32))
         top = tl.max(tl.max(tl.where(mask & (t == t), t, -inf), 1), 0)
         # Rounding down: what is known exactly must stay a lower bound.
         known = tl.where((s0 > 0.0) & (mode != HARD), m0 + common, -inf).to(tl.float32)
@@ -175,9 +169,10 @@ def weigh_kernel(
     tl.store(state + SW2 * b + i_b, sw0 * f * f + tl.sum(tl.sum(p * p, 1), 0))
 
 
-def chunks(kernel: str) -> tuple[int, ...]:
-    """Rows of a chunk, at most. The log kernel's logarithms in float64 fill the registers."""
-    return (256, 1024) if kernel == "log" else (256, 1024, 4096)
+def chunks(kernel: str, products: int = 1) -> tuple[int, ...]:
+    """Rows of a chunk, at most; products: kept of each pair, two in the backward sweep. That, and
+    the log kernel's logarithms in float64, fill the registers."""
+    return (256, 1024) if kernel == "log" or products == 2 else (256, 1024, 4096)
 
 
 def warps(chunk: int) -> int:
@@ -190,19 +185,19 @@ def registers(chunk: int) -> int:
     return min(255, 2048 // warps(chunk))
 
 
-def variant(rows: torch.dtype, chunk: int, has_bias: bool, kernel: str) -> Variant:
+def variant(rows: torch.dtype, chunk: int, kernel: str) -> Variant:
     """For chunks of up to `chunk` rows."""
     return Variant(
-        name=f"weigh {row_name(rows)} N{chunk} {kernel}{' bias' if has_bias else ''}",
+        name=f"weigh {row_name(rows)} N{chunk} {kernel}",
         kernel=weigh_kernel,
         signature={
             "dots": "*fp32", "sq_norms": "*fp64", "bias": "*fp64", "table": "*fp64", "x": "*fp32",
             "rows": POINTERS[rows], "sigma": "*fp64", "alpha": "*fp64", "numbers": "*fp64",
             "state": "*fp64", "factor": "*fp32", "B": "i32", "b0": "i32", "b": "i32", "n0": "i64",
-            "n": "i32", "D": "i32", "stride_n": "i64", "parts": "i32",
+            "n": "i32", "D": "i32", "stride_n": "i64", "parts": "i32", "has_bias": "i32",
         },
         constexprs={
-            "HAS_BIAS": has_bias, "IS_LOG": kernel == "log", "STRIPS": STRIPS,
+            "IS_LOG": kernel == "log", "STRIPS": STRIPS,
             "WIDTH": chunk // STRIPS, "BLOCK_D": 64,
         },
         num_warps=warps(chunk),
@@ -212,11 +207,10 @@ def variant(rows: torch.dtype, chunk: int, has_bias: bool, kernel: str) -> Varia
 
 
 def variants() -> list[Variant]:
-    """Row types by chunks, with and without a bias, for both kernels of the posterior."""
+    """Row types by chunks, for both kernels of the posterior."""
     return [
-        variant(t, chunk, has_bias, kernel)
+        variant(t, chunk, kernel)
         for t in ROW_TYPES
         for kernel in ("gaussian", "log")
         for chunk in chunks(kernel)
-        for has_bias in (False, True)
     ]
