@@ -253,9 +253,11 @@ def tile(rows: torch.dtype, features: int, few: bool) -> Tile | None:
     most = (64 if few else 32) if rows == torch.float32 else (128 if few else 64)
     if features > most:
         return None
-    if not few:
-        return Tile(64, 32, 4, 3)
-    return Tile(16, 32 if rows == torch.float32 or features == 128 else 64, 4, 3)
+    if few:
+        return Tile(16, 32 if rows == torch.float32 or features == 128 else 64, 4, 3)
+    if rows == torch.uint8:  # converted on the way: there is nothing to load ahead into
+        return Tile(64, 32, 4, 1)
+    return Tile(64, 16 if rows == torch.float32 and features == 32 else 32, 4, 3)
 
 
 def sweep_variant(

@@ -94,7 +94,7 @@ def chunked(
     """For b queries and n rows of d features. products: of each pair that are kept.
 
     >>> chunked(1, 50_000, 3072, torch.bfloat16, Machine(132, 50 << 20))
-    Chunked(few=True, queries=1, rows=4096, parts_d=8, parts_n=8)
+    Chunked(few=True, queries=1, rows=2048, parts_d=16, parts_n=8)
     """
     few = b <= FEW
     dots = dots_tile(few, dtype, "tf32x3")

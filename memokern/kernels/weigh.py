@@ -140,8 +140,9 @@ def weigh_kernel(
         v = tl.where(exact, v_exact * inv_t, v)
         key = tl.where(mask, tl.where(hit, 0.0, 1.0), inf)
     else:
-        spread = tl.where(hard, 1.0, b_sigma)
-        v_exact = tl.where(hard, 0.0, -0.5 * (r2_exact / spread) / spread * inv_t)
+        # Times 1 / sigma, twice: sigma^2 underflows long before sigma does.
+        per = 1.0 / tl.where(hard, 1.0, b_sigma)
+        v_exact = tl.where(hard, 0.0, -0.5 * (r2_exact * per) * per * inv_t)
         v = tl.where(exact, v_exact + bias64 * inv_t, v)
         key = tl.where(mask, tl.where(hard, tl.where(exact, r2_exact, inf), 0.0), inf)
     best = tl.minimum(key0, tl.min(tl.min(key, 1), 0))
@@ -172,12 +173,12 @@ def weigh_kernel(
 def chunks(kernel: str, products: int = 1) -> tuple[int, ...]:
     """Rows of a chunk, at most; products: kept of each pair, two in the backward sweep. That, and
     the log kernel's logarithms in float64, fill the registers."""
-    return (256, 1024) if kernel == "log" or products == 2 else (256, 1024, 4096)
+    return (256, 1024) if kernel == "log" or products == 2 else (256, 1024, 2048)
 
 
 def warps(chunk: int) -> int:
     """Of a program that owns a chunk of so many rows."""
-    return {256: 4, 1024: 8, 4096: 16}[chunk]
+    return {256: 4, 1024: 8, 2048: 16}[chunk]
 
 
 def registers(chunk: int) -> int:
