@@ -3,6 +3,8 @@
 # make bench    the benchmarks, with the peers that are installed (ARGS="--quick", ARGS="--help")
 # make lint     ruff and mypy
 # make peers    what make bench compares with
+# make gpu-check  where there is a GPU: its tests, then times beside the peers'; else: every kernel compiled
+# make kernels  every Triton kernel compiled, into docs/triton-kernels.md (some 20 minutes of a core)
 # make neon     the portable kernels on an emulated ARM processor (needs g++-aarch64-linux-gnu and qemu-user)
 #
 # Everything runs in .venv, made on first use. PYTHON chooses the interpreter, TORCH the PyTorch.
@@ -16,7 +18,7 @@ QEMU ?= qemu-aarch64
 BIN = $(VENV)/bin
 SOURCES = $(wildcard csrc/*) $(wildcard csrc/*/*) setup.py pyproject.toml
 
-.PHONY: demo test bench lint peers neon clean
+.PHONY: demo test bench lint peers gpu-check kernels neon clean
 
 # torch first and alone: its pinned build decides what the rest may need.
 $(BIN)/python:
@@ -47,6 +49,12 @@ peers: $(VENV)/.dev-installed
 
 bench: $(VENV)/.dev-installed
 	$(BIN)/python -m bench $(ARGS)
+
+gpu-check: $(VENV)/.dev-installed
+	$(BIN)/python -m bench.gpu $(ARGS)
+
+kernels: $(VENV)/.dev-installed
+	$(BIN)/python -m bench.aot --markdown docs/triton-kernels.md
 
 neon:
 	mkdir -p build

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
-BACKEND = "MEMOKERN_BACKEND"  # auto | reference | cpu: who runs the primitive operations
+BACKEND = "MEMOKERN_BACKEND"  # auto | reference | cpu | triton: who runs the primitive operations
 ISA = "MEMOKERN_ISA"  # auto | baseline | avx2 | avx512: which compiled CPU kernels are used
+PRECISION = "MEMOKERN_PRECISION"  # tf32x3 | ieee: how the Triton kernels multiply float32 rows
 
-_BACKENDS = ("auto", "reference", "cpu")
+_BACKENDS = ("auto", "reference", "cpu", "triton")
+_PRECISIONS = ("tf32x3", "ieee")
 
 
 def _look_up(name: str) -> Callable[[], object]:
@@ -42,3 +44,16 @@ def isa() -> str:
     The compiled module knows which names it has, so it is the one that refuses an unknown one.
     """
     return os.environ.get(ISA, "").strip().lower() or "auto"
+
+
+def precision() -> str:
+    """How products with float32 rows are formed on a GPU: ``tf32x3`` unless told otherwise.
+
+    tf32x3: three products on the tensor cores, right to about 2^-20. ieee: float32 multiply-adds,
+    right to 2^-24 and several times slower. The results keep the same contract with either: what
+    the products leave uncertain is evaluated exactly, of which ieee leaves less.
+    """
+    value = os.environ.get(PRECISION, "").strip().lower() or "tf32x3"
+    if value not in _PRECISIONS:
+        raise RuntimeError(f"{PRECISION} must be one of {', '.join(_PRECISIONS)}, not {value!r}")
+    return value

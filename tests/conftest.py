@@ -1,5 +1,23 @@
-"""Two threads are what the tests need, and what makes their sums reproducible."""
+"""Two threads are what the tests need, and what makes their sums reproducible.
 
+Triton's kernels are interpreted where there is no GPU; it must be told so before it is imported.
+"""
+
+import importlib.util
+
+import pytest
 import torch
+import triton_interpreter
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
+triton_interpreter.choose()
+if triton_interpreter.DEVICE.type == "cpu" and importlib.util.find_spec("triton"):
+    triton_interpreter.install()
+
+
+def pytest_collection_modifyitems(items):
+    if triton_interpreter.DEVICE.type == "cuda":
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="there is no GPU"))

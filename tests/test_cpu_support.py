@@ -11,27 +11,9 @@ import math
 import pytest
 import torch
 from kernel_cases import F32, F64, ROW_TYPES, column, cpu, make
-from support_cases import Plain, U, check_lists, logits, scan
+from support_cases import Plain, U, check_lists, lists, logits, near, on_lists, scan, spread
 
 DIMS, EDGES = [8, 12, 16, 24], [8, 10, 12, 16, 24, 32]
-
-
-def spread(n: int, d: int, seed: int, kind: str = "random") -> torch.Tensor:
-    """[n, d] float32 rows with a few directions of large variance."""
-    g = torch.Generator().manual_seed(seed)
-    y = torch.randn(n, d, dtype=F64, generator=g) * torch.linspace(3, 0.1, d, dtype=F64)
-    if kind == "clustered":  # sorted: the last cluster's rows come last
-        y = 0.05 * y + 3 * torch.randn(8, d, dtype=F64, generator=g)[torch.arange(n) * 8 // n]
-    if kind == "duplicated":
-        y[n // 3 :] = y[torch.arange(n - n // 3) % max(n // 3, 1)]
-    return y.to(F32)
-
-
-def near(rows, b: int, sigma: float, alpha: float, seed: int, x_dtype=F32) -> torch.Tensor:
-    g = torch.Generator().manual_seed(seed)
-    pick = torch.randint(0, len(rows), (b,), generator=g)
-    noise = torch.randn(b, rows.shape[1], dtype=F64, generator=g)
-    return (alpha * rows.to(F64)[pick] + sigma * noise).to(x_dtype)
 
 
 @pytest.mark.parametrize("half", [True, False], ids=["float16", "float32"])
@@ -160,31 +142,6 @@ def test_scan_threads(b: int) -> None:
     for other in sums[1:]:  # lists may differ by rows that carry 1e-6 of the weight together
         for a, e in zip(other, sums[0], strict=True):
             assert (a - e).abs().max() <= 2e-6 * (1 + e.abs().max())
-
-
-def lists(n: int, b: int, seed: int, empty: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    counts = [0 if empty and i == 1 else int(torch.randint(1, n + 1, (1,), generator=g))
-              for i in range(b)]  # fmt: skip
-    index = [torch.randperm(n, generator=g)[:c].sort().values for c in counts]
-    return torch.tensor([0, *counts]).cumsum(0), torch.cat(index)
-
-
-def on_lists(x, rows, sigma, alpha, temperature, bias, start, index, scale, shift):
-    """The formulas over the rows listed, in float64; differentiable."""
-    out = []
-    for b in range(len(x)):
-        n = index[start[b] : start[b + 1]]
-        extra = torch.zeros(len(n), dtype=F64) if bias is None else bias[n]
-        keep = extra > -math.inf
-        n, extra = n[keep], extra[keep]
-        y = rows[n].to(F64) * scale + shift
-        r2 = (x[b].to(F64) - alpha[b] * y).square().sum(1)
-        logit = -r2 / (2 * sigma[b] ** 2) + extra
-        w = torch.softmax(logit / temperature[b], 0)
-        log_z = temperature[b] * torch.logsumexp(logit / temperature[b], 0)
-        out.append((w @ y, log_z, (w * logit).sum(), (w * extra).sum(), w.square().sum()))
-    return tuple(torch.stack(v) for v in zip(*out, strict=True))
 
 
 @pytest.mark.parametrize("dtype", ROW_TYPES)

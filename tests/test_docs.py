@@ -62,7 +62,7 @@ def test_readme_commands_run(tmp_path, monkeypatch):
 
 def test_readme_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text()
-    named = set(re.findall(r"(?:    |`)make (\w+)", (ROOT / "README.md").read_text()))
+    named = set(re.findall(r"(?:    |`)make ([\w-]+)", (ROOT / "README.md").read_text()))
     assert {"demo", "test", "bench"} <= named
     for target in named:
         assert re.search(rf"^{target}:", makefile, re.M), target
@@ -70,7 +70,7 @@ def test_readme_make_targets_exist():
 
 def test_environment_page_lists_every_variable():
     page = set(re.findall(r"`(MEMOKERN_\w+)`", (ROOT / "docs" / "environment.md").read_text()))
-    assert page == {env.BACKEND, env.ISA}
+    assert page == {env.BACKEND, env.ISA, env.PRECISION}
     package = Path(memokern.__file__).parent
     used = {v for p in package.rglob("*.py") for v in re.findall(r"MEMOKERN_\w+", p.read_text())}
     assert used == page

@@ -12,7 +12,7 @@ import memokern
 ROOT = Path(memokern.__file__).parent
 # From the bottom to the top: a module imports only from the lines above its own.
 LAYERS = [
-    ["checks", "env", "files"],
+    ["checks", "env", "files", "kernels"],
     ["backends", "datasets", "processes"],
     ["bases", "ops", "rows"],
     ["projection"],
@@ -43,6 +43,16 @@ INSIDE = {
     ],
     "samplers": [["base"], ["flow", "reverse"], ["__init__"]],
     "experiments": [["base"], ["planar"], ["squares", "structured", "sweeps"], ["__init__"]],
+    "kernels": [
+        ["variant", "rows"],
+        ["common"],
+        ["nearest", "products", "queries", "scan", "support", "weigh"],
+        ["backward", "finish", "onepass"],
+        ["backward_ends", "planner"],
+        ["chunked", "gradient"],
+        ["listing", "sweep"],
+        ["__init__"],
+    ],
     "cli": [["common"], ["log"], ["metrics", "other", "sample"], ["__init__"]],
 }
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
@@ -121,15 +131,17 @@ import memokern, torch, memokern.info, memokern.cli
 p = memokern.posterior(torch.zeros(1, 2), torch.ones(3, 2), 1.0)
 assert p.mean.tolist() == [[1.0, 1.0]]
 from memokern import backends
-cpu, reference = backends.explain()
-assert not cpu.available and reference.available, backends.explain()
+cpu, triton, reference = backends.explain()
+assert not cpu.available and not triton.available, backends.explain()
+assert reference.available
 print(cpu.detail)
+print(triton.detail)
 """
     run = subprocess.run(
         [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr
-    assert len(run.stdout.strip().splitlines()) == 1 and run.stdout.strip()
+    assert [line[:3] for line in run.stdout.splitlines()] == ["the", "Tri"], run.stdout
 
 
 def test_csrc_knows_nothing_of_torch():

@@ -1,8 +1,9 @@
 """Who runs the primitive operations, and why the others don't.
 
 Each backend is a module with the operations of :mod:`memokern.ops` under the same names and
-signatures, and ``unavailable() -> str | None``: ``None`` where it can run here, else the reason in
-one line. The same predicate chooses and explains.
+signatures, ``unavailable() -> str | None``: ``None`` where it can run here, else the reason in one
+line, and ``refuses(device_type) -> str | None``, the same for tensors of a device. The same
+predicates choose and explain.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ import torch
 from memokern import env
 
 # From the fastest to the one that always works.
-_LADDER = ("cpu", "reference")
+_LADDER = ("cpu", "triton", "reference")
+# Who has kernels for the tensors of a device; PyTorch calls AMD's devices cuda as well.
+_KERNELS = {"cpu": "cpu", "cuda": "triton"}
 
 
 class Explanation(NamedTuple):
@@ -30,7 +33,7 @@ class Explanation(NamedTuple):
 
 @functools.cache
 def get(name: str) -> ModuleType:
-    """The backend's module: ``"cpu"`` or ``"reference"``."""
+    """The backend's module: ``"cpu"``, ``"triton"`` or ``"reference"``."""
     if name not in _LADDER:
         raise ValueError(f"backend must be one of {', '.join(_LADDER)}, not {name!r}")
     return importlib.import_module(f"memokern.backends.{name}")
@@ -51,26 +54,30 @@ def _choose(device_type: str, _raw: object, operation: str) -> ModuleType:
     """For one value of the environment variable, read again only where it is another."""
     asked = env.backend()
     if asked == "auto":
-        cpu = get("cpu")
-        if device_type == "cpu" and cpu.unavailable() is None and hasattr(cpu, operation):
-            return cpu
+        kernels = _KERNELS.get(device_type)
+        if kernels is not None and _refusal(kernels, device_type, operation) is None:
+            return get(kernels)
         return get("reference")
-    backend = get(asked)
-    reason = backend.unavailable()
-    if reason is None and asked == "cpu" and device_type != "cpu":
-        reason = f"it runs tensors on the CPU, and these are on {device_type}"
-    if reason is None and not hasattr(backend, operation):
-        reason = f"it has no {operation}"
+    reason = _refusal(asked, device_type, operation)
     if reason is not None:
         raise RuntimeError(f"{env.BACKEND}={asked} cannot run: {reason}")
-    return backend
+    return get(asked)
+
+
+def _refusal(name: str, device_type: str, operation: str) -> str | None:
+    """Why the backend cannot run the operation on tensors of the device; None if it can."""
+    backend = get(name)
+    reason = backend.unavailable() or backend.refuses(device_type)
+    if reason is None and not hasattr(backend, operation):
+        reason = f"it has no {operation}"
+    return reason
 
 
 def explain() -> list[Explanation]:
     """Every backend, in the order of preference, with what it is or why it cannot run.
 
     >>> [row.name for row in explain()]
-    ['cpu', 'reference']
+    ['cpu', 'triton', 'reference']
     """
     rows = []
     for name in _LADDER:

@@ -38,6 +38,7 @@ __all__ = [
     "posterior_backward",
     "posterior_on_support",
     "posterior_on_support_backward",
+    "refuses",
     "small_mean",
     "sweep",
     "unavailable",
@@ -57,6 +58,13 @@ def unavailable() -> str | None:
             " compiler"
         )
     return None
+
+
+def refuses(device_type: str) -> str | None:
+    """None for tensors on the CPU, else the reason."""
+    if device_type == "cpu":
+        return None
+    return f"it runs tensors on the CPU, and these are on {device_type}"
 
 
 def isa() -> str:

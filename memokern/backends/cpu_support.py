@@ -5,17 +5,13 @@ The signatures are those of :mod:`memokern.ops_support`. The kernels: ``csrc/REA
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
+from memokern.backends.ladder import bands_of, check_limits
 from memokern.backends.native import module, pointer, queries_of, rows_of
 
 _F64 = torch.float64
-_LEVELS = (
-    16  # of a ladder, at most: the rounding that csrc/bounds-inl.h allows for is that of so many
-)
 
 
 def _shaped(name: str, t: Tensor, shape: tuple[int, ...], *dtypes: torch.dtype) -> Tensor:
@@ -25,24 +21,6 @@ def _shaped(name: str, t: Tensor, shape: tuple[int, ...], *dtypes: torch.dtype) 
         got = str(t.dtype).removeprefix("torch.")
         raise ValueError(f"{name} must be {kinds} {list(shape)}, not {got} {list(t.shape)}")
     return t.contiguous()
-
-
-def _ladder(coarse: Tensor, dims: list[int], first_band: list[int]) -> tuple[int, Tensor, Tensor]:
-    """The number of bands, and the ladder as tensors; ValueError unless it is one."""
-    if not 1 <= len(dims) <= _LEVELS or len(first_band) != len(dims):
-        raise ValueError(
-            f"dims must have 1 to {_LEVELS} levels and first_band as many,"
-            f" not {len(dims)} and {len(first_band)}"
-        )
-    bands = coarse.shape[-1] - dims[0] - 1
-    ups = all(a < b for a, b in zip([0, *dims], dims, strict=False))
-    in_order = all(a <= b for a, b in zip([0, *first_band], first_band, strict=False))
-    if not ups or not in_order or first_band[0] != 0 or first_band[-1] > bands:
-        raise ValueError(
-            f"dims must increase from 1 and first_band from 0 to at most the {bands} bands of"
-            f" coarse; got dims={dims}, first_band={first_band}"
-        )
-    return bands, torch.tensor(dims, dtype=torch.int64), torch.tensor(first_band, dtype=torch.int64)
 
 
 def bound_scan(
@@ -55,11 +33,10 @@ def bound_scan(
     q, (s, a, t), b = queries_of(x, rows, sigma, alpha, temperature, bias)
     args, keep = rows_of(rows, center, sq_norms, scale, shift)
     dims, first_band = list(dims), list(first_band)
-    bands, ladder, firsts = _ladder(coarse, dims, first_band)
-    if not 0 < eps < 1 or not math.isfinite(rows.shape[0] / eps):
-        raise ValueError(f"eps must lie between 0 and 1, both excluded; got {eps}")
-    if cap < 1 or rows.shape[0] >= 2**32:
-        raise ValueError(f"cap must be at least 1 and rows below 2^32, not {cap} and {len(rows)}")
+    bands = bands_of(coarse, dims, first_band)
+    check_limits(len(rows), eps, cap)
+    ladder = torch.tensor(dims, dtype=torch.int64)
+    firsts = torch.tensor(first_band, dtype=torch.int64)
     (n, _), m = rows.shape, x.shape[0]
     held = (
         _shaped("coarse", coarse, (n, dims[0] + bands + 1), torch.float32),

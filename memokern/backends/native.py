@@ -40,10 +40,8 @@ def described(*values: Any) -> Any:
     return module().Rows(*values)
 
 
-def rows_of(
-    rows: Tensor, center: Tensor | None, sq_norms: Tensor | None, scale: float, shift: float
-) -> tuple[Any, tuple[Tensor | None, Tensor | None]]:
-    """The rows as the module takes them, and the tensors that must outlive the call."""
+def check_rows(rows: Tensor, center: Tensor | None, sq_norms: Tensor | None) -> None:
+    """TypeError or ValueError unless kernels can read these rows."""
     if rows.dtype not in ROW_TYPES:
         known = ", ".join(str(t).removeprefix("torch.") for t in ROW_TYPES)
         raise TypeError(
@@ -57,11 +55,19 @@ def rows_of(
             f"each row must be contiguous (stride 1), not stride {rows.stride(1)}: call"
             " rows.contiguous() once"
         )
+    if center is not None and center.shape != (d,):
+        raise ValueError(f"center must have shape [{d}], not {list(center.shape)}")
+    if sq_norms is not None and sq_norms.shape != (n,):
+        raise ValueError(f"sq_norms must have shape [{n}], not {list(sq_norms.shape)}")
+
+
+def rows_of(
+    rows: Tensor, center: Tensor | None, sq_norms: Tensor | None, scale: float, shift: float
+) -> tuple[Any, tuple[Tensor | None, Tensor | None]]:
+    """The rows as the module takes them, and the tensors that must outlive the call."""
+    check_rows(rows, center, sq_norms)
+    n, d = rows.shape
     keep = (wide(center), wide(sq_norms))
-    if keep[0] is not None and keep[0].shape != (d,):
-        raise ValueError(f"center must have shape [{d}], not {list(keep[0].shape)}")
-    if keep[1] is not None and keep[1].shape != (n,):
-        raise ValueError(f"sq_norms must have shape [{n}], not {list(keep[1].shape)}")
     stride = rows.stride(0) if n > 1 else d
     args = described(
         rows.data_ptr(),

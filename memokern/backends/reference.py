@@ -44,6 +44,11 @@ def unavailable() -> str | None:
     return None
 
 
+def refuses(device_type: str) -> str | None:
+    """Nothing: it runs on every device."""
+    return None
+
+
 def detail() -> str:
     """One line for ``memokern info``."""
     return "plain PyTorch in float64, any device; slow, every transform works"

@@ -1,0 +1,242 @@
+"""`make gpu-check`: on a machine with a GPU the tests, then times beside the peers'; without one, a
+line that says so, and every kernel compiled ahead of time.
+
+Correctness comes first: each result is compared with float64 on the same device, and a wrong one is
+not timed. Times are medians over rounds in which everything takes its turn, by the device's own
+clock, the L2 cache flushed before each; the share of the roofline is a prediction of bench.roofline
+over the time, where the device is one whose data sheet is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import memokern
+from bench import peers, roofline
+from bench.cases import queries
+from memokern.backends import reference
+
+ROOT = Path(__file__).resolve().parent.parent
+NO_GPU = "There is no GPU here: the kernels are compiled ahead of time instead."
+PEERS = ("cached", "naive", "compile", "sdpa", "flex", "keops")
+FLUSH = 256 << 20  # bytes, more than any L2 cache
+CHECKED = 4  # queries compared with float64
+TOLERANCE = 1e-5  # of memokern's mean, relative to the largest true number
+
+
+def _flex(rows: Tensor) -> peers.Mean:
+    """flex_attention, which takes up to 256 features, with the norms as a change of the scores."""
+    attention = importlib.import_module("torch.nn.attention.flex_attention").flex_attention
+    half, run = rows.square().sum(1) / 2, torch.compile(attention)
+    keys = rows[None, None]
+
+    def mean(x: Tensor, s: float) -> Tensor:
+        def change(score: Tensor, b: Tensor, h: Tensor, i: Tensor, n: Tensor) -> Tensor:
+            return score - half[n] / s**2
+
+        return run(x[None, None], keys, keys, score_mod=change, scale=1 / s**2)[0, 0]
+
+    return mean
+
+
+def runs_of(p: roofline.Problem) -> tuple[str, ...]:
+    """The peers that such a problem is for: of float32 rows, since they know no other."""
+    if p.dtype != torch.float32:
+        return ()
+    return tuple(
+        name for name in PEERS
+        if not (name == "flex" and p.d > 256) and not (name == "keops" and p.d > 100)
+    )  # fmt: skip
+
+
+def stored(p: roofline.Problem, device: torch.device) -> memokern.TrainingSet:
+    """Rows of a type, on the device."""
+    torch.manual_seed(0)
+    if p.dtype == torch.uint8:
+        rows = torch.randint(0, 256, (p.n, p.d), dtype=torch.uint8, device=device)
+    else:
+        rows = torch.randn(p.n, p.d, device=device).to(p.dtype)
+    return memokern.TrainingSet(rows)
+
+
+def clock(device: torch.device) -> Callable[[Callable[[], object]], float]:
+    """Seconds of a call, by events on a GPU's stream, with nothing of it in the L2 cache."""
+    if device.type != "cuda":
+
+        def by_the_wall(call: Callable[[], object]) -> float:
+            start = time.perf_counter()
+            call()
+            return time.perf_counter() - start
+
+        return by_the_wall
+    flush = torch.empty(FLUSH, dtype=torch.uint8, device=device)
+
+    def by_events(call: Callable[[], object]) -> float:
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()
+        first.record()
+        call()
+        last.record()
+        torch.cuda.synchronize(device)
+        return first.elapsed_time(last) / 1000
+
+    return by_events
+
+
+def peak(call: Callable[[], object], device: torch.device) -> int:
+    """Bytes that a call takes beyond what is there, at most at a time."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _error(got: Tensor, truth: Tensor) -> float:
+    off = float((got[: len(truth)].double() - truth).abs().max() / truth.abs().max())
+    return off if math.isfinite(off) else math.inf
+
+
+def _truth(x: Tensor, data: memokern.TrainingSet, sigma: float) -> Tensor:
+    """The mean of a few queries in float64, by the reference, on their device."""
+    some = x[:CHECKED].double()
+    one = torch.ones(len(some), dtype=torch.float64, device=x.device)
+    return reference.posterior(
+        some, data.rows, sigma * one, one, one, None, data.center, data.sq_norms, data.scale,
+        data.shift, "gaussian",
+    )[0]  # fmt: skip
+
+
+def measure(p: roofline.Problem, device: torch.device, rounds: int) -> list[dict[str, Any]]:
+    """A row for memokern and for each peer; "skipped" says why one did not run."""
+    data = stored(p, device)
+    values = data.dequantize(data.rows[: p.b]).float()
+    sigma = math.sqrt(p.d) / 2
+    x = queries(values, p.b, sigma).to(device)
+    truth = _truth(x, data, sigma)
+    calls: dict[str, Callable[[], Tensor]] = {"memokern": lambda: memokern.denoise(x, data, sigma)}
+    lines: list[dict[str, Any]] = []
+    for name in runs_of(p):
+        try:
+            mean = (peers.MEAN[name] if name != "flex" else _flex)(data.rows)
+            calls[name] = lambda mean=mean: mean(x, sigma)  # type: ignore[misc]
+            calls[name]()
+        except Exception as error:  # a peer's failure is a finding, ours is not
+            calls.pop(name, None)
+            lines.append({"run": name, "skipped": peers.reason(error)})
+    errors = {name: _error(call(), truth) for name, call in calls.items()}
+    if not errors["memokern"] <= TOLERANCE:
+        raise RuntimeError(f"{p}: an error of {errors['memokern']:.1e}; nothing was timed")
+    timed, times = clock(device), {name: [] for name in calls}  # type: ignore[var-annotated]
+    for _ in range(rounds):
+        for name, call in calls.items():
+            times[name].append(timed(call))
+    size = data.rows.numel() * data.rows.element_size()
+    best = _roof(p, device)
+    for name, call in calls.items():
+        seconds = statistics.median(times[name])
+        lines.append({
+            "run": name, "seconds": seconds, "error": errors[name], "gb_s": size / seconds / 1e9,
+            "tflop_s": 4 * p.b * p.n * p.d / seconds / 1e12, "peak": peak(call, device),
+            "share": None if best is None or name != "memokern" else best / seconds,
+        })  # fmt: skip
+    return lines
+
+
+def _roof(p: roofline.Problem, device: torch.device) -> float | None:
+    """The predicted bound for this device, None where its data sheet is not there."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    gpu = next((g for g in roofline.GPUS if g.name in name), None)
+    return None if gpu is None else p.on(gpu).seconds
+
+
+def render(result: dict[str, Any]) -> str:
+    """The table, in Markdown, with the device's name."""
+    lines = [
+        f"Measured on {result['device']}, torch {result['torch']}, Triton {result['triton']}.",
+        "",
+        "| operation | rows | run | ms | GB/s | TFLOP/s | of the roofline | peak MiB | error |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for case in result["cases"]:
+        for row in case["runs"]:
+            head = f"| {case['name']} | {case['rows']} | {row['run']} |"
+            if "skipped" in row:
+                lines.append(f"{head} {row['skipped']} | | | | | |")
+                continue
+            share = "" if row["share"] is None else f"{row['share']:.0%}"
+            lines.append(
+                f"{head} {1000 * row['seconds']:.3g} | {row['gb_s']:.0f} | {row['tflop_s']:.1f} |"
+                f" {share} | {row['peak'] / 2**20:.0f} | {row['error']:.1e} |"
+            )
+    return "\n".join(lines)
+
+
+def collect(problems: list[roofline.Problem], device: torch.device, rounds: int) -> dict[str, Any]:
+    import triton
+
+    on_gpu = device.type == "cuda"
+    cases = [
+        {
+            "name": f"{p.operation} B={p.b} N={p.n:,} D={p.d}",
+            "rows": str(p.dtype).removeprefix("torch."),
+            "runs": measure(p, device, rounds),
+        }
+        for p in problems
+    ]
+    return {
+        "device": torch.cuda.get_device_name(device) if on_gpu else "a CPU",
+        "torch": torch.__version__, "triton": triton.__version__, "cases": cases,
+    }  # fmt: skip
+
+
+def check(rounds: int, out: Path) -> None:
+    """With a GPU: the tests, compiled; then times, and the table in a file."""
+    tests = sorted(str(p) for p in (ROOT / "tests").glob("test_triton_*.py"))
+    subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests], check=True
+    )
+    problems = [p for p in roofline.PROBLEMS if p.operation == "mean"]
+    result = collect(problems, torch.device("cuda"), rounds)
+    out.with_suffix(".json").write_text(json.dumps(result, indent=1))
+    out.write_text(render(result) + "\n")
+    print(render(result))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--out", type=Path, default=ROOT / "gpu-check.md")
+    parser.add_argument("words", nargs="*", help="without a GPU: only kernels named with these")
+    args = parser.parse_args()
+    if torch.cuda.is_available():
+        check(args.rounds, args.out)
+        return
+    print(NO_GPU, flush=True)
+    # Triton, which is imported here, may be interpreting.
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "bench.aot", *args.words]
+    sys.exit(subprocess.run(command, cwd=ROOT, env=env).returncode)
+
+
+if __name__ == "__main__":
+    main()

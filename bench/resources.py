@@ -1,0 +1,101 @@
+"""The table of what every kernel takes on every target, as a page: written, read and checked.
+
+The page names the Triton that compiled it and a digest of the kernels' code, so that a test can
+tell whether it is that of the kernels as they are: `make kernels` writes it anew.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from memokern import kernels
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "triton-kernels.md"
+SOURCES = Path(kernels.__file__).parent
+_CELL = re.compile(r"(\d+) r, ([\d.]+) K, ([\d.]+) %(?:, (\S+))?")
+
+
+class Cell(NamedTuple):
+    """One variant on one target. Spilled bytes are not kept: a variant has none."""
+
+    registers: int
+    shared: float  # KiB
+    occupancy: float  # per cent
+    matrix: str
+
+
+def digest() -> str:
+    """Of the code of all functions that Triton compiles; what is said about them doesn't count."""
+    text = []
+    for path in sorted(SOURCES.glob("*.py")):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(d)
+                                                         for d in node.decorator_list):  # fmt: skip
+                if ast.get_docstring(node) is not None:
+                    node.body = node.body[1:]
+                text.append(ast.unparse(node))
+    return hashlib.sha256("\n".join(text).encode()).hexdigest()[:16]
+
+
+def page(rows: list[dict[str, Any]], options: dict[str, str], triton: str) -> str:
+    """rows: of bench.aot.table, without errors. options: of each variant, in words."""
+    targets = list(dict.fromkeys(row["target"] for row in rows))
+    lines = [
+        "# What the Triton kernels take",
+        "",
+        "Every kernel that a launcher can ask for, compiled ahead of time: registers of a thread"
+        " (r), shared memory of a block (K: KiB), share of a multiprocessor's warps that are"
+        " resident, and the instruction of its matrix products. None spills. Written by"
+        " `make kernels`; no GPU was there.",
+        "",
+        f"Triton {triton}, kernels {digest()}.",
+        "",
+        "| kernel | launched with | " + " | ".join(targets) + " |",
+        "| --- | --- |" + " --- |" * len(targets),
+    ]
+    cells: dict[str, dict[str, str]] = {}
+    for row in rows:
+        matrix = f", {row['matrix'].split('.')[0]}" if row["matrix"] else ""
+        cells.setdefault(row["variant"], {})[row["target"]] = (
+            f"{row['registers']} r, {row['shared'] / 1024:.1f} K, {row['occupancy']:.0%}{matrix}"
+        ).replace("%", " %")
+    for name, found in cells.items():
+        columns = " | ".join(found[t] for t in targets)
+        lines.append(f"| {name} | {options[name]} | {columns} |")
+    return "\n".join(lines) + "\n"
+
+
+class Page(NamedTuple):
+    """What a page says. cells: by variant and target; options: by variant."""
+
+    triton: str
+    digest: str
+    cells: dict[tuple[str, str], Cell]
+    options: dict[str, str]
+
+
+def read(text: str) -> Page:
+    """The page, from its text."""
+    head = re.search(r"^Triton (\S+), kernels (\w+)\.$", text, re.MULTILINE)
+    table = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    assert head is not None and table[0][:2] == ["kernel", "launched with"]
+    cells, options = {}, {}
+    for name, how, *columns in table[2:]:
+        options[name] = how
+        for target, column in zip(table[0][2:], columns, strict=True):
+            found = _CELL.fullmatch(column)
+            assert found is not None, column
+            cells[name, target] = Cell(
+                int(found[1]), float(found[2]), float(found[3]), found[4] or ""
+            )
+    return Page(head[1], head[2], cells, options)
+
+
+def words(variant: Any) -> str:
+    """How a variant is launched: `4 warps, 2 stages`, and its registers where they are given."""
+    text = f"{variant.num_warps} warps, {variant.num_stages} stages"
+    return text + (f", at most {variant.registers} r" if variant.registers else "")

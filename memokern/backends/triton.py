@@ -1,0 +1,193 @@
+"""The Triton kernels: NVIDIA's and AMD's GPUs, and, for tests, Triton's interpreter on the CPU.
+
+The signatures are those of :mod:`memokern.ops`. Nothing of Triton is imported before the first
+call, and nothing compiled before the first launch of each kernel. No call reads a number back from
+the device: it can be captured in a CUDA graph, after a first call outside of one.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memokern import env
+from memokern.backends import reference
+from memokern.backends.native import check_rows, queries_of, wide
+from memokern.backends.triton_inputs import numbers
+
+_F64 = torch.float64
+
+
+@functools.cache
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels; Triton itself decides when it is imported."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+def unavailable() -> str | None:
+    """None where the kernels can run, else the reason in one line."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: pip install 'memokern[triton]' on Linux"
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"Triton cannot be imported ({error})"
+    if torch.cuda.is_available() or interpreted():
+        return None
+    return "PyTorch sees no GPU"
+
+
+def refuses(device_type: str) -> str | None:
+    """None for tensors on a GPU, or on the CPU where the kernels are interpreted."""
+    if device_type == ("cpu" if interpreted() else "cuda"):
+        return None
+    where = "CPU, by Triton's interpreter" if interpreted() else "GPU"
+    return f"it runs tensors on the {where}, and these are on {device_type}"
+
+
+def detail() -> str:
+    """One line for ``memokern info``."""
+    import triton
+
+    where = "interpreted on the CPU" if interpreted() else torch.cuda.get_device_name()
+    rest = "float64, and more than 64 neighbours, go to the reference"
+    return f"Triton {triton.__version__}, {where}; {rest}"
+
+
+# --- lists of rows: memokern/backends/triton_select.py -------------------------------------------
+
+
+def _select(name: str) -> Any:
+    def call(*args: Any) -> Any:
+        from memokern.backends import triton_select
+
+        return getattr(triton_select, name)(*args)
+
+    return call
+
+
+nearest = _select("nearest")
+posterior_on_support = _select("posterior_on_support")
+posterior_on_support_backward = _select("posterior_on_support_backward")
+
+
+# --- the posterior -------------------------------------------------------------------------------
+
+
+def _is_double(x: Tensor, rows: Tensor) -> bool:
+    """Whether a call is computed in float64, for which there is no kernel."""
+    return _F64 in (x.dtype, rows.dtype)
+
+
+@functools.cache
+def machine(device: torch.device) -> Any:
+    """What the planner knows of the device."""
+    from memokern.kernels.planner import Machine
+
+    if device.type != "cuda":
+        return Machine(multiprocessors=2, l2_bytes=1 << 20)
+    found = torch.cuda.get_device_properties(device)
+    return Machine(found.multi_processor_count, found.L2_cache_size)
+
+
+def _precision() -> str:
+    """AMD's matrix cores multiply float32; there is nothing to choose."""
+    return env.precision() if torch.version.hip is None else "ieee"
+
+
+def _prepared(
+    x: Tensor, rows: Tensor, columns: tuple[Tensor, Tensor, Tensor], bias: Tensor | None,
+    center: Tensor | None, sq_norms: Tensor | None, scale: float, shift: float, kernel: str,
+) -> tuple[Any, Any]:  # fmt: skip
+    """The queries and the rows as the kernels take them; what their owner has not is computed."""
+    from memokern.kernels.finish import row_norms
+    from memokern.kernels.queries import Queries
+    from memokern.kernels.rows import Rows
+
+    check_rows(rows, center, sq_norms)
+    q, numbers_of_each, b = queries_of(x, rows, *columns, bias)
+    units = numbers(scale, shift, x.device)
+    center, sq_norms = wide(center), wide(sq_norms)
+    if center is None or sq_norms is None:
+        # The mean of a few rows centres well enough, and any center is right.
+        step = max(1, rows.shape[0] // 64)
+        center = rows[: 64 * step : step].to(_F64).mean(0) * scale + shift
+        sq_norms = row_norms(rows, center, units)
+    queries = Queries(q, rows, numbers_of_each, center, units, kernel, _precision())
+    return queries, Rows(rows, sq_norms, b)
+
+
+def posterior(
+    x: Tensor, rows: Tensor, sigma: Tensor, alpha: Tensor, temperature: Tensor,
+    bias: Tensor | None, center: Tensor | None, sq_norms: Tensor | None, scale: float, shift: float,
+    kernel: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The dense sweep; see :mod:`memokern.ops` for the formulas."""
+    data = (center, sq_norms, scale, shift, kernel)
+    if _is_double(x, rows):
+        return reference.posterior(x, rows, sigma, alpha, temperature, bias, *data)
+    from memokern.kernels import sweep
+
+    queries, stored = _prepared(x, rows, (sigma, alpha, temperature), bias, *data)
+    b = x.shape[0]
+    mean = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    stats = [torch.empty(b, dtype=_F64, device=x.device) for _ in range(4)]
+    if b:
+        sweep.posterior(queries, stored, machine(x.device), kernel, _precision(), [mean, *stats])
+    return mean.to(x.dtype), stats[0], stats[1], stats[2], stats[3]
+
+
+def posterior_backward(
+    x: Tensor, rows: Tensor, sigma: Tensor, alpha: Tensor, temperature: Tensor,
+    bias: Tensor | None, center: Tensor | None, sq_norms: Tensor | None, mean: Tensor,
+    log_z: Tensor, mean_logit: Tensor, mean_bias: Tensor, weight_sq: Tensor, grad_mean: Tensor,
+    grad_log_z: Tensor, grad_mean_logit: Tensor, grad_mean_bias: Tensor, grad_weight_sq: Tensor,
+    scale: float, shift: float, kernel: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients for x, sigma, alpha, temperature and bias; see :mod:`memokern.ops`."""
+    data = (center, sq_norms, scale, shift, kernel)
+    saved = (log_z, mean_logit, mean_bias, weight_sq)
+    coming = (grad_log_z, grad_mean_logit, grad_mean_bias, grad_weight_sq)
+    if _is_double(x, rows):
+        return reference.posterior_backward(
+            x, rows, sigma, alpha, temperature, bias, center, sq_norms, mean, *saved, grad_mean,
+            *coming, scale, shift, kernel,
+        )  # fmt: skip
+    from memokern.kernels import gradient
+
+    queries, stored = _prepared(x, rows, (sigma, alpha, temperature), bias, *data)
+    b, device = x.shape[0], x.device
+    grad_bias = torch.zeros(0 if bias is None else rows.shape[0], dtype=_F64, device=device)
+    out = [torch.empty(b, dtype=_F64, device=device) for _ in range(3)]
+    grad_x = torch.empty(x.shape, dtype=torch.float32, device=device)
+    if b:
+        gradient.posterior_backward(
+            queries, stored, mean.to(torch.float32).contiguous(),
+            torch.stack([v.to(_F64) for v in saved]), grad_mean.to(torch.float32).contiguous(),
+            torch.stack([v.to(_F64) for v in coming]), machine(device), kernel, _precision(),
+            [grad_x, *out, grad_bias],
+        )  # fmt: skip
+    return grad_x, out[0], out[1], out[2], grad_bias
+
+
+def _from(module: str, name: str) -> Callable[..., Any]:
+    """An operation whose launcher imports Triton, which must wait for the first call."""
+
+    def run(*args: Any) -> Any:
+        return getattr(importlib.import_module(f"memokern.backends.{module}"), name)(*args)
+
+    return run
+
+
+nearest = _from("triton_select", "nearest")
+posterior_on_support = _from("triton_select", "posterior_on_support")
+posterior_on_support_backward = _from("triton_select", "posterior_on_support_backward")
+bound_scan = _from("triton_scan", "bound_scan")

@@ -1,0 +1,113 @@
+"""What the Triton launchers ask of their arguments, and what they derive from them, on the device.
+
+Nothing here waits for the device, so that what calls it can be captured into a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_F32, _F64 = torch.float32, torch.float64
+_ROWS = (_F32, torch.bfloat16, torch.float16, torch.uint8)
+_ELEMENTS = 1 << 24  # of a temporary in float64
+
+
+def refusal(x: Tensor, rows: Tensor) -> str | None:
+    """Why the kernels cannot take these, in one line, or None: then the reference runs them."""
+    if x.dtype != _F32:
+        return f"queries are float32 on a GPU, not {_name(x.dtype)}"
+    if rows.dtype not in _ROWS:
+        known = ", ".join(_name(t) for t in _ROWS)
+        return f"rows are one of {known} on a GPU, not {_name(rows.dtype)}"
+    return None
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def checked(x: Tensor, rows: Tensor) -> Tensor:
+    """x, contiguous; ValueError unless the two fit."""
+    if x.ndim != 2 or rows.ndim != 2 or x.shape[1] != rows.shape[1] or rows.shape[0] < 1:
+        raise ValueError(
+            f"expected x [B, D] and rows [N >= 1, D], not {list(x.shape)} and {list(rows.shape)}"
+        )
+    if x.device != rows.device:
+        raise ValueError(f"x and rows must be on one device, not {x.device} and {rows.device}")
+    if rows.shape[1] > 1 and rows.stride(1) != 1:
+        raise ValueError(
+            f"each row must be contiguous (stride 1), not stride {rows.stride(1)}: call"
+            " rows.contiguous() once"
+        )
+    return x.detach().contiguous()
+
+
+def shaped(name: str, t: Tensor, shape: tuple[int, ...], *dtypes: torch.dtype) -> Tensor:
+    """`t`, contiguous; ValueError unless it has the shape and one of the types."""
+    if tuple(t.shape) != shape or t.dtype not in dtypes:
+        kinds = " or ".join(_name(d) for d in dtypes)
+        raise ValueError(
+            f"{name} must be {kinds} {list(shape)}, not {_name(t.dtype)} {list(t.shape)}"
+        )
+    return t.detach().contiguous()
+
+
+def stride_of(rows: Tensor) -> int:
+    """Elements from a row to the next."""
+    return rows.stride(0) if rows.shape[0] > 1 else rows.shape[1]
+
+
+@functools.lru_cache(maxsize=256)
+def numbers(scale: float, shift: float, device: torch.device) -> Tensor:
+    """[2] float64: a kernel's own numbers are float32, and these are the rows' unit."""
+    return torch.tensor([scale, shift], dtype=_F64, device=device)
+
+
+class Centred(NamedTuple):
+    """The rows about their centre, as the kernels compute them: scale (raw + offset).
+
+    center [D], sq_norms [N] float64; offset [D], half_sq [N] float32; reach, pad: the largest |yc|
+    and the length of what is added to every raw row, float64 scalars on the device.
+    """
+
+    center: Tensor
+    sq_norms: Tensor
+    offset: Tensor
+    half_sq: Tensor
+    reach: Tensor
+    pad: Tensor
+
+
+def centred(
+    rows: Tensor, center: Tensor | None, sq_norms: Tensor | None, scale: float, shift: float
+) -> Centred:
+    """From what the rows' owner has cached, else in a pass over the rows."""
+    n, d = rows.shape
+    if (center is None) != (sq_norms is None):
+        raise ValueError("center and sq_norms belong together: give both or neither")
+    if center is None:  # the mean of a few rows centres well enough
+        some = torch.arange(min(n, 64), device=rows.device) * n // min(n, 64)
+        center = scale * rows.detach()[some].to(_F64).mean(0) + shift
+        sq_norms = torch.cat([
+            (block.to(_F64) * scale + (shift - center)).square().sum(1)
+            for block in rows.detach().split(max(1, _ELEMENTS // d))
+        ])  # fmt: skip
+    assert sq_norms is not None
+    center = shaped("center", center, (d,), _F32, _F64).to(_F64)
+    sq_norms = shaped("sq_norms", sq_norms, (n,), _F32, _F64).to(_F64)
+    moved = shift - center
+    return Centred(
+        center, sq_norms, (moved / scale).to(_F32), (0.5 * sq_norms).to(_F32),
+        sq_norms.max().sqrt(), moved.square().sum().sqrt(),
+    )  # fmt: skip
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Of the device; where there is none, as many as an H100 has."""
+    if device.type != "cuda":
+        return 132
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -1,0 +1,58 @@
+"""The posterior: one pass where a tile's sums fit the registers, else chunks of rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from memokern.kernels import chunked, finish, onepass, planner
+from memokern.kernels.common import STATE
+from memokern.kernels.queries import Queries
+from memokern.kernels.rows import Rows
+
+
+def posterior(
+    q: Queries, data: Rows, machine: planner.Machine, kernel: str, precision: str,
+    out: list[Tensor],
+) -> None:  # fmt: skip
+    """Into out: mean [B, D] float32, log_z, mean_logit, mean_bias and weight_sq [B] float64."""
+    b, d = q.x.shape
+    size = (b, data.n, d, data.rows.dtype, machine, kernel)
+    plan = planner.one_pass(*size)
+    if plan is not None:
+        _one_pass(q, data, plan, precision, out)
+    else:
+        chunked.posterior(q, data, planner.chunked(*size), kernel, precision, out)
+
+
+def _one_pass(
+    q: Queries, data: Rows, plan: planner.OnePass, precision: str, out: list[Tensor]
+) -> None:
+    total, d = q.x.shape
+    device, dtype, has_bias = q.x.device, data.rows.dtype, data.bias is not None
+    sweep_v = onepass.sweep_variant(dtype, plan.features, plan.few, has_bias, precision)
+    block_b, block_n = sweep_v.constexprs["BLOCK_B"], sweep_v.constexprs["BLOCK_N"]
+    exact_v = onepass.exact_variant(dtype, plan.features, block_n)
+    swept = -(-data.n // (plan.run * block_n))
+    parts = swept + plan.exact_parts
+    # The parts of both kernels, joined at the end.
+    acc = torch.empty(parts * plan.queries * d, dtype=torch.float32, device=device)
+    state = torch.empty(parts * STATE * plan.queries, dtype=torch.float64, device=device)
+    bits = torch.empty(plan.queries * swept * block_n, dtype=torch.int32, device=device)
+    for b0 in range(0, total, plan.queries):
+        b = min(plan.queries, total - b0)
+        at = {
+            "rows": data.rows, "bias": data.sq_norms if data.bias is None else data.bias,
+            "table": q.table, "bits": bits, "total": total, "b0": b0, "B": b, "D": d,
+            "stride_n": data.stride, "run": plan.run, "marked": swept,
+        }  # fmt: skip
+        sweep_v.launch(
+            (-(-b // block_b) * swept,), device, terms=q.terms, sq_norms=data.sq_norms, N=data.n,
+            state=state, acc=acc, **at,
+        )  # fmt: skip
+        exact_v.launch(
+            (b, plan.exact_parts), device, x=q.x, sigma=q.sigma, alpha=q.alpha, numbers=q.numbers,
+            state=state[swept * STATE * b :], acc=acc[swept * b * d :],
+            share=-(-swept // plan.exact_parts), has_bias=int(has_bias), **at,
+        )  # fmt: skip
+        finish.launch(q, b0, b, state, parts, acc, parts, out)

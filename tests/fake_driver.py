@@ -1,0 +1,142 @@
+"""A GPU that is not there: Triton's launch code runs as it is, up to the driver, which writes down
+what it is asked. Run in a process of its own, since Triton must compile; prints facts as JSON.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from typing import Any
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.errors import OutOfResources
+
+STREAMS = {0: 1000, 1: 1001}
+
+
+class Machine:
+    """Two devices; launches: what reached the driver."""
+
+    def __init__(self, target: GPUTarget, shared: int) -> None:
+        self.target, self.shared, self.device = target, shared, 0
+        self.launches: list[dict[str, Any]] = []
+        self.compiled: list[str] = []
+        machine = self
+
+        class Launcher:
+            def __init__(self, source: Any, metadata: Any) -> None:
+                self.name, self.metadata = metadata.name, metadata
+
+            def __call__(self, x: int, y: int, z: int, stream: int, *rest: Any) -> None:
+                machine.launches.append({
+                    "kernel": self.name, "grid": [x, y, z], "stream": stream,
+                    "device": machine.device, "warps": self.metadata.num_warps,
+                    "maxnreg": getattr(self.metadata, "maxnreg", None),
+                })  # fmt: skip
+
+        self.launcher_cls = Launcher
+        self.utils = self
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": self.shared, "multiprocessor_count": 132, "warpSize": 32}
+
+    def load_binary(self, name: str, *_: Any) -> tuple[int, int, int, int, int]:
+        self.compiled.append(name)
+        return 1, 2, 100, 0, 1024
+
+    def unload_module(self, module: int) -> None: ...
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.device
+
+    def set_current_device(self, device: int) -> None:
+        self.device = device
+
+    def get_current_stream(self, device: int) -> int:
+        return STREAMS[device]
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    @contextlib.contextmanager
+    def guard(self, device: torch.device) -> Any:
+        """In place of torch.cuda.device."""
+        before, self.device = self.device, device.index
+        try:
+            yield
+        finally:
+            self.device = before
+
+
+def activate(target: GPUTarget, shared: int = 227 << 10) -> Machine:
+    machine = Machine(target, shared)
+    driver.set_active(machine)
+    torch.cuda.device = machine.guard
+    return machine
+
+
+def weights(device: torch.device, b: int) -> None:
+    """One launch whose sizes are b."""
+    from memokern.kernels import support
+
+    start = torch.arange(b + 1)
+    some = torch.ones(b, dtype=torch.float64)
+    support.weights_variant(False).launch(
+        (b,), device, r2=some, index=start[:-1].clone(), bias=some, start=start,
+        mode=torch.zeros(b, dtype=torch.int32), sigma=some, temperature=some, w=some.clone(),
+        stats=torch.empty(6, b, dtype=torch.float64), B=b,
+    )  # fmt: skip
+
+
+def hopper() -> dict[str, Any]:
+    machine = activate(GPUTarget("cuda", 90, 32))
+    from memokern.backends import triton, triton_select
+    from memokern.kernels import listing
+
+    assert triton.posterior and listing.variants()
+    facts: dict[str, Any] = {"compiled at import": list(machine.compiled)}
+    for b in (16, 1, 17, 1000):
+        weights(torch.device("cpu"), b)
+    facts["sizes"] = (list(machine.compiled), list(machine.launches))
+    weights(torch.device("cuda", 1), 5)
+    facts["second device"] = (machine.launches[-1], machine.device)
+    weights(torch.device("cuda", 1), 0)
+    facts["launches of an empty grid"] = len(machine.launches) - 5
+    machine.launches.clear()
+    triton_select.nearest(torch.zeros(20, 32), torch.zeros(200, 32), 3, None, None, 1.0, 0.0)
+    facts["nearest"] = list(machine.launches)
+    # Plain numbers, so that the kernels are also right for rows of any length.
+    triton_select.nearest(torch.zeros(1, 7), torch.zeros(200, 7), 3, None, None, 1.0, 0.0)
+    facts["ragged"] = machine.launches[-1]["kernel"]
+    return facts
+
+
+def small() -> dict[str, Any]:
+    """A device whose blocks have too little shared memory."""
+    machine = activate(GPUTarget("cuda", 90, 32), shared=8 << 10)
+    from memokern.backends import triton_select
+
+    try:
+        triton_select.nearest(torch.zeros(20, 32), torch.zeros(200, 32), 3, None, None, 1.0, 0.0)
+    except OutOfResources as error:
+        return {"error": str(error), "launches": machine.launches}
+    return {"error": None, "launches": machine.launches}
+
+
+def amd() -> dict[str, Any]:
+    machine = activate(GPUTarget("hip", "gfx942", 64), shared=64 << 10)
+    torch.version.hip = "6.0"
+    from memokern.backends import triton_select
+
+    triton_select.nearest(torch.zeros(20, 32), torch.zeros(200, 32), 3, None, None, 1.0, 0.0)
+    return {"nearest": machine.launches}
+
+
+if __name__ == "__main__":
+    print(json.dumps({"hopper": hopper, "small": small, "amd": amd}[sys.argv[1]]()))

@@ -1,0 +1,124 @@
+"""Every kernel compiles for every target, spills nothing and fits: the page in the documents says
+so for all of them, and belongs to the kernels as they are; a few are compiled again here.
+
+Compiled in a process of its own: in this one Triton interprets.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+import triton
+from triton_interpreter import DEVICE
+
+from bench import aot, resources
+from memokern.kernels import listing
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = resources.read(resources.PAGE.read_text())
+VARIANTS = {v.name: v for v in listing.variants()}
+
+
+def compiling(code: str) -> str:
+    """What a process prints whose Triton compiles."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_INTERPRET")}
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=env
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def test_the_page_is_that_of_the_kernels_as_they_are() -> None:
+    """If this fails, `make kernels` writes the page anew."""
+    assert len(VARIANTS) == len(listing.variants())  # names are unique
+    assert PAGE.options == {name: resources.words(v) for name, v in VARIANTS.items()}
+    assert PAGE.cells.keys() == {(v, t) for v in VARIANTS for t in aot.TARGETS}
+    assert PAGE.digest == resources.digest()
+
+
+def test_all_fit_and_multiply_on_the_matrix_cores() -> None:
+    for (name, target), cell in PAGE.cells.items():
+        limit = aot.TARGETS[target]
+        assert cell.shared <= limit.shared / 1024 + 0.05, (name, target)
+        assert cell.occupancy > 0 and 0 < cell.registers <= (512 if target == "gfx942" else 255)
+        assert cell.matrix or not VARIANTS[name].matrix, (name, target)
+    instructions = {
+        t: {c.matrix for (n, where), c in PAGE.cells.items() if where == t and VARIANTS[n].matrix}
+        for t in aot.TARGETS
+    }
+    assert instructions["sm_80"] == {"HMMA"} and "HGMMA" in instructions["sm_90"]
+    assert any(m.startswith("UTC") for m in instructions["sm_100"])
+
+
+def test_a_few_compiled_again() -> None:
+    """One variant of each kernel, the targets in turn."""
+    of_kernel: dict[str, list[str]] = {}
+    for name, v in VARIANTS.items():
+        of_kernel.setdefault(v.kernel.fn.__name__, []).append(name)
+    targets = list(aot.TARGETS)
+    pairs = [
+        (names[len(names) // 2], targets[i % len(targets)])
+        for i, names in enumerate(of_kernel.values())
+    ]
+    rows = json.loads(compiling(
+        f"import json; from bench import aot; print(json.dumps(aot.table({pairs!r}, 2)))"
+    ))  # fmt: skip
+    for row in rows:
+        assert aot.problem(row, list(VARIANTS.values())) is None, row
+        if triton.__version__ == PAGE.triton:
+            cell = PAGE.cells[row["variant"], row["target"]]
+            assert (row["registers"], round(row["shared"] / 1024, 1)) == (
+                cell.registers,
+                cell.shared,
+            )
+
+
+def test_what_is_no_good_is_noticed() -> None:
+    """A product of float32 in too few threads spills, and is not on the matrix cores."""
+    row = json.loads(compiling(
+        "import dataclasses, json\n"
+        "from bench import aot\n"
+        "from memokern.kernels import scan\n"
+        "v = scan.level0_variant(scan.LIST, True, False)._replace(num_warps=4)\n"
+        "print(json.dumps(dataclasses.asdict(aot.resources(v, aot.TARGETS['sm_80']))))"
+    ))  # fmt: skip
+    variant = VARIANTS[row["variant"]]
+    assert "bytes spilled" in aot.problem(row, [variant])
+    whole = {**row, "spills": 0}
+    assert aot.problem(whole, [variant]) is None
+    assert "matrix" in aot.problem(whole, [variant._replace(matrix=True)])
+    assert "shared memory" in aot.problem({**whole, "shared": 200 << 10}, [variant])
+
+
+def test_occupancy() -> None:
+    a100, mi300 = aot.TARGETS["sm_80"], aot.TARGETS["gfx942"]
+    # 65,536 registers, 128 a thread: 16 warps of 64; 33 KiB of 164: four blocks of four warps.
+    assert aot.occupancy(a100, 128, 0, 4) == 0.25
+    assert aot.occupancy(a100, 32, 33 * 1024, 4) == 0.25
+    assert aot.occupancy(a100, 16, 0, 1) == 0.5  # 32 blocks at most
+    # 512 registers a lane: 128 leave room for four waves on each unit.
+    assert aot.occupancy(mi300, 128, 0, 4) == 0.5
+    assert aot.occupancy(mi300, 64, 40 * 1024, 4) == 0.125  # one block
+
+
+@pytest.mark.gpu
+def test_the_gpu_takes_what_was_said() -> None:
+    """A launch on the machine's own GPU takes the registers that were foretold."""
+    import torch
+
+    name = "sm_{}{}".format(*torch.cuda.get_device_capability(DEVICE))
+    if name not in aot.TARGETS or triton.__version__ != PAGE.triton:
+        pytest.skip(f"the page has no column for {name} and Triton {triton.__version__}")
+    variant = VARIANTS["support_weights plain"]
+    code = aot.compiled(variant, aot.TARGETS[name])
+    code._init_handles()
+    assert code.n_regs == PAGE.cells[variant.name, name].registers and code.n_spills == 0

@@ -1,0 +1,101 @@
+"""`make gpu-check` and the predictions: what can be tested of them without a GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from bench import aot, gpu, roofline
+from memokern.kernels import listing
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+H100 = next(g for g in roofline.GPUS if g.name == "H100")
+U8, F32 = torch.uint8, torch.float32
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so_and_compiles() -> None:
+    words = ["nearest_groups", "float32", "B16"]
+    run = subprocess.run(
+        [sys.executable, "-m", "bench.gpu", *words], capture_output=True, text=True, cwd=ROOT
+    )
+    assert run.returncode == 0, run.stderr
+    first, *rows = run.stdout.splitlines()
+    assert first == gpu.NO_GPU
+    assert [row.split()[4] for row in rows] == list(aot.TARGETS)
+    assert all("registers" in row and " 0 B spilled" in row for row in rows)
+
+
+def test_a_problem_is_checked_then_timed(monkeypatch) -> None:
+    monkeypatch.setattr(gpu, "PEERS", ("cached", "sdpa", "flex", "ideal"))
+    monkeypatch.setattr(gpu, "_flex", lambda rows: 1 / 0)
+    p = roofline.Problem("mean", 3, 200, 16, F32)
+    result = gpu.collect([p], CPU, rounds=2)
+    rows = {row["run"]: row for row in result["cases"][0]["runs"]}
+    assert "ZeroDivisionError" in rows["flex"]["skipped"]
+    for name in ("memokern", "cached", "sdpa"):
+        assert rows[name]["error"] < 1e-5 and rows[name]["seconds"] > 0
+        rate = 4 * 3 * 200 * 16 / rows[name]["seconds"] / 1e12
+        assert rows[name]["tflop_s"] == pytest.approx(rate)
+    text = gpu.render(result)
+    assert "Measured on a CPU" in text and "| mean B=3 N=200 D=16 | float32 | memokern |" in text
+    monkeypatch.setattr(gpu.memokern, "denoise", lambda x, data, sigma: torch.zeros_like(x))
+    with pytest.raises(RuntimeError, match="nothing was timed"):
+        gpu.measure(p, CPU, 1)
+
+
+def test_peers_are_asked_for_what_they_can() -> None:
+    assert "flex" not in gpu.runs_of(roofline.Problem("mean", 1, 9, 3072, F32))
+    assert set(gpu.runs_of(roofline.Problem("mean", 1, 9, 64, F32))) == set(gpu.PEERS)
+    assert gpu.runs_of(roofline.Problem("mean", 1, 9, 64, U8)) == ()
+
+
+def test_predictions_by_hand() -> None:
+    """One query waits for the rows; many for the tensor cores."""
+    one = roofline.Problem("mean", 1, 50_000, 3072, U8).on(H100)
+    rows = 50_000 * 3072 / H100.memory
+    assert rows <= one.seconds <= 1.05 * rows and one.memory > 0.95
+    many = roofline.Problem("mean", 256, 50_000, 3072, F32).on(H100)
+    # Both products, three of tf32 each.
+    products = 3 * 4 * 256 * 50_000 * 3072 / H100.rates["tf32"]
+    assert products <= many.seconds <= 1.05 * products and many.memory < 0.05
+    half = roofline.Problem("mean", 256, 50_000, 3072, torch.bfloat16).on(H100)
+    # The query is three terms, a weight two.
+    assert half.seconds == pytest.approx(5 * 2 * 256 * 50_000 * 3072 / H100.rates["half"], rel=0.05)
+    near = roofline.Problem("nearest", 64, 50_000, 3072, F32).on(H100)
+    assert near.launches == 2 and 1.0 <= near.seconds / (4 * rows) <= 1.1
+
+
+def test_every_kernel_that_reads_all_rows_has_a_cost() -> None:
+    names = {roofline.kernel_name(v) for v in listing.variants() if "rows" in v.signature}
+    # These look at few rows only, or at rows that are in the L2 cache, or are not the forward pass.
+    few = {
+        "exact_kernel", "weigh_kernel", "coefficients_kernel", "limit_kernel", "queries_kernel",
+        "sq_norms_kernel", "gradients_kernel", "grads_kernel",
+    }  # fmt: skip
+    assert names <= roofline.COSTS.keys() | few
+    assert roofline.COSTS.keys() <= {roofline.kernel_name(v) for v in listing.variants()}
+
+
+def test_the_page_has_the_predictions_of_the_model() -> None:
+    """If this fails: python -m bench.roofline --markdown docs/triton.md"""
+    page = (ROOT / "docs" / "triton.md").read_text()
+    said = page.split(roofline.BEGIN)[1].split(roofline.END)[0]
+    assert said.strip() == roofline.table().strip()
+    assert "Predicted, never measured" in said
+
+
+@pytest.mark.gpu
+def test_a_problem_on_the_gpu() -> None:
+    p = roofline.Problem("mean", 64, 20_000, 256, F32)
+    rows = {row["run"]: row for row in gpu.measure(p, torch.device("cuda"), 3)}
+    assert rows["memokern"]["error"] < gpu.TOLERANCE and "cached" in rows
+    assert os.environ.get("TRITON_INTERPRET") == "0"

@@ -1,0 +1,171 @@
+"""How the kernels are launched: by Triton's own launch code on a driver that is not there, and, for
+sizes that nobody could allocate, by what the launchers ask for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from memokern.backends import triton as backend
+from memokern.backends import triton_scan, triton_select
+from memokern.kernels import listing, scan
+from memokern.kernels.planner import Machine
+from memokern.kernels.variant import POINTERS, Variant
+
+F64 = torch.float64
+LISTED = {v.name: v for v in listing.variants()}
+
+
+def driver(machine: str) -> dict:
+    env = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_INTERPRET")}
+    here = Path(__file__).resolve().parent
+    env["PYTHONPATH"] = os.pathsep.join([str(here.parent), env.get("PYTHONPATH", "")])
+    run = subprocess.run(
+        [sys.executable, str(here / "fake_driver.py"), machine],
+        capture_output=True, text=True, env=env,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def test_streams_devices_options_and_no_compilation_that_is_not_needed() -> None:
+    facts = driver("hopper")
+    assert facts["compiled at import"] == []
+    compiled, launches = facts["sizes"]
+    assert len(compiled) == 1  # for all sizes, multiples of 16 or not, and 1
+    assert [launch["grid"] for launch in launches] == [[b, 1, 1] for b in (16, 1, 17, 1000)]
+    assert {(launch["stream"], launch["device"]) for launch in launches} == {(1000, 0)}
+    launch, current = facts["second device"]
+    assert (launch["stream"], launch["device"], current) == (1001, 1, 0)
+    assert facts["launches of an empty grid"] == 0
+    groups, exact = facts["nearest"]
+    assert (groups["kernel"], exact["kernel"]) == ("nearest_groups_kernel", "nearest_exact_kernel")
+    # 200 rows: four groups, one block of queries; 20 queries in as many parts as there are groups.
+    assert groups["grid"] == [4, 1, 1] and exact["grid"] == [80, 1, 1]
+    assert (exact["warps"], exact["maxnreg"]) == (8, 96)
+    assert facts["ragged"] == "nearest_exact_kernel"
+
+
+def test_a_device_that_is_too_small_says_so_before_anything_runs() -> None:
+    facts = driver("small")
+    assert "shared memory" in facts["error"] and "8192" in facts["error"]
+    assert facts["launches"] == []
+
+
+def test_amd_is_asked_for_nothing_that_is_nvidias() -> None:
+    launches = driver("amd")["nearest"]
+    assert [launch["maxnreg"] for launch in launches] == [None, None]
+
+
+class Launched(list):
+    """Launches that were asked for, each checked against what its variant says."""
+
+    def ask(self, variant: Variant, grid: tuple[int, ...], device: torch.device, **args) -> None:
+        if 0 in grid:
+            return
+        assert variant == LISTED[variant.name]
+        assert args.keys() == variant.signature.keys()
+        assert 1 <= grid[0] < 2**31 and all(1 <= g <= 65535 for g in grid[1:]), grid
+        for name, value in args.items():
+            kind = variant.signature[name]
+            if isinstance(value, torch.Tensor):
+                assert POINTERS[value.dtype] == kind, (variant.name, name)
+            elif kind == "i32":
+                assert isinstance(value, int) and -(2**31) <= value < 2**31, (variant.name, name)
+            elif kind == "i64":
+                assert isinstance(value, int), (variant.name, name)
+            else:
+                assert kind == "fp32" and isinstance(value, float), (variant.name, name)
+        if variant.constexprs.get("PASS") == scan.COUNT:
+            args["place"].zero_()  # what a launcher reads back
+        self.append((variant.name, grid, args))
+
+
+@pytest.fixture
+def launched(monkeypatch) -> Launched:
+    """Launches as an H100 would get them; nothing runs."""
+    asked = Launched()
+    monkeypatch.setattr(Variant, "launch", lambda self, *a, **k: asked.ask(self, *a, **k))
+    monkeypatch.setattr(backend, "machine", lambda device: Machine(132, 50 << 20))
+    monkeypatch.setattr(triton_select, "multiprocessors", lambda device: 132)
+    return asked
+
+
+SIZES = [
+    (1, 1, 1), (1, 1_000_000, 784), (1, 10_000_000, 16), (17, 1_000_003, 100),
+    (64, 50_000, 3072), (256, 200_000, 12_288), (65_536, 50_000, 16), (65_536, 20, 2),
+]  # fmt: skip
+
+
+def problem(b: int, n: int, d: int, dtype: torch.dtype = torch.uint8):
+    """Arguments of any size: rows that are all one row."""
+    one = torch.ones(b, dtype=F64)
+    rows = torch.zeros(1, d, dtype=dtype).expand(n, d)
+    return torch.zeros(b, d), rows, one, one.clone(), one.clone()
+
+
+@pytest.mark.parametrize(
+    ("b", "n", "d", "kernel"),
+    [(*size, "gaussian") for size in SIZES] + [(64, 50_000, 3072, "log"), (65_536, 20, 2, "log")],
+)
+def test_the_sweep_at_all_sizes(launched: Launched, b: int, n: int, d: int, kernel: str) -> None:
+    x, rows, *how = problem(b, n, d)
+    center, sq_norms = torch.zeros(d), torch.ones(n, dtype=F64)
+    data = (center, sq_norms, 2 / 255, -1.0, kernel)
+    out = backend.posterior(x, rows, *how, None, *data)
+    assert out[0].shape == x.shape and len(launched) >= 2
+    count = len(launched)
+    backend.posterior_backward(x, rows, *how, None, *data[:2], *out, *out, *data[2:])
+    assert len(launched) > count
+    programs = max(grid[0] * (grid[1] if len(grid) > 1 else 1) for _, grid, _ in launched)
+    if n >= 50_000 and b != 17:  # B = 1 fills the chip too
+        assert programs >= 128  # of 132 multiprocessors
+
+
+@pytest.mark.parametrize(("b", "n", "d"), SIZES)
+def test_the_nearest_rows_at_all_sizes(launched: Launched, b: int, n: int, d: int) -> None:
+    x, rows, *_ = problem(b, n, d)
+    k = min(n, 10)
+    out = triton_select.nearest(x, rows, k, torch.zeros(d), torch.ones(n, dtype=F64), 1.0, 0.0)
+    assert out[0].shape == out[1].shape == (b, k)
+    spent = max(args["least"].numel() for _, _, args in launched)
+    assert 4 * spent <= max(64 << 20, 4 * -(-n // 64))  # the work space that is stated
+
+
+@pytest.mark.parametrize(("b", "n", "d"), SIZES)
+def test_lists_at_all_sizes(launched: Launched, b: int, n: int, d: int) -> None:
+    x, rows, *how = problem(b, n, d)
+    start = torch.arange(b + 1)
+    index = torch.arange(b) % n
+    out = triton_select.posterior_on_support(x, rows, *how, None, start, index, 1.0, 0.0)
+    triton_select.posterior_on_support_backward(
+        x, rows, *how, None, start, index, *out, *out, 1.0, 0.0
+    )
+    assert {name.split()[0] for name, *_ in launched} == {
+        "support_pairs", "support_weights", "support_sum", "support_coefficients",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("b", "n", "d"), [(1, 1, 1), (1, 2_000_000, 3072), (65_536, 1000, 64)])
+def test_the_scan_at_all_sizes(launched: Launched, b: int, n: int, d: int) -> None:
+    x, rows, *how = problem(b, n, d)
+    k, bands = min(d, 32), 4
+    found = triton_scan.bound_scan(
+        x, rows, *how, None, torch.zeros(d), torch.ones(n, dtype=F64), 1.0, 0.0,
+        torch.zeros(1, k + bands + 1).expand(n, -1), torch.zeros(n, 0, dtype=torch.float16),
+        torch.zeros(b, k), torch.zeros(b, bands + 1), torch.zeros(b, dtype=F64),
+        torch.ones(b, dtype=F64), [k], [0], 1e-6, n,
+    )  # fmt: skip
+    assert found[0].shape == (b + 1,) and len(found[1]) == 0
+    steps = [name.split()[0] for name, *_ in launched if name.startswith("scan")]
+    turns = -(-b * n // triton_scan._PAIRS) if b > 1 else 1
+    assert steps[:2] == ["scan_promise", "scan_count"] and len(steps) >= 2 * turns

@@ -1,0 +1,115 @@
+"""The planner: every size is planned, within the stated bounds, and the same each time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from memokern import backends, env
+from memokern.backends import triton
+from memokern.kernels import listing, onepass, planner, products
+from memokern.kernels.weigh import chunks
+
+H100 = planner.Machine(132, 50 << 20)
+MACHINES = [planner.Machine(1, 1 << 20), planner.Machine(108, 40 << 20), H100,
+            planner.Machine(304, 4 << 20)]  # fmt: skip
+TYPES = [torch.float32, torch.bfloat16, torch.float16, torch.uint8]
+SIZES = [
+    (b, n, d)
+    for b in (1, 7, 16, 17, 64, 1024, 65_536)
+    for n in (1, 100, 50_000, 1_281_167, 10_000_000)
+    for d in (1, 2, 16, 64, 65, 128, 256, 3072, 196_608)
+]
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("machine", MACHINES)
+def test_every_size(machine: planner.Machine, dtype: torch.dtype) -> None:
+    for b, n, d in SIZES:
+        for kernel in ("gaussian", "log"):
+            one = planner.one_pass(b, n, d, dtype, machine, kernel)
+            if one is not None:
+                check_one_pass(one, b, n, d, dtype)
+            for kept in (1, 2):
+                plan = planner.chunked(b, n, d, dtype, machine, kernel, kept)
+                assert plan == planner.chunked(b, n, d, dtype, machine, kernel, kept)
+                check_chunked(plan, b, n, d, dtype, machine, kernel, kept)
+
+
+def check_one_pass(plan, b, n, d, dtype):
+    tile = onepass.tile(dtype, plan.features, plan.few)
+    assert tile is not None and d <= plan.features and plan.few == (b <= planner.FEW)
+    assert 1 <= plan.run <= onepass.RUN and 1 <= plan.queries <= b
+    parts = -(-n // (plan.run * tile.n))
+    assert 1 <= plan.exact_parts <= parts
+    each = (parts + plan.exact_parts) * (4 * d + 48) + 4 * parts * tile.n
+    held = plan.queries * each
+    # A tile of queries is the least that is held; parts grow where there are few queries.
+    assert plan.queries <= tile.b or held <= 2 * planner.WORKSPACE
+    assert plan.queries * parts * tile.n < 2**40
+
+
+def check_chunked(plan, b, n, d, dtype, machine, kernel, kept):
+    dots = products.dots_tile(plan.few, dtype, "tf32x3")
+    assert plan.rows in chunks(kernel, kept) and 1 <= plan.queries <= b
+    size = planner.element_size(dtype)
+    assert plan.rows == chunks(kernel, kept)[0] or plan.rows * d * size <= machine.l2_bytes // 2
+    held = 4 * kept * plan.queries * plan.rows
+    assert plan.queries <= dots.b or held <= planner.WORKSPACE
+    assert 1 <= plan.parts_d <= 16 and 1 <= plan.parts_n <= 16
+    # Parts are made of whole steps, and there are as many as planned or fewer, none empty.
+    for total, parts, step in ((d, plan.parts_d, dots.d), (min(plan.rows, n), plan.parts_n, 32)):
+        part = planner.share(total, parts, step)
+        count = -(-total // part)
+        assert part % step == 0 and count <= parts and (count - 1) * part < total
+
+
+def test_one_query_fills_the_machine() -> None:
+    """A program for each multiprocessor at least, where there are rows enough."""
+    for dtype in TYPES:
+        one = planner.one_pass(1, 1_000_000, 16, dtype, H100, "gaussian")
+        tile = onepass.tile(dtype, one.features, one.few)
+        assert -(-1_000_000 // (one.run * tile.n)) >= H100.multiprocessors
+        plan = planner.chunked(1, 50_000, 3072, dtype, H100)
+        tiles = plan.rows // products.dots_tile(True, dtype, "tf32x3").n
+        assert tiles * plan.parts_d >= H100.multiprocessors
+
+
+def test_what_is_planned_is_listed() -> None:
+    """Every variant that a plan asks for is among those that are compiled ahead of time."""
+    names = {v.name for v in listing.variants()}
+    assert len(names) == len(listing.variants())
+    for dtype in TYPES:
+        for d in onepass.FEATURES:
+            for few in (True, False):
+                tile = onepass.tile(dtype, d, few)
+                if tile is None:
+                    continue
+                for p in products.precisions(dtype):
+                    assert onepass.sweep_variant(dtype, d, few, True, p).name in names
+                assert onepass.exact_variant(dtype, d, tile.n).name in names
+
+
+def test_the_ladder(monkeypatch) -> None:
+    """Who runs what, and why not."""
+    monkeypatch.setenv(env.BACKEND, "triton")
+    assert backends.choose_for("cpu", "posterior") is triton  # interpreted here
+    with pytest.raises(RuntimeError, match="these are on meta"):
+        backends.choose_for("meta")
+    with pytest.raises(RuntimeError, match="it has no fly"):
+        backends.choose_for("cpu", "fly")
+    monkeypatch.setenv(env.BACKEND, "auto")
+    assert backends.choose_for("cpu") is not triton
+    monkeypatch.setattr(triton, "interpreted", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    backends._choose.cache_clear()
+    assert backends.choose_for("cuda") is triton
+    assert backends.choose_for("cuda", "fly").__name__.endswith("reference")
+    backends._choose.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert triton.unavailable() == "PyTorch sees no GPU"
+    assert triton.refuses("cpu") == "it runs tensors on the GPU, and these are on cpu"
+    assert backends.choose_for("cuda").__name__.endswith("reference")
+    backends._choose.cache_clear()

@@ -1,0 +1,155 @@
+"""Triton's interpreter, made exact: what the tests of its kernels run on where there is no GPU.
+
+As it comes it computes bfloat16 on the raw bits, truncates float32 to bfloat16, and multiplies as
+if tf32 were float32. `install` replaces these operations of its builder. What bfloat16 still cannot
+do here (math functions, reductions, atomics) raises: kernels widen it to float32 first.
+
+`DEVICE` is where the kernels' tests put their tensors: a GPU where there is one, and there the same
+tests run compiled; else the CPU, interpreted. Triton reads TRITON_INTERPRET when a kernel is
+decorated, its own library's among them, so conftest.py sets it before anything imports Triton.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def choose() -> None:
+    """Interpret where there is no GPU, whatever the environment says."""
+    os.environ["TRITON_INTERPRET"] = "0" if DEVICE.type == "cuda" else "1"
+
+
+def widen(bits: np.ndarray) -> np.ndarray:
+    """bfloat16, as the interpreter holds it (uint16), to float32."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def narrow(values: np.ndarray) -> np.ndarray:
+    """To bfloat16, to nearest, ties to even."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    rounded = (bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16
+    return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)
+
+
+def tf32(values: np.ndarray) -> np.ndarray:
+    """float32 with 10 bits of mantissa, to nearest."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    rounded = (bits + (((bits >> 13) & 1) + np.uint32(0xFFF))) & np.uint32(0xFFFFE000)
+    return np.where((bits & 0x7F800000) == 0x7F800000, bits, rounded).view(np.float32)
+
+
+def product(a: np.ndarray, b: np.ndarray, precision: str) -> np.ndarray:
+    """A float32 product as tensor cores form it, but for the order of its sums."""
+    if precision == "IEEE":
+        return np.matmul(a, b)
+    high_a, high_b = tf32(a), tf32(b)
+    if precision == "TF32":
+        return np.matmul(high_a, high_b)
+    if precision == "TF32x3":
+        low_a, low_b = tf32(a - high_a), tf32(b - high_b)
+        small = np.matmul(low_a, high_b) + np.matmul(high_a, low_b)
+        # Triton leaves the correction out where it is NaN, as inf - inf makes it.
+        return np.matmul(high_a, high_b) + np.where(np.isnan(small), 0, small)
+    raise NotImplementedError(f"no kernel multiplies in {precision}")
+
+
+def install() -> None:
+    """Replace the operations, once; Triton must be there and interpreting."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
+    if getattr(builder, "exact", False):
+        return
+    binary, cast, dot = builder.binary_op, builder.cast_impl, builder.create_dot
+    unary, fused, convert = builder.unary_op, builder.create_fma, builder.create_fp_to_fp
+
+    def is_short(*values: Any) -> bool:
+        return any(v.dtype.scalar == tl.bfloat16 for v in values)
+
+    def plain(value: Any) -> np.ndarray:
+        return widen(value.data) if is_short(value) else value.data
+
+    def binary_op(self: Any, left: Any, right: Any, op: Any) -> Any:
+        if not is_short(left, right):
+            made = binary(self, left, right, op)
+            # It names a comparison by its operands' type, which broadcasting then makes numbers of.
+            return handle(made.data, tl.int1) if made.data.dtype == np.bool_ else made
+        out = op(plain(left), plain(right))
+        return handle(out if out.dtype == np.bool_ else narrow(out), tl.bfloat16)
+
+    def cast_impl(self: Any, source: Any, wanted: Any) -> Any:
+        kind = wanted.scalar
+        if not is_short(source) and kind != tl.bfloat16:
+            return cast(self, source, wanted)
+        values = plain(source)
+        if kind == tl.bfloat16:
+            return handle(narrow(values.astype(np.float32)), kind)
+        return handle(values.astype(interpreter._get_np_dtype(wanted)), kind)
+
+    def create_fp_to_fp(self: Any, source: Any, wanted: Any, rounding: Any) -> Any:
+        # Of float8 there is none here, and to nearest is the only rounding: casts do it.
+        if rounding is not None and str(rounding).rpartition(".")[2] != "RTNE":
+            return convert(self, source, wanted, rounding)
+        return cast_impl(self, source, wanted)
+
+    def create_dot(self: Any, a: Any, b: Any, acc: Any, precision: Any, imprecise: Any) -> Any:
+        if a.data.dtype == np.float32 and b.data.dtype == np.float32:
+            out = product(a.data, b.data, str(precision).rpartition(".")[2])
+            return handle(out + acc.data, acc.dtype.scalar)
+        if is_short(a, b):
+            return handle(np.matmul(plain(a), plain(b)) + acc.data, acc.dtype.scalar)
+        return dot(self, a, b, acc, precision, imprecise)
+
+    def refuse(old: Any) -> Any:
+        def call(self: Any, *args: Any) -> Any:
+            if is_short(*(v for v in args if isinstance(v, handle))):
+                raise NotImplementedError("bfloat16 must be widened to float32 first")
+            return old(self, *args)
+
+        return call
+
+    def check(self: Any, values: Any) -> None:
+        if any(v.dtype.scalar == tl.bfloat16 for v in values):
+            raise NotImplementedError("bfloat16 must be widened to float32 first")
+        checked(self, values)
+
+    def launch(self: Any, *args: Any, **kwargs: Any) -> None:
+        # Every function of Triton's own library that a kernel calls would patch the language anew,
+        # which takes most of the time: once for all of them is enough.
+        scope = interpreter._patch_lang(tl.standard.zeros.fn)
+        # What overflows or is NaN on a GPU is so without a word.
+        with np.errstate(all="ignore"), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "All-NaN", RuntimeWarning)
+            try:
+                run(self, *args, **kwargs)
+            finally:
+                scope.restore()
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.rewrite()(*args, **kwargs)
+
+    run = interpreter.GridExecutor.__call__
+    interpreter.GridExecutor.__call__ = launch
+    interpreter.InterpretedFunction.__call__ = call
+    reductions = interpreter.ReduceScanOpInterface
+    checked = reductions.check_tensor
+    reductions.check_tensor = check
+    builder.binary_op, builder.cast_impl, builder.create_dot = binary_op, cast_impl, create_dot
+    builder.create_fp_to_fp = create_fp_to_fp
+    builder.unary_op, builder.create_fma = refuse(unary), refuse(fused)
+    launch = interpreter.GridExecutor.__call__
+
+    def quiet(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with np.errstate(all="ignore"):  # a GPU raises no warning where NaN and inf are made
+            return launch(self, *args, **kwargs)
+
+    interpreter.GridExecutor.__call__ = quiet
+    builder.exact = True
