@@ -4,7 +4,8 @@
 # make lint     ruff and mypy
 # make peers    what make bench compares with
 # make gpu-check  where there is a GPU: its tests, then times beside the peers'; else: every kernel compiled
-# make kernels  every Triton kernel compiled, into docs/triton-kernels.md (some 20 minutes of a core)
+# make kernels  every Triton kernel compiled, into docs/triton-kernels.md (20 minutes of a core; then what changed)
+# make sanitize the Triton kernels watched for races and for what lies outside of tensors (ttsem, experimental)
 # make neon     the portable kernels on an emulated ARM processor (needs g++-aarch64-linux-gnu and qemu-user)
 #
 # Everything runs in .venv, made on first use. PYTHON chooses the interpreter, TORCH the PyTorch.
@@ -12,13 +13,14 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 SMALLDIFFUSION ?= smalldiffusion==0.5.0
+TTSEM ?= ttsem==0.1.0
 VENV ?= .venv
 ARM ?= aarch64-linux-gnu
 QEMU ?= qemu-aarch64
 BIN = $(VENV)/bin
 SOURCES = $(wildcard csrc/*) $(wildcard csrc/*/*) setup.py pyproject.toml
 
-.PHONY: demo test bench lint peers gpu-check kernels neon clean
+.PHONY: demo test bench lint peers gpu-check kernels sanitize neon clean
 
 # torch first and alone: its pinned build decides what the rest may need.
 $(BIN)/python:
@@ -55,6 +57,12 @@ gpu-check: $(VENV)/.dev-installed
 
 kernels: $(VENV)/.dev-installed
 	$(BIN)/python -m bench.aot --markdown docs/triton-kernels.md
+
+# It says that it wants a newer Python than it needs, and is kept out of the environment of the tests.
+sanitize: $(VENV)/.dev-installed
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps --ignore-requires-python --upgrade \
+	  --target build/ttsem "$(TTSEM)"
+	TRITON_INTERPRET=0 PYTHONPATH=.:build/ttsem $(BIN)/python -m ttsem.sanitize tests/sanitize.py
 
 neon:
 	mkdir -p build

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -44,6 +45,7 @@ class Target:
 
 
 KIB = 1024
+KEPT = Path(__file__).resolve().parent.parent / "build" / "triton-resources.json"
 TARGETS = {
     t.name: t
     for t in (
@@ -68,23 +70,38 @@ class Resources:
     matrix: str  # the first product on the matrix cores in its machine code, or ""
 
 
-def compiled(variant: Variant, target: Target) -> Any:
-    """The variant's machine code."""
-    import triton
-    from triton.backends.compiler import GPUTarget
+def _source(variant: Variant, target: Target) -> Any:
     from triton.compiler import ASTSource
 
     variant = variant.on(target.vendor)
-    names = variant.kernel.arg_names
-    constant = variant.constexprs
-    source = ASTSource(
+    names, constant = variant.kernel.arg_names, variant.constexprs
+    return ASTSource(
         fn=variant.kernel,
         signature={n: "constexpr" if n in constant else variant.signature[n] for n in names},
         constexprs=constant,
         attrs={(names.index(n),): [["tt.divisibility", 16]] for n in variant.aligned},
     )
+
+
+def compiled(variant: Variant, target: Target) -> Any:
+    """The variant's machine code."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
     where = GPUTarget(target.vendor, target.arch, target.warp)
-    return triton.compile(source, target=where, options=variant.options(target.vendor))
+    source, options = _source(variant, target), variant.options(target.vendor)
+    return triton.compile(source, target=where, options=options)
+
+
+def _key(variant: Variant, target: Target) -> str:
+    """All that its machine code depends on."""
+    import triton
+
+    parts = (
+        _source(variant, target).hash(), variant.options(target.vendor), variant.matrix, target,
+        triton.__version__, Path(__file__).read_text(),
+    )  # fmt: skip
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def resources(variant: Variant, target: Target) -> Resources:
@@ -155,11 +172,25 @@ def _one(name: str, target: str) -> dict[str, Any]:
         return {"variant": name, "target": target, "error": f"{type(error).__name__}: {error}"}
 
 
-def table(pairs: list[tuple[str, str]], workers: int) -> list[dict[str, Any]]:
+def table(
+    pairs: list[tuple[str, str]], workers: int, kept: Path | None = None
+) -> list[dict[str, Any]]:
     """The resources of these variants on these targets, by their names, as plain rows; a row has
-    "error" where it does not compile."""
+    "error" where it does not compile. kept: a file of earlier results, added to."""
+    known: dict[str, Any] = {}
+    if kept is not None and kept.exists():
+        known = json.loads(kept.read_text())
+    named = {v.name: v for v in listing.variants()}
+    keys = {pair: _key(named[pair[0]], TARGETS[pair[1]]) for pair in pairs}
+    left = [pair for pair in pairs if keys[pair] not in known]
     with concurrent.futures.ProcessPoolExecutor(workers) as pool:
-        return list(pool.map(_one, *zip(*pairs, strict=True))) if pairs else []
+        found = {pool.submit(_one, *pair): pair for pair in left}
+        for done in concurrent.futures.as_completed(found):
+            known[keys[found[done]]] = done.result()
+            if kept is not None:
+                kept.parent.mkdir(exist_ok=True)
+                kept.write_text(json.dumps(known))
+    return [known[keys[pair]] for pair in pairs]
 
 
 def line(row: dict[str, Any]) -> str:
@@ -201,7 +232,7 @@ def main() -> None:
         sys.exit("Triton is interpreting, and then compiles nothing: unset TRITON_INTERPRET")
     chosen = [v for v in listing.variants() if all(w in v.name for w in args.words)]
     targets = args.target or list(TARGETS)
-    rows = table([(v.name, t) for v in chosen for t in targets], args.workers)
+    rows = table([(v.name, t) for v in chosen for t in targets], args.workers, KEPT)
     if args.json:
         print(json.dumps(rows))
         return
