@@ -37,9 +37,10 @@ def check(got, want):
     torch.testing.assert_close(got[0], want[0], rtol=1e-12, atol=1e-24)
 
 
-@pytest.mark.parametrize("dtype", ROW_TYPES)
-@pytest.mark.parametrize("b", [1, 17])
-def test_nearest(dtype: torch.dtype, b: int) -> None:
+@pytest.mark.parametrize(
+    ("b", "dtype"), [*((1, dtype) for dtype in ROW_TYPES), (17, F32), (17, torch.uint8)]
+)
+def test_nearest(b: int, dtype: torch.dtype) -> None:
     for n, d, offset in ((1, 1, 0.0), (33, 7, 0.0), (300, 40, 0.0), (300, 40, 500.0)):
         x, rows, scale, shift = make(b, n, d, dtype, 0.3, offset=offset)
         if n > 20:
