@@ -216,6 +216,7 @@ def limit_variant(rows: torch.dtype) -> Variant:
         },
         constexprs={"BLOCK_N": 64, "BLOCK_D": 32},
         num_warps=8,
+        registers=128,
         aligned=("bias", "rows", "x", "mean", "grad_mean", "grad_bias", "D", "stride_n"),
     )  # fmt: skip
 

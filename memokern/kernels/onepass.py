@@ -254,7 +254,8 @@ def tile(rows: torch.dtype, features: int, few: bool) -> Tile | None:
     if features > most:
         return None
     if few:
-        return Tile(16, 32 if rows == torch.float32 or features == 128 else 64, 4, 3)
+        low = rows in (torch.float32, torch.uint8) or features == 128
+        return Tile(16, 32 if low else 64, 4, 3)
     if rows == torch.uint8:  # converted on the way: there is nothing to load ahead into
         return Tile(64, 32, 4, 1)
     return Tile(64, 16 if rows == torch.float32 and features == 32 else 32, 4, 3)
