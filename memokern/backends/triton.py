@@ -62,23 +62,6 @@ def detail() -> str:
     return f"Triton {triton.__version__}, {where}; {rest}"
 
 
-# --- lists of rows: memokern/backends/triton_select.py -------------------------------------------
-
-
-def _select(name: str) -> Any:
-    def call(*args: Any) -> Any:
-        from memokern.backends import triton_select
-
-        return getattr(triton_select, name)(*args)
-
-    return call
-
-
-nearest = _select("nearest")
-posterior_on_support = _select("posterior_on_support")
-posterior_on_support_backward = _select("posterior_on_support_backward")
-
-
 # --- the posterior -------------------------------------------------------------------------------
 
 
@@ -176,6 +159,9 @@ def posterior_backward(
             [grad_x, *out, grad_bias],
         )  # fmt: skip
     return grad_x, out[0], out[1], out[2], grad_bias
+
+
+# --- rows selected: memokern/backends/triton_select.py, triton_scan.py ----------------------------
 
 
 def _from(module: str, name: str) -> Callable[..., Any]:
