@@ -36,9 +36,9 @@ def test_mean_at_floor_stays_on_a_training_point_and_blends_elsewhere() -> None:
 def test_demo_searches_neighbours_once_for_both_criteria(monkeypatch) -> None:
     searches, search = [], memorization.functional.nearest
 
-    def counting(x, data, k=1):
+    def counting(x, data, k=1, **how):
         searches.append((len(x), k))
-        return search(x, data, k)
+        return search(x, data, k, **how)
 
     monkeypatch.setattr(memorization.functional, "nearest", counting)
     results = demo.run(3)

@@ -9,18 +9,9 @@ import torch
 from torch import Tensor
 
 from memokern.backends.ladder import bands_of, check_limits
-from memokern.backends.native import module, pointer, queries_of, rows_of
+from memokern.backends.native import module, pointer, queries_of, rows_of, shaped
 
 _F64 = torch.float64
-
-
-def _shaped(name: str, t: Tensor, shape: tuple[int, ...], *dtypes: torch.dtype) -> Tensor:
-    """`t`, contiguous; ValueError unless it has the shape and one of the dtypes."""
-    if tuple(t.shape) != shape or t.dtype not in dtypes:
-        kinds = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
-        got = str(t.dtype).removeprefix("torch.")
-        raise ValueError(f"{name} must be {kinds} {list(shape)}, not {got} {list(t.shape)}")
-    return t.contiguous()
 
 
 def bound_scan(
@@ -39,12 +30,12 @@ def bound_scan(
     firsts = torch.tensor(first_band, dtype=torch.int64)
     (n, _), m = rows.shape, x.shape[0]
     held = (
-        _shaped("coarse", coarse, (n, dims[0] + bands + 1), torch.float32),
-        _shaped("fine", fine, (n, dims[-1] - dims[0]), torch.float16, torch.float32),
-        _shaped("z", z, (m, dims[-1]), torch.float32),
-        _shaped("norms", norms, (m, bands + 1), torch.float32),
-        _shaped("margin", margin, (m,), _F64),
-        _shaped("sq", sq, (m,), _F64),
+        shaped("coarse", coarse, (n, dims[0] + bands + 1), torch.float32),
+        shaped("fine", fine, (n, dims[-1] - dims[0]), torch.float16, torch.float32),
+        shaped("z", z, (m, dims[-1]), torch.float32),
+        shaped("norms", norms, (m, bands + 1), torch.float32),
+        shaped("margin", margin, (m,), _F64),
+        shaped("sq", sq, (m,), _F64),
     )
     start = torch.empty(m + 1, dtype=torch.int64)
     threshold, level = torch.empty(m, dtype=_F64), torch.empty(m, dtype=torch.int64)
@@ -102,8 +93,8 @@ def posterior_on_support(
     """The sums of ``posterior`` over the rows listed, each logit by direct differences."""
     q, (s, a, t), b = queries_of(x, rows, sigma, alpha, temperature, bias)
     args, _ = rows_of(rows, None, None, scale, shift)
-    start = _shaped("start", start, (x.shape[0] + 1,), torch.int64)
-    index = _shaped("index", index, (index.numel(),), torch.int64)
+    start = shaped("start", start, (x.shape[0] + 1,), torch.int64)
+    index = shaped("index", index, (index.numel(),), torch.int64)
     mean = torch.empty_like(q)
     stats = tuple(torch.empty(q.shape[0], dtype=_F64) for _ in range(4))
     module().support(
@@ -128,8 +119,8 @@ def posterior_on_support_backward(
     """
     q, (s, a, t), b = queries_of(x, rows, sigma, alpha, temperature, bias)
     args, _ = rows_of(rows, None, None, scale, shift)
-    start = _shaped("start", start, (x.shape[0] + 1,), torch.int64)
-    index = _shaped("index", index, (index.numel(),), torch.int64)
+    start = shaped("start", start, (x.shape[0] + 1,), torch.int64)
+    index = shaped("index", index, (index.numel(),), torch.int64)
     grad_mean = grad_mean.to(_F64).contiguous()
     grad_stats = torch.stack(
         [v.to(_F64) for v in (grad_log_z, grad_mean_logit, grad_mean_bias, grad_weight_sq)]

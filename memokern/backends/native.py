@@ -89,6 +89,15 @@ def wide(t: Tensor | None) -> Tensor | None:
     return t.to(_F64).contiguous()
 
 
+def shaped(name: str, t: Tensor, shape: tuple[int, ...], *dtypes: torch.dtype) -> Tensor:
+    """`t`, contiguous; ValueError unless it has the shape and one of the dtypes."""
+    if tuple(t.shape) != shape or t.dtype not in dtypes:
+        kinds = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+        got = str(t.dtype).removeprefix("torch.")
+        raise ValueError(f"{name} must be {kinds} {list(shape)}, not {got} {list(t.shape)}")
+    return t.contiguous()
+
+
 def pointer(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 

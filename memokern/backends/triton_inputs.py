@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from memokern.backends.native import shaped
+
 _F32, _F64 = torch.float32, torch.float64
 _ROWS = (_F32, torch.bfloat16, torch.float16, torch.uint8)
 _ELEMENTS = 1 << 24  # of a temporary in float64
@@ -44,16 +46,6 @@ def checked(x: Tensor, rows: Tensor) -> Tensor:
             " rows.contiguous() once"
         )
     return x.detach().contiguous()
-
-
-def shaped(name: str, t: Tensor, shape: tuple[int, ...], *dtypes: torch.dtype) -> Tensor:
-    """`t`, contiguous; ValueError unless it has the shape and one of the types."""
-    if tuple(t.shape) != shape or t.dtype not in dtypes:
-        kinds = " or ".join(_name(d) for d in dtypes)
-        raise ValueError(
-            f"{name} must be {kinds} {list(shape)}, not {_name(t.dtype)} {list(t.shape)}"
-        )
-    return t.detach().contiguous()
 
 
 def stride_of(rows: Tensor) -> int:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from memokern.backends import reference
 from memokern.backends.ladder import bands_of, check_limits
-from memokern.backends.triton_inputs import checked, numbers, refusal, shaped
+from memokern.backends.native import shaped
+from memokern.backends.triton_inputs import checked, numbers, refusal
 from memokern.backends.triton_select import pairs
 from memokern.kernels import scan
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from memokern.backends import reference
+from memokern.backends.native import shaped
 from memokern.backends.triton_inputs import (
     Centred,
     centred,
@@ -17,7 +18,6 @@ from memokern.backends.triton_inputs import (
     multiprocessors,
     numbers,
     refusal,
-    shaped,
     stride_of,
 )
 from memokern.kernels import nearest as near
