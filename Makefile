@@ -39,7 +39,7 @@ demo: $(VENV)/.demo-installed
 	$(BIN)/memokern demo --out .demo
 
 test: $(VENV)/.dev-installed
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: $(VENV)/.dev-installed
 	$(BIN)/ruff check .
