@@ -144,7 +144,8 @@ def measure(p: roofline.Problem, device: torch.device, rounds: int) -> list[dict
     errors = {name: _error(call(), truth) for name, call in calls.items()}
     if not errors["memokern"] <= TOLERANCE:
         raise RuntimeError(f"{p}: an error of {errors['memokern']:.1e}; nothing was timed")
-    timed, times = clock(device), {name: [] for name in calls}  # type: ignore[var-annotated]
+    timed = clock(device)
+    times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
             times[name].append(timed(call))

@@ -50,15 +50,28 @@ def check_rows(rows: Tensor, center: Tensor | None, sq_norms: Tensor | None) -> 
     n, d = rows.shape
     if (center is None) != (sq_norms is None):
         raise ValueError("center and sq_norms belong together: give both or neither")
-    if d > 1 and rows.stride(1) != 1:
-        raise ValueError(
-            f"each row must be contiguous (stride 1), not stride {rows.stride(1)}: call"
-            " rows.contiguous() once"
-        )
+    check_stride(rows)
     if center is not None and center.shape != (d,):
         raise ValueError(f"center must have shape [{d}], not {list(center.shape)}")
     if sq_norms is not None and sq_norms.shape != (n,):
         raise ValueError(f"sq_norms must have shape [{n}], not {list(sq_norms.shape)}")
+
+
+def check_stride(rows: Tensor) -> None:
+    """ValueError unless each row is contiguous."""
+    if rows.shape[1] > 1 and rows.stride(1) != 1:
+        raise ValueError(
+            f"each row must be contiguous (stride 1), not stride {rows.stride(1)}: call"
+            " rows.contiguous() once"
+        )
+
+
+def check_fit(x: Tensor, rows: Tensor) -> None:
+    """ValueError unless the queries are as long as the rows, and there are rows."""
+    if x.ndim != 2 or rows.ndim != 2 or x.shape[1] != rows.shape[1] or rows.shape[0] < 1:
+        raise ValueError(
+            f"expected x [B, D] and rows [N >= 1, D], not {list(x.shape)} and {list(rows.shape)}"
+        )
 
 
 def rows_of(
@@ -120,8 +133,5 @@ def queries_of(
 
 def queried(x: Tensor, rows: Tensor) -> Tensor:
     """x, contiguous, in the compute type."""
-    if x.ndim != 2 or rows.ndim != 2 or x.shape[1] != rows.shape[1] or rows.shape[0] < 1:
-        raise ValueError(
-            f"expected x [B, D] and rows [N >= 1, D], not {list(x.shape)} and {list(rows.shape)}"
-        )
+    check_fit(x, rows)
     return x.to(_F64 if _F64 in (x.dtype, rows.dtype) else torch.float32).contiguous()

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from memokern.backends.native import shaped
+from memokern.backends.native import check_fit, check_stride, shaped
 
 _F32, _F64 = torch.float32, torch.float64
 _ROWS = (_F32, torch.bfloat16, torch.float16, torch.uint8)
@@ -34,17 +34,10 @@ def _name(dtype: torch.dtype) -> str:
 
 def checked(x: Tensor, rows: Tensor) -> Tensor:
     """x, contiguous; ValueError unless the two fit."""
-    if x.ndim != 2 or rows.ndim != 2 or x.shape[1] != rows.shape[1] or rows.shape[0] < 1:
-        raise ValueError(
-            f"expected x [B, D] and rows [N >= 1, D], not {list(x.shape)} and {list(rows.shape)}"
-        )
+    check_fit(x, rows)
     if x.device != rows.device:
         raise ValueError(f"x and rows must be on one device, not {x.device} and {rows.device}")
-    if rows.shape[1] > 1 and rows.stride(1) != 1:
-        raise ValueError(
-            f"each row must be contiguous (stride 1), not stride {rows.stride(1)}: call"
-            " rows.contiguous() once"
-        )
+    check_stride(rows)
     return x.detach().contiguous()
 
 
