@@ -16,11 +16,16 @@ enum {
   SCAN_TILE = 10 * UNIT, // rows of a tile of the further levels
   SCAN_L1 = 4096,        // numbers of it, about: with a panel of queries and bounds they stay in L1
   SCAN_LIST = 4096,      // a list is let grow to so many rows, or twice the cap
-  SCAN_LOOK = 8,         // coordinates of the first look
+  SCAN_LOOK = 16,         // coordinates of the first look
   SCAN_SAMPLE = 256,     // rows that show how long a list would be
-  SCAN_WORTH = 4,        // what reading the rows for a sweep costs, in queries of it, about
+  SCAN_WORTH = 2,        // what reading the rows for a sweep costs, in queries of it, about
   SCAN_MANY = 24         // rows for which it pays to evaluate one of them, or to prepare a query for whole products
 };
+// What a row costs that is listed, in cycles for each feature, about. Of that the last level: for each query, and for the row, which
+// all share; and the ladder's reading of the index, for all, to its arithmetic for each. CIFAR-10, uint8, 1 to 64 queries.
+static const double kListedCycles = 1.3, kLastShare = 0.09, kRowShare = 0.6, kIndexShare = 12;
+// What a list is shorter by once the whole index has shown better rows than the first look. Held-out images, sigma = 1.9 to 3.3.
+static const double kBetter = 0.5;
 // Of a row's bound beyond its coordinates, how much a good guess of s_n counts: bounds alone prefer rows of large norm,
 // coordinates alone those of small norm. CIFAR-10, 32 coordinates: 0.15 to 0.3 find the best row of 58 of 64 queries or more up
 // to sigma = 1.1, and of 52 at 1.9.
@@ -34,6 +39,7 @@ struct List {
   int64_t tried;              // the last of them
   const uint8_t* levels;      // [chunks] of a chunk's rows as they were listed
   int level;                  // levels used
+  double work;                // cycles spent on its rows by the ladder, about
   bool lost;                  // given up
   bool push(uint32_t n, float up) {
     if (count == room) {
@@ -84,8 +90,10 @@ struct Scan {
   double y_max;
   Scanned* q;            // [b]
   int64_t N, D, k0, K, nb, stride, top;  // stride of coarse; the last level
-  const int64_t* who;    // [count] the queries in range
-  int64_t count, lanes, blocks, parts, NT, chunks;
+  int64_t* who;          // [count] the queries in range, the noisiest first
+  int64_t* begin;        // [blocks + 1] in `who`
+  double* length;        // [b] of a list, as some rows show
+  int64_t count, lanes, blocks, parts, NT, chunks;  // lanes: queries of a block, at most
   uint8_t* level;        // [blocks][chunks]
   const uint8_t* zero;   // [chunks]
   float* taken;          // [SCAN_SAMPLE][stride] some rows of the index, or null: no list can be too long
@@ -217,39 +225,6 @@ template <class S> static float segment(const S* p, const float* x, int64_t coun
   return sum + part[0];
 }
 
-// The last level: the product over all features.
-static void climb_whole(const Scan& s, int64_t b, List& l) {
-  const Scanned& q = s.q[b];
-  const Bounds& in = *s.bound;
-  WholeQuery query;
-  const double size = in.norms[b * (s.nb + 1) + s.nb];
-  if (!(s.f64 ? query.prepare(s.f, (const double*)s.in->x + b * s.D, q.alpha, size, s.y_max)
-              : query.prepare(s.f, (const float*)s.in->x + b * s.D, q.alpha, size, s.y_max)))
-    return;  // no memory: the list is right as it is
-  const double error = q.a * query.error;
-  const int64_t row_bytes = imin(s.D * size_of(s.rows->type), 8192), stride = s.rows->stride * size_of(s.rows->type);
-  float least = q.least(l.best), top = (float)-kInf;
-  int64_t kept = l.done, promising = -1;
-  for (int64_t i = l.done; i < l.count; i++) {
-    Entry e = l.e[i];
-    if (i + 1 < l.count) {  // rows lie far apart, and the processor's own prefetcher begins anew in each page
-      const char* at = (const char*)s.rows->data + l.e[i + 1].n * stride;
-      for (int64_t k = 0; k < row_bytes; k += 64) __builtin_prefetch(at + k);
-    }
-    if (e.up < least) continue;
-    e.up = (float)(q.alpha * s.whole(s.f, e.n, query) - 0.5 * q.a * q.a * s.rows->sq_norms[e.n] + q.s2 * s.bias(e.n) + error);
-    if (e.up < least) continue;
-    if (e.up > top) {
-      top = e.up;
-      promising = e.n;
-    }
-    l.e[kept++] = e;
-  }
-  l.count = kept;
-  if (promising >= 0) s.consider(b, promising, l);
-  l.filter(q.least(l.best));
-}
-
 // What a level adds for query b: a z in `x` [K - k0], and -a |x_b| for the bands that its coordinates replace. At level 1 the
 // stored coordinates' own error comes in, and stays.
 template <class S> static void climb(const Scan& s, int64_t b, List& l, float* x) {
@@ -263,6 +238,7 @@ template <class S> static void climb(const Scan& s, int64_t b, List& l, float* x
   for (int64_t level = 1; level <= s.top && l.count > 1 && l.done < l.count; level++) {
     const int64_t k1 = in.dims[level - 1] - s.k0, k2 = in.dims[level] - s.k0, b1 = in.first_band[level - 1], b2 = in.first_band[level];
     const float pad = level == 1 ? (float)q.a * norms[s.nb] : 0;
+    l.work += (l.count - l.done) * (128 + k2 - k1) / 6.0;
     int64_t kept = l.done, promising = -1, end = 0;  // rows before `end` are of the chunks looked up
     bool below = false;
     float top = (float)-kInf;
@@ -302,18 +278,21 @@ template <class S> static void climb(const Scan& s, int64_t b, List& l, float* x
   }
   l.filter(least);
 }
-// The whole ladder, and the last level, which leaves few of a list. (One many times the cap costs more than it is worth.)
-static void finish_list(const Scan& s, int64_t b, List& l, float* x) {
+static void climb(const Scan& s, int64_t b, List& l, float* x) {
   (s.bound->half ? climb<F16> : climb<float>)(s, b, l, x);
-  if (l.count > l.done + SCAN_MANY && l.count / SCAN_WORTH <= s.bound->cap) climb_whole(s, b, l);
   l.done = l.count;
 }
 template <class S> static void tile_level(const Scan& s, int64_t level, int64_t n0, int64_t cnt, float* y) {
   enum { NR = 2 * Vec<float>::W };
   const Bounds& in = *s.bound;
   const int64_t fine = s.K - s.k0, k1 = in.dims[level - 1] - s.k0, len = in.dims[level] - in.dims[level - 1], b1 = in.first_band[level - 1], b2 = in.first_band[level];
+  enum { AHEAD = 8 };
   for (int64_t j = 0; j < cnt; j++) {
     const S* z = (const S*)in.fine + (n0 + j) * fine + k1;
+    if (n0 + j + AHEAD < s.N) {  // a piece of each row: too far apart for the processor's own prefetcher
+      const char *at = (const char*)(z + AHEAD * fine), *stop = at + len * sizeof(S);
+      for (; at < stop; at += 64) __builtin_prefetch(at);
+    }
     const float* c = in.coarse + (n0 + j) * s.stride + s.k0;
     float* dst = y + j * NR;
     int64_t k = 0;

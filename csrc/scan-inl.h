@@ -5,15 +5,16 @@
 //
 // One task owns a block of queries and a range of rows, in chunks: level 0 of a whole chunk, queries across the lanes; the
 // most promising row of each query evaluated; further levels of the whole chunk while many rows are left, else the rows
-// left go to a list for each query, which climbs the rest of the ladder row by row at the end.
+// left go to a list for each query, which climbs the rest of the ladder row by row, and then the last level (last-inl.h).
 #pragma once
-#include "bounds-inl.h"
+#include "last-inl.h"
 
 namespace memokern { namespace MEMOKERN_ISA_NS {
 
 // A task's work space, and its steps.
 struct ScanWork {
   enum { W = Vec<float>::W, NR = 2 * W };
+  enum Phase { LOOK, SAMPLE, SCAN };
   const Scan* s;
   const int64_t* who;    // [B] its queries; in whole vectors, Bp
   int64_t B, Bp;
@@ -63,8 +64,8 @@ struct ScanWork {
     return x + i0 * K + k * n + (i - i0);
   }
   __attribute__((noinline)) void load(int64_t block, List* to) {
-    who = s->who + block * s->lanes;
-    B = imin(s->lanes, s->count - block * s->lanes);
+    who = s->who + s->begin[block];
+    B = s->begin[block + 1] - s->begin[block];
     Bp = round_up(B, (int64_t)W);
     lists = to;
     const int64_t K0 = s->k0 + s->nb;
@@ -145,8 +146,7 @@ struct ScanWork {
       least[i] = s->q[who[i]].least(lists[who[i]].best);
     }
   }
-  // Queries whose lists would be longer than the cap, as some rows show, are given up, if what that saves is worth a sweep
-  // over the rows for them. Only time rests on it.
+  // How long the lists would be, and the work on the way there in rows listed, as some rows show.
   // `taken` [SCAN_SAMPLE][stride] of the index, row j of them being row N j / SCAN_SAMPLE.
   void sample(const float* taken, float* scratch) {
     const int64_t K0 = s->k0 + s->nb, step = imin(SCAN_SAMPLE, s->NT);
@@ -164,20 +164,17 @@ struct ScanWork {
         for (int64_t j = 0; j < cnt && least[i] < (float)kInf; j++)
           if (p[j * Bp + i] >= least[i]) failed |= !few[i].push((uint32_t)s->sampled(j0 + j), p[j * Bp + i]);
     }
-    const double most = (double)SCAN_SAMPLE * s->bound->cap / s->N;
-    double saved = 0;
+    const double each = (double)s->N / SCAN_SAMPLE;
     for (int64_t i = 0; i < B; i++) {
       few[i].best = lists[who[i]].best;
       few[i].levels = s->zero;
-      if (few[i].count > most) (s->bound->half ? climb<F16> : climb<float>)(*s, who[i], few[i], scratch);
-      if (few[i].count > most) saved += few[i].count / most - 1;
+      if (few[i].count * each > s->bound->cap) climb(*s, who[i], few[i], scratch);
+      double listed = few[i].work * (1 + kIndexShare / s->count) / (kListedCycles * s->D) + few[i].count * (kLastShare + kRowShare / s->count);
+      if ((listed + few[i].count) * each > s->bound->cap) listed += few[i].count * last_share(*s, who[i], few[i]);
+      s->length[who[i]] = listed * each * kBetter;
+      lists[who[i]].best = few[i].best;  // proven too
       free(few[i].e);
     }
-    for (int64_t i = 0; i < B && saved >= imin(SCAN_WORTH, B); i++)
-      if (few[i].count > most) {
-        lists[who[i]].lost = true;
-        least[i] = (float)kInf;
-      }
   }
   void level0(int64_t n0, int64_t cnt) {
     const int64_t K0 = s->k0 + s->nb;
@@ -267,33 +264,27 @@ struct ScanWork {
       }
     }
     failed |= full;
-    const int64_t cap = s->bound->cap, limit = imax(SCAN_LIST, 2 * cap);
+    const int64_t most = (int64_t)((1 + SCAN_WORTH) * s->bound->cap / kLastShare), limit = imax(SCAN_LIST, most);
     for (int64_t i = 0; i < B; i++) {
       List& l = lists[who[i]];
       if (l.count <= limit) continue;
       l.filter(least[i]);
       if (l.count <= limit / 4 * 3) continue;
-      finish_list(*s, who[i], l, scratch);
+      climb(*s, who[i], l, scratch);
       least[i] = s->q[who[i]].least(l.best);
-      if (l.count <= cap) continue;
+      if (l.count <= most) continue;
       l.lost = true;
       l.count = l.done = 0;
       least[i] = (float)kInf;
     }
   }
-  void run(int64_t block, int64_t part, bool looking, float* scratch) {
+  void run(int64_t block, int64_t part, Phase phase, float* scratch) {
     const int64_t c0 = s->chunks * part / s->parts, c1 = s->chunks * (part + 1) / s->parts, n_end = imin(s->N, c1 * s->NT);
     load(block, s->lists + part * s->in->b);
-    if (looking || s->parts == 1) look(c0 * s->NT, n_end);
-    if (looking && s->parts > 1) return;
-    if (s->taken) sample(s->taken, scratch);
+    if (phase == LOOK) return look(c0 * s->NT, n_end);
+    if (phase == SAMPLE) return sample(s->taken, scratch);
     uint8_t* level = s->level + block * s->chunks;
-    bool any = false;
-    for (int64_t i = 0; i < B; i++) {
-      lists[who[i]].levels = level;
-      any |= least[i] < (float)kInf;
-    }
-    if (!any) return;
+    for (int64_t i = 0; i < B; i++) lists[who[i]].levels = level;
     for (int64_t c = c0; c < c1; c++) {
       const int64_t n0 = c * s->NT, cnt = imin(s->NT, n_end - n0);
       level0(n0, cnt);
@@ -301,7 +292,7 @@ struct ScanWork {
       // A level for the whole chunk costs K / 4 for each query and row (and the tile); row by row, some 128 + K.
       for (; l < s->top; l++) {
         const int64_t K = depth(*s, l + 1);
-        if (left * (128 + K) < cnt * K * (Bp + 8) / 4) break;
+        if (left * (224 + K) < cnt * K * (Bp + 8) / 5) break;
         extend(l + 1, n0, cnt);
         left = count(cnt);
       }
@@ -312,17 +303,16 @@ struct ScanWork {
   }
 };
 
-// All tasks; then what one part found serves all. looking: of more parts than one only the first look, so that they start
-// from the best of all rows.
-static int scan_tasks(const Scan& s, int threads, bool looking, float* scratch) {
-  const int64_t tasks = s.blocks * s.parts;
+// All tasks of a phase; then what one part found serves all.
+static int scan_tasks(const Scan& s, int threads, ScanWork::Phase phase, float* scratch) {
+  const int64_t parts = phase == ScanWork::SAMPLE ? 1 : s.parts, tasks = s.blocks * parts;
   const int workers = (int)imax(1, imin(threads, tasks));
   int failed = 0;
 #pragma omp parallel for num_threads(workers) schedule(dynamic, 1) reduction(| : failed) if (workers > 1)
   for (int64_t t = 0; t < tasks; t++) {
     ScanWork w;
     if (w.reserve(s)) {
-      w.run(t / s.parts, t % s.parts, looking, scratch + t * (s.K - s.k0));
+      w.run(t / parts, t % parts, phase, scratch + t * (s.K - s.k0));
       failed |= w.failed;
     } else {
       failed = 1;
@@ -334,6 +324,43 @@ static int scan_tasks(const Scan& s, int threads, bool looking, float* scratch) 
     for (int64_t j = 0; j < s.parts; j++) s.lists[j * s.in->b + b].best = best;
   }
   return failed;
+}
+
+struct Noise { double noise; int64_t b; };
+static int noisier(const void* a, const void* b) {
+  const Noise &x = *(const Noise*)a, &y = *(const Noise*)b;
+  return x.noise > y.noise ? -1 : x.noise < y.noise ? 1 : x.b < y.b ? -1 : 1;
+}
+
+// Queries of like noise share a block: what the noisiest needs, all of it get. Returns whether they are all alike.
+static bool form_blocks(Scan& s, const Noise* all, int64_t count, int64_t most) {
+  enum { NR = 2 * Vec<float>::W };
+  s.count = s.blocks = 0;
+  for (int64_t i = 0; i < count; i++) {
+    if (s.lists && s.lists[all[i].b].lost) continue;
+    const int64_t first = s.blocks ? s.begin[s.blocks - 1] : 0, held = s.count - first;
+    if (s.blocks == 0 || held == most || (held % NR == 0 && all[i].noise < all[first].noise / 4)) s.begin[s.blocks++] = s.count;
+    s.who[s.count++] = all[i].b;
+  }
+  s.begin[s.blocks] = s.count;
+  return count == 0 || !(all[count - 1].noise < all[0].noise / 4);
+}
+
+// Gives up the queries whose lists would be longer than the cap, if what that saves is worth a sweep over the rows for
+// them; then those, too, for which little would be saved: half, or, if they are few, what may be an error of the sample.
+// Only time rests on it.
+static void give_up(Scan& s) {
+  const double cap = (double)s.bound->cap;
+  double saved = 0;
+  int64_t most = 0;
+  for (int64_t b = 0; b < s.in->b; b++) {
+    saved += dmax(0, s.length[b] / cap - 1);
+    most += s.length[b] > cap / 2;
+  }
+  if (saved < SCAN_WORTH) return;
+  const double longest = 3 * most > 2 * s.count ? cap / 8 : cap / 2;
+  for (int64_t b = 0; b < s.in->b; b++)
+    for (int64_t i = 0; i < s.parts && s.length[b] > longest; i++) s.lists[i * s.in->b + b].lost = true;
 }
 
 static int scan_all(Scan& s, Lists& out, int threads) {
@@ -348,38 +375,46 @@ static int scan_all(Scan& s, Lists& out, int threads) {
   }
   const int64_t fine = s.K - s.k0, W = Vec<float>::W, NR = 2 * W;
   Arena arena, work;
-  if (!arena.reserve(Arena::bytes<Scanned>(B) + Arena::bytes<int64_t>(B))) return 1;
+  if (!arena.reserve(Arena::bytes<Scanned>(B) + Arena::bytes<Noise>(B) + Arena::bytes<double>(B) + Arena::bytes<int64_t>(B) + Arena::bytes<int64_t>(B / NR + 2))) return 1;
   s.q = arena.take<Scanned>(B);
-  int64_t* who = arena.take<int64_t>(B);
+  s.length = arena.take<double>(B);
+  Noise* all = arena.take<Noise>(B);
+  s.who = arena.take<int64_t>(B);
+  s.begin = arena.take<int64_t>(B / NR + 2);
   s.y_max = __builtin_sqrt(y2);
+  int64_t active = 0;
   for (int64_t b = 0; b < B; b++) {
     s.q[b] = scan_query(s, b, s.y_max, __builtin_sqrt(c), b_max);
-    if (s.q[b].active) who[s.count++] = b;
+    s.length[b] = 0;
+    if (s.q[b].active) all[active++] = {s.q[b].scale / (s.q[b].a * s.q[b].a), b};
   }
-  s.who = who;
-  s.blocks = imax((s.count + SCAN_B - 1) / SCAN_B, imax(1, imin(threads, s.count / NR)));
-  s.lanes = imax(W, round_up((s.count + s.blocks - 1) / s.blocks, s.count > NR ? NR : W));
-  s.blocks = (s.count + s.lanes - 1) / s.lanes;
-  s.parts = s.blocks % threads == 0 || s.blocks >= 4 * threads ? 1 : threads;
+  qsort((void*)all, active, sizeof(Noise), noisier);
+  const int64_t fewest = imax((active + SCAN_B - 1) / SCAN_B, imax(1, imin(threads, active / NR)));
+  s.lanes = imax(W, round_up((active + fewest - 1) / fewest, active > NR ? NR : W));
+  const bool alike = form_blocks(s, all, active, s.lanes);
+  s.parts = (alike && s.blocks % threads == 0) || s.blocks >= 4 * threads ? 1 : threads;
   s.NT = round_up(imin(SCAN_P / 4 / s.lanes, (s.N + s.parts - 1) / s.parts), UNIT);
   s.chunks = (s.N + s.NT - 1) / s.NT;
   s.parts = imin(s.parts, s.chunks);
-  s.lists = (List*)calloc(B * s.parts, sizeof(List));
+  s.lists = (List*)calloc(imax(1, B * s.parts), sizeof(List));
   if (!s.lists || !work.reserve(Arena::bytes<uint8_t>(s.blocks * s.chunks) + Arena::bytes<uint8_t>(s.chunks) + Arena::bytes<float>(SCAN_SAMPLE * s.stride) +
                                   Arena::bytes<float>(s.blocks * s.parts * fine) + Arena::bytes<float>(B * s.parts * fine))) return 1;
   s.level = work.take<uint8_t>(s.blocks * s.chunks);
   s.zero = work.take<uint8_t>(s.chunks);
-  if (in.cap < s.N && s.N >= 4 * SCAN_SAMPLE) {
-    s.taken = work.take<float>(SCAN_SAMPLE * s.stride);
-    for (int64_t j = 0; j < SCAN_SAMPLE; j++) memcpy((void*)(s.taken + j * s.stride), in.coarse + s.sampled(j) * s.stride, s.stride * sizeof(float));
-  }
   float* scratch = work.take<float>(s.blocks * s.parts * fine);
   for (int64_t i = 0; i < B * s.parts; i++) {
     s.lists[i].best = -kInf;
     s.lists[i].tried = -1;
   }
-  if (s.parts > 1 && scan_tasks(s, threads, true, scratch)) return 1;
-  if (scan_tasks(s, threads, false, scratch)) return 1;
+  if (scan_tasks(s, threads, ScanWork::LOOK, scratch)) return 1;
+  if (in.cap < s.N && s.N >= 4 * SCAN_SAMPLE) {
+    s.taken = work.take<float>(SCAN_SAMPLE * s.stride);
+    for (int64_t j = 0; j < SCAN_SAMPLE; j++) memcpy((void*)(s.taken + j * s.stride), in.coarse + s.sampled(j) * s.stride, s.stride * sizeof(float));
+    if (scan_tasks(s, threads, ScanWork::SAMPLE, scratch)) return 1;
+    give_up(s);
+    form_blocks(s, all, active, s.lanes);
+  }
+  if (scan_tasks(s, threads, ScanWork::SCAN, scratch)) return 1;
   const int64_t climbs = s.parts * B;
   float* climbing = work.take<float>(climbs * fine);
   const int workers = (int)imax(1, imin(threads, climbs));
@@ -389,35 +424,39 @@ static int scan_all(Scan& s, Lists& out, int threads) {
     const int64_t b = t % B;
     if (l.lost || !s.q[b].active) continue;
     l.filter(s.q[b].least(l.best));
-    finish_list(s, b, l, climbing + t * fine);
+    climb(s, b, l, climbing + t * fine);
   }
+  for (int64_t b = 0; b < B; b++) {  // the parts of a list, joined
+    List& l = s.lists[b];
+    for (int64_t i = 1; i < s.parts; i++) {
+      const List& part = s.lists[i * B + b];
+      l.best = dmax(l.best, part.best);
+      l.lost |= part.lost;
+      l.level = (int)imax(l.level, part.level);
+    }
+    if (l.lost) continue;
+    l.filter(s.q[b].least(l.best));
+    for (int64_t i = 1; i < s.parts; i++) {
+      List& part = s.lists[i * B + b];
+      part.filter(s.q[b].least(l.best));
+      for (int64_t j = 0; j < part.count; j++)
+        if (!l.push(part.e[j].n, part.e[j].up)) return 1;
+    }
+  }
+  if (last_level(s, threads)) return 1;
   const double log_n = __builtin_log(s.N / in.eps);
   out.start[0] = 0;
   for (int64_t b = 0; b < B; b++) {
-    double best = -kInf;
-    int64_t count = 0, level = 1;
-    bool lost = !s.q[b].active;
-    for (int64_t i = 0; i < s.parts; i++) {
-      best = dmax(best, s.lists[i * B + b].best);
-      lost |= s.lists[i * B + b].lost;
-      level = imax(level, s.lists[i * B + b].level);
-    }
-    for (int64_t i = 0; i < s.parts; i++) {
-      s.lists[i * B + b].filter(s.q[b].least(best));
-      count += s.lists[i * B + b].count;
-    }
-    lost |= !(best > -kInf) || count > in.cap;
-    out.start[b + 1] = out.start[b] + (lost ? 0 : count);
-    out.level[b] = lost ? 0 : level;
-    out.threshold[b] = lost ? __builtin_nan("") : best / s.q[b].scale - log_n;
+    const List& l = s.lists[b];
+    const bool lost = !s.q[b].active || l.lost || !(l.best > -kInf) || l.count > (1 + SCAN_WORTH) * in.cap;
+    out.start[b + 1] = out.start[b] + (lost ? 0 : l.count);
+    out.level[b] = lost ? 0 : imax(1, l.level);
+    out.threshold[b] = lost ? __builtin_nan("") : l.best / s.q[b].scale - log_n;
   }
   out.index = (int64_t*)malloc(imax(1, out.start[B]) * sizeof(int64_t));
   if (!out.index) return 1;
-  for (int64_t b = 0; b < B; b++) {
-    int64_t* to = out.index + out.start[b];
-    for (int64_t i = 0; out.level[b] > 0 && i < s.parts; i++)
-      for (int64_t j = 0; j < s.lists[i * B + b].count; j++) *to++ = s.lists[i * B + b].e[j].n;
-  }
+  for (int64_t b = 0; b < B; b++)
+    for (int64_t j = 0; j < out.start[b + 1] - out.start[b]; j++) out.index[out.start[b] + j] = s.lists[b].e[j].n;
   return 0;
 }
 

@@ -2,8 +2,9 @@
 //
 // With x = scale xc and u = 2^-24. In float: x is rounded once, raw + offset four times (raw, which is its part of
 // |yc| + pad; offset; their sum), and a sum goes through WHOLE / 4W additions and a few more before it is double.
-// uint8 rows in integers, where the instruction set multiplies pairs of 16 bits: x = q1 hi + q2 lo + rest, |rest| <= q2 / 2, and
-// sum x raw is a sum of integers; the part of the offset is a number per query. Three times as fast, and sharper.
+// uint8 rows in integers, where the instruction set multiplies pairs of 16 bits: x = q1 hi + rest, |rest| <= q1 / 2, and
+// sum x raw is a sum of integers; the part of the offset is a number per query. Where that is not sharp enough, the rest is
+// q2 lo + less, |less| <= q2 / 2: twice the work, still faster and sharper than float.
 #pragma once
 #include "posterior-inl.h"
 
@@ -22,43 +23,59 @@ enum {
 
 struct WholeQuery {
   float* x;          // [D, padded with zeros] scale xc
-  int16_t *hi, *lo;  // [D, the same]
+  int16_t *hi, *lo;  // [D, the same]; lo null: hi is enough
   double q1, q2;
   double offset;     // <x, (shift - center) / scale>
   double error;
   Arena arena;
 
-  template <class X> bool prepare(const Source<float>& src, const X* from, double alpha, double size, double y_max) {
+  // enough: an error that is as good as none.
+  template <class X> bool prepare(const Source<float>& src, const X* from, double alpha, double size, double y_max, double enough) {
     const int64_t D = src.rows.d, Dp = round_up(D, (int64_t)64);
     const bool integers = MK_PAIRS && src.rows.type == kU8;
     if (!arena.reserve(Arena::bytes<float>(Dp) + 2 * Arena::bytes<int16_t>(integers ? Dp : 0))) return false;
     x = arena.take<float>(Dp);
-    for (int64_t d = 0; d < D; d++) x[d] = (float)(src.rows.scale * ((double)from[d] - alpha * src.center[d]));
+    enum { L = 8 };
+    double largest[L] = {}, sums[L] = {};
+    int64_t d = 0;
+    const auto take = [&](int64_t i) {
+      const double v = src.rows.scale * ((double)from[d + i] - alpha * src.center[d + i]), size_v = __builtin_fabs(v);
+      x[d + i] = (float)v;
+      largest[i] = size_v > largest[i] ? size_v : largest[i];
+      sums[i] += v * (src.rows.shift - src.center[d + i]);
+    };
+    for (; d + L <= D; d += L)
+#pragma GCC unroll 8
+      for (int i = 0; i < L; i++) take(i);
+    for (int i = 0; d + i < D; i++) take(i);
     const double u = 1.01 * 0x1p-24;
     error = u * size * ((WHOLE / (4 * Vec<float>::W) + 16) * y_max + 4 * src.pad) + 1e-12 * size * (y_max + src.pad);
     if (!integers) return true;
     hi = arena.take<int16_t>(Dp);
-    lo = arena.take<int16_t>(Dp);
-    float most = 0;
-    offset = 0;
-    for (int64_t d = 0; d < D; d++) most = __builtin_fabsf(x[d]) > most ? __builtin_fabsf(x[d]) : most;
-    for (int64_t d = 0; d < D; d++) offset += (double)x[d] * (src.rows.shift - src.center[d]);
-    offset /= src.rows.scale;
-    q1 = most / 32760.0 + 1e-30;
-    q2 = q1 / 65500;
-    const double r1 = 1 / q1, r2 = 1 / q2;
-    for (int64_t d = 0; d < D; d++) {
-      const double v = x[d] * r1, h = (double)(int)(v + (v < 0 ? -0.5 : 0.5)), w = (x[d] - q1 * h) * r2;
-      hi[d] = (int16_t)h;
-      lo[d] = (int16_t)(int)(w + (w < 0 ? -0.5 : 0.5));
+    lo = nullptr;
+    double most = offset = 0;
+    for (int i = 0; i < L; i++) {
+      most = dmax(most, largest[i]);
+      offset += sums[i] / src.rows.scale;
     }
-    const double raw = (y_max + src.pad) / __builtin_fabs(src.rows.scale);  // no row of raw numbers is longer
-    error = u * size * y_max + 0.51 * q2 * __builtin_sqrt((double)D) * raw + 1e-12 * size * (y_max + src.pad);
+    const double raw = (y_max + src.pad) / __builtin_fabs(src.rows.scale), root = __builtin_sqrt((double)D);  // no row of raw numbers is longer
+    const double rounded = u * size * y_max + 1e-12 * size * (y_max + src.pad);
+    q1 = most / 32760.0 + 1e-30;
+    const float r1 = (float)(1 / q1);
+    // The rounding of the quotient to float moves the integer by less than 0.01.
+    for (int64_t d = 0; d < D; d++) hi[d] = (int16_t)nearest_integer(x[d] * r1);
+    error = rounded + 0.51 * q1 * root * raw;
+    if (error <= enough) return true;
+    lo = arena.take<int16_t>(Dp);
+    q2 = q1 / 64000;
+    for (int64_t d = 0; d < D; d++) lo[d] = (int16_t)nearest_integer((float)((x[d] - q1 * hi[d]) / q2));
+    error = rounded + 0.51 * q2 * root * raw;
     return true;
   }
+  static int nearest_integer(float v) { return (int)(v + (v < 0 ? -0.5f : 0.5f)); }
 };
 
-template <class S> static double whole_typed(const Source<float>& src, int64_t n, const WholeQuery& q) {
+template <class S> static double whole_one(const Source<float>& src, int64_t n, const WholeQuery& q) {
   enum { W = Vec<float>::W };
   typedef Vec<float>::T V;
   const S* raw = (const S*)src.rows.data + n * src.rows.stride;
@@ -83,39 +100,70 @@ template <class S> static double whole_typed(const Source<float>& src, int64_t n
   }
   return sum;
 }
+template <class S> static void whole_typed(const Source<float>& src, int64_t n, const WholeQuery* const* qs, int64_t count, double* out) {
+  for (int64_t i = 0; i < count; i++) out[i] = whole_one<S>(src, n, *qs[i]);
+}
 #if MK_PAIRS
-static double whole_pairs(const Source<float>& src, int64_t n, const WholeQuery& q) {
+// One row, Q queries.
+template <bool LOW, int Q> static void pairs(const Source<float>& src, int64_t n, const WholeQuery* const* qs, double* out) {
+  enum { STEP = 16, P = LOW ? 2 : 1 };
   const uint8_t* raw = (const uint8_t*)src.rows.data + n * src.rows.stride;
   const int64_t D = src.rows.d;
-  int64_t high = 0, low = 0;
+  const int16_t* x[Q][P];
+  for (int i = 0; i < Q; i++) {
+    x[i][0] = qs[i]->hi;
+    if (LOW) x[i][P - 1] = qs[i]->lo;
+  }
+  __m256i sum[Q][P] = {};  // of 64 bits
   for (int64_t d = 0; d < D;) {
     const int64_t end = imin(D, d + PAIRS);
-    __m256i h = _mm256_setzero_si256(), l = h;
-    for (; d < end; d += 16) {
-      __m128i bytes;
-      if (d + 16 <= D) {
-        bytes = _mm_loadu_si128((const __m128i*)(raw + d));
-      } else {
-        uint8_t tail[16] = {};
-        memcpy((void*)tail, raw + d, D - d);
-        bytes = _mm_loadu_si128((const __m128i*)tail);
-      }
+    __m256i part[Q][P] = {};
+    const auto add = [&](__m128i bytes, int64_t at) {
       const __m256i v = _mm256_cvtepu8_epi16(bytes);
-      h = _mm256_add_epi32(h, _mm256_madd_epi16(v, _mm256_loadu_si256((const __m256i*)(q.hi + d))));
-      l = _mm256_add_epi32(l, _mm256_madd_epi16(v, _mm256_loadu_si256((const __m256i*)(q.lo + d))));
+#pragma GCC unroll 4
+      for (int i = 0; i < Q; i++)
+#pragma GCC unroll 2
+        for (int j = 0; j < P; j++) part[i][j] = _mm256_add_epi32(part[i][j], _mm256_madd_epi16(v, _mm256_loadu_si256((const __m256i*)(x[i][j] + at))));
+    };
+    for (; d + 2 * STEP <= end; d += 2 * STEP) {
+      add(_mm_loadu_si128((const __m128i*)(raw + d)), d);
+      add(_mm_loadu_si128((const __m128i*)(raw + d + STEP)), d + STEP);
     }
-    int32_t lanes[16];
-    _mm256_storeu_si256((__m256i*)lanes, h);
-    _mm256_storeu_si256((__m256i*)(lanes + 8), l);
-    for (int i = 0; i < 8; i++) {
-      high += lanes[i];
-      low += lanes[8 + i];
+    for (; d < end; d += STEP) {
+      uint8_t tail[STEP] = {};
+      memcpy((void*)tail, raw + d, imin(STEP, D - d));
+      add(_mm_loadu_si128((const __m128i*)tail), d);
     }
+#pragma GCC unroll 4
+    for (int i = 0; i < Q; i++)
+#pragma GCC unroll 2
+      for (int j = 0; j < P; j++) {
+        const __m256i low = _mm256_cvtepi32_epi64(_mm256_castsi256_si128(part[i][j])), high = _mm256_cvtepi32_epi64(_mm256_extracti128_si256(part[i][j], 1));
+        sum[i][j] = _mm256_add_epi64(sum[i][j], _mm256_add_epi64(low, high));
+      }
   }
-  return q.q1 * (double)high + q.q2 * (double)low + q.offset;
+  for (int i = 0; i < Q; i++) {
+    int64_t lanes[2][4] = {};
+    for (int j = 0; j < P; j++) _mm256_storeu_si256((__m256i*)lanes[j], sum[i][j]);
+    const int64_t *h = lanes[0], *l = lanes[1];
+    out[i] = qs[i]->q1 * (double)(h[0] + h[1] + h[2] + h[3]) + (LOW ? qs[i]->q2 * (double)(l[0] + l[1] + l[2] + l[3]) : 0) + qs[i]->offset;
+  }
+}
+static void whole_pairs(const Source<float>& src, int64_t n, const WholeQuery* const* qs, int64_t count, double* out) {
+  int64_t i = 0;
+  const auto high_only = [&](int64_t to) {
+    for (int64_t j = i; j < to; j++)
+      if (qs[j]->lo) return false;
+    return true;
+  };
+  for (; i + 4 <= count && high_only(i + 4); i += 4) pairs<false, 4>(src, n, qs + i, out + i);
+  for (; i < count; i++)
+    if (qs[i]->lo) pairs<true, 1>(src, n, qs + i, out + i);
+    else pairs<false, 1>(src, n, qs + i, out + i);
 }
 #endif
-struct Whole { typedef double (*F)(const Source<float>&, int64_t, const WholeQuery&); };
+// One row, `count` queries.
+struct Whole { typedef void (*F)(const Source<float>&, int64_t, const WholeQuery* const*, int64_t, double*); };
 static Whole::F whole_for(int type) {
   switch (type) {
     case kF32: return whole_typed<float>;

@@ -14,6 +14,7 @@ arithmetic: `Projected` says what has to be added.
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import json
 import math
@@ -92,6 +93,12 @@ class Index:
     @property
     def device(self) -> torch.device:
         return self.coarse.device
+
+    @functools.cached_property
+    def spread(self) -> float:
+        """The mean square of y - center, about: half the mean squared distance of two rows."""
+        held = self.coarse[:, :-1]  # the coordinates, and the norms of the bands of all others
+        return float(torch.linalg.vector_norm(held, dtype=torch.float64)) ** 2 / max(1, self.n)
 
     @property
     def nbytes(self) -> int:

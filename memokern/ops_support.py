@@ -8,7 +8,9 @@ z, norms, margin, sq, dims, first_band, eps, cap) -> start, index, threshold, le
     index[start[b] : start[b + 1]], ascending (int64); start [B + 1]. With t = l / T, every row that
     is not listed has t <= threshold[b], which is proven, and N exp(threshold - logsumexp t) <= eps.
     level [B] int64: how many levels of the ladder were climbed; 0 where the query was given up
-    (more than `cap` rows are left; sigma = 0; numbers that are not finite), whose list is empty.
+    (sigma = 0; numbers that are not finite; more rows left, or to come as a sample shows, than are
+    worth listing: cap is what listing may cost, in rows listed, beside one query more in a sweep,
+    and backends may allow a few times as many where no sweep would be saved), whose list is empty.
     No derivative: the result is discrete.
 
 ``posterior_on_support(x, rows, sigma, alpha, temperature, bias, start, index, scale, shift)``

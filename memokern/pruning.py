@@ -14,6 +14,7 @@ What was dropped is bounded by the :class:`.Certificate`. Proofs: ``docs/pruning
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -33,9 +34,8 @@ Sums = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 # data, is then below what the sweep's own rounding promises (1e-5 of the mean in float32) or, in
 # float64, does (1e-13). Smaller is cheap: the rows kept are those within log(N / eps) of the best.
 EPS = {torch.float32: 1e-6, torch.float64: 1e-14}
-# What a row costs that is left at the end of the ladder, beside one that is listed: most are ruled
-# out by one product. CIFAR-10, uint8: 0.2 of 0.4 to 0.8 us with two threads.
-LAST = 0.5
+# Of the mean squared distance of two rows. CIFAR-10: sigma = 3.6; from 3 on pruning never pays.
+HOPELESS = 0.4
 _ULP = 2.0**-52  # twice the unit roundoff: pays for the second-order terms too
 
 
@@ -94,11 +94,12 @@ def posterior(
     """
     n, dim = rows.rows.shape
     b = query.x.shape[0]
+    # Four calls: to project, to scan, to sweep, and what lies between.
     small = costs is not None and costs.dense(b, n, dim) < 4 * costs.call
-    if b == 0 or small:  # four: to project, to scan, to sweep, and what lies between
+    if b == 0 or small or (costs is not None and _hopeless(query, index, eps)):
         return _dense(query, rows), dense_certificate(query.sigma, n) if certificate else None
     with torch.no_grad():
-        cap = n if costs is None else _cap(query, n, costs)
+        cap = n if costs is None else _cap(n, costs)
         p = index.project(query.x, query.alpha)
         start, listed, threshold, level = bound_scan(query, rows, index, p, eps, cap)
         swept = _swept_densely(start.diff(), level, n, costs)
@@ -157,13 +158,17 @@ def _on_support(query: Query, rows: Rows, start: Tensor, listed: Tensor) -> Sums
 # --- planner ------------------------------------------------------------------------------------
 
 
-def _cap(query: Query, n: int, costs: Costs) -> int:
-    """The rows whose list costs what a query's part of a sweep does. A sweep reads the rows once
-    for all its queries: those about as noisy as the noisiest, if for any."""
-    noise = query.sigma * query.temperature.sqrt() / query.alpha.abs()
-    shared = max(1, int((noise > noise.max() / 2).sum()))
-    price = LAST * costs.listed
-    return max(1, min(n, int(n * (costs.row / shared + costs.query) / price)))
+def _hopeless(query: Query, index: Index, eps: float) -> bool:
+    """Whether the noise is such, for all queries, that rows at a common distance from each other
+    have weight: all within 2 sigma^2 T log(N / eps) of the nearest |x - alpha y|^2 are kept,
+    whatever is proven."""
+    noise = (query.sigma / query.alpha).square() * query.temperature
+    return float(noise.min()) * math.log(index.n / eps) > HOPELESS * index.spread
+
+
+def _cap(n: int, costs: Costs) -> int:
+    """The rows whose list costs what one more query does in a sweep."""
+    return max(1, min(n, int(n * costs.query / costs.listed)))
 
 
 def _swept_densely(count: Tensor, level: Tensor, n: int, costs: Costs | None) -> Tensor:

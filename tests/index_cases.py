@@ -60,6 +60,7 @@ class PlainIndex:
         pad = (stored - true[:, :k]).norm(dim=1, keepdim=True)
         self.coarse = torch.cat([coarse, up(self.band_norms(true)), up(pad)], 1).contiguous()
         self.y_max = yc.norm(dim=1).max().item() * (1 + 1e-6)
+        self.n, self.spread = len(yc), yc.square().sum(1).mean().item()
 
     def band_norms(self, true):
         pairs = zip(self.edges, self.edges[1:], strict=False)

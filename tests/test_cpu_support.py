@@ -270,6 +270,8 @@ def test_the_last_level_is_the_product_of_all_features(
     pad = (shift - index.center).norm() + index.center.norm()
     length = (x.to(F64) - index.center).norm(dim=1)
     error = U * (length * (300 * index.y_max + 4 * pad) + 300 * index.y_max**2)
+    if dtype == torch.uint8:  # no sharper than need be: kLastError in csrc/last-inl.h
+        error = error + 0.04 * sigma**2 * math.log(n / eps)
     for i in range(b):
         mine = listed[start[i] : start[i + 1]]
         assert 100 < len(mine) < 300 and level[i] > 0

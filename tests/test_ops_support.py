@@ -225,12 +225,12 @@ def test_queries_that_cannot_be_bounded_are_given_up():
     x = data.rows[:6].clone()
     x[1, 3], x[2, 0] = math.nan, math.inf
     sigma = torch.tensor([0.1, 0.1, 0.1, 0.0, 50.0, 0.1])
-    start, listed, _, level = scan(data, index, x, sigma, cap=20)
+    start, listed, _, level = scan(data, index, x, sigma, cap=12)
     assert (level == 0).tolist() == [False, True, True, True, True, False]
     count = start.diff()
     assert (count[1:5] == 0).all() and count[0] > 0 and count[5] > 0
     assert len(listed) == start[-1]
-    alone = scan(data, index, x[5:], 0.1, cap=20)
+    alone = scan(data, index, x[5:], 0.1, cap=12)
     assert torch.equal(listed[start[5] :], alone[1])
 
 

@@ -93,12 +93,26 @@ def test_queries_that_keep_too_many_rows_are_swept():
     torch.testing.assert_close(sums[0], want.mean[torch.tensor(given_up)])
 
 
-def test_the_cap_counts_who_shares_a_sweep():
-    def cap(*sigmas):
-        sigma = torch.tensor(sigmas, dtype=F64)
-        one = torch.ones_like(sigma)
-        query = pruning.Query(normal(len(sigma), 24), sigma, one, one, None)
-        return pruning._cap(query, 1000, pruning.Costs(row=4.0, query=1.0, listed=20.0, call=0.0))
+def test_the_cap_is_what_a_query_costs_in_a_sweep():
+    def cap(query, listed):
+        return pruning._cap(1000, pruning.Costs(row=4.0, query=query, listed=listed, call=0.0))
 
-    assert cap(1.0) == 500 and cap(1.0, 0.01, 0.02) == 500
-    assert cap(1.0, 1.0, 1.0, 0.7) == 200
+    assert cap(1.0, 20.0) == 50 and cap(2.0, 20.0) == 100
+    assert cap(1.0, 0.1) == 1000 and cap(1e-9, 1.0) == 1
+
+
+def test_where_noise_gives_all_rows_weight_nothing_is_scanned(monkeypatch):
+    """The scan is left out if that holds for every query; the answer is that of a sweep."""
+    scans = []
+    scan = pruning.bound_scan
+    monkeypatch.setattr(pruning, "bound_scan", lambda *args: scans.append(1) or scan(*args))
+    data = indexed(1500)
+    costs = pruning.Costs(row=1.0, query=1.0, listed=1.0, call=0.0)
+    x, one = data.rows[:2] + normal(2, 24), torch.ones(2, dtype=F64)
+    for sigma, scanned in ((50.0, False), (0.02, True), ([50.0, 0.02], True)):
+        sigma = torch.as_tensor(sigma, dtype=F64).expand(2).clone()
+        query = pruning.Query(x, sigma, one, one, None)
+        sums, _ = pruning.posterior(query, as_rows(data), data.index, eps=1e-14, costs=costs)
+        assert bool(scans) == scanned
+        scans.clear()
+        torch.testing.assert_close(sums[0], memokern.posterior(x, data, sigma, method="dense").mean)
