@@ -131,6 +131,23 @@ def test_the_sweep_at_all_sizes(launched: Launched, b: int, n: int, d: int, kern
         assert programs >= 128  # of 132 multiprocessors
 
 
+@pytest.mark.parametrize(("b", "n", "d"), [(1, 1, 1), (64, 50_000, 3072), (65_536, 2000, 64)])
+def test_the_gradient_for_rows_at_all_sizes(launched: Launched, b: int, n: int, d: int) -> None:
+    """Two sweeps; the gradient is written once for each row, by the last block of queries."""
+    x, _, *how = problem(b, 1, d)
+    rows, stat = torch.zeros(n, d, dtype=torch.bfloat16), torch.zeros(b, dtype=F64)
+    grads = [x, stat, stat, stat, stat]
+    out = backend.posterior_backward_rows(x, rows, *how, None, None, grads, 1.0, 0.0, "gaussian")
+    assert out.shape == rows.shape and out.dtype == rows.dtype
+    last = [args for name, _, args in launched if name.startswith("rows ") and args["is_last"]]
+    assert sum(args["n"] for args in last) == n
+    spent = max(args["coefficients"].numel() for args in last)
+    assert 2 * 4 * spent <= 64 << 20
+    # Coefficients of all pairs twice: for the sums, and for the rows.
+    pairs = [args["b"] * args["n"] for name, _, args in launched if "coefficients" in name]
+    assert sum(pairs) == 2 * b * n
+
+
 @pytest.mark.parametrize(("b", "n", "d"), SIZES)
 def test_the_nearest_rows_at_all_sizes(launched: Launched, b: int, n: int, d: int) -> None:
     x, rows, *_ = problem(b, n, d)

@@ -23,7 +23,8 @@ POINTERS = {
     torch.int64: "*i64",
 }
 # What the kernels read rows from; float64 rows go through the reference.
-ROW_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
+FLOAT_ROWS = (torch.float32, torch.bfloat16, torch.float16)  # which can have a gradient
+ROW_TYPES = (*FLOAT_ROWS, torch.uint8)
 
 
 class Variant(NamedTuple):
