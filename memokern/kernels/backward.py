@@ -115,7 +115,7 @@ def coefficients_kernel(
     g_l, g_e = tl.load(grads + to), tl.load(grads + B + to)
     g_b, g_s = tl.load(grads + 2 * B + to), tl.load(grads + 3 * B + to)
     inf = float("inf")
-    # At a limit nothing moves x; `limit_kernel` does the rest.
+    # At a limit nothing moves x; `ties_kernel` does the rest.
     moves = (mode != LOST) & (mode != HARD) & (log_z < inf)
     shared = tl.where(mode == SOFT, common, 0.0)  # what t has beyond l / T
     tz, te = log_z * inv_t + shared, E * inv_t + shared
