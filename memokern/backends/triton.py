@@ -18,8 +18,8 @@ from torch import Tensor
 
 from memokern import env
 from memokern.backends import reference
-from memokern.backends.native import check_rows, queries_of, wide
-from memokern.backends.triton_inputs import numbers
+from memokern.backends.native import queries_of
+from memokern.backends.triton_inputs import center_of, numbers
 
 _F64 = torch.float64
 
@@ -91,19 +91,12 @@ def _prepared(
     center: Tensor | None, sq_norms: Tensor | None, scale: float, shift: float, kernel: str,
 ) -> tuple[Any, Any]:  # fmt: skip
     """The queries and the rows as the kernels take them; what their owner has not is computed."""
-    from memokern.kernels.finish import row_norms
     from memokern.kernels.queries import Queries
     from memokern.kernels.rows import Rows
 
-    check_rows(rows, center, sq_norms)
     q, numbers_of_each, b = queries_of(x, rows, *columns, bias)
+    center, sq_norms = center_of(rows, center, sq_norms, scale, shift)
     units = numbers(scale, shift, x.device)
-    center, sq_norms = wide(center), wide(sq_norms)
-    if center is None or sq_norms is None:
-        # The mean of a few rows centres well enough, and any center is right.
-        step = max(1, rows.shape[0] // 64)
-        center = rows[: 64 * step : step].to(_F64).mean(0) * scale + shift
-        sq_norms = row_norms(rows, center, units)
     queries = Queries(q, rows, numbers_of_each, center, units, kernel, _precision())
     return queries, Rows(rows, sq_norms, b)
 
