@@ -47,7 +47,10 @@ class _Sweep:
         self.plan = planner.chunked(
             self.total, data.n, self.d, self.dtype, machine, kernel, products=2
         )
-        self.dots_v = products.dots_variant(self.dtype, self.plan.few, precision)
+        self.dots_v = products.dots_variant(
+            self.dtype, self.plan.few, precision, data.described
+        )
+        self.dots_rows = products.rows_for(self.dots_v, data)
         self.chunk = min(self.plan.rows, data.n)
         self.part_d = planner.share(self.d, self.plan.parts_d, self.dots_v.constexprs["BLOCK_D"])
         self.parts_d = -(-self.d // self.part_d)
@@ -63,7 +66,8 @@ class _Sweep:
             terms=self.terms_g, pulls=self.pulls, B=self.total, D=self.d, offset=q.how.offset,
         )  # fmt: skip
         self.biases = data.sq_norms if data.bias is None else data.bias
-        self.read = {"rows": data.rows, "stride_n": data.stride, "D": self.d}
+        self.sizes = {"stride_n": data.stride, "D": self.d}
+        self.read = {"rows": data.rows, **self.sizes}
         self.of_q = {
             "table": q.table, "x": q.x, "alpha": q.alpha, "temperature": q.temperature,
             "numbers": q.numbers, "stats": stats, "B": self.total,
@@ -99,8 +103,8 @@ class _Sweep:
         tiles = -(-b // v.constexprs["BLOCK_B"]) * -(-n // v.constexprs["BLOCK_N"])
         for terms, into in ((self.q.terms, self.dots), (self.terms_g, self.dots_g)):
             v.launch(
-                (tiles, self.parts_d), self.device, terms=terms, dots=into, B=self.total, b0=b0,
-                b=b, n0=n0, n=n, part_d=self.part_d, **self.read,
+                (tiles, self.parts_d), self.device, terms=terms, rows=self.dots_rows, dots=into,
+                B=self.total, b0=b0, b=b, n0=n0, n=n, part_d=self.part_d, **self.sizes,
             )  # fmt: skip
         backward.coefficients_variant(self.dtype, self.plan.rows, self.kernel, for_rows).launch(
             (b,), self.device, dots=self.dots, dots_g=self.dots_g, sq_norms=self.data.sq_norms,
@@ -129,7 +133,8 @@ def posterior_backward(
     float64, the last [N] of zeros, or empty."""
     sweep = _Sweep(q, data, mean, stats, grad_mean, grads, machine, kernel, precision)
     d, device = sweep.d, sweep.device
-    add_v = products.accumulate_variant(sweep.dtype, sweep.plan.few, precision)
+    add_v = products.accumulate_variant(sweep.dtype, sweep.plan.few, precision, data.described)
+    add_rows = products.rows_for(add_v, data)
     grads_v, columns_v = backward_ends.grads_variant(), backward_ends.columns_variant()
     part_n = planner.share(sweep.chunk, sweep.plan.parts_n, add_v.constexprs["BLOCK_N"])
     parts_n = -(-sweep.chunk // part_n)
@@ -142,8 +147,9 @@ def posterior_backward(
         for n0, n in sweep.chunks():
             sweep.coefficients(b0, b, n0, n)
             add_v.launch(
-                (tiles_b * tiles_d, parts_n), device, weights=sweep.dots, factor=sweep.factor,
-                unit=sweep.unit, acc=acc, b=b, n0=n0, n=n, part_n=part_n, **sweep.read,
+                (tiles_b * tiles_d, parts_n), device, weights=sweep.dots, rows=add_rows,
+                factor=sweep.factor, unit=sweep.unit, acc=acc, b=b, n0=n0, n=n, part_n=part_n,
+                **sweep.sizes,
             )  # fmt: skip
             if sweep.has_bias:
                 sweep.ties(b0, b, n0, n)
