@@ -88,6 +88,24 @@ def test_a_few_compiled_again() -> None:
             )
 
 
+def test_described_rows_are_copied_by_the_device() -> None:
+    """Whole tiles, not row by row; and the result of it still goes to the tensor cores."""
+    counts = json.loads(compiling(
+        "import json, torch\n"
+        "from bench import aot\n"
+        "from memokern.kernels import products\n"
+        "found = []\n"
+        "for described in (False, True):\n"
+        "    v = products.dots_variant(torch.bfloat16, False, 'tf32x3', described)\n"
+        "    text = aot.compiled(v, aot.TARGETS['sm_90']).asm['ptx']\n"
+        "    found.append([text.count(s) for s in ('cp.async.bulk.tensor', 'wgmma.mma_async')])\n"
+        "print(json.dumps(found))"
+    ))  # fmt: skip
+    (copies, products), (described_copies, described_products) = counts
+    assert copies == 0 and described_copies > 0
+    assert products == described_products > 0
+
+
 def test_what_is_no_good_is_noticed() -> None:
     """A product of float32 in too few threads spills, and is not on the matrix cores."""
     row = json.loads(compiling(

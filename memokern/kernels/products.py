@@ -44,9 +44,13 @@ def accumulate_tile(few: bool, rows: torch.dtype, precision: str) -> Tile:
     return Tile(64, 64, 64, 8, 3)
 
 
-# First products of float32 rows, (few, precision, described), that the assembler would rather spill
-# a few bytes of than pass its next step of occupancy.
-_TIGHT = {(True, "tf32x3", False), (False, "ieee", True)}
+# First products, (rows, few, precision, described), of which the assembler would rather spill a few
+# bytes than pass its next step of occupancy: on sm_100, with one version of Triton or another.
+_TIGHT = {
+    (torch.float32, True, "tf32x3", False),
+    (torch.float32, False, "ieee", True),
+    (torch.float16, False, "tf32x3", True),
+}
 
 
 @triton.jit
@@ -149,7 +153,7 @@ def dots_variant(
     rows: torch.dtype, few: bool, precision: str, described: bool = False
 ) -> Variant:
     how, tile = operand(rows, precision), dots_tile(few, rows, precision)
-    tight = rows == torch.float32 and (few, precision, described) in _TIGHT
+    tight = (rows, few, precision, described) in _TIGHT
     variant = Variant(
         name=f"dots {row_name(rows)} B{tile.b} {precision}",
         kernel=dots_kernel,
