@@ -289,11 +289,12 @@ def tile(rows: torch.dtype, features: int, few: bool) -> Tile:
     if few and wide:
         return Tile(16, 32, 32, 8, 3) if single else Tile(16, 64, 64, 8, 3)
     if few:
-        return Tile(16, 32 if single or rows == torch.uint8 else 64, features, 4, 3)
+        low = single or rows == torch.uint8
+        return Tile(16, 32 if low else 64, features, 8 if single and features == 64 else 4, 3)
     if wide:
         return Tile(32, 16, 32, 8, 3) if single else Tile(64, 32, 32, 8 if features > 128 else 4, 3)
-    if single and features == 64:
-        return Tile(64, 16, 32, 8, 3)
+    if single and features >= 32:
+        return Tile(64, 16, 32, 8 if features == 64 else 4, 3)
     # uint8 is converted on the way: there is nothing to load ahead into.
     return Tile(64, 32, features, 4, 1 if rows == torch.uint8 else 3)
 

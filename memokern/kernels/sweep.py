@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from memokern.kernels import chunked, finish, onepass, planner
+from memokern.kernels import chunked, finish, onepass, planner, tuning
 from memokern.kernels.common import STATE
 from memokern.kernels.queries import Queries
 from memokern.kernels.rows import Rows
@@ -42,14 +44,14 @@ def _one_pass(
     marks = torch.empty(plan.queries * words, dtype=torch.int32, device=device)
     for b0 in range(0, total, plan.queries):
         b = min(plan.queries, total - b0)
-        at = {
+        at: dict[str, Any] = {
             "rows": data.rows, "bias": data.sq_norms if data.bias is None else data.bias,
             "table": q.table, "marks": marks, "total": total, "b0": b0, "B": b, "D": d,
             "stride_n": data.stride, "words": words, "has_bias": int(has_bias),
         }  # fmt: skip
-        sweep_v.launch(
-            (-(-b // size.b) * swept,), device, terms=q.terms, sq_norms=data.sq_norms, N=data.n,
-            state=state, acc=acc, run=plan.run, **at,
+        tuning.launch(
+            sweep_v, (-(-b // size.b) * swept,), device, terms=q.terms, sq_norms=data.sq_norms,
+            N=data.n, state=state, acc=acc, run=plan.run, **at,
         )  # fmt: skip
         exact_v.launch(
             (b, plan.exact_parts), device, x=q.x, sigma=q.sigma, alpha=q.alpha, numbers=q.numbers,
