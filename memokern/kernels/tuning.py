@@ -30,8 +30,8 @@ def choices(variant: Variant) -> tuple[Variant, ...]:
     kernel = variant.name.split()[0]
     if kernel not in ("sweep", "dots", "accumulate"):
         return (variant,)  # they take little of the time
-    if variant.num_stages == 1:
-        return (variant,)  # there is nothing that could be loaded ahead
+    if variant.num_stages == 1 or not variant.matrix:
+        return (variant,)  # nothing can be loaded ahead, or arithmetic is what is waited for
     # Loading far ahead hides what memory takes; a stage less leaves shared memory to other blocks,
     # which hide it too. More stages than the default would exceed an A100's shared memory soonest.
     stages = variant.num_stages - 1
