@@ -112,7 +112,7 @@ template <class R, class S> struct Direct {
       which[count] = t.n0 + j;
       count += any;
     }
-    const int64_t ahead = next.per((pl.B - b + 3) / 4 * count * (pl.D / (N * W)));
+    const int64_t ahead = pl.B == 1 ? 1 : next.per((pl.B - b + 3) / 4 * count * (pl.D / (N * W)));  // as much as leaves room for the rows in L2
     acc += b * pl.Dp;
     for (; d + N * W <= pl.D; d += N * W) {
       run<Q, N>(src, pl, rows, count, w, acc, d, next, ahead);
@@ -147,7 +147,8 @@ template <class R, class S> struct Direct {
     V part[(MAX_NT + 4) * FEW];
     double sum[MAX_NT * FEW];
     for (int64_t i = 0; i < t.cnt * pl.B; i++) sum[i] = 0;
-    const int64_t ahead = next.per(2 * ((B + 3) / 4) * ((t.cnt + 2) / 3) * (full / (4 * W)));
+    // One query: memory is all that is waited for here, and what the processor's own prefetcher brings is enough.
+    const int64_t ahead = B == 1 ? 0 : next.per(2 * ((B + 3) / 4) * ((t.cnt + 2) / 3) * (full / (4 * W)));
     for (int64_t k0 = 0; k0 < full; k0 += DEEP) {
       for (int64_t i = 0; i < (t.cnt + 4) * pl.B; i++) part[i] = V{};
       for (int64_t k = k0; k < imin(k0 + DEEP, full); k += BLOCK) {
