@@ -68,7 +68,7 @@ def test_tails_of_features_in_chunks(d: int, dtype: torch.dtype, in_chunks: None
     check(x, rows, scale, shift, 0.5, cached=d == 5)
 
 
-@pytest.mark.parametrize("b,n", [(1, 1), (1, 65), (16, 31), (17, 32), (65, 9)])
+@pytest.mark.parametrize("b,n", [(1, 65), (17, 32), (65, 9)])
 def test_tails_of_rows_and_queries(b: int, n: int) -> None:
     x, rows, scale, shift = make(b, n, 5, F32, 0.7, seed=n)
     check(x, rows, scale, shift, 0.7)
@@ -98,8 +98,10 @@ def test_bias_temperature_alpha(dtype: torch.dtype, kernel: str) -> None:
         check(x, rows, scale, shift, 0.8, alpha=alpha, temperature=1.7, bias=bias, kernel=kernel)
 
 
-@pytest.mark.parametrize("sigma", [1e-3, 0.1, 1.0, 80.0, 1e3])
-@pytest.mark.parametrize("d", [40, 300])
+@pytest.mark.parametrize(
+    "sigma,d",
+    [(1e-3, 40), (0.1, 40), (1.0, 40), (80.0, 40), (1e3, 40), (1e-3, 300), (1.0, 300), (80.0, 300)],
+)
 def test_every_noise_level(sigma: float, d: int) -> None:
     for repeat in (None, sigma / 30):
         x, rows, scale, shift = make(2, 20, d, F32, sigma, repeat=repeat)
@@ -243,7 +245,7 @@ def test_far_offsets(d: int) -> None:
     assert torch.equal(got[0], want[0])
 
 
-@pytest.mark.parametrize("d", [3, 140, 300])
+@pytest.mark.parametrize("d", [3, 300])
 def test_far_rows_and_queries(d: int) -> None:
     """Squares that overflow in float32: exact distances decide, and nothing becomes NaN."""
     rows = torch.randn(20, d, generator=torch.Generator().manual_seed(0))
@@ -262,7 +264,7 @@ def test_far_rows_and_queries(d: int) -> None:
 @pytest.mark.parametrize("d", [3, 140, 300])
 def test_plans_change_only_the_order_of_sums(d: int, monkeypatch) -> None:
     """Other parts of rows, features and queries: the same results within rounding."""
-    x, rows, _, _ = make(16, 300, d, torch.bfloat16, 3.0)
+    x, rows, _, _ = make(16, 150, d, torch.bfloat16, 3.0)
     x = torch.cat([x, x[:1]])
     monkeypatch.setattr(planner, "FEW", 17)  # low tiles: 16 queries, then the last
     whole, _ = run(x, rows, 3.0)
