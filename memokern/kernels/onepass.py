@@ -292,7 +292,7 @@ def tile(rows: torch.dtype, features: int, few: bool) -> Tile:
         low = single or rows == torch.uint8
         return Tile(16, 32 if low else 64, features, 8 if single and features == 64 else 4, 3)
     if wide:
-        low = rows == torch.uint8 and features == 256
+        low = features == 256 and rows != torch.bfloat16
         return Tile(32, 16, 32, 8, 3) if single else Tile(64, 16 if low else 32, 32, 4, 3)
     if single and features >= 32:
         return Tile(64, 16, 32, 8 if features == 64 else 4, 3)
