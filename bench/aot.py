@@ -11,6 +11,7 @@ import argparse
 import concurrent.futures
 import dataclasses
 import hashlib
+import inspect
 import json
 import os
 import re
@@ -94,12 +95,13 @@ def compiled(variant: Variant, target: Target) -> Any:
 
 
 def _key(variant: Variant, target: Target) -> str:
-    """All that its machine code depends on."""
+    """All that its machine code, and what is read from it, depend on."""
     import triton
 
+    reading = (_source, compiled, resources, _of_cuda, _of_hip, occupancy)
     parts = (
         _source(variant, target).hash(), variant.options(target.vendor), variant.matrix, target,
-        triton.__version__, Path(__file__).read_text(),
+        triton.__version__, *(inspect.getsource(step) for step in reading),
     )  # fmt: skip
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 

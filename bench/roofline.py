@@ -90,7 +90,7 @@ def _sweep(launch: Launch, gpu: Gpu) -> Cost:
     the parts' sums, written and read again."""
     b, n, d = (launch.args[name] for name in ("B", "N", "D"))
     rate, first = _product(launch, 2.0 * b * n * d)
-    parts = 8.0 * launch.args["marked"] * b * d
+    parts = 8.0 * (launch.grid[0] // -(-b // launch.variant.constexprs["BLOCK_B"])) * b * d
     return Cost(rate, first + _product(launch, 2.0 * b * n * d, True)[1], _rows(launch, n) + parts)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 BACKEND = "MEMOKERN_BACKEND"  # auto | reference | cpu | triton: who runs the primitive operations
 ISA = "MEMOKERN_ISA"  # auto | baseline | avx2 | avx512: which compiled CPU kernels are used
 PRECISION = "MEMOKERN_PRECISION"  # tf32x3 | ieee: how the Triton kernels multiply float32 rows
+AUTOTUNE = "MEMOKERN_AUTOTUNE"  # 0 | 1: whether Triton configurations are chosen by measuring
 
 _BACKENDS = ("auto", "reference", "cpu", "triton")
 _PRECISIONS = ("tf32x3", "ieee")
@@ -57,3 +58,11 @@ def precision() -> str:
     if value not in _PRECISIONS:
         raise RuntimeError(f"{PRECISION} must be one of {', '.join(_PRECISIONS)}, not {value!r}")
     return value
+
+
+def autotune() -> bool:
+    """Whether the Triton kernels measure which configuration is fastest, on their first call."""
+    value = os.environ.get(AUTOTUNE, "").strip() or "0"
+    if value not in ("0", "1"):
+        raise RuntimeError(f"{AUTOTUNE} must be 0 or 1, not {value!r}")
+    return value == "1"

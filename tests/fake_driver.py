@@ -144,6 +144,7 @@ def described(machine: Machine) -> dict[str, Any]:
 
     stored.has_descriptors = lambda device: True
     triton.machine = lambda device: planner.Machine(132, 1 << 12)
+    planner.one_pass = lambda *_: None
     rows = torch.zeros(300, 200, dtype=torch.bfloat16)[:, :192]
     one = torch.ones(20, dtype=torch.float64)
     machine.launches.clear()
@@ -173,5 +174,36 @@ def amd() -> dict[str, Any]:
     return {"nearest": machine.launches}
 
 
+def tuning() -> dict[str, Any]:
+    """A device with less shared memory than the default configuration wants."""
+    from memokern.kernels import products, tuning
+
+    default, other = tuning.choices(products.accumulate_variant(torch.bfloat16, True, "tf32x3"))
+    machine = activate(GPUTarget("cuda", 90, 32), shared=15 << 10)  # it wants 18, the other 12
+    measured = 0
+
+    def timer(call: Any) -> float:
+        nonlocal measured
+        call()
+        measured += 1
+        return 1.0
+
+    tuning.timer, tuning.can_measure = timer, lambda device: True
+    tuning.device_name = lambda device: "small"
+    some, row = torch.zeros(1, 64), torch.zeros(1, 64, dtype=torch.bfloat16)
+    for _ in range(2):
+        tuning.launch(
+            default, (1, 1), torch.device("cpu"), changes=("acc",), weights=some, rows=row,
+            factor=some[0], unit=some[0], acc=some.clone(), b=1, n0=0, n=1, D=64, stride_n=64,
+            part_n=32,
+        )  # fmt: skip
+    chosen = list(json.loads(tuning.cache_file().read_text()).values())
+    return {
+        "measured": measured, "chosen": chosen, "other": other.name,
+        "launches": len(machine.launches),
+    }  # fmt: skip
+
+
 if __name__ == "__main__":
-    print(json.dumps({"hopper": hopper, "small": small, "amd": amd}[sys.argv[1]]()))
+    run = {"hopper": hopper, "small": small, "amd": amd, "tuning": tuning}[sys.argv[1]]
+    print(json.dumps(run()))

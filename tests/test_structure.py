@@ -12,7 +12,8 @@ import memokern
 ROOT = Path(memokern.__file__).parent
 # From the bottom to the top: a module imports only from the lines above its own.
 LAYERS = [
-    ["checks", "env", "files", "kernels"],
+    ["checks", "env", "files"],
+    ["kernels"],
     ["backends", "datasets", "processes"],
     ["bases", "ops", "rows"],
     ["projection"],
@@ -45,7 +46,7 @@ INSIDE = {
     "experiments": [["base"], ["planar"], ["squares", "structured", "sweeps"], ["__init__"]],
     "kernels": [
         ["variant", "rows"],
-        ["common"],
+        ["common", "tuning"],
         ["nearest", "products", "queries", "scan", "support", "weigh"],
         ["backward", "finish", "onepass"],
         ["backward_ends", "backward_limit", "backward_rows", "planner"],

@@ -19,7 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from memokern.backends import triton as backend
 from memokern.backends import triton_scan, triton_select
-from memokern.kernels import listing, scan
+from memokern.kernels import listing, planner, scan
 from memokern.kernels import rows as stored
 from memokern.kernels.planner import Machine
 from memokern.kernels.variant import POINTERS, Variant
@@ -153,6 +153,7 @@ def test_rows_are_described_where_a_descriptor_takes_them(launched: Launched, mo
         "bytes": torch.zeros(90, 208, dtype=torch.uint8),
     }  # fmt: skip
     described = {"plain", "every other", "whole", "alone", "bytes"}
+    monkeypatch.setattr(planner, "one_pass", lambda *_: None)
     for knows in (True, False):
         monkeypatch.setattr(stored, "has_descriptors", lambda _, k=knows: k)
         for name, rows in layouts.items():

@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 
 from memokern import env
 from memokern.backends import triton
-from memokern.kernels import onepass, planner, sweep
+from memokern.kernels import planner, sweep
 from memokern.kernels import rows as stored
 
 ROW_TYPES = [F32, torch.bfloat16, torch.float16, torch.uint8]
@@ -56,7 +56,7 @@ def in_chunks(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", ROW_TYPES)
-@pytest.mark.parametrize("d", [1, 17, 63])
+@pytest.mark.parametrize("d", [1, 17, 63, 100, 256])
 def test_tails_of_features(d: int, dtype: torch.dtype) -> None:
     x, rows, scale, shift = make(3, 33, d, dtype, 0.5)
     check(x, rows, scale, shift, 0.5, cached=d == 17)
@@ -73,6 +73,14 @@ def test_tails_of_features_in_chunks(d: int, dtype: torch.dtype, in_chunks: None
 def test_tails_of_rows_and_queries(b: int, n: int) -> None:
     x, rows, scale, shift = make(b, n, 5, F32, 0.7, seed=n)
     check(x, rows, scale, shift, 0.7)
+
+
+@pytest.mark.parametrize("dtype", ROW_TYPES)
+def test_many_queries_of_many_features(dtype: torch.dtype) -> None:
+    """In one pass, whose first product streams the features."""
+    x, rows, scale, shift = make(17, 40, 200, dtype, 0.7)
+    bias = torch.linspace(-1, 1, 40, dtype=F64)
+    check(x, rows, scale, shift, 0.7, bias=bias)
 
 
 @pytest.mark.parametrize("b,n", [(1, 1), (2, 257), (17, 20)])
@@ -115,7 +123,7 @@ def test_precisions(precision: str, d: int, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("dtype", ROW_TYPES)
-@pytest.mark.parametrize("d", [2, 130])
+@pytest.mark.parametrize("d", [2, 300])
 def test_many_rows_with_weight(d: int, dtype: torch.dtype) -> None:
     """Equal weights: what is lost of each sum adds up over the rows."""
     g = torch.Generator().manual_seed(0)
@@ -142,7 +150,7 @@ def test_far_queries_and_mixed_levels() -> None:
         compare(got, oracle(x, rows, *columns, None, 1.0, 0.0, "gaussian"), rows, 1.0, 0.0, F32)
 
 
-@pytest.mark.parametrize("d", [5, 140])
+@pytest.mark.parametrize("d", [5, 300])
 def test_identities(d: int) -> None:
     """Shifted biases shift log Z; duplicated data leave the mean; equal rows weigh the same."""
     x, rows, _, _ = make(2, 50, d, F32, 0.6)
@@ -157,7 +165,7 @@ def test_identities(d: int) -> None:
     torch.testing.assert_close(twice[4], first[4] / 2, rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("d,dtype", [(1, F32), (40, torch.bfloat16), (140, F32)])
+@pytest.mark.parametrize("d,dtype", [(1, F32), (40, torch.bfloat16), (140, F32), (300, F32)])
 def test_limit_of_small_sigma(d: int, dtype: torch.dtype) -> None:
     g = torch.Generator().manual_seed(1)
     rows = torch.randn(70, d, generator=g).to(dtype)
@@ -181,7 +189,7 @@ def test_limit_of_small_sigma(d: int, dtype: torch.dtype) -> None:
     torch.testing.assert_close(got[4].item(), 0.25**2 + 0.75**2)
 
 
-@pytest.mark.parametrize("d", [2, 140])
+@pytest.mark.parametrize("d", [2, 300])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_lost_queries_stay_alone(d: int, value: float) -> None:
     x, rows, _, _ = make(3, 40, d, F32, 0.5)
@@ -222,7 +230,7 @@ def test_refusals() -> None:
 
 
 @pytest.mark.parametrize("dtype", ROW_TYPES)
-def test_rows_through_descriptors(dtype: torch.dtype, monkeypatch) -> None:
+def test_rows_through_descriptors(dtype: torch.dtype, in_chunks: None, monkeypatch) -> None:
     """The same bits as by pointers, at ragged edges of rows and features, in chunks; NaN beyond a
     view's own features stays outside."""
     monkeypatch.setattr(planner, "chunked", lambda *_: planner.Chunked(True, 3, 256, 1, 1))
@@ -239,8 +247,9 @@ def test_rows_through_descriptors(dtype: torch.dtype, monkeypatch) -> None:
                                shift, "gaussian"), rows, scale, shift, F32)  # fmt: skip
 
 
-@pytest.mark.parametrize("knows", [False, True])
-@pytest.mark.parametrize("d", [5, 140])
+@pytest.mark.parametrize(
+    ("d", "knows"), [(5, False), (140, False), (300, False), (300, True)],
+)  # fmt: skip
 def test_far_offsets(d: int, knows: bool, monkeypatch) -> None:
     """Rows more than 2^31 elements apart: one page of rows, seen with a stride of 2^30 elements."""
     monkeypatch.setattr(stored, "has_descriptors", lambda _: knows)
@@ -256,7 +265,7 @@ def test_far_offsets(d: int, knows: bool, monkeypatch) -> None:
     assert torch.equal(got[0], want[0])
 
 
-@pytest.mark.parametrize("d", [3, 140])
+@pytest.mark.parametrize("d", [3, 140, 300])
 def test_far_rows_and_queries(d: int) -> None:
     """Squares that overflow in float32: exact distances decide, and nothing becomes NaN."""
     rows = torch.randn(20, d, generator=torch.Generator().manual_seed(0))
@@ -272,7 +281,7 @@ def test_far_rows_and_queries(d: int) -> None:
     check(x, rows, 1.0, 0.0, 1e30)
 
 
-@pytest.mark.parametrize("d", [3, 140])
+@pytest.mark.parametrize("d", [3, 140, 300])
 def test_plans_change_only_the_order_of_sums(d: int, monkeypatch) -> None:
     """Other parts of rows, features and queries: the same results within rounding."""
     x, rows, _, _ = make(16, 300, d, torch.bfloat16, 3.0)
@@ -287,7 +296,7 @@ def test_plans_change_only_the_order_of_sums(d: int, monkeypatch) -> None:
         assert torch.equal(a[0], a[16])  # of the second launch, or tile
 
 
-@pytest.mark.parametrize("d", [40, 140])
+@pytest.mark.parametrize("d", [40, 140, 300])
 def test_outputs_are_written_everywhere(d: int) -> None:
     """Fresh memory is full of NaN here: what a kernel leaves out would show."""
     x, rows, _, _ = make(2, 70, d, F32, 0.5)
@@ -319,4 +328,3 @@ def test_rows_are_marked_only_where_rounding_matters(monkeypatch) -> None:
         x, rows, _, _ = make(2, 100, 10, F32, sigma)
         run(x, rows, sigma)
     assert (marks[0] == 0).all() and (marks[1] > 0).all()
-    assert onepass.RUN == 32  # bits of the marks

@@ -7,10 +7,12 @@ logit so far (`weigh_kernel`); their product with the rows, which are in the L2 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from memokern.kernels import finish, planner, products, weigh
+from memokern.kernels import finish, planner, products, tuning, weigh
 from memokern.kernels.common import STATE
 from memokern.kernels.queries import Queries
 from memokern.kernels.rows import Rows
@@ -22,7 +24,7 @@ def posterior(
     """Into out: mean [B, D] float32, log_z, mean_logit, mean_bias and weight_sq [B] float64."""
     total, d = q.x.shape
     device = q.x.device
-    at = {"D": d, "stride_n": data.stride}
+    at: dict[str, Any] = {"D": d, "stride_n": data.stride}
     dtype = data.rows.dtype
     dots_v = products.dots_variant(dtype, plan.few, precision, data.described)
     add_v = products.accumulate_variant(dtype, plan.few, precision, data.described)
@@ -43,9 +45,9 @@ def posterior(
         for n0 in range(0, data.n, chunk):
             n = min(chunk, data.n - n0)
             tiles_n = -(-n // dots_v.constexprs["BLOCK_N"])
-            dots_v.launch(
-                (tiles_b * tiles_n, parts_d), device, terms=q.terms, rows=dots_rows, dots=dots,
-                B=total, b0=b0, b=b, n0=n0, n=n, part_d=part_d, **at,
+            tuning.launch(
+                dots_v, (tiles_b * tiles_n, parts_d), device, terms=q.terms, rows=dots_rows,
+                dots=dots, B=total, b0=b0, b=b, n0=n0, n=n, part_d=part_d, **at,
             )  # fmt: skip
             weigh_v.launch(
                 (b,), device, dots=dots, sq_norms=data.sq_norms,
@@ -55,8 +57,9 @@ def posterior(
                 rows=data.rows, has_bias=int(data.bias is not None), **at,
             )  # fmt: skip
             tiles_d = -(-d // add_v.constexprs["BLOCK_D"])
-            add_v.launch(
-                (tiles_b * tiles_d, parts_n), device, weights=dots, rows=add_rows,
-                factor=factor, unit=unit, acc=acc, b=b, n0=n0, n=n, part_n=part_n, **at,
+            tuning.launch(
+                add_v, (tiles_b * tiles_d, parts_n), device, changes=("acc",), weights=dots,
+                rows=add_rows, factor=factor, unit=unit, acc=acc, b=b, n0=n0, n=n, part_n=part_n,
+                **at,
             )  # fmt: skip
         finish.launch(q, b0, b, state, 1, acc, parts_n, out)

@@ -24,7 +24,7 @@ from memokern.kernels.variant import POINTERS, ROW_TYPES, Variant, row_name
 _BLOCK_D = 128
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def sq_norms_kernel(
     rows,  # [N, D]
     center,  # [D]
@@ -48,7 +48,7 @@ def sq_norms_kernel(
     tl.store(sq_norms + o_n, tl.sum(acc, 1), mask=mask_n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total", "b0", "B", "states", "parts"])
 def finish_kernel(
     state,  # [states, STATE, B]
     acc,  # [parts, B, D]

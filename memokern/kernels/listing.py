@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 
+from memokern.kernels import tuning
 from memokern.kernels.variant import Variant
 
 # The modules that have kernels of their own.
@@ -16,4 +17,5 @@ MODULES = (
 def variants() -> list[Variant]:
     """All of them; imports Triton, compiles nothing."""
     modules = [importlib.import_module(f"memokern.kernels.{name}") for name in MODULES]
-    return [variant for module in modules for variant in module.variants()]
+    listed = [variant for module in modules for variant in module.variants()]
+    return [choice for variant in listed for choice in tuning.choices(variant)]

@@ -64,8 +64,8 @@ def _parts(programs: int, wanted: int, most: int) -> int:
 def one_pass(
     b: int, n: int, d: int, dtype: torch.dtype, machine: Machine, kernel: str
 ) -> OnePass | None:
-    """For b queries and n rows of d features; None where a tile's sums would not fit the registers.
-    The log kernel needs logarithms in float64, which leave no room for them at all.
+    """For b queries and n rows of d features; None where their sums do not fit the registers. The
+    log kernel needs logarithms in float64, which leave no room for them at all.
 
     >>> one_pass(1, 50_000, 64, torch.bfloat16, Machine(132, 50 << 20), "gaussian")
     OnePass(few=True, features=64, queries=1, run=2, exact_parts=25)
@@ -73,17 +73,17 @@ def one_pass(
     """
     few = b <= FEW
     features = next((f for f in onepass.FEATURES if d <= f), None)
-    tile = None if features is None else onepass.tile(dtype, features, few)
-    if features is None or tile is None or kernel == "log":
+    if features is None or kernel == "log":
         return None
-    tiles_n = -(-n // tile.n)
+    tile = onepass.tile(dtype, features, few)
+    tiles_n, most = -(-n // tile.n), onepass.PART // tile.n
     # Of a query: sums of each part, at most twice as many as there must be, and marks.
-    each = (4 * d + 48 + 4 * tile.n) * -(-tiles_n // onepass.RUN) * 2
+    each = (4 * d + 48) * -(-tiles_n // most) * 2 + 4 * onepass.words(n, tile)
     queries = min(b, max(tile.b, WORKSPACE // each // tile.b * tile.b))
-    programs = -(-queries // tile.b) * tiles_n
-    run = max(1, min(onepass.RUN, programs // (_WAVES * machine.multiprocessors)))
-    swept = -(-tiles_n // run)
-    exact_parts = max(1, min(-(-swept // 16), -(-_WAVES * machine.multiprocessors // queries)))
+    wanted = _WAVES * machine.multiprocessors
+    run = max(1, min(most, -(-queries // tile.b) * tiles_n // wanted))
+    # A few thousand rows each at least: what they find is joined again.
+    exact_parts = max(1, min(-(-n // 2048), -(-wanted // queries)))
     return OnePass(few, features, queries, run, exact_parts)
 
 

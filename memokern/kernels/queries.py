@@ -35,7 +35,7 @@ from memokern.kernels.variant import POINTERS, ROW_TYPES, Variant, row_name
 _BLOCK_D = 1024
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def queries_kernel(
     x,  # [B, D]
     sigma, alpha, temperature,  # [B]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from memokern.kernels import chunked, finish, onepass, planner
+from memokern.kernels import chunked, finish, onepass, planner, tuning
 from memokern.kernels.common import STATE
 from memokern.kernels.queries import Queries
 from memokern.kernels.rows import Rows
@@ -30,29 +32,31 @@ def _one_pass(
 ) -> None:
     total, d = q.x.shape
     device, dtype, has_bias = q.x.device, data.rows.dtype, data.bias is not None
-    sweep_v = onepass.sweep_variant(dtype, plan.features, plan.few, has_bias, precision)
-    block_b, block_n = sweep_v.constexprs["BLOCK_B"], sweep_v.constexprs["BLOCK_N"]
-    exact_v = onepass.exact_variant(dtype, plan.features, block_n)
-    swept = -(-data.n // (plan.run * block_n))
+    sweep_v = onepass.sweep_variant(dtype, plan.features, plan.few, precision)
+    exact_v = onepass.exact_variant(dtype, plan.features)
+    size = onepass.tile(dtype, plan.features, plan.few)
+    swept = -(-data.n // (plan.run * size.n))
     parts = swept + plan.exact_parts
+    words = onepass.words(data.n, size)
     # The parts of both kernels, joined at the end.
     acc = torch.empty(parts * plan.queries * d, dtype=torch.float32, device=device)
     state = torch.empty(parts * STATE * plan.queries, dtype=torch.float64, device=device)
-    bits = torch.empty(plan.queries * swept * block_n, dtype=torch.int32, device=device)
+    marks = torch.empty(plan.queries * words, dtype=torch.int32, device=device)
     for b0 in range(0, total, plan.queries):
         b = min(plan.queries, total - b0)
-        at = {
+        at: dict[str, Any] = {
             "rows": data.rows, "bias": data.sq_norms if data.bias is None else data.bias,
-            "table": q.table, "bits": bits, "total": total, "b0": b0, "B": b, "D": d,
-            "stride_n": data.stride, "run": plan.run, "marked": swept,
+            "table": q.table, "marks": marks, "total": total, "b0": b0, "B": b, "D": d,
+            "stride_n": data.stride, "words": words, "has_bias": int(has_bias),
         }  # fmt: skip
-        sweep_v.launch(
-            (-(-b // block_b) * swept,), device, terms=q.terms, sq_norms=data.sq_norms, N=data.n,
-            state=state, acc=acc, **at,
+        tuning.launch(
+            sweep_v, (-(-b // size.b) * swept,), device, terms=q.terms, sq_norms=data.sq_norms,
+            N=data.n, state=state, acc=acc, run=plan.run, **at,
         )  # fmt: skip
         exact_v.launch(
             (b, plan.exact_parts), device, x=q.x, sigma=q.sigma, alpha=q.alpha, numbers=q.numbers,
             state=state[swept * STATE * b :], acc=acc[swept * b * d :],
-            share=-(-swept // plan.exact_parts), has_bias=int(has_bias), **at,
+            width=min(size.n, onepass.WORD.value),
+            share=planner.share(words, plan.exact_parts, onepass.STRIPS), **at,
         )  # fmt: skip
         finish.launch(q, b0, b, state, parts, acc, parts, out)
