@@ -234,7 +234,8 @@ def main() -> None:
         sys.exit("Triton is interpreting, and then compiles nothing: unset TRITON_INTERPRET")
     chosen = [v for v in listing.variants() if all(w in v.name for w in args.words)]
     targets = args.target or list(TARGETS)
-    rows = table([(v.name, t) for v in chosen for t in targets], args.workers, KEPT)
+    pairs = [(v.name, t) for v in chosen for t in targets if v.is_for(t)]
+    rows = table(pairs, args.workers, KEPT)
     if args.json:
         print(json.dumps(rows))
         return

@@ -50,7 +50,7 @@ def page(rows: list[dict[str, Any]], options: dict[str, str], triton: str) -> st
         "Every kernel that a launcher can ask for, compiled ahead of time: registers of a thread"
         " (r), shared memory of a block (K: KiB), share of a multiprocessor's warps that are"
         " resident, and the instruction of its matrix products. None spills. Written by"
-        " `make kernels`; no GPU was there.",
+        " `make kernels`; no GPU was there. –: not for this target.",
         "",
         f"Triton {triton}, kernels {digest()}.",
         "",
@@ -64,7 +64,7 @@ def page(rows: list[dict[str, Any]], options: dict[str, str], triton: str) -> st
             f"{row['registers']} r, {row['shared'] / 1024:.1f} K, {row['occupancy']:.0%}{matrix}"
         ).replace("%", " %")
     for name, found in cells.items():
-        columns = " | ".join(found[t] for t in targets)
+        columns = " | ".join(found.get(t, "–") for t in targets)
         lines.append(f"| {name} | {options[name]} | {columns} |")
     return "\n".join(lines) + "\n"
 
@@ -87,6 +87,8 @@ def read(text: str) -> Page:
     for name, how, *columns in table[2:]:
         options[name] = how
         for target, column in zip(table[0][2:], columns, strict=True):
+            if column == "–":
+                continue
             found = _CELL.fullmatch(column)
             assert found is not None, column
             cells[name, target] = Cell(

@@ -69,10 +69,11 @@ def _run(name: str) -> Callable[..., Any]:
     return run
 
 
-for _name in ("posterior", "posterior_backward", "nearest"):
+for _name in ("posterior", "posterior_backward", "posterior_backward_rows", "nearest"):
     _LIB.impl(_name, _run(_name), "CompositeExplicitAutograd")
-for _name in ("posterior_double_backward", "posterior_backward_rows"):
-    _LIB.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+_LIB.impl(
+    "posterior_double_backward", reference.posterior_double_backward, "CompositeExplicitAutograd"
+)
 
 
 # --- fake ---------------------------------------------------------------------------------------

@@ -13,8 +13,14 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.errors import OutOfResources
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 STREAMS = {0: 1000, 1: 1001}
+
+
+def flat(args: Any) -> list[Any]:
+    """Triton hands a kernel's arguments over one by one, or, later, as one tuple."""
+    return [v for arg in args for v in (arg if isinstance(arg, tuple) else (arg,))]
 
 
 class Machine:
@@ -35,6 +41,10 @@ class Machine:
                     "kernel": self.name, "grid": [x, y, z], "stream": stream,
                     "device": machine.device, "warps": self.metadata.num_warps,
                     "maxnreg": getattr(self.metadata, "maxnreg", None),
+                    "described": [
+                        [a.shape, a.strides, a.block_shape] for a in flat(rest)
+                        if isinstance(a, TensorDescriptor)
+                    ],
                 })  # fmt: skip
 
         self.launcher_cls = Launcher
@@ -94,12 +104,20 @@ def weights(device: torch.device, b: int) -> None:
     )  # fmt: skip
 
 
+def nearest(b: int, d: int) -> None:
+    """Of 200 rows whose norms are known."""
+    from memokern.backends import triton_select
+
+    known = (torch.zeros(d), torch.ones(200, dtype=torch.float64))
+    triton_select.nearest(torch.zeros(b, d), torch.zeros(200, d), 3, *known, 1.0, 0.0)
+
+
 def hopper() -> dict[str, Any]:
     machine = activate(GPUTarget("cuda", 90, 32))
     from memokern.backends import triton, triton_select
     from memokern.kernels import listing
 
-    assert triton.posterior and listing.variants()
+    assert triton.posterior and triton_select.nearest and listing.variants()
     facts: dict[str, Any] = {"compiled at import": list(machine.compiled)}
     for b in (16, 1, 17, 1000):
         weights(torch.device("cpu"), b)
@@ -109,21 +127,41 @@ def hopper() -> dict[str, Any]:
     weights(torch.device("cuda", 1), 0)
     facts["launches of an empty grid"] = len(machine.launches) - 5
     machine.launches.clear()
-    triton_select.nearest(torch.zeros(20, 32), torch.zeros(200, 32), 3, None, None, 1.0, 0.0)
+    nearest(20, 32)
     facts["nearest"] = list(machine.launches)
     # Plain numbers, so that the kernels are also right for rows of any length.
-    triton_select.nearest(torch.zeros(1, 7), torch.zeros(200, 7), 3, None, None, 1.0, 0.0)
+    nearest(1, 7)
     facts["ragged"] = machine.launches[-1]["kernel"]
+    facts["described"] = described(machine)
     return facts
+
+
+def described(machine: Machine) -> dict[str, Any]:
+    """What the products are given of rows that lie as a descriptor wants them."""
+    from memokern.backends import triton
+    from memokern.kernels import planner
+    from memokern.kernels import rows as stored
+
+    stored.has_descriptors = lambda device: True
+    triton.machine = lambda device: planner.Machine(132, 1 << 12)
+    planner.one_pass = lambda *_: None
+    rows = torch.zeros(300, 200, dtype=torch.bfloat16)[:, :192]
+    one = torch.ones(20, dtype=torch.float64)
+    machine.launches.clear()
+    triton.posterior(torch.zeros(20, 192), rows, one, one, one, None, None, None, 1.0, 0.0,
+                     "gaussian")  # fmt: skip
+    found: dict[str, Any] = {}
+    for launch in machine.launches:
+        if launch["described"]:
+            found.setdefault(launch["kernel"], []).extend(launch["described"])
+    return found
 
 
 def small() -> dict[str, Any]:
     """A device whose blocks have too little shared memory."""
     machine = activate(GPUTarget("cuda", 90, 32), shared=8 << 10)
-    from memokern.backends import triton_select
-
     try:
-        triton_select.nearest(torch.zeros(20, 32), torch.zeros(200, 32), 3, None, None, 1.0, 0.0)
+        nearest(20, 32)
     except OutOfResources as error:
         return {"error": str(error), "launches": machine.launches}
     return {"error": None, "launches": machine.launches}
@@ -132,9 +170,7 @@ def small() -> dict[str, Any]:
 def amd() -> dict[str, Any]:
     machine = activate(GPUTarget("hip", "gfx942", 64), shared=64 << 10)
     torch.version.hip = "6.0"
-    from memokern.backends import triton_select
-
-    triton_select.nearest(torch.zeros(20, 32), torch.zeros(200, 32), 3, None, None, 1.0, 0.0)
+    nearest(20, 32)
     return {"nearest": machine.launches}
 
 

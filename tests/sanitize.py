@@ -43,6 +43,28 @@ def sweep(dtype: torch.dtype, b: int, n: int, d: int, biased: bool) -> None:
     close(out, want)
     args = (*args[:8], *out, *(torch.ones_like(v) for v in out), *args[8:])
     close(triton.posterior_backward(*args), reference.posterior_backward(*args), 1e-3)
+    if dtype != torch.uint8:
+        args = (*args[:7], list(args[13:18]), *args[18:])
+        got, wanted = (v.posterior_backward_rows(*args) for v in (triton, reference))
+        close([got], [wanted], 1e-3 if dtype == F32 else 1e-2)
+
+
+def limit(dtype: torch.dtype, b: int, n: int, d: int, biased: bool) -> None:
+    """sigma = 0 and queries that hit two rows each."""
+    _, rows, how, bias, data = problem(b, n, d, dtype)
+    rows[n // 2 :] = rows[: n - n // 2].clone()
+    x = rows[:b].to(F32)
+    how[0].zero_()
+    how[1].fill_(1.0)
+    args = (x, rows, *how, bias if biased else None, *data, "gaussian")
+    out, want = triton.posterior(*args), reference.posterior(*args)
+    close(out, want)
+    args = (*args[:8], *out, *(torch.ones_like(v) for v in out), *args[8:])
+    got, want = triton.posterior_backward(*args), reference.posterior_backward(*args)
+    # The reference's gradient for the temperature is NaN where logits are infinite.
+    close([*got[:3], got[4]], [*want[:3], want[4]], 1e-3)
+    args = (*args[:7], list(args[13:18]), *args[18:])
+    close([triton.posterior_backward_rows(*args)], [reference.posterior_backward_rows(*args)], 1e-3)
 
 
 def select(dtype: torch.dtype, b: int, n: int, d: int, biased: bool) -> None:
@@ -96,6 +118,7 @@ CASES = [
       for size, biased in (((3, 70, 13), False), ((19, 70, 13), True))),
     *(("sweep, in chunks", sweep, t, size, biased) for t in TYPES
       for size, biased in (((2, 150, 150), True), ((19, 90, 150), False))),
+    ("at the limit", limit, F32, (3, 70, 13), True),
     *(("nearest, lists", select, t, (3, 70, 37), i % 2 == 0) for i, t in enumerate(TYPES)),
     *(("scan", scan, t, (b, 70, 20), b == 3) for t in (F32, torch.float16) for b in (3, 19)),
 ]  # fmt: skip

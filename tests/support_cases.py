@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
-from kernel_cases import F32, F64, cpu
+from kernel_cases import F32, F64, column, cpu
 from torch import Tensor
 
 U = 2.0**-24
+DIMS, EDGES = [8, 12, 16, 24], [8, 10, 12, 16, 24, 32]  # of a ladder and of its bands
 
 
 def up(t: Tensor) -> Tensor:
@@ -114,6 +116,27 @@ def check_lists(found, t: Tensor, eps: float) -> None:
         slack = 1e-15 * abs(top.item()) * 100
         lse = torch.logsumexp(t[b], 0)
         assert math.log(t.shape[1]) + threshold[b] - lse <= math.log(eps) + slack
+
+
+def lying_bounds(n: int, b: int, backend) -> None:
+    """Norms too small on rows that the coordinates do not tell: `check_lists` must fail."""
+    g = torch.Generator().manual_seed(0)
+    y = torch.zeros(n, 40, dtype=F64)
+    y[:, :8] = torch.randn(n, 8, dtype=F64, generator=g)
+    y[:, 30:] = 6 * torch.randn(n, 10, dtype=F64, generator=g)  # beyond the ladder
+    rows = y.to(F32)
+    y = rows.to(F64)
+    index = Plain(y, DIMS[:3], EDGES, True, "axes")
+    how = (column(0.5, b), column(1.0, b), column(1.0, b))
+    x = near(y, b, 0.5, 1.0, 2)
+    t = logits(x, y, *how, None)
+    found = scan(x, rows, index, *how, None, 1.0, 0.0, backend=backend)
+    check_lists(found, t, 1e-6)
+    broken = index.coarse.clone()
+    broken[:, 8:-1] *= 0.05
+    found = scan(x, rows, index, *how, None, 1.0, 0.0, coarse=broken, backend=backend)
+    with pytest.raises(AssertionError):
+        check_lists(found, t, 1e-6)
 
 
 def lists(n: int, b: int, seed: int, empty: bool = False) -> tuple[torch.Tensor, torch.Tensor]:

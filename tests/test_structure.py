@@ -49,7 +49,7 @@ INSIDE = {
         ["common", "tuning"],
         ["nearest", "products", "queries", "scan", "support", "weigh"],
         ["backward", "finish", "onepass"],
-        ["backward_ends", "planner"],
+        ["backward_ends", "backward_limit", "backward_rows", "planner"],
         ["chunked", "gradient"],
         ["listing", "sweep"],
         ["__init__"],

@@ -78,8 +78,8 @@ def test_every_kernel_that_reads_all_rows_has_a_cost() -> None:
     names = {roofline.kernel_name(v) for v in listing.variants() if "rows" in v.signature}
     # These look at few rows only, or at rows that are in the L2 cache, or are not the forward pass.
     few = {
-        "exact_kernel", "weigh_kernel", "coefficients_kernel", "limit_kernel", "queries_kernel",
-        "sq_norms_kernel", "gradients_kernel", "grads_kernel",
+        "exact_kernel", "weigh_kernel", "coefficients_kernel", "limits_kernel", "ties_kernel",
+        "rows_kernel", "queries_kernel", "sq_norms_kernel", "gradients_kernel", "grads_kernel",
     }  # fmt: skip
     assert names <= roofline.COSTS.keys() | few
     assert roofline.COSTS.keys() <= {roofline.kernel_name(v) for v in listing.variants()}

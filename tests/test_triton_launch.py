@@ -15,13 +15,17 @@ import torch
 
 pytest.importorskip("triton")
 
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from memokern import env
 from memokern.backends import triton as backend
 from memokern.backends import triton_scan, triton_select
-from memokern.kernels import listing, scan
+from memokern.kernels import listing, planner, scan
+from memokern.kernels import rows as stored
 from memokern.kernels.planner import Machine
 from memokern.kernels.variant import POINTERS, Variant
 
-F64 = torch.float64
+F32, F64 = torch.float32, torch.float64
 LISTED = {v.name: v for v in listing.variants()}
 
 
@@ -53,6 +57,11 @@ def test_streams_devices_options_and_no_compilation_that_is_not_needed() -> None
     assert groups["grid"] == [4, 1, 1] and exact["grid"] == [80, 1, 1]
     assert (exact["warps"], exact["maxnreg"]) == (8, 96)
     assert facts["ragged"] == "nearest_exact_kernel"
+    # 300 rows in two chunks, through descriptors: shape, strides, tile.
+    assert facts["described"] == {
+        "dots_kernel": [[[300, 192], [200, 1], [128, 64]]] * 2,
+        "accumulate_kernel": [[[300, 192], [200, 1], [64, 64]]] * 2,
+    }
 
 
 def test_a_device_that_is_too_small_says_so_before_anything_runs() -> None:
@@ -77,7 +86,10 @@ class Launched(list):
         assert 1 <= grid[0] < 2**31 and all(1 <= g <= 65535 for g in grid[1:]), grid
         for name, value in args.items():
             kind = variant.signature[name]
-            if isinstance(value, torch.Tensor):
+            if isinstance(value, TensorDescriptor):
+                base, tile = POINTERS[value.base.dtype][1:], value.block_shape
+                assert kind == f"tensordesc<{base}[{tile[0]},{tile[1]}]>", (variant.name, name)
+            elif isinstance(value, torch.Tensor):
                 assert POINTERS[value.dtype] == kind, (variant.name, name)
             elif kind == "i32":
                 assert isinstance(value, int) and -(2**31) <= value < 2**31, (variant.name, name)
@@ -129,6 +141,72 @@ def test_the_sweep_at_all_sizes(launched: Launched, b: int, n: int, d: int, kern
     programs = max(grid[0] * (grid[1] if len(grid) > 1 else 1) for _, grid, _ in launched)
     if n >= 50_000:  # B = 1 fills the chip too
         assert programs >= 128  # of 132 multiprocessors
+
+
+def test_rows_are_described_where_a_descriptor_takes_them(launched: Launched, monkeypatch) -> None:
+    """Address and stride in multiples of 16 bytes, and a device that knows descriptors."""
+    memory = torch.zeros(9_000, 264, dtype=torch.bfloat16)
+    layouts = {
+        "plain": memory[:, :256], "every other": memory[::2, :257], "whole": memory,
+        "alone": memory[:1, :200],  # its stride is its length: 400 bytes
+        "moved by two bytes": memory[:, 1:200], "odd": torch.zeros(90, 260, dtype=torch.bfloat16),
+        "one row": memory[:1].expand(90, 264),
+        "bytes": torch.zeros(90, 208, dtype=torch.uint8),
+    }  # fmt: skip
+    described = {"plain", "every other", "whole", "alone", "bytes"}
+    monkeypatch.setattr(planner, "one_pass", lambda *_: None)
+    for knows in (True, False):
+        monkeypatch.setattr(stored, "has_descriptors", lambda _, k=knows: k)
+        for name, rows in layouts.items():
+            launched.clear()
+            n, d = rows.shape
+            one = torch.ones(20, dtype=F64)
+            data = (torch.zeros(d), torch.ones(n, dtype=F64), 1.0, 0.0, "gaussian")
+            backend.posterior(torch.zeros(20, d), rows, one, one, one, None, *data)
+            products = [(what, args["rows"]) for what, _, args in launched
+                        if what.split()[0] in ("dots", "accumulate")]  # fmt: skip
+            assert len(products) >= 2
+            for what, given in products:
+                if not (knows and name in described):
+                    assert given is rows and "described" not in what, (name, what)
+                    continue
+                assert what.endswith("described") and given.base is rows, (name, what)
+                assert (given.shape, given.padding) == ([n, d], "zero")
+                assert given.strides == [rows.stride(0) if n > 1 else d, 1]
+                tile = LISTED[what].constexprs
+                assert given.block_shape == [tile["BLOCK_N"], tile["BLOCK_D"]]
+            # What a descriptor cannot know: where a chunk ends. All but the last are whole tiles.
+            step = max(args.get("n", 0) for _, _, args in launched)
+            assert step == n or step % 128 == 0
+
+
+def test_full_precision_reads_by_pointers(launched: Launched, monkeypatch) -> None:
+    monkeypatch.setattr(stored, "has_descriptors", lambda _: True)
+    monkeypatch.setattr(planner, "one_pass", lambda *_: None)
+    x, rows, *how = problem(2, 8, 64, F32)
+    for precision in ("tf32x3", "ieee"):
+        monkeypatch.setenv(env.PRECISION, precision)
+        launched.clear()
+        backend.posterior(x, rows.contiguous(), *how, None, None, None, 1.0, 0.0, "gaussian")
+        names = [name for name, _, _ in launched if name.split()[0] in ("dots", "accumulate")]
+        assert {name.endswith("described") for name in names} == {precision == "tf32x3"}
+
+
+@pytest.mark.parametrize(("b", "n", "d"), [(1, 1, 1), (64, 50_000, 3072), (65_536, 2000, 64)])
+def test_the_gradient_for_rows_at_all_sizes(launched: Launched, b: int, n: int, d: int) -> None:
+    """Two sweeps; the gradient is written once for each row, by the last block of queries."""
+    x, _, *how = problem(b, 1, d)
+    rows, stat = torch.zeros(n, d, dtype=torch.bfloat16), torch.zeros(b, dtype=F64)
+    grads = [x, stat, stat, stat, stat]
+    out = backend.posterior_backward_rows(x, rows, *how, None, None, grads, 1.0, 0.0, "gaussian")
+    assert out.shape == rows.shape and out.dtype == rows.dtype
+    last = [args for name, _, args in launched if name.startswith("rows ") and args["is_last"]]
+    assert sum(args["n"] for args in last) == n
+    spent = max(args["coefficients"].numel() for args in last)
+    assert 2 * 4 * spent <= 64 << 20
+    # Coefficients of all pairs twice: for the sums, and for the rows.
+    pairs = [args["b"] * args["n"] for name, _, args in launched if "coefficients" in name]
+    assert sum(pairs) == 2 * b * n
 
 
 @pytest.mark.parametrize(("b", "n", "d"), SIZES)

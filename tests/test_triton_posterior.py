@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 from memokern import env
 from memokern.backends import triton
 from memokern.kernels import planner, sweep
+from memokern.kernels import rows as stored
 
 ROW_TYPES = [F32, torch.bfloat16, torch.float16, torch.uint8]
 
@@ -230,9 +231,30 @@ def test_refusals() -> None:
         run(x, rows, column(1.0, 3))
 
 
-@pytest.mark.parametrize("d", [5, 140, 300])
-def test_far_offsets(d: int) -> None:
+@pytest.mark.parametrize("dtype", ROW_TYPES)
+def test_rows_through_descriptors(dtype: torch.dtype, in_chunks: None, monkeypatch) -> None:
+    """The same bits as by pointers, at ragged edges of rows and features, in chunks; NaN beyond a
+    view's own features stays outside."""
+    monkeypatch.setattr(planner, "chunked", lambda *_: planner.Chunked(True, 3, 256, 1, 1))
+    x, rows, scale, shift = make(3, 300, 140, dtype, 0.5)
+    wide = torch.full((300, 160), 77).to(dtype) if dtype == torch.uint8 else torch.full(
+        (300, 160), math.nan, dtype=dtype)  # fmt: skip
+    wide[:, :140] = rows
+    results = []
+    for knows in (False, True):
+        monkeypatch.setattr(stored, "has_descriptors", lambda _, k=knows: k)
+        results.append(run(x, wide[:, :140], 0.5, scale=scale, shift=shift)[0])
+    assert all(torch.equal(a, e) for a, e in zip(*results, strict=True))
+    compare(results[1], oracle(x, rows, *(column(v, 3) for v in (0.5, 1.0, 1.0)), None, scale,
+                               shift, "gaussian"), rows, scale, shift, F32)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("d", "knows"), [(5, False), (140, False), (300, False), (300, True)],
+)  # fmt: skip
+def test_far_offsets(d: int, knows: bool, monkeypatch) -> None:
     """Rows more than 2^31 elements apart: one page of rows, seen with a stride of 2^30 elements."""
+    monkeypatch.setattr(stored, "has_descriptors", lambda _: knows)
     stride, n = 1 << 30, 4
     memory = torch.empty(stride * (n - 1) + d, dtype=torch.uint8, device=DEVICE)
     rows = memory.as_strided((n, d), (stride, 1))

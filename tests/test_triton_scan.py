@@ -7,15 +7,23 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from kernel_cases import F32, F64, column
-from support_cases import Plain, check_lists, logits, near, scan, spread
+from kernel_cases import F64, column
+from support_cases import (
+    DIMS,
+    EDGES,
+    Plain,
+    check_lists,
+    logits,
+    lying_bounds,
+    near,
+    scan,
+    spread,
+)
 from triton_interpreter import DEVICE
 
 pytest.importorskip("triton")
 
 from memokern.backends import triton_scan
-
-DIMS, EDGES = [8, 12, 16, 24], [8, 10, 12, 16, 24, 32]
 
 
 def bound_scan(*args):
@@ -69,28 +77,7 @@ def test_only_what_the_bounds_allow_is_listed() -> None:
 
 
 def test_a_bound_that_lies_is_noticed() -> None:
-    """Norms too small on rows that the coordinates do not tell: the check above must fail."""
-    g = torch.Generator().manual_seed(0)
-    y = torch.zeros(200, 40, dtype=F64)
-    y[:, :8] = torch.randn(200, 8, dtype=F64, generator=g)
-    y[:, 30:] = 6 * torch.randn(200, 10, dtype=F64, generator=g)  # beyond the ladder
-    y = y.to(F32).to(F64)
-    index = Plain(y, [8, 12, 16], EDGES, True, "random")
-    index.basis = torch.eye(40, dtype=F64)
-    full = y - index.center
-    index.coarse[:, :8] = full[:, :8].to(F32)
-    index.coarse[:, 8:-1] = index.bands(full)
-    index.coarse[:, -1] = 1e-2  # float16 of what is nearly zero, and the mean
-    index.fine = full[:, 8:16].to(torch.float16)
-    how = (column(0.5, 20), column(1.0, 20), column(1.0, 20))
-    x, rows = near(y, 20, 0.5, 1.0, 2), y.to(F32)
-    t = logits(x, y, *how, None)
-    check_lists(scan(x, rows, index, *how, None, 1.0, 0.0, backend=TRITON), t, 1e-6)
-    broken = index.coarse.clone()
-    broken[:, 8:-1] *= 0.05
-    with pytest.raises(AssertionError):
-        found = scan(x, rows, index, *how, None, 1.0, 0.0, coarse=broken, backend=TRITON)
-        check_lists(found, t, 1e-6)
+    lying_bounds(200, 20, TRITON)
 
 
 def test_given_up(monkeypatch) -> None:

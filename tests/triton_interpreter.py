@@ -1,8 +1,9 @@
 """Triton's interpreter, made exact: what the tests of its kernels run on where there is no GPU.
 
-As it comes it computes bfloat16 on the raw bits, truncates float32 to bfloat16, and multiplies as
-if tf32 were float32. `install` replaces these operations of its builder. What bfloat16 still cannot
-do here (math functions, reductions, atomics) raises: kernels widen it to float32 first.
+As it comes it computes bfloat16 on the raw bits, truncates float32 to bfloat16, multiplies as if
+tf32 were float32, and rounds a multiply-add twice. `install` replaces these operations of its
+builder. What bfloat16 still cannot do here (math functions, reductions, atomics) raises: kernels
+widen it to float32 first.
 
 `DEVICE` is where the kernels' tests put their tensors: a GPU where there is one, and there the same
 tests run compiled; else the CPU, interpreted. Triton reads TRITON_INTERPRET when a kernel is
@@ -116,6 +117,18 @@ def install() -> None:
 
         return call
 
+    def create_fma(self: Any, a: Any, b: Any, c: Any) -> Any:
+        if a.data.dtype != np.float32:
+            return fused(self, a, b, c)
+        # Rounded once: the product of two float32 fits a float64.
+        out = a.data.astype(np.float64) * b.data + c.data
+        return handle(out.astype(np.float32), c.dtype.scalar)
+
+    def patch_tensor(tensor: Any, scope: Any) -> None:
+        patched(tensor, scope)
+        # Triton 3.6 makes a number of an array of one in a way that numpy 2.4 has taken out.
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
     def check(self: Any, values: Any) -> None:
         if any(v.dtype.scalar == tl.bfloat16 for v in values):
             raise NotImplementedError("bfloat16 must be widened to float32 first")
@@ -144,12 +157,7 @@ def install() -> None:
     reductions.check_tensor = check
     builder.binary_op, builder.cast_impl, builder.create_dot = binary_op, cast_impl, create_dot
     builder.create_fp_to_fp = create_fp_to_fp
-    builder.unary_op, builder.create_fma = refuse(unary), refuse(fused)
-    launch = interpreter.GridExecutor.__call__
-
-    def quiet(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with np.errstate(all="ignore"):  # a GPU raises no warning where NaN and inf are made
-            return launch(self, *args, **kwargs)
-
-    interpreter.GridExecutor.__call__ = quiet
+    builder.unary_op, builder.create_fma = refuse(unary), refuse(create_fma)
+    patched = interpreter._patch_lang_tensor
+    interpreter._patch_lang_tensor = patch_tensor
     builder.exact = True

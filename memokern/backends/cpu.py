@@ -27,6 +27,7 @@ from memokern.backends.native import (
     rows_of,
     wide,
 )
+from memokern.backends.reference import posterior_backward_rows
 
 __all__ = [
     "CosineProjection",
@@ -36,6 +37,7 @@ __all__ = [
     "nearest",
     "posterior",
     "posterior_backward",
+    "posterior_backward_rows",
     "posterior_on_support",
     "posterior_on_support_backward",
     "refuses",

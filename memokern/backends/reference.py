@@ -30,6 +30,7 @@ __all__ = [
     "nearest",
     "posterior",
     "posterior_backward",
+    "posterior_backward_rows",
     "posterior_on_support",
     "posterior_on_support_backward",
     "posterior_on_support_double_backward",

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from memokern import env
 from memokern.backends import reference
-from memokern.backends.native import check_rows, queries_of, wide
-from memokern.backends.triton_inputs import numbers
+from memokern.backends.native import queries_of
+from memokern.backends.triton_inputs import center_of, numbers
 
 _F64 = torch.float64
 
@@ -91,19 +91,12 @@ def _prepared(
     center: Tensor | None, sq_norms: Tensor | None, scale: float, shift: float, kernel: str,
 ) -> tuple[Any, Any]:  # fmt: skip
     """The queries and the rows as the kernels take them; what their owner has not is computed."""
-    from memokern.kernels.finish import row_norms
     from memokern.kernels.queries import Queries
     from memokern.kernels.rows import Rows
 
-    check_rows(rows, center, sq_norms)
     q, numbers_of_each, b = queries_of(x, rows, *columns, bias)
+    center, sq_norms = center_of(rows, center, sq_norms, scale, shift)
     units = numbers(scale, shift, x.device)
-    center, sq_norms = wide(center), wide(sq_norms)
-    if center is None or sq_norms is None:
-        # The mean of a few rows centres well enough, and any center is right.
-        step = max(1, rows.shape[0] // 64)
-        center = rows[: 64 * step : step].to(_F64).mean(0) * scale + shift
-        sq_norms = row_norms(rows, center, units)
     queries = Queries(q, rows, numbers_of_each, center, units, kernel, _precision())
     return queries, Rows(rows, sq_norms, b)
 
@@ -117,15 +110,20 @@ def posterior(
     data = (center, sq_norms, scale, shift, kernel)
     if _is_double(x, rows):
         return reference.posterior(x, rows, sigma, alpha, temperature, bias, *data)
+    out = _swept(*_prepared(x, rows, (sigma, alpha, temperature), bias, *data), kernel)
+    return out[0].to(x.dtype), out[1], out[2], out[3], out[4]
+
+
+def _swept(queries: Any, stored: Any, kernel: str) -> list[Tensor]:
+    """The mean [B, D] float32, and log_z, mean_logit, mean_bias, weight_sq [B] float64."""
     from memokern.kernels import sweep
 
-    queries, stored = _prepared(x, rows, (sigma, alpha, temperature), bias, *data)
-    b = x.shape[0]
-    mean = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-    stats = [torch.empty(b, dtype=_F64, device=x.device) for _ in range(4)]
+    (b, _), device = queries.x.shape, queries.x.device
+    out = [torch.empty(queries.x.shape, dtype=torch.float32, device=device)]
+    out += [torch.empty(b, dtype=_F64, device=device) for _ in range(4)]
     if b:
-        sweep.posterior(queries, stored, machine(x.device), kernel, _precision(), [mean, *stats])
-    return mean.to(x.dtype), stats[0], stats[1], stats[2], stats[3]
+        sweep.posterior(queries, stored, machine(device), kernel, _precision(), out)
+    return out
 
 
 def posterior_backward(
@@ -159,6 +157,33 @@ def posterior_backward(
             [grad_x, *out, grad_bias],
         )  # fmt: skip
     return grad_x, out[0], out[1], out[2], grad_bias
+
+
+def posterior_backward_rows(
+    x: Tensor, rows: Tensor, sigma: Tensor, alpha: Tensor, temperature: Tensor,
+    bias: Tensor | None, center: Tensor | None, grads: list[Tensor], scale: float, shift: float,
+    kernel: str,
+) -> Tensor:  # fmt: skip
+    """The gradient for floating-point rows [N, D]; see :mod:`memokern.ops`."""
+    columns = (sigma, alpha, temperature)
+    if _is_double(x, rows):
+        return reference.posterior_backward_rows(
+            x, rows, *columns, bias, center, grads, scale, shift, kernel
+        )
+    from memokern.kernels import gradient
+
+    if x.shape[0] == 0:
+        return torch.zeros(rows.shape, dtype=rows.dtype, device=rows.device)
+    # The center alone saves nothing: the norms about it are not given.
+    queries, stored = _prepared(x, rows, columns, bias, None, None, scale, shift, kernel)
+    mean, *stats = _swept(queries, stored, kernel)
+    out = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
+    gradient.posterior_backward_rows(
+        queries, stored, mean, torch.stack(stats), grads[0].to(torch.float32).contiguous(),
+        torch.stack([v.to(_F64) for v in grads[1:]]), machine(x.device), kernel, _precision(),
+        scale, shift, out,
+    )  # fmt: skip
+    return out
 
 
 # --- rows selected: memokern/backends/triton_select.py, triton_scan.py ----------------------------

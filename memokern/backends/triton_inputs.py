@@ -11,11 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from memokern.backends.native import check_fit, check_stride, shaped
+from memokern.backends.native import check_fit, check_rows, check_stride, wide
 
 _F32, _F64 = torch.float32, torch.float64
 _ROWS = (_F32, torch.bfloat16, torch.float16, torch.uint8)
-_ELEMENTS = 1 << 24  # of a temporary in float64
 
 
 def refusal(x: Tensor, rows: Tensor) -> str | None:
@@ -67,23 +66,28 @@ class Centred(NamedTuple):
     pad: Tensor
 
 
+def center_of(
+    rows: Tensor, center: Tensor | None, sq_norms: Tensor | None, scale: float, shift: float
+) -> tuple[Tensor, Tensor]:
+    """center [D] and |y - center|^2 [N] float64: what the rows' owner has cached, else from a pass
+    over the rows."""
+    check_rows(rows, center, sq_norms)
+    center, sq_norms = wide(center), wide(sq_norms)
+    if center is None or sq_norms is None:
+        from memokern.kernels.finish import row_norms
+
+        # The mean of a few rows centres well enough, and any center is right.
+        step = max(1, rows.shape[0] // 64)
+        center = rows[: 64 * step : step].to(_F64).mean(0) * scale + shift
+        sq_norms = row_norms(rows, center, numbers(scale, shift, rows.device))
+    return center, sq_norms
+
+
 def centred(
     rows: Tensor, center: Tensor | None, sq_norms: Tensor | None, scale: float, shift: float
 ) -> Centred:
-    """From what the rows' owner has cached, else in a pass over the rows."""
-    n, d = rows.shape
-    if (center is None) != (sq_norms is None):
-        raise ValueError("center and sq_norms belong together: give both or neither")
-    if center is None:  # the mean of a few rows centres well enough
-        some = torch.arange(min(n, 64), device=rows.device) * n // min(n, 64)
-        center = scale * rows.detach()[some].to(_F64).mean(0) + shift
-        sq_norms = torch.cat([
-            (block.to(_F64) * scale + (shift - center)).square().sum(1)
-            for block in rows.detach().split(max(1, _ELEMENTS // d))
-        ])  # fmt: skip
-    assert sq_norms is not None
-    center = shaped("center", center, (d,), _F32, _F64).to(_F64)
-    sq_norms = shaped("sq_norms", sq_norms, (n,), _F32, _F64).to(_F64)
+    """From what :func:`center_of` gives."""
+    center, sq_norms = center_of(rows, center, sq_norms, scale, shift)
     moved = shift - center
     return Centred(
         center, sq_norms, (moved / scale).to(_F32), (0.5 * sq_norms).to(_F32),

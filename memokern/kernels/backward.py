@@ -29,7 +29,7 @@ from memokern.kernels.common import (
     power_of_two,
     store_terms,
 )
-from memokern.kernels.variant import POINTERS, ROW_TYPES, Variant, row_name
+from memokern.kernels.variant import FLOAT_ROWS, POINTERS, ROW_TYPES, Variant, row_name
 from memokern.kernels.weigh import STRIPS, chunks, registers, warps
 
 # Sums over the rows, [SUMS, b] float64; w: weights, h: what multiplies d w, q = w (...): what
@@ -45,12 +45,13 @@ def gradients_kernel(
     grad_mean, mean,  # [B, D]
     numbers,  # [2] scale, shift
     terms,  # [TERMS, B, D] out
-    pulls,  # [2, B] out
+    pulls,  # [3, B] out
     B, D, offset,
     TERMS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The incoming gradients g of the mean as terms; with <g, u> their product with a stored row,
-    <g, y - mean> is pulls[0] <g, u> + pulls[1]. One program owns a query."""
+    <g, y - mean> is pulls[0] <g, u> + pulls[1]. pulls[2] is for what the mean's rounding does to
+    it, which nobody knows yet. One program owns a query."""
     i_b = tl.program_id(0).to(tl.int64)
     scale, shift = tl.load(numbers), tl.load(numbers + 1) - offset * tl.load(numbers)
     top = tl.zeros([BLOCK_D], tl.float32)
@@ -64,6 +65,7 @@ def gradients_kernel(
     p2 = power_of_two(tl.max(top, 0))
     tl.store(pulls + i_b, scale * (p2.to(tl.float64) / 128.0))
     tl.store(pulls + B + i_b, tl.sum(rest, 0))
+    tl.store(pulls + 2 * B + i_b, 0.0)
     for d in range(0, D, BLOCK_D):
         o_d = d + tl.arange(0, BLOCK_D)
         b_g = tl.load(grad_mean + i_b * D + o_d, mask=o_d < D, other=0.0) * (128.0 / p2)
@@ -72,12 +74,13 @@ def gradients_kernel(
 
 @triton.jit
 def coefficients_kernel(
-    dots,  # [parts, b, n] <x, u>; the first part out: q c / unit, 0 for rows evaluated exactly
-    dots_g,  # [parts, b, n] <g, u>; the first part out: what moves the bias
+    dots,  # [parts, b, n] <x, u>; the first part out: q c / unit, 0 for rows evaluated exactly;
+           # FOR_ROWS: q c of all rows
+    dots_g,  # [parts, b, n] <g, u>; the first part out: what moves the bias; FOR_ROWS: w
     sq_norms,  # [N]
     bias,  # [N], read if has_bias
     table,  # [NUMBERS, B]
-    pulls,  # [2, B]
+    pulls,  # [3, B]; the last is read FOR_ROWS
     x, mean, grad_mean,  # [B, D]
     rows,  # [N, D]
     sigma, alpha, temperature,  # [B]
@@ -89,13 +92,14 @@ def coefficients_kernel(
     near,  # [b, D] in and out: sum of q c (alpha y - x) of the rows evaluated exactly
     factor, unit,  # [b] out
     B, b0, b, n0, n, D, stride_n, parts, has_bias,
-    IS_LOG: tl.constexpr, STRIPS: tl.constexpr, WIDTH: tl.constexpr,
+    FOR_ROWS: tl.constexpr, IS_LOG: tl.constexpr, STRIPS: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program owns a query and the chunk's rows, as STRIPS strips of WIDTH; it adds the chunk
     to the query's sums, and writes coefficients. Rows whose weight the error of the products could
     change are taken by direct differences in float64, one of each strip at a time, their part of
-    grad_x too: in a sum of products it would cancel where the row is near."""
+    grad_x too: in a sum of products it would cancel where the row is near. FOR_ROWS: sums and near
+    are left alone, and coefficients and weights are written for `rows_kernel`."""
     i_b = tl.program_id(0).to(tl.int64)
     to = b0 + i_b
     p_t = table + to
@@ -111,7 +115,7 @@ def coefficients_kernel(
     g_l, g_e = tl.load(grads + to), tl.load(grads + B + to)
     g_b, g_s = tl.load(grads + 2 * B + to), tl.load(grads + 3 * B + to)
     inf = float("inf")
-    # At a limit nothing moves x; `limit_kernel` does the rest.
+    # At a limit nothing moves x; `ties_kernel` does the rest.
     moves = (mode != LOST) & (mode != HARD) & (log_z < inf)
     shared = tl.where(mode == SOFT, common, 0.0)  # what t has beyond l / T
     tz, te = log_z * inv_t + shared, E * inv_t + shared
@@ -160,36 +164,43 @@ def coefficients_kernel(
     w = tl.where(rest, tl.exp(tl.where(rest, tl.minimum(gap_z, 80.0), 0.0)), 0.0)
     it32 = inv_t.to(tl.float32)
     pull, pulled = tl.load(pulls + to).to(tl.float32), tl.load(pulls + B + to).to(tl.float32)
-    hg = (dot_g * pull + pulled) * it32
+    lag = tl.load(pulls + 2 * B + to) if FOR_ROWS else tl.cast(0.0, tl.float64)
+    hg = (dot_g * pull + (pulled - lag.to(tl.float32))) * it32
     ho = g_e.to(tl.float32) * gap_e + (g_b * inv_t).to(tl.float32) * (b_b - Eb.to(tl.float32))
     ho += (2.0 * g_s * inv_t).to(tl.float32) * (w - S.to(tl.float32))
     q = tl.where(rest, w * ((g_l + g_e).to(tl.float32) + hg + ho), 0.0)
     qc = q * c
-    xy = dot * tl.load(p_t + DOT * B).to(tl.float32) + tl.load(p_t + XO * B).to(tl.float32)
-    xy = tl.where(rest, xy - b_alpha.to(tl.float32) * sq, 0.0)
-    z_w = tl.sum(tl.sum(w, 1), 0).to(tl.float64)
-    z_drift = tl.sum(tl.sum(tl.where(rest, w * hg, 0.0), 1), 0).to(tl.float64)
-    z_q = tl.sum(tl.sum(q, 1), 0).to(tl.float64)
-    z_qc = tl.sum(tl.sum(qc, 1), 0).to(tl.float64)
-    z_ql = tl.sum(tl.sum(tl.where(rest, q * l_b, 0.0), 1), 0).to(tl.float64)
-    z_qa = tl.sum(tl.sum(qc * xy, 1), 0).to(tl.float64)
-    z_wa = tl.sum(tl.sum(w * xy, 1), 0).to(tl.float64)
-    z_t = tl.sum(tl.sum(tl.where(rest, w * gap_e * (hg + ho), 0.0), 1), 0).to(tl.float64) * T
-    size = tl.max(tl.max(tl.abs(qc), 1), 0)
-    one = tl.where(size > 0.0, power_of_two(size) * 2.0, 1.0)
-    tl.store(unit + i_b, one)
-    tl.store(factor + i_b, tl.where(n0 > 0, 1.0, 0.0))
-    tl.store(dots + i_b * n + o_j, qc / one, mask=o_j < n)
-    moved = tl.where(rest, q + g_b.to(tl.float32) * w, 0.0)
-    tl.store(dots_g + i_b * n + o_j, moved, mask=(o_j < n) & (exact == 0) & (has_bias != 0))
+    p_near = near + i_b * D
+    if FOR_ROWS:
+        # Of a query that is lost everything is.
+        none = tl.where(mode == LOST, float("nan"), 0.0)
+        tl.store(dots + i_b * n + o_j, qc, mask=(o_j < n) & (exact == 0))
+        tl.store(dots_g + i_b * n + o_j, w + none, mask=(o_j < n) & (exact == 0))
+    else:
+        xy = dot * tl.load(p_t + DOT * B).to(tl.float32) + tl.load(p_t + XO * B).to(tl.float32)
+        xy = tl.where(rest, xy - b_alpha.to(tl.float32) * sq, 0.0)
+        z_w = tl.sum(tl.sum(w, 1), 0).to(tl.float64)
+        z_drift = tl.sum(tl.sum(tl.where(rest, w * hg, 0.0), 1), 0).to(tl.float64)
+        z_q = tl.sum(tl.sum(q, 1), 0).to(tl.float64)
+        z_qc = tl.sum(tl.sum(qc, 1), 0).to(tl.float64)
+        z_ql = tl.sum(tl.sum(tl.where(rest, q * l_b, 0.0), 1), 0).to(tl.float64)
+        z_qa = tl.sum(tl.sum(qc * xy, 1), 0).to(tl.float64)
+        z_wa = tl.sum(tl.sum(w * xy, 1), 0).to(tl.float64)
+        z_t = tl.sum(tl.sum(tl.where(rest, w * gap_e * (hg + ho), 0.0), 1), 0).to(tl.float64) * T
+        size = tl.max(tl.max(tl.abs(qc), 1), 0)
+        one = tl.where(size > 0.0, power_of_two(size) * 2.0, 1.0)
+        tl.store(unit + i_b, one)
+        tl.store(factor + i_b, tl.where(n0 > 0, 1.0, 0.0))
+        tl.store(dots + i_b * n + o_j, qc / one, mask=o_j < n)
+        moved = tl.where(rest, q + g_b.to(tl.float32) * w, 0.0)
+        tl.store(dots_g + i_b * n + o_j, moved, mask=(o_j < n) & (exact == 0) & (has_bias != 0))
+        if n0 == 0:
+            for d in range(0, D, BLOCK_D):
+                o_f = d + tl.arange(0, BLOCK_D)
+                tl.store(p_near + o_f, tl.zeros([BLOCK_D], tl.float32), mask=o_f < D)
+            tl.debug_barrier()
 
     scale, shift = tl.load(numbers), tl.load(numbers + 1)
-    p_near = near + i_b * D
-    if n0 == 0:
-        for d in range(0, D, BLOCK_D):
-            o_f = d + tl.arange(0, BLOCK_D)
-            tl.store(p_near + o_f, tl.zeros([BLOCK_D], tl.float32), mask=o_f < D)
-        tl.debug_barrier()
     o_w = tl.arange(0, WIDTH)[None, :]
     left = exact
     count = tl.max(tl.sum(left.to(tl.int32), 1), 0)
@@ -215,7 +226,7 @@ def coefficients_kernel(
             s_r += diff * diff
             s_a += diff * (v_y - v_c)
             s_g += tl.where(m_d, v_g * (v_y - v_m), 0.0)
-        x_r2, x_xy, x_hg = tl.sum(s_r, 1), tl.sum(s_a, 1), tl.sum(s_g, 1) * inv_t
+        x_r2, x_xy, x_hg = tl.sum(s_r, 1), tl.sum(s_a, 1), (tl.sum(s_g, 1) - lag) * inv_t
         x_b = tl.load(bias + n0 + o_n, mask=found & (has_bias != 0), other=0.0)
         if IS_LOG:
             x_r2 = tl.where(found, x_r2, 1.0)
@@ -228,35 +239,40 @@ def coefficients_kernel(
         x_le = x_lb + x_b - E
         x_ho = (g_e * x_le + g_b * (x_b - Eb) + 2.0 * g_s * (x_w - S)) * inv_t
         x_q = x_w * (g_l + g_e + x_hg + x_ho)
-        z_w += tl.sum(x_w, 0)
-        z_drift += tl.sum(x_w * x_hg, 0)
-        z_q += tl.sum(x_q, 0)
-        z_ql += tl.sum(x_q * x_lb, 0)
-        z_qa += tl.sum(x_q * x_c * x_xy, 0)
-        z_wa += tl.sum(x_w * x_xy, 0)
-        z_t += tl.sum(x_w * x_le * (x_hg + x_ho), 0)
-        x_moved = (x_q + g_b * x_w).to(tl.float32)
-        tl.store(dots_g + i_b * n + o_n, x_moved, mask=found & (has_bias != 0))
-        for d in range(0, D, BLOCK_D):
-            o_f = d + tl.arange(0, BLOCK_D)
-            m_f = found[:, None] & (o_f < D)[None, :]
-            u_x = tl.load(x + to * D + o_f, mask=o_f < D, other=0.0).to(tl.float64)
-            u_y = tl.load(p_y + o_f[None, :], mask=m_f, other=0).to(tl.float64) * scale + shift
-            pulls_x = (x_q * x_c)[:, None] * (b_alpha * u_y - u_x[None, :])
-            old = tl.load(p_near + o_f, mask=o_f < D, other=0.0)
-            new = old + tl.sum(tl.where(m_f, pulls_x, 0.0), 0).to(tl.float32)
-            tl.store(p_near + o_f, new, mask=o_f < D)
+        if FOR_ROWS:
+            tl.store(dots + i_b * n + o_n, (x_q * x_c).to(tl.float32), mask=found)
+            tl.store(dots_g + i_b * n + o_n, x_w.to(tl.float32), mask=found)
+        else:
+            z_w += tl.sum(x_w, 0)
+            z_drift += tl.sum(x_w * x_hg, 0)
+            z_q += tl.sum(x_q, 0)
+            z_ql += tl.sum(x_q * x_lb, 0)
+            z_qa += tl.sum(x_q * x_c * x_xy, 0)
+            z_wa += tl.sum(x_w * x_xy, 0)
+            z_t += tl.sum(x_w * x_le * (x_hg + x_ho), 0)
+            x_moved = (x_q + g_b * x_w).to(tl.float32)
+            tl.store(dots_g + i_b * n + o_n, x_moved, mask=found & (has_bias != 0))
+            for d in range(0, D, BLOCK_D):
+                o_f = d + tl.arange(0, BLOCK_D)
+                m_f = found[:, None] & (o_f < D)[None, :]
+                u_x = tl.load(x + to * D + o_f, mask=o_f < D, other=0.0).to(tl.float64)
+                u_y = tl.load(p_y + o_f[None, :], mask=m_f, other=0).to(tl.float64) * scale + shift
+                pulls_x = (x_q * x_c)[:, None] * (b_alpha * u_y - u_x[None, :])
+                old = tl.load(p_near + o_f, mask=o_f < D, other=0.0)
+                new = old + tl.sum(tl.where(m_f, pulls_x, 0.0), 0).to(tl.float32)
+                tl.store(p_near + o_f, new, mask=o_f < D)
 
-    p_z = sums + i_b
-    later = n0 > 0
-    tl.store(p_z + W * b, tl.load(p_z + W * b, mask=later, other=0.0) + z_w)
-    tl.store(p_z + DRIFT * b, tl.load(p_z + DRIFT * b, mask=later, other=0.0) + z_drift)
-    tl.store(p_z + Q * b, tl.load(p_z + Q * b, mask=later, other=0.0) + z_q)
-    tl.store(p_z + QC * b, tl.load(p_z + QC * b, mask=later, other=0.0) + z_qc)
-    tl.store(p_z + QL * b, tl.load(p_z + QL * b, mask=later, other=0.0) + z_ql)
-    tl.store(p_z + QA * b, tl.load(p_z + QA * b, mask=later, other=0.0) + z_qa)
-    tl.store(p_z + WA * b, tl.load(p_z + WA * b, mask=later, other=0.0) + z_wa)
-    tl.store(p_z + TEMP * b, tl.load(p_z + TEMP * b, mask=later, other=0.0) + z_t)
+    if not FOR_ROWS:
+        p_z = sums + i_b
+        later = n0 > 0
+        tl.store(p_z + W * b, tl.load(p_z + W * b, mask=later, other=0.0) + z_w)
+        tl.store(p_z + DRIFT * b, tl.load(p_z + DRIFT * b, mask=later, other=0.0) + z_drift)
+        tl.store(p_z + Q * b, tl.load(p_z + Q * b, mask=later, other=0.0) + z_q)
+        tl.store(p_z + QC * b, tl.load(p_z + QC * b, mask=later, other=0.0) + z_qc)
+        tl.store(p_z + QL * b, tl.load(p_z + QL * b, mask=later, other=0.0) + z_ql)
+        tl.store(p_z + QA * b, tl.load(p_z + QA * b, mask=later, other=0.0) + z_qa)
+        tl.store(p_z + WA * b, tl.load(p_z + WA * b, mask=later, other=0.0) + z_wa)
+        tl.store(p_z + TEMP * b, tl.load(p_z + TEMP * b, mask=later, other=0.0) + z_t)
 
 
 def gradients_variant(rows: torch.dtype) -> Variant:
@@ -275,12 +291,14 @@ def gradients_variant(rows: torch.dtype) -> Variant:
     )  # fmt: skip
 
 
-def coefficients_variant(rows: torch.dtype, chunk: int, kernel: str) -> Variant:
+def coefficients_variant(
+    rows: torch.dtype, chunk: int, kernel: str, for_rows: bool = False
+) -> Variant:
     """For chunks of up to `chunk` rows."""
     wide = ("sq_norms", "bias", "table", "pulls", "sigma", "alpha", "temperature", "center",
             "numbers", "stats", "grads", "sums")  # fmt: skip
     return Variant(
-        name=f"coefficients {row_name(rows)} N{chunk} {kernel}",
+        name=f"coefficients {row_name(rows)} N{chunk} {kernel}" + " for rows" * for_rows,
         kernel=coefficients_kernel,
         signature={
             "dots": "*fp32", "dots_g": "*fp32", **dict.fromkeys(wide, "*fp64"),
@@ -290,7 +308,7 @@ def coefficients_variant(rows: torch.dtype, chunk: int, kernel: str) -> Variant:
             "has_bias": "i32",
         },
         constexprs={
-            "IS_LOG": kernel == "log", "STRIPS": STRIPS,
+            "FOR_ROWS": for_rows, "IS_LOG": kernel == "log", "STRIPS": STRIPS,
             "WIDTH": chunk // STRIPS, "BLOCK_D": 32,
         },
         num_warps=warps(chunk),
@@ -301,10 +319,13 @@ def coefficients_variant(rows: torch.dtype, chunk: int, kernel: str) -> Variant:
 
 
 def variants() -> list[Variant]:
-    """Row types; and these by chunks, for both kernels of the posterior."""
+    """Row types; and these by chunks, for both kernels of the posterior, and for what has a
+    gradient."""
     return [gradients_variant(t) for t in ROW_TYPES] + [
-        coefficients_variant(t, chunk, kernel)
+        coefficients_variant(t, chunk, kernel, for_rows)
         for t in ROW_TYPES
         for kernel in ("gaussian", "log")
         for chunk in chunks(kernel, products=2)
+        for for_rows in (False, True)
+        if not for_rows or t in FLOAT_ROWS
     ]

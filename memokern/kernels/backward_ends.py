@@ -1,14 +1,13 @@
-"""The ends of the backward sweep: sums over queries, sums to gradients, and queries at a limit."""
+"""The ends of the backward sweep: sums over queries, and sums to gradients."""
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
 from memokern.kernels.backward import DRIFT, QA, QC, QL, TEMP, WA, W
-from memokern.kernels.common import HARD, LOST, MODE, SOFT, exact_differences
-from memokern.kernels.variant import POINTERS, ROW_TYPES, Variant, row_name
+from memokern.kernels.common import HARD, LOST, MODE, SOFT
+from memokern.kernels.variant import Variant
 
 
 @triton.jit
@@ -55,7 +54,8 @@ def grads_kernel(
     soft = mode == SOFT
     log_z, E, Eb = tl.load(stats + to), tl.load(stats + B + to), tl.load(stats + 2 * B + to)
     lost = mode == LOST
-    moves = (lost | (mode == HARD) | (log_z == float("inf"))) == 0
+    inf = float("inf")
+    moves = (lost | (mode == HARD) | (log_z == inf)) == 0
     still = tl.where(lost, float("nan"), 0.0)
     scale, shift = tl.load(numbers), tl.load(numbers + 1) - offset * tl.load(numbers)
     b_sigma, b_alpha = tl.load(sigma + to), tl.load(alpha + to)
@@ -84,97 +84,12 @@ def grads_kernel(
     ql = tl.load(p_z + QL * b) - drift * (E - Eb)
     qa = tl.load(p_z + QA * b) - drifts * tl.load(p_z + WA * b) + tl.sum(along, 0)
     T = tl.load(temperature + to)
-    by_t = tl.load(grads + to) * (log_z - E) / T - tl.load(p_z + TEMP * b) / T
+    infinite = (log_z == inf) | (log_z == -inf)
+    by_t = tl.where(infinite, 0.0, tl.load(grads + to) * (log_z - E) / T)
+    by_t -= tl.load(p_z + TEMP * b) / T
     tl.store(grad_sigma + to, tl.where(moves, tl.where(soft, -2.0 / b_sigma * ql, 0.0), still))
     tl.store(grad_alpha + to, tl.where(moves, qa * unit, still))
-    tl.store(grad_temperature + to, tl.where(moves, by_t, still))
-
-
-@triton.jit
-def limit_kernel(
-    rows,  # [N, D]
-    bias,  # [N], read if has_bias
-    table,  # [NUMBERS, B]
-    x, mean, grad_mean,  # [B, D]
-    alpha, temperature,  # [B]
-    numbers,  # [2] scale, shift
-    stats,  # [4, B] log_z, mean_logit, mean_bias, weight_sq
-    grads,  # [4, B] of these
-    grad_temperature,  # [B] in and out
-    grad_bias,  # [N] in and out, if has_bias
-    B, N, D, stride_n, has_bias,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """A query at its limit (sigma = 0, or an exact hit of the log kernel): only the nearest rows
-    have weight, and only the bias and the temperature still move it. One program owns a query, and
-    ends at once if it is not at a limit; else it looks at every row, three times. Without a bias
-    only a finite log_z moves. Queries with a row in common add to its bias in no fixed order."""
-    i_b = tl.program_id(0).to(tl.int64)
-    inf = float("inf")
-    mode = tl.load(table + MODE * B + i_b).to(tl.int32)
-    log_z, Eb = tl.load(stats + i_b), tl.load(stats + 2 * B + i_b)
-    S = tl.load(stats + 3 * B + i_b)
-    tl.atomic_add(grad_bias, float("nan"), mask=(mode == LOST) & (has_bias != 0))
-    limit = (mode == HARD) | ((mode != LOST) & (log_z == inf))
-    limit = limit & ((has_bias != 0) | ((log_z > -inf) & (log_z < inf)))
-    if limit:
-        T, scale, shift = tl.load(temperature + i_b), tl.load(numbers), tl.load(numbers + 1)
-        alphas = tl.zeros([BLOCK_N], tl.float64) + tl.load(alpha + i_b)
-        o_x = tl.zeros([BLOCK_N], tl.int64) + i_b * D
-        least = tl.full([BLOCK_N], inf, tl.float64)
-        m = tl.full([BLOCK_N], -inf, tl.float64)
-        z = tl.zeros([BLOCK_N], tl.float64)
-        # Each lane finds the least distance of its rows, and of these the sum of e^((b - m) / T).
-        for n0 in range(0, N, BLOCK_N):
-            o_n = (n0 + tl.arange(0, BLOCK_N)).to(tl.int64)
-            mask = o_n < N
-            b_b = tl.load(bias + o_n, mask=mask & (has_bias != 0), other=0.0)
-            mask = mask & (b_b != -inf)
-            r2 = exact_differences(
-                x, rows, o_x, o_n * stride_n, alphas, scale, shift, mask, D, BLOCK_N, BLOCK_D
-            )
-            r2 = tl.where(mask, r2, inf)
-            nearer, same = r2 < least, (r2 == least) & mask
-            top = tl.maximum(m, b_b)
-            sum_same = z * tl.exp((m - top) / T) + tl.exp((b_b - top) / T)
-            z = tl.where(nearer, 1.0, tl.where(same, sum_same, z))
-            m = tl.where(nearer, b_b, tl.where(same, top, m))
-            least = tl.minimum(least, r2)
-        best = tl.min(least, 0)
-        m_best = tl.max(tl.where(least == best, m, -inf), 0)
-        gap = tl.where(least == best, (m - m_best) / T, 0.0)
-        z_best = tl.sum(tl.where(least == best, z * tl.exp(gap), 0.0), 0)
-        finite = (mode == HARD) & (best == 0.0)
-        g_l = tl.where(finite, tl.load(grads + i_b), 0.0)
-        g_e = tl.where(finite, tl.load(grads + B + i_b), 0.0)
-        g_b, g_s = tl.load(grads + 2 * B + i_b), tl.load(grads + 3 * B + i_b)
-        temp = tl.zeros([BLOCK_N], tl.float64)
-        for n0 in range(0, N, BLOCK_N):
-            o_n = (n0 + tl.arange(0, BLOCK_N)).to(tl.int64)
-            mask = o_n < N
-            b_b = tl.load(bias + o_n, mask=mask & (has_bias != 0), other=0.0)
-            mask = mask & (b_b != -inf)
-            r2 = exact_differences(
-                x, rows, o_x, o_n * stride_n, alphas, scale, shift, mask, D, BLOCK_N, BLOCK_D
-            )
-            tie = mask & (r2 == best)
-            gy = tl.zeros([BLOCK_N, BLOCK_D], tl.float64)
-            for d in range(0, D, BLOCK_D):
-                o_d = d + tl.arange(0, BLOCK_D)
-                m_d = tie[:, None] & (o_d < D)[None, :]
-                v_g = tl.load(grad_mean + i_b * D + o_d, mask=o_d < D, other=0.0).to(tl.float64)
-                v_m = tl.load(mean + i_b * D + o_d, mask=o_d < D, other=0.0).to(tl.float64)
-                v_y = tl.load(rows + o_n[:, None] * stride_n + o_d[None, :], mask=m_d, other=0)
-                v_y = v_y.to(tl.float64) * scale + shift
-                gy += tl.where(m_d, v_g[None, :] * (v_y - v_m[None, :]), 0.0)
-            w = tl.where(tie, tl.exp((tl.where(tie, b_b - m_best, 0.0)) / T) / z_best, 0.0)
-            off = tl.where(tie, b_b - Eb, 0.0)
-            h = (tl.sum(gy, 1) + (g_e + g_b) * off + 2.0 * g_s * (w - S)) / T
-            temp -= w * off * h / T
-            moved = w * (g_l + g_e + g_b + h)
-            tl.atomic_add(grad_bias + o_n, moved, mask=tie & (has_bias != 0))
-        own = tl.where(finite, g_l * (log_z - Eb) / T, 0.0)
-        tl.store(grad_temperature + i_b, own + tl.sum(temp, 0))
+    tl.store(grad_temperature + to, tl.where(lost, still, by_t))
 
 
 def columns_variant() -> Variant:
@@ -203,23 +118,5 @@ def grads_variant() -> Variant:
     )  # fmt: skip
 
 
-def limit_variant(rows: torch.dtype) -> Variant:
-    wide = ("bias", "table", "alpha", "temperature", "numbers", "stats", "grads",
-            "grad_temperature", "grad_bias")  # fmt: skip
-    return Variant(
-        name=f"limit {row_name(rows)}",
-        kernel=limit_kernel,
-        signature={
-            **dict.fromkeys(wide, "*fp64"), "rows": POINTERS[rows], "x": "*fp32",
-            "mean": "*fp32", "grad_mean": "*fp32", "B": "i32", "N": "i32", "D": "i32",
-            "stride_n": "i64", "has_bias": "i32",
-        },
-        constexprs={"BLOCK_N": 64, "BLOCK_D": 32},
-        num_warps=8,
-        registers=128,
-        aligned=("bias", "rows", "x", "mean", "grad_mean", "grad_bias", "D", "stride_n"),
-    )  # fmt: skip
-
-
 def variants() -> list[Variant]:
-    return [columns_variant(), grads_variant(), *(limit_variant(t) for t in ROW_TYPES)]
+    return [columns_variant(), grads_variant()]

@@ -24,10 +24,11 @@ def posterior(
     """Into out: mean [B, D] float32, log_z, mean_logit, mean_bias and weight_sq [B] float64."""
     total, d = q.x.shape
     device = q.x.device
-    at: dict[str, Any] = {"rows": data.rows, "D": d, "stride_n": data.stride}
+    at: dict[str, Any] = {"D": d, "stride_n": data.stride}
     dtype = data.rows.dtype
-    dots_v = products.dots_variant(dtype, plan.few, precision)
-    add_v = products.accumulate_variant(dtype, plan.few, precision)
+    dots_v = products.dots_variant(dtype, plan.few, precision, data.described)
+    add_v = products.accumulate_variant(dtype, plan.few, precision, data.described)
+    dots_rows, add_rows = products.rows_for(dots_v, data), products.rows_for(add_v, data)
     weigh_v = weigh.variant(dtype, plan.rows, kernel)
     chunk = min(plan.rows, data.n)
     part_d = planner.share(d, plan.parts_d, dots_v.constexprs["BLOCK_D"])
@@ -45,19 +46,20 @@ def posterior(
             n = min(chunk, data.n - n0)
             tiles_n = -(-n // dots_v.constexprs["BLOCK_N"])
             tuning.launch(
-                dots_v, (tiles_b * tiles_n, parts_d), device, terms=q.terms, dots=dots, B=total,
-                b0=b0, b=b, n0=n0, n=n, part_d=part_d, **at,
+                dots_v, (tiles_b * tiles_n, parts_d), device, terms=q.terms, rows=dots_rows,
+                dots=dots, B=total, b0=b0, b=b, n0=n0, n=n, part_d=part_d, **at,
             )  # fmt: skip
             weigh_v.launch(
                 (b,), device, dots=dots, sq_norms=data.sq_norms,
                 bias=data.sq_norms if data.bias is None else data.bias, table=q.table, x=q.x,
                 sigma=q.sigma, alpha=q.alpha, numbers=q.numbers, state=state, factor=factor,
                 B=total, b0=b0, b=b, n0=n0, n=n, parts=parts_d,
-                has_bias=int(data.bias is not None), **at,
+                rows=data.rows, has_bias=int(data.bias is not None), **at,
             )  # fmt: skip
             tiles_d = -(-d // add_v.constexprs["BLOCK_D"])
             tuning.launch(
                 add_v, (tiles_b * tiles_d, parts_n), device, changes=("acc",), weights=dots,
-                factor=factor, unit=unit, acc=acc, b=b, n0=n0, n=n, part_n=part_n, **at,
+                rows=add_rows, factor=factor, unit=unit, acc=acc, b=b, n0=n0, n=n, part_n=part_n,
+                **at,
             )  # fmt: skip
         finish.launch(q, b0, b, state, 1, acc, parts_n, out)

@@ -10,7 +10,7 @@ from memokern.kernels.variant import Variant
 # The modules that have kernels of their own.
 MODULES = (
     "queries", "onepass", "products", "weigh", "finish", "backward", "backward_ends",
-    "nearest", "scan", "support",
+    "backward_limit", "backward_rows", "nearest", "scan", "support",
 )  # fmt: skip
 
 

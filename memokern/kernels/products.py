@@ -7,9 +7,12 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from memokern.kernels.common import as_operand, dot_terms, dot_weights, operand
-from memokern.kernels.variant import POINTERS, ROW_TYPES, Variant, row_name
+from memokern.kernels.rows import Rows
+from memokern.kernels.variant import DESCRIBED, POINTERS, ROW_TYPES, Variant, row_name
 
 
 class Tile(NamedTuple):
@@ -41,13 +44,39 @@ def accumulate_tile(few: bool, rows: torch.dtype, precision: str) -> Tile:
     return Tile(64, 64, 64, 8, 3)
 
 
+# First products, (rows, few, precision, described), of which the assembler would rather spill a few
+# bytes than pass its next step of occupancy: on sm_100, with one version of Triton or another.
+_TIGHT = {
+    (torch.float32, True, "tf32x3", False),
+    (torch.float16, False, "tf32x3", True),
+}
+
+
+@triton.jit
+def load_rows(
+    rows, start, end, d, D, stride_n,
+    DESCRIBED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """A tile of rows [BLOCK_N, BLOCK_D] as they enter products, zeros beyond the last row and
+    feature. A descriptor knows where the rows end, which is no matter where a chunk ends: chunks
+    other than the last are of whole tiles."""
+    if DESCRIBED:
+        raw = rows.load([start.to(tl.int32), d])
+    else:
+        o_n = start + tl.arange(0, BLOCK_N).to(tl.int64)
+        o_d = d + tl.arange(0, BLOCK_D)
+        mask = (o_n < end)[:, None] & (o_d < D)[None, :]
+        raw = tl.load(rows + o_n[:, None] * stride_n + o_d[None, :], mask=mask, other=0)
+    return as_operand(raw)
+
+
 @triton.jit
 def dots_kernel(
     terms,  # [TERMS, B, D]
-    rows,  # [N, D]
+    rows,  # [N, D], or its descriptor
     dots,  # [parts, b, n] out
     B, b0, b, n0, n, D, stride_n, part_d,
-    TERMS: tl.constexpr, PRECISION: tl.constexpr,
+    DESCRIBED: tl.constexpr, TERMS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program owns BLOCK_B of the queries b0 .. b0 + b, BLOCK_N of the rows n0 .. n0 + n and
@@ -59,13 +88,14 @@ def dots_kernel(
     o_n = (i_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     mask_b, mask_n = o_b < b, o_n < n
     p_x = terms + (b0 + o_b)[:, None] * D
-    p_y = rows + (n0 + o_n)[:, None] * stride_n
     acc = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)
     for d in range(i_p * part_d, tl.minimum(D, (i_p + 1) * part_d), BLOCK_D):
         o_d = d + tl.arange(0, BLOCK_D)
         mask_d = (o_d < D)[None, :]
         # [BLOCK_N, BLOCK_D]
-        b_u = as_operand(tl.load(p_y + o_d[None, :], mask=mask_n[:, None] & mask_d, other=0))
+        b_u = load_rows(
+            rows, n0 + i_n * BLOCK_N, n0 + n, d, D, stride_n, DESCRIBED, BLOCK_N, BLOCK_D
+        )
         mask_x = mask_b[:, None] & mask_d
         stride = tl.cast(B, tl.int64) * D
         acc = dot_terms(p_x + o_d[None, :], stride, mask_x, b_u, acc, TERMS, PRECISION)
@@ -76,12 +106,13 @@ def dots_kernel(
 @triton.jit
 def accumulate_kernel(
     weights,  # [b, n], |.| <= 1
-    rows,  # [N, D]
+    rows,  # [N, D], or its descriptor
     factor,  # [b] of what is there
     unit,  # [b] of what is added
     acc,  # [parts, b, D] in and out
     b, n0, n, D, stride_n, part_n,
-    PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """acc = factor acc + unit weights U. One program owns BLOCK_B queries, BLOCK_D features and
     part_n of the chunk's rows, which it streams from the L2 cache."""
@@ -92,8 +123,8 @@ def accumulate_kernel(
     mask_b, mask_d = o_b < b, o_d < D
     total = tl.zeros([BLOCK_B, BLOCK_D], tl.float32)
     one = tl.full([BLOCK_B, BLOCK_D], 1.0, tl.float32)
-    short: tl.constexpr = rows.dtype.element_ty != tl.float32
-    big: tl.constexpr = 32768.0 if short and rows.dtype.element_ty != tl.bfloat16 else 1.0
+    stored: tl.constexpr = rows.dtype if DESCRIBED else rows.dtype.element_ty
+    big: tl.constexpr = 1.0 if stored == tl.float32 or stored == tl.bfloat16 else 32768.0
     for j in range(i_p * part_n, tl.minimum(n, (i_p + 1) * part_n), BLOCK_N):
         o_n = (j + tl.arange(0, BLOCK_N)).to(tl.int64)
         mask_n = o_n < n
@@ -101,10 +132,11 @@ def accumulate_kernel(
         mask = mask_b[:, None] & mask_n[None, :]
         b_p = tl.load(weights + o_b[:, None] * n + o_n[None, :], mask=mask, other=0.0) * big
         # [BLOCK_N, BLOCK_D]
-        mask = mask_n[:, None] & mask_d[None, :]
-        b_u = tl.load(rows + (n0 + o_n)[:, None] * stride_n + o_d[None, :], mask=mask, other=0)
+        b_u = load_rows(
+            rows, n0 + j, n0 + n, i_d * BLOCK_D, D, stride_n, DESCRIBED, BLOCK_N, BLOCK_D
+        )
         part = tl.zeros([BLOCK_B, BLOCK_D], tl.float32)
-        part = dot_weights(b_p, as_operand(b_u), part, PRECISION)
+        part = dot_weights(b_p, b_u, part, PRECISION)
         # Not in the product's own accumulator: tensor cores cut the sum off at each step, and over
         # a million rows that adds up. As a multiply-add, which the compiler leaves outside.
         total = tl.fma(total, one, part)
@@ -116,9 +148,12 @@ def accumulate_kernel(
     tl.store(p_acc, old * f[:, None] + total * f_new[:, None], mask=mask)
 
 
-def dots_variant(rows: torch.dtype, few: bool, precision: str) -> Variant:
+def dots_variant(
+    rows: torch.dtype, few: bool, precision: str, described: bool = False
+) -> Variant:
     how, tile = operand(rows, precision), dots_tile(few, rows, precision)
-    return Variant(
+    tight = (rows, few, precision, described) in _TIGHT
+    variant = Variant(
         name=f"dots {row_name(rows)} B{tile.b} {precision}",
         kernel=dots_kernel,
         signature={
@@ -127,18 +162,23 @@ def dots_variant(rows: torch.dtype, few: bool, precision: str) -> Variant:
             "part_d": "i32",
         },
         constexprs={
+            "DESCRIBED": False,
             "TERMS": how.terms, "PRECISION": precision if how.terms == 1 else "ieee",
             "BLOCK_B": tile.b, "BLOCK_N": tile.n, "BLOCK_D": tile.d,
         },
         num_warps=tile.warps, num_stages=tile.stages,
         aligned=("terms", "rows", "dots", "n", "D", "stride_n", "part_d"),
         matrix=how.terms > 1 or precision != "ieee",
+        registers=128 if tight else None,
     )  # fmt: skip
+    return _described(variant) if described and variant.matrix else variant
 
 
-def accumulate_variant(rows: torch.dtype, few: bool, precision: str) -> Variant:
+def accumulate_variant(
+    rows: torch.dtype, few: bool, precision: str, described: bool = False
+) -> Variant:
     how, tile = operand(rows, precision), accumulate_tile(few, rows, precision)
-    return Variant(
+    variant = Variant(
         name=f"accumulate {row_name(rows)} B{tile.b} {precision}",
         kernel=accumulate_kernel,
         signature={
@@ -147,13 +187,36 @@ def accumulate_variant(rows: torch.dtype, few: bool, precision: str) -> Variant:
             "part_n": "i32",
         },
         constexprs={
-            "PRECISION": precision if how.terms == 1 else "ieee",
+            "DESCRIBED": False, "PRECISION": precision if how.terms == 1 else "ieee",
             "BLOCK_B": tile.b, "BLOCK_N": tile.n, "BLOCK_D": tile.d,
         },
         num_warps=tile.warps, num_stages=tile.stages,
         aligned=("weights", "rows", "factor", "unit", "acc", "n", "D", "stride_n", "part_n"),
         matrix=how.terms > 1 or precision != "ieee",
     )  # fmt: skip
+    return _described(variant) if described and variant.matrix else variant
+
+
+def _described(v: Variant) -> Variant:
+    """The same, whose rows come through a tensor descriptor. Only for tensor cores: multiplied in
+    CUDA cores, as float32 is in full precision, tiles so copied take up to three times the
+    registers."""
+    tile = f"{v.constexprs['BLOCK_N']},{v.constexprs['BLOCK_D']}"
+    return v._replace(
+        name=v.name + " described",
+        signature={**v.signature, "rows": f"tensordesc<{v.signature['rows'][1:]}[{tile}]>"},
+        constexprs={**v.constexprs, "DESCRIBED": True},
+        aligned=tuple(name for name in v.aligned if name != "rows"),
+        targets=DESCRIBED,
+    )
+
+
+def rows_for(v: Variant, data: Rows) -> Tensor | TensorDescriptor:
+    """The rows as the variant of a product takes them."""
+    if not v.constexprs["DESCRIBED"]:
+        return data.rows
+    tile = [v.constexprs["BLOCK_N"], v.constexprs["BLOCK_D"]]
+    return TensorDescriptor(data.rows, [data.n, data.d], [data.stride, 1], tile)
 
 
 def precisions(rows: torch.dtype) -> tuple[str, ...]:
@@ -162,11 +225,13 @@ def precisions(rows: torch.dtype) -> tuple[str, ...]:
 
 
 def variants() -> list[Variant]:
-    """Both products, row types by sizes of the batch by precisions."""
+    """Both products, row types by sizes of the batch by precisions, by pointers and described."""
     return [
-        make(t, few, p)
+        make(t, few, p, described)
         for make in (dots_variant, accumulate_variant)
         for t in ROW_TYPES
         for few in (True, False)
         for p in precisions(t)
+        for described in (False, True)
+        if not described or p != "ieee"
     ]

@@ -12,6 +12,8 @@ operation promises: the rows are gathered from device memory, which takes longer
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -281,19 +283,24 @@ def pairs_variant(dtype: torch.dtype, backward: bool) -> Variant:
     )  # fmt: skip
 
 
-def weights_variant(biased: bool) -> Variant:
-    """The weights of a list."""
-    floats = ("r2", "bias", "sigma", "temperature", "w", "stats")
+def _of_lists(what: str, kernel: Any, floats: tuple[str, ...], biased: bool) -> Variant:
+    """One program for each list, whose arguments are float64 but for the list itself."""
     return Variant(
-        name=f"support_weights {'bias' if biased else 'plain'}",
-        kernel=support_weights_kernel,
+        name=f"support_{what} {'bias' if biased else 'plain'}",
+        kernel=kernel,
         signature={
             **dict.fromkeys(floats, "*fp64"), "index": "*i64", "start": "*i64",
             "mode": "*i32", "B": "i32",
         },
         constexprs={"HAS_BIAS": biased, "BLOCK": 512},
-        num_warps=4, num_stages=1, aligned=(*floats, "index", "start", "mode"),
+        num_warps=4, num_stages=1, aligned=(*floats, "index", "start", "mode"), registers=128,
     )  # fmt: skip
+
+
+def weights_variant(biased: bool) -> Variant:
+    """The weights of a list."""
+    floats = ("r2", "bias", "sigma", "temperature", "w", "stats")
+    return _of_lists("weights", support_weights_kernel, floats, biased)
 
 
 def coefficients_variant(biased: bool) -> Variant:
@@ -302,16 +309,7 @@ def coefficients_variant(biased: bool) -> Variant:
         "w", "r2", "gy", "xy", "bias", "sigma", "temperature", "stats", "grads", "q", "grad_b",
         "out",
     )  # fmt: skip
-    return Variant(
-        name=f"support_coefficients {'bias' if biased else 'plain'}",
-        kernel=support_coefficients_kernel,
-        signature={
-            **dict.fromkeys(floats, "*fp64"), "index": "*i64", "start": "*i64",
-            "mode": "*i32", "B": "i32",
-        },
-        constexprs={"HAS_BIAS": biased, "BLOCK": 512},
-        num_warps=4, num_stages=1, aligned=(*floats, "index", "start", "mode"),
-    )  # fmt: skip
+    return _of_lists("coefficients", support_coefficients_kernel, floats, biased)
 
 
 def sum_variant(dtype: torch.dtype) -> Variant:

@@ -23,7 +23,9 @@ POINTERS = {
     torch.int64: "*i64",
 }
 # What the kernels read rows from; float64 rows go through the reference.
-ROW_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
+DESCRIBED = ("sm_90", "sm_100")  # targets that read through tensor descriptors
+FLOAT_ROWS = (torch.float32, torch.bfloat16, torch.float16)  # which can have a gradient
+ROW_TYPES = (*FLOAT_ROWS, torch.uint8)
 
 
 class Variant(NamedTuple):
@@ -33,7 +35,8 @@ class Variant(NamedTuple):
     constexprs, by name. aligned: the arguments that are divisible by 16 (pointers: their address),
     which Triton's launcher finds out by itself. matrix: whether its products must be on the tensor
     cores. registers: how many a thread may use on NVIDIA, where the assembler, left alone, would
-    rather spill a few bytes than pass its next step of occupancy.
+    rather spill a few bytes than pass its next step of occupancy. targets: the only ones that it is
+    launched on, of those it is compiled for ahead of time; empty: all.
     """
 
     name: str
@@ -45,6 +48,7 @@ class Variant(NamedTuple):
     aligned: tuple[str, ...] = ()
     matrix: bool = False
     registers: int | None = None
+    targets: tuple[str, ...] = ()
 
     def launch(self, grid: tuple[int, ...], device: torch.device, **args: Any) -> None:
         """Run on the device's current stream; nothing is compiled before the first launch."""
@@ -58,10 +62,17 @@ class Variant(NamedTuple):
 
     def options(self, vendor: str) -> dict[str, int]:
         """How the compiler is called, for ``"cuda"`` or ``"hip"``."""
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        # A multiply and an add as one instruction: the default, which Triton 3.10 changes.
+        options = {
+            "num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True,
+        }  # fmt: skip
         if self.registers is not None and vendor == "cuda":
             options["maxnreg"] = self.registers
         return options
+
+    def is_for(self, target: str) -> bool:
+        """Whether a launcher can ask for it on that target."""
+        return not self.targets or target in self.targets
 
     def on(self, vendor: str) -> Variant:
         """The variant as ``"cuda"`` or ``"hip"`` takes it: tf32x3 is NVIDIA's, and AMD's matrix
