@@ -200,6 +200,7 @@ F32, BF16, U8 = torch.float32, torch.bfloat16, torch.uint8
 PROBLEMS = [
     *(Problem("mean", b, 50_000, 3072, t) for b in (1, 8, 64, 256) for t in (F32, BF16, U8)),
     *(Problem("mean", 4096, 50_000, d, F32) for d in (16, 64)),
+    *(Problem("mean", b, 50_000, 256, t) for b in (1, 64, 4096) for t in (F32, BF16)),
     *(Problem("mean", b, 1_281_167, 12_288, U8) for b in (1, 64)),
     Problem("nearest", 64, 50_000, 3072, F32),
 ]

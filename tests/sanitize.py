@@ -12,6 +12,7 @@ import sys
 import torch
 
 from memokern.backends import reference, triton, triton_scan, triton_select
+from memokern.kernels import rows as stored
 from memokern.kernels.planner import Machine
 
 F32, F64 = torch.float32, torch.float64
@@ -47,6 +48,17 @@ def sweep(dtype: torch.dtype, b: int, n: int, d: int, biased: bool) -> None:
         args = (*args[:7], list(args[13:18]), *args[18:])
         got, wanted = (v.posterior_backward_rows(*args) for v in (triton, reference))
         close([got], [wanted], 1e-3 if dtype == F32 else 1e-2)
+
+
+def described(dtype: torch.dtype, b: int, n: int, d: int, biased: bool) -> None:
+    """A sweep as Hopper reads it: its stride is a multiple of 16 bytes."""
+    knows, stored.has_descriptors = stored.has_descriptors, lambda device: True
+    try:
+        rows = problem(b, n, d, dtype)[1]
+        assert stored.Rows(rows, rows, None).described
+        sweep(dtype, b, n, d, biased)
+    finally:
+        stored.has_descriptors = knows
 
 
 def limit(dtype: torch.dtype, b: int, n: int, d: int, biased: bool) -> None:
@@ -118,6 +130,7 @@ CASES = [
       for size, biased in (((3, 70, 13), False), ((19, 70, 13), True))),
     *(("sweep, in chunks", sweep, t, size, biased) for t in TYPES
       for size, biased in (((2, 150, 150), True), ((19, 90, 150), False))),
+    ("by descriptors", described, torch.bfloat16, (3, 70, 288), True),
     ("at the limit", limit, F32, (3, 70, 13), True),
     *(("nearest, lists", select, t, (3, 70, 37), i % 2 == 0) for i, t in enumerate(TYPES)),
     *(("scan", scan, t, (b, 70, 20), b == 3) for t in (F32, torch.float16) for b in (3, 19)),

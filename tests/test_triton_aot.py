@@ -112,7 +112,7 @@ def test_what_is_no_good_is_noticed() -> None:
         "import dataclasses, json\n"
         "from bench import aot\n"
         "from memokern.kernels import scan\n"
-        "v = scan.level0_variant(scan.LIST, True, False)._replace(num_warps=4)\n"
+        "v = scan.level0_variant(scan.LIST, True, False)._replace(num_warps=2)\n"
         "print(json.dumps(dataclasses.asdict(aot.resources(v, aot.TARGETS['sm_80']))))"
     ))  # fmt: skip
     variant = VARIANTS[row["variant"]]

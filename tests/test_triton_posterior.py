@@ -69,7 +69,7 @@ def test_tails_of_features_in_chunks(d: int, dtype: torch.dtype, in_chunks: None
     check(x, rows, scale, shift, 0.5, cached=d == 5)
 
 
-@pytest.mark.parametrize("b,n", [(1, 1), (1, 65), (16, 31), (17, 32), (65, 9)])
+@pytest.mark.parametrize("b,n", [(1, 65), (17, 32), (65, 9)])
 def test_tails_of_rows_and_queries(b: int, n: int) -> None:
     x, rows, scale, shift = make(b, n, 5, F32, 0.7, seed=n)
     check(x, rows, scale, shift, 0.7)
@@ -99,8 +99,10 @@ def test_bias_temperature_alpha(dtype: torch.dtype, kernel: str) -> None:
         check(x, rows, scale, shift, 0.8, alpha=alpha, temperature=1.7, bias=bias, kernel=kernel)
 
 
-@pytest.mark.parametrize("sigma", [1e-3, 0.1, 1.0, 80.0, 1e3])
-@pytest.mark.parametrize("d", [40, 300])
+@pytest.mark.parametrize(
+    "sigma,d",
+    [(1e-3, 40), (0.1, 40), (1.0, 40), (80.0, 40), (1e3, 40), (1e-3, 300), (1.0, 300), (80.0, 300)],
+)
 def test_every_noise_level(sigma: float, d: int) -> None:
     for repeat in (None, sigma / 30):
         x, rows, scale, shift = make(2, 20, d, F32, sigma, repeat=repeat)
@@ -230,24 +232,26 @@ def test_refusals() -> None:
 
 
 @pytest.mark.parametrize("dtype", ROW_TYPES)
-def test_rows_through_descriptors(dtype: torch.dtype, monkeypatch) -> None:
+def test_rows_through_descriptors(dtype: torch.dtype, in_chunks: None, monkeypatch) -> None:
     """The same bits as by pointers, at ragged edges of rows and features, in chunks; NaN beyond a
     view's own features stays outside."""
     monkeypatch.setattr(planner, "chunked", lambda *_: planner.Chunked(True, 3, 256, 1, 1))
-    x, rows, scale, shift = make(3, 300, 300, dtype, 0.5)
-    wide = torch.full((300, 320), 77).to(dtype) if dtype == torch.uint8 else torch.full(
-        (300, 320), math.nan, dtype=dtype)  # fmt: skip
-    wide[:, :300] = rows
+    x, rows, scale, shift = make(3, 300, 140, dtype, 0.5)
+    wide = torch.full((300, 160), 77).to(dtype) if dtype == torch.uint8 else torch.full(
+        (300, 160), math.nan, dtype=dtype)  # fmt: skip
+    wide[:, :140] = rows
     results = []
     for knows in (False, True):
         monkeypatch.setattr(stored, "has_descriptors", lambda _, k=knows: k)
-        results.append(run(x, wide[:, :300], 0.5, scale=scale, shift=shift)[0])
+        results.append(run(x, wide[:, :140], 0.5, scale=scale, shift=shift)[0])
     assert all(torch.equal(a, e) for a, e in zip(*results, strict=True))
     compare(results[1], oracle(x, rows, *(column(v, 3) for v in (0.5, 1.0, 1.0)), None, scale,
                                shift, "gaussian"), rows, scale, shift, F32)  # fmt: skip
 
 
-@pytest.mark.parametrize("d, knows", [(5, False), (140, False), (300, False), (300, True)])
+@pytest.mark.parametrize(
+    ("d", "knows"), [(5, False), (140, False), (300, False), (300, True)],
+)  # fmt: skip
 def test_far_offsets(d: int, knows: bool, monkeypatch) -> None:
     """Rows more than 2^31 elements apart: one page of rows, seen with a stride of 2^30 elements."""
     monkeypatch.setattr(stored, "has_descriptors", lambda _: knows)
@@ -263,7 +267,7 @@ def test_far_offsets(d: int, knows: bool, monkeypatch) -> None:
     assert torch.equal(got[0], want[0])
 
 
-@pytest.mark.parametrize("d", [3, 140, 300])
+@pytest.mark.parametrize("d", [3, 300])
 def test_far_rows_and_queries(d: int) -> None:
     """Squares that overflow in float32: exact distances decide, and nothing becomes NaN."""
     rows = torch.randn(20, d, generator=torch.Generator().manual_seed(0))
@@ -282,7 +286,7 @@ def test_far_rows_and_queries(d: int) -> None:
 @pytest.mark.parametrize("d", [3, 140, 300])
 def test_plans_change_only_the_order_of_sums(d: int, monkeypatch) -> None:
     """Other parts of rows, features and queries: the same results within rounding."""
-    x, rows, _, _ = make(16, 300, d, torch.bfloat16, 3.0)
+    x, rows, _, _ = make(16, 150, d, torch.bfloat16, 3.0)
     x = torch.cat([x, x[:1]])
     monkeypatch.setattr(planner, "FEW", 17)  # low tiles: 16 queries, then the last
     whole, _ = run(x, rows, 3.0)

@@ -14,6 +14,7 @@ float32.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from memokern.kernels import (
     backward_rows,
     planner,
     products,
+    tuning,
 )
 from memokern.kernels.queries import Queries
 from memokern.kernels.rows import Rows
@@ -66,7 +68,7 @@ class _Sweep:
             terms=self.terms_g, pulls=self.pulls, B=self.total, D=self.d, offset=q.how.offset,
         )  # fmt: skip
         self.biases = data.sq_norms if data.bias is None else data.bias
-        self.sizes = {"stride_n": data.stride, "D": self.d}
+        self.sizes: dict[str, Any] = {"stride_n": data.stride, "D": self.d}
         self.read = {"rows": data.rows, **self.sizes}
         self.of_q = {
             "table": q.table, "x": q.x, "alpha": q.alpha, "temperature": q.temperature,
@@ -102,8 +104,8 @@ class _Sweep:
         v = self.dots_v
         tiles = -(-b // v.constexprs["BLOCK_B"]) * -(-n // v.constexprs["BLOCK_N"])
         for terms, into in ((self.q.terms, self.dots), (self.terms_g, self.dots_g)):
-            v.launch(
-                (tiles, self.parts_d), self.device, terms=terms, rows=self.dots_rows, dots=into,
+            tuning.launch(
+                v, (tiles, self.parts_d), self.device, terms=terms, rows=self.dots_rows, dots=into,
                 B=self.total, b0=b0, b=b, n0=n0, n=n, part_d=self.part_d, **self.sizes,
             )  # fmt: skip
         backward.coefficients_variant(self.dtype, self.plan.rows, self.kernel, for_rows).launch(
@@ -146,10 +148,10 @@ def posterior_backward(
         tiles_b = -(-b // add_v.constexprs["BLOCK_B"])
         for n0, n in sweep.chunks():
             sweep.coefficients(b0, b, n0, n)
-            add_v.launch(
-                (tiles_b * tiles_d, parts_n), device, weights=sweep.dots, rows=add_rows,
-                factor=sweep.factor, unit=sweep.unit, acc=acc, b=b, n0=n0, n=n, part_n=part_n,
-                **sweep.sizes,
+            tuning.launch(
+                add_v, (tiles_b * tiles_d, parts_n), device, changes=("acc",), weights=sweep.dots,
+                rows=add_rows, factor=sweep.factor, unit=sweep.unit, acc=acc, b=b, n0=n0, n=n,
+                part_n=part_n, **sweep.sizes,
             )  # fmt: skip
             if sweep.has_bias:
                 sweep.ties(b0, b, n0, n)

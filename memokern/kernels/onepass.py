@@ -287,12 +287,13 @@ def tile(rows: torch.dtype, features: int, few: bool) -> Tile:
     sums of their own. Where a step is as wide as the tile, the queries' terms are held."""
     wide, single = features >= 128, rows == torch.float32
     if few and wide:
-        return Tile(16, 32, 32, 8, 3) if single else Tile(16, 64, 64, 8, 3)
+        return Tile(16, 32 if single else 64, 32, 8, 3)
     if few:
         low = single or rows == torch.uint8
         return Tile(16, 32 if low else 64, features, 8 if single and features == 64 else 4, 3)
     if wide:
-        return Tile(32, 16, 32, 8, 3) if single else Tile(64, 32, 32, 8 if features > 128 else 4, 3)
+        low = features == 256 and rows != torch.bfloat16
+        return Tile(32, 16, 32, 8, 3) if single else Tile(64, 16 if low else 32, 32, 4, 3)
     if single and features >= 32:
         return Tile(64, 16, 32, 8 if features == 64 else 4, 3)
     # uint8 is converted on the way: there is nothing to load ahead into.

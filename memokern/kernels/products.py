@@ -48,7 +48,6 @@ def accumulate_tile(few: bool, rows: torch.dtype, precision: str) -> Tile:
 # bytes than pass its next step of occupancy: on sm_100, with one version of Triton or another.
 _TIGHT = {
     (torch.float32, True, "tf32x3", False),
-    (torch.float32, False, "ieee", True),
     (torch.float16, False, "tf32x3", True),
 }
 
@@ -172,7 +171,7 @@ def dots_variant(
         matrix=how.terms > 1 or precision != "ieee",
         registers=128 if tight else None,
     )  # fmt: skip
-    return _described(variant) if described else variant
+    return _described(variant) if described and variant.matrix else variant
 
 
 def accumulate_variant(
@@ -195,11 +194,13 @@ def accumulate_variant(
         aligned=("weights", "rows", "factor", "unit", "acc", "n", "D", "stride_n", "part_n"),
         matrix=how.terms > 1 or precision != "ieee",
     )  # fmt: skip
-    return _described(variant) if described else variant
+    return _described(variant) if described and variant.matrix else variant
 
 
 def _described(v: Variant) -> Variant:
-    """The same, whose rows come through a tensor descriptor."""
+    """The same, whose rows come through a tensor descriptor. Only for tensor cores: multiplied in
+    CUDA cores, as float32 is in full precision, tiles so copied take up to three times the
+    registers."""
     tile = f"{v.constexprs['BLOCK_N']},{v.constexprs['BLOCK_D']}"
     return v._replace(
         name=v.name + " described",
@@ -232,4 +233,5 @@ def variants() -> list[Variant]:
         for few in (True, False)
         for p in precisions(t)
         for described in (False, True)
+        if not described or p != "ieee"
     ]

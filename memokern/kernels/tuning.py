@@ -32,10 +32,16 @@ def choices(variant: Variant) -> tuple[Variant, ...]:
         return (variant,)  # they take little of the time
     if variant.num_stages == 1 or not variant.matrix:
         return (variant,)  # nothing can be loaded ahead, or arithmetic is what is waited for
+    if kernel == "sweep" and variant.constexprs["BLOCK_B"] > 16 and not _held(variant):
+        return (variant,)  # its registers are full: another depth spills some
     # Loading far ahead hides what memory takes; a stage less leaves shared memory to other blocks,
     # which hide it too. More stages than the default would exceed an A100's shared memory soonest.
     stages = variant.num_stages - 1
     return variant, variant._replace(name=f"{variant.name} S{stages}", num_stages=stages)
+
+
+def _held(variant: Variant) -> bool:
+    return bool(variant.constexprs["BLOCK_K"] == variant.constexprs["BLOCK_D"])
 
 
 def launch(
