@@ -192,7 +192,8 @@ def table(
             if kept is not None:
                 kept.parent.mkdir(exist_ok=True)
                 kept.write_text(json.dumps(known))
-    return [known[keys[pair]] for pair in pairs]
+    # Variants of two names may be one kernel to the compiler.
+    return [{**known[keys[v, t]], "variant": v, "target": t} for v, t in pairs]
 
 
 def line(row: dict[str, Any]) -> str:

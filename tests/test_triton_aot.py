@@ -23,11 +23,8 @@ from bench import aot, resources
 from memokern.kernels import listing
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = resources.read(resources.PAGE.read_text()) if resources.PAGE.exists() else None
+PAGE = resources.read(resources.PAGE.read_text())
 VARIANTS = {v.name: v for v in listing.variants()}
-needs_page = pytest.mark.skipif(
-    PAGE is None, reason="docs/triton-kernels.md is not written yet: make kernels"
-)
 
 
 def compiling(code: str) -> str:
@@ -40,7 +37,6 @@ def compiling(code: str) -> str:
     return run.stdout
 
 
-@needs_page
 def test_the_page_is_that_of_the_kernels_as_they_are() -> None:
     """If this fails, `make kernels` writes the page anew."""
     assert len(VARIANTS) == len(listing.variants())  # names are unique
@@ -50,7 +46,6 @@ def test_the_page_is_that_of_the_kernels_as_they_are() -> None:
     assert PAGE.digest == resources.digest()
 
 
-@needs_page
 def test_all_fit_and_multiply_on_the_matrix_cores() -> None:
     for (name, target), cell in PAGE.cells.items():
         limit = aot.TARGETS[target]
@@ -80,7 +75,7 @@ def test_a_few_compiled_again() -> None:
     ))  # fmt: skip
     for row in rows:
         assert aot.problem(row, list(VARIANTS.values())) is None, row
-        if PAGE is not None and triton.__version__ == PAGE.triton:
+        if triton.__version__ == PAGE.triton:
             cell = PAGE.cells[row["variant"], row["target"]]
             assert (row["registers"], round(row["shared"] / 1024, 1)) == (
                 cell.registers,
@@ -140,7 +135,7 @@ def test_the_gpu_takes_what_was_said() -> None:
     import torch
 
     name = "sm_{}{}".format(*torch.cuda.get_device_capability(DEVICE))
-    if PAGE is None or name not in aot.TARGETS or triton.__version__ != PAGE.triton:
+    if name not in aot.TARGETS or triton.__version__ != PAGE.triton:
         pytest.skip(f"there is no page with a column for {name} and Triton {triton.__version__}")
     variant = VARIANTS["support_weights plain"]
     code = aot.compiled(variant, aot.TARGETS[name])
