@@ -293,7 +293,7 @@ def _of_lists(what: str, kernel: Any, floats: tuple[str, ...], biased: bool) -> 
             "mode": "*i32", "B": "i32",
         },
         constexprs={"HAS_BIAS": biased, "BLOCK": 512},
-        num_warps=4, num_stages=1, aligned=(*floats, "index", "start", "mode"), registers=128,
+        num_warps=4, num_stages=1, aligned=(*floats, "index", "start", "mode"), registers=168,
     )  # fmt: skip
 
 
@@ -323,7 +323,7 @@ def sum_variant(dtype: torch.dtype) -> Variant:
             "parts": "i32",
         },
         constexprs={"BLOCK_M": 16, "BLOCK_D": 128},
-        num_warps=4, num_stages=2,
+        num_warps=4, num_stages=2, registers=128,
         aligned=("w", "index", "rows", "numbers", "start", "out", "D", "stride_n"),
     )  # fmt: skip
 

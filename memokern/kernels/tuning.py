@@ -37,7 +37,10 @@ def choices(variant: Variant) -> tuple[Variant, ...]:
     # Loading far ahead hides what memory takes; a stage less leaves shared memory to other blocks,
     # which hide it too. More stages than the default would exceed an A100's shared memory soonest.
     stages = variant.num_stages - 1
-    return variant, variant._replace(name=f"{variant.name} S{stages}", num_stages=stages)
+    other = variant._replace(
+        name=f"{variant.name} S{stages}", num_stages=stages, registers=variant.registers or 255
+    )
+    return variant, other
 
 
 def _held(variant: Variant) -> bool:
