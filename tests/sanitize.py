@@ -128,8 +128,10 @@ def scan(half: torch.dtype, b: int, n: int, d: int, biased: bool) -> None:
 CASES = [
     *(("sweep, one pass", sweep, t, size, biased) for t in TYPES
       for size, biased in (((3, 70, 13), False), ((19, 70, 13), True))),
+    *(("sweep, wide", sweep, t, size, biased) for t in TYPES
+      for size, biased in (((2, 70, 150), True), ((19, 40, 150), False))),
     *(("sweep, in chunks", sweep, t, size, biased) for t in TYPES
-      for size, biased in (((2, 150, 150), True), ((19, 90, 150), False))),
+      for size, biased in (((2, 70, 270), True), ((19, 40, 270), False))),
     ("by descriptors", described, torch.bfloat16, (3, 70, 288), True),
     ("at the limit", limit, F32, (3, 70, 13), True),
     *(("nearest, lists", select, t, (3, 70, 37), i % 2 == 0) for i, t in enumerate(TYPES)),

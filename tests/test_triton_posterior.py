@@ -56,14 +56,13 @@ def in_chunks(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", ROW_TYPES)
-@pytest.mark.parametrize("d", [1, 17, 63, 100, 256])
+@pytest.mark.parametrize("d", [1, 63, 100, 256])
 def test_tails_of_features(d: int, dtype: torch.dtype) -> None:
     x, rows, scale, shift = make(3, 33, d, dtype, 0.5)
-    check(x, rows, scale, shift, 0.5, cached=d == 17)
+    check(x, rows, scale, shift, 0.5, cached=d == 63)
 
 
-@pytest.mark.parametrize("dtype", ROW_TYPES)
-@pytest.mark.parametrize("d", [5, 300])
+@pytest.mark.parametrize("d,dtype", [(5, F32), *((300, t) for t in ROW_TYPES)])
 def test_tails_of_features_in_chunks(d: int, dtype: torch.dtype, in_chunks: None) -> None:
     x, rows, scale, shift = make(3, 33, d, dtype, 0.5)
     check(x, rows, scale, shift, 0.5, cached=d == 5)
@@ -124,8 +123,9 @@ def test_precisions(precision: str, d: int, monkeypatch) -> None:
         run(x, rows, 1.0)
 
 
-@pytest.mark.parametrize("dtype", ROW_TYPES)
-@pytest.mark.parametrize("d", [2, 300])
+@pytest.mark.parametrize(
+    "d,dtype", [(2, F32), (130, torch.float16), *((300, t) for t in ROW_TYPES)]
+)
 def test_many_rows_with_weight(d: int, dtype: torch.dtype) -> None:
     """Equal weights: what is lost of each sum adds up over the rows."""
     g = torch.Generator().manual_seed(0)
@@ -298,7 +298,7 @@ def test_plans_change_only_the_order_of_sums(d: int, monkeypatch) -> None:
         assert torch.equal(a[0], a[16])  # of the second launch, or tile
 
 
-@pytest.mark.parametrize("d", [40, 140, 300])
+@pytest.mark.parametrize("d", [140, 300])
 def test_outputs_are_written_everywhere(d: int) -> None:
     """Fresh memory is full of NaN here: what a kernel leaves out would show."""
     x, rows, _, _ = make(2, 70, d, F32, 0.5)
