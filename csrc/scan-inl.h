@@ -332,7 +332,8 @@ static int noisier(const void* a, const void* b) {
   return x.noise > y.noise ? -1 : x.noise < y.noise ? 1 : x.b < y.b ? -1 : 1;
 }
 
-// Queries of like noise share a block: what the noisiest needs, all of it get. Returns whether they are all alike.
+// Queries of like noise share a block: what the noisiest needs, all of it get. All blocks but the last have NR queries or more.
+// Returns whether the queries are all alike.
 static bool form_blocks(Scan& s, const Noise* all, int64_t count, int64_t most) {
   enum { NR = 2 * Vec<float>::W };
   s.count = s.blocks = 0;
@@ -397,11 +398,12 @@ static int scan_all(Scan& s, Lists& out, int threads) {
   s.chunks = (s.N + s.NT - 1) / s.NT;
   s.parts = imin(s.parts, s.chunks);
   s.lists = (List*)calloc(imax(1, B * s.parts), sizeof(List));
-  if (!s.lists || !work.reserve(Arena::bytes<uint8_t>(s.blocks * s.chunks) + Arena::bytes<uint8_t>(s.chunks) + Arena::bytes<float>(SCAN_SAMPLE * s.stride) +
-                                  Arena::bytes<float>(s.blocks * s.parts * fine) + Arena::bytes<float>(B * s.parts * fine))) return 1;
-  s.level = work.take<uint8_t>(s.blocks * s.chunks);
+  const int64_t most = active / NR + 1;  // blocks: without the queries given up they may be more
+  if (!s.lists || !work.reserve(Arena::bytes<uint8_t>(most * s.chunks) + Arena::bytes<uint8_t>(s.chunks) + Arena::bytes<float>(SCAN_SAMPLE * s.stride) +
+                                  Arena::bytes<float>(most * s.parts * fine) + Arena::bytes<float>(B * s.parts * fine))) return 1;
+  s.level = work.take<uint8_t>(most * s.chunks);
   s.zero = work.take<uint8_t>(s.chunks);
-  float* scratch = work.take<float>(s.blocks * s.parts * fine);
+  float* scratch = work.take<float>(most * s.parts * fine);
   for (int64_t i = 0; i < B * s.parts; i++) {
     s.lists[i].best = -kInf;
     s.lists[i].tried = -1;

@@ -71,6 +71,27 @@ def test_a_bound_that_lies_is_noticed() -> None:
     lying_bounds(400, 30, cpu)
 
 
+@pytest.mark.parametrize("cap", [20, 200, 2000])
+def test_queries_of_any_noise_in_one_batch(cap: int) -> None:
+    """Sorted by it, sampled, some given up, the others put together anew: each list keeps its
+    promise, and where all rows may be listed nobody is given up."""
+    rows = spread(2000, 48, 3)
+    index = Plain(rows.to(F64), DIMS, EDGES, True, "pca")
+    g = torch.Generator().manual_seed(cap)
+    for b in (1, 40, 150):
+        sigma = torch.exp(2 * torch.randn(b, dtype=F64, generator=g) - 1)
+        x = (near(rows, b, 0.0, 1.0, b, F64) + sigma[:, None] * torch.randn(
+            b, 48, dtype=F64, generator=g)).to(F32)  # fmt: skip
+        how = (sigma, column(1.0, b), column(1.0, b))
+        found = scan(x, rows, index, *how, None, 1.0, 0.0, cap=cap)
+        check_lists(found, logits(x, rows.to(F64), *how, None), 1e-6)
+        level = found[3]
+        if cap == 2000:
+            assert bool((level > 0).all())
+        elif b == 150:  # the noisiest are given up, the least noisy are not
+            assert level[sigma.argmax()] == 0 and level[sigma.argmin()] > 0
+
+
 def test_given_up() -> None:
     rows = spread(600, 40, 1)
     index = Plain(rows.to(F64), DIMS, EDGES, True, "pca")

@@ -95,7 +95,9 @@ def test_nearest_derivatives():
 @KINDS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("bias", [False, True])
-def test_opcheck(kernel, dtype, bias):
+def test_opcheck(kernel, dtype, bias, backend):
+    if backend == "triton" and (dtype == torch.float64 or bias == (kernel == "log")):
+        pytest.skip("float64 is the reference's; one of each is enough where kernels are slow")
     rows, inputs = problem(dtype=dtype, bias=bias)
     args = (inputs[0], rows, *inputs[1:4], inputs[4] if bias else None, None, None)
     how = (1.0, 0.0, kernel)
