@@ -15,8 +15,8 @@ enum {
   SCAN_P = 256 << 10,    // bytes of a chunk's bounds: they are read again at once, from L2
   SCAN_TILE = 10 * UNIT, // rows of a tile of the further levels
   SCAN_L1 = 4096,        // numbers of it, about: with a panel of queries and bounds they stay in L1
-  SCAN_LIST = 4096,      // a list is let grow to so many rows, or twice the cap
-  SCAN_LOOK = 16,         // coordinates of the first look
+  SCAN_LIST = 4096,      // a list is let grow to so many rows, or what costs as much as a sweep for its query alone
+  SCAN_LOOK = 16,        // coordinates of the first look
   SCAN_SAMPLE = 256,     // rows that show how long a list would be
   SCAN_WORTH = 2,        // what reading the rows for a sweep costs, in queries of it, about
   SCAN_MANY = 24         // rows for which it pays to evaluate one of them, or to prepare a query for whole products
@@ -227,7 +227,8 @@ template <class S> static float segment(const S* p, const float* x, int64_t coun
 
 // What a level adds for query b: a z in `x` [K - k0], and -a |x_b| for the bands that its coordinates replace. At level 1 the
 // stored coordinates' own error comes in, and stays.
-template <class S> static void climb(const Scan& s, int64_t b, List& l, float* x) {
+template <class S> // The whole ladder, as the index is stored.
+static void climb(const Scan& s, int64_t b, List& l, float* x) {
   const Bounds& in = *s.bound;
   const Scanned& q = s.q[b];
   const int64_t fine = s.K - s.k0;
@@ -278,6 +279,7 @@ template <class S> static void climb(const Scan& s, int64_t b, List& l, float* x
   }
   l.filter(least);
 }
+// The whole ladder, as the index is stored.
 static void climb(const Scan& s, int64_t b, List& l, float* x) {
   (s.bound->half ? climb<F16> : climb<float>)(s, b, l, x);
   l.done = l.count;

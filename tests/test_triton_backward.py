@@ -27,13 +27,17 @@ def random_like(values, seed):
     return [torch.randn(v.shape, dtype=v.dtype, generator=g) for v in values]
 
 
+def cases():
+    """B, D, sigma, alpha and the bias of 30 rows: one of them left out, or none at all."""
+    bias = torch.randn(30, dtype=F64, generator=torch.Generator().manual_seed(3))
+    bias[5] = -math.inf
+    return (1, 3, 0.5, 1.0, None), (3, 33, 2.0, -0.6, bias), (2, 300, 0.02, 1.0, bias)
+
+
 @pytest.mark.parametrize("kernel", ["gaussian", "log"])
 @pytest.mark.parametrize("dtype", ROW_TYPES)
 def test_backward(dtype: torch.dtype, kernel: str) -> None:
-    bias = torch.randn(30, dtype=F64, generator=torch.Generator().manual_seed(3))
-    bias[5] = -math.inf
-    cases = ((1, 3, 0.5, 1.0, None), (3, 33, 2.0, -0.6, bias), (2, 300, 0.02, 1.0, bias))
-    for b, d, sigma, alpha, with_bias in cases:
+    for b, d, sigma, alpha, with_bias in cases():
         x, rows, scale, shift = make(b, 30, d, dtype, sigma, alpha=alpha)
         got, columns = run(x, rows, sigma, alpha, 1.3, with_bias, scale, shift, kernel)
         grads = random_like(got, b)
@@ -133,10 +137,7 @@ def want_rows(x, rows, columns, bias, grads, kernel="gaussian", scale=1.0, shift
 @pytest.mark.parametrize("kernel", ["gaussian", "log"])
 @pytest.mark.parametrize("dtype", ROW_TYPES[:3])
 def test_rows(dtype: torch.dtype, kernel: str) -> None:
-    bias = torch.randn(30, dtype=F64, generator=torch.Generator().manual_seed(3))
-    bias[5] = -math.inf
-    cases = ((1, 3, 0.5, 1.0, None), (3, 33, 2.0, -0.6, bias), (2, 300, 0.02, 1.0, bias))
-    for b, d, sigma, alpha, with_bias in cases:
+    for b, d, sigma, alpha, with_bias in cases():
         x, rows, _, _ = make(b, 30, d, dtype, sigma, alpha=alpha)
         columns = [column(v, b) for v in (sigma, alpha, 1.3)]
         grads = random_like([x, *columns, columns[0]], b)
