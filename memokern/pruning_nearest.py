@@ -155,9 +155,8 @@ def _within(
     Beyond the nearest row, the lists reach as much further as sq [., k] says of the last.
     """
     n, dim = rows.rows.shape
-    assert rows.sq_norms is not None
     sq = sq[at]
-    window = sq[:, -1] - sq[:, 0] + OFF * rows.sq_norms.mean()
+    window = sq[:, -1] - sq[:, 0] + OFF * index.spread
     sigma = (window / (2 * math.log(n / EPS))).sqrt()
     one = torch.ones_like(sigma)
     query = pruning.Query(x, sigma, one, one, None)
