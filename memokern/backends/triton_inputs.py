@@ -40,11 +40,6 @@ def checked(x: Tensor, rows: Tensor) -> Tensor:
     return x.detach().contiguous()
 
 
-def stride_of(rows: Tensor) -> int:
-    """Elements from a row to the next."""
-    return rows.stride(0) if rows.shape[0] > 1 else rows.shape[1]
-
-
 @functools.lru_cache(maxsize=256)
 def numbers(scale: float, shift: float, device: torch.device) -> Tensor:
     """[2] float64: a kernel's own numbers are float32, and these are the rows' unit."""

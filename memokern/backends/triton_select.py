@@ -18,10 +18,10 @@ from memokern.backends.triton_inputs import (
     multiprocessors,
     numbers,
     refusal,
-    stride_of,
 )
 from memokern.kernels import nearest as near
 from memokern.kernels import support
+from memokern.kernels.rows import stride_of
 
 _F32, _F64 = torch.float32, torch.float64
 _WORKSPACE = 64 << 20  # bytes of the least keys of all groups; more queries go in turns

@@ -16,6 +16,11 @@ def has_descriptors(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+def stride_of(rows: Tensor) -> int:
+    """Elements from a row to the next."""
+    return rows.stride(0) if rows.shape[0] > 1 else rows.shape[1]
+
+
 class Rows:
     """The rows of a call as the kernels take them: contiguous features, their squared norms.
 
@@ -26,7 +31,7 @@ class Rows:
     def __init__(self, rows: Tensor, sq_norms: Tensor, bias: Tensor | None) -> None:
         self.rows, self.sq_norms, self.bias = rows, sq_norms, bias
         self.n, self.d = rows.shape
-        self.stride = rows.stride(0) if self.n > 1 else self.d
+        self.stride = stride_of(rows)
         step = self.stride * rows.element_size()
         self.described = (
             has_descriptors(rows.device) and rows.data_ptr() % 16 == 0 and step % 16 == 0
