@@ -76,11 +76,16 @@ def _source(variant: Variant, target: Target) -> Any:
 
     variant = variant.on(target.vendor)
     names, constant = variant.kernel.arg_names, variant.constexprs
+    attrs = {name: [["tt.divisibility", 16]] for name in variant.aligned}
+    if target.vendor == "hip":  # what Triton says there of every tensor below 2 GiB
+        for name, kind in variant.signature.items():
+            if kind.startswith("*"):
+                attrs.setdefault(name, []).append(["tt.pointer_range", 32])
     return ASTSource(
         fn=variant.kernel,
         signature={n: "constexpr" if n in constant else variant.signature[n] for n in names},
         constexprs=constant,
-        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in variant.aligned},
+        attrs={(names.index(name),): said for name, said in attrs.items()},
     )
 
 

@@ -11,7 +11,7 @@ PRECISION = "MEMOKERN_PRECISION"  # tf32x3 | ieee: how the Triton kernels multip
 AUTOTUNE = "MEMOKERN_AUTOTUNE"  # 0 | 1: whether Triton configurations are chosen by measuring
 
 _BACKENDS = ("auto", "reference", "cpu", "triton")
-_PRECISIONS = ("tf32x3", "ieee")
+PRECISIONS = ("tf32x3", "ieee")
 
 
 def _look_up(name: str) -> Callable[[], object]:
@@ -55,8 +55,8 @@ def precision() -> str:
     the products leave uncertain is evaluated exactly, of which ieee leaves less.
     """
     value = os.environ.get(PRECISION, "").strip().lower() or "tf32x3"
-    if value not in _PRECISIONS:
-        raise RuntimeError(f"{PRECISION} must be one of {', '.join(_PRECISIONS)}, not {value!r}")
+    if value not in PRECISIONS:
+        raise RuntimeError(f"{PRECISION} must be one of {', '.join(PRECISIONS)}, not {value!r}")
     return value
 
 

@@ -8,34 +8,28 @@ that broadcast to [*batch].
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from memokern import backends, ops, pruning, pruning_nearest
+from memokern import env, ops, pruning, pruning_nearest, shortcuts
 from memokern.backends import reference
 from memokern.data import TrainingSet
 from memokern.index import Index
 from memokern.queries import (
     PerQuery,
-    Rows,
     as_rows,
     batch_shape,
     checked,
     log_total,
     traced,
     under_transform,
-    undispatched,
 )
 from memokern.results import Nearest, Posterior
 
 METHODS = ("auto", "dense", "pruned")
 # weights() is for small problems: 1 GiB of float64.
 MAX_DENSE_WEIGHTS = 1 << 27
-# Numbers in the queries of a small call: beyond, the 30 us that the short way saves count little.
-SMALL = 1 << 11
 
 
 def posterior(
@@ -50,6 +44,7 @@ def posterior(
     method: str = "auto",
     certificate: bool = False,
     tol: float | None = None,
+    precision: str = "auto",
 ) -> Posterior:
     r"""The posterior over the rows given x = alpha y + sigma z, in one sweep over the data.
 
@@ -74,6 +69,11 @@ def posterior(
             `certificate`, a :class:`.Certificate`.
         tol: the largest error of the mean, as an L2 norm in the units of the data, that pruning may
             cause, where that is less than the weight above already grants.
+        precision: how NVIDIA's GPUs multiply float32 rows: "tf32x3" by three products on the tensor
+            cores, right to about 2^-20; "ieee" by float32 multiply-adds, right to 2^-24 and several
+            times slower. "auto" is MEMOKERN_PRECISION, by default tf32x3. Results keep the same
+            contract with each: what products leave uncertain is evaluated exactly. Other rows and
+            other devices have one way only.
 
     Returns:
         :class:`Posterior`: mean, log_z and the other sums, and what follows from them.
@@ -107,6 +107,9 @@ def posterior(
         1.0
     """
     index = _index_for(data, method)
+    if precision not in ("auto", *env.PRECISIONS):
+        known = ", ".join(("auto", *env.PRECISIONS))
+        raise ValueError(f"expected precision one of {known}, got {precision!r}")
     if tol is not None and not (isinstance(tol, float | int) and 0 < tol < math.inf):
         raise ValueError(f"expected tol as a finite number > 0, or None, got {tol!r}")
     if kernel != "gaussian":
@@ -115,17 +118,17 @@ def posterior(
     n, dim = rows.rows.shape
     s, a, t = numbers
     bounds = None
-    sweep = _sweep_of(x, rows, s, a, t, b) if index is None else None
+    sweep = shortcuts.sweep_of(x, rows, s, a, t, b) if index is None else None
     if sweep is not None:
         out = sweep(x, rows.rows, numbers, b, *rows.how, kernel)
     else:
         query = pruning.Query(
-            x.reshape(-1, dim), s.reshape(-1), a.reshape(-1), t.reshape(-1), b
+            x.reshape(-1, dim), s.reshape(-1), a.reshape(-1), t.reshape(-1), b, precision
         )  # fmt: skip
         transformed = under_transform(x, rows.rows, s, a, t, b)
         if index is None or transformed or traced(x, s, a, t, b):
             run = reference.posterior if transformed else ops.posterior
-            out = run(query.x, rows.rows, *query[1:], *rows.how, kernel)
+            out = run(query.x, rows.rows, *query[1:-1], *rows.how, kernel, precision)
         else:
             out, bounds = pruning.posterior(
                 query, rows, index,
@@ -168,54 +171,6 @@ def _index_for(data: TrainingSet | Tensor, method: str) -> Index | None:
     return None if method == "dense" else index
 
 
-def _sweep_of(x: Tensor, rows: Rows, *others: Tensor | None) -> Callable[..., Any] | None:
-    """The backend's own `sweep`, where it has one that takes x as it is and the dispatcher would
-    have nothing else to do."""
-    if not (undispatched(x, rows.rows, *others) and x.is_contiguous()):
-        return None
-    if x.dtype == torch.float32 and rows.rows.dtype == torch.float64:
-        return None  # computed in float64
-    return getattr(backends.choose_for("cpu"), "sweep", None)
-
-
-def _small_mean(
-    x: Tensor,
-    data: TrainingSet | Tensor,
-    sigma: PerQuery,
-    alpha: PerQuery,
-    temperature: PerQuery,
-    bias: Tensor | None,
-    method: str,
-) -> Tensor | None:
-    """`posterior(...).mean` of a few queries by the shortest way: their sweep takes less time than
-    the general way to it. None where a call is not of this kind, or has something wrong in it,
-    which posterior() will say."""
-    if not (
-        type(data) is TrainingSet
-        and data.index is None
-        and type(sigma) is type(alpha) is type(temperature) is float
-        and bias is None
-        and method in ("auto", "dense")
-        and undispatched(x, data.rows)
-        and 0 <= sigma < math.inf
-        and -math.inf < alpha < math.inf
-        and 0 < temperature < math.inf
-        and x.dtype == (torch.float64 if data.rows.dtype == torch.float64 else torch.float32)
-        and x.shape[x.dim() - len(data.shape) :] == data.shape
-        and x.numel() <= SMALL
-        and x.is_contiguous()
-    ):
-        return None
-    run = getattr(backends.choose_for("cpu"), "small_mean", None)
-    if run is None:
-        return None
-    mean: Tensor = run(
-        x, data.rows, sigma, alpha, temperature, data.log_weights,
-        data.center64, data.sq_norms, data.scale, data.shift,
-    )  # fmt: skip
-    return mean
-
-
 def score(
     x: Tensor,
     data: TrainingSet | Tensor,
@@ -225,6 +180,7 @@ def score(
     *,
     bias: Tensor | None = None,
     method: str = "auto",
+    precision: str = "auto",
 ) -> Tensor:
     """grad_x log p(x) = (alpha mean - x) / sigma^2 [*batch, *shape]: see :func:`posterior`.
 
@@ -233,9 +189,11 @@ def score(
         >>> memokern.score(torch.tensor([[3.0]]), torch.tensor([[1.0]]), sigma=2.0).tolist()
         [[-0.5]]
     """
-    mean = _small_mean(x, data, sigma, alpha, temperature, bias, method)
+    mean = shortcuts.small_mean(x, data, sigma, alpha, temperature, bias, method)
     if mean is None:
-        return posterior(x, data, sigma, alpha, temperature, bias=bias, method=method).score
+        return posterior(
+            x, data, sigma, alpha, temperature, bias=bias, method=method, precision=precision
+        ).score
     return mean.mul_(alpha).sub_(x).div_(sigma).div_(sigma)  # the same, in place
 
 
@@ -248,6 +206,7 @@ def denoise(
     *,
     bias: Tensor | None = None,
     method: str = "auto",
+    precision: str = "auto",
 ) -> Tensor:
     """The ideal denoiser x0 = E[y | x] [*batch, *shape]: see :func:`posterior`.
 
@@ -257,9 +216,11 @@ def denoise(
         >>> memokern.denoise(torch.tensor([[0.2]]), rows, sigma=0.0).tolist()
         [[1.0]]
     """
-    mean = _small_mean(x, data, sigma, alpha, temperature, bias, method)
+    mean = shortcuts.small_mean(x, data, sigma, alpha, temperature, bias, method)
     if mean is None:
-        mean = posterior(x, data, sigma, alpha, temperature, bias=bias, method=method).mean
+        mean = posterior(
+            x, data, sigma, alpha, temperature, bias=bias, method=method, precision=precision
+        ).mean
     return mean
 
 
@@ -271,6 +232,7 @@ def log_density(
     *,
     bias: Tensor | None = None,
     method: str = "auto",
+    precision: str = "auto",
 ) -> Tensor:
     """log p(x) of the mixture sum_n pi_n N(alpha y_n, sigma^2 I), pi = softmax(bias) [*batch].
 
@@ -281,7 +243,9 @@ def log_density(
         >>> round(memokern.log_density(torch.zeros(1, 1), torch.zeros(1, 1), 1.0).item(), 6)
         -0.918939
     """
-    return posterior(x, data, sigma, alpha, bias=bias, method=method).log_density
+    return posterior(
+        x, data, sigma, alpha, bias=bias, method=method, precision=precision
+    ).log_density
 
 
 def nearest(x: Tensor, data: TrainingSet | Tensor, k: int = 1, *, method: str = "auto") -> Nearest:

@@ -3,7 +3,8 @@
 Schema, fake, autograd and vmap; nothing else. What an operation computes is in
 :mod:`memokern.backends.reference`, who computes it in :mod:`memokern.backends`.
 
-``posterior(x, rows, sigma, alpha, temperature, bias, center, sq_norms, scale, shift, kernel)``
+``posterior(x, rows, sigma, alpha, temperature, bias, center, sq_norms, scale, shift, kernel,
+precision)``
     One sweep over the rows y = scale * rows + shift. With the logits
 
     * ``kernel="gaussian"``: l_n = -|x - alpha y_n|^2 / (2 sigma^2) + b_n
@@ -13,7 +14,8 @@ Schema, fake, autograd and vmap; nothing else. What an operation computes is in
     log_z = T logsumexp(l / T), mean_logit = sum w l, mean_bias = sum w b, weight_sq = sum w^2.
     x [B, D] float32 or float64; rows [N, D] float64, float32, bfloat16, float16 or uint8; sigma,
     alpha, temperature [B] float64; bias [N] float64 or None; center [D] and
-    sq_norms [N] = |y_n - center|^2 are what the rows' owner has cached, or None.
+    sq_norms [N] = |y_n - center|^2 are what the rows' owner has cached, or None. precision, where
+    products with float32 rows can be formed in several ways: see :func:`memokern.posterior`.
 
 ``nearest(x, rows, k, center, sq_norms, scale, shift)``
     The k smallest |x - y_n|^2 [B, k] float64, ascending, and their indices [B, k] int64.
@@ -38,7 +40,7 @@ from memokern.backends import reference
 
 _LIB = torch.library.Library("memokern", "DEF")
 _DATA = "Tensor? center, Tensor? sq_norms"
-_HOW = "float scale, float shift, str kernel"
+_HOW = "float scale, float shift, str kernel, str precision='auto'"
 _QUERY = "Tensor x, Tensor rows, Tensor sigma, Tensor alpha, Tensor temperature, Tensor? bias"
 _FIVE = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
 _SAVED = "Tensor mean, Tensor log_z, Tensor mean_logit, Tensor mean_bias, Tensor weight_sq"
@@ -127,20 +129,19 @@ class _Posterior(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        *tensors, ctx.scale, ctx.shift, ctx.kernel = inputs
-        ctx.save_for_backward(*tensors, *output)
+        ctx.how = inputs[8:]  # of three or four: the dispatcher leaves a default out
+        ctx.save_for_backward(*inputs[:8], *output)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         *inputs, mean, log_z, mean_logit, mean_bias, weight_sq = ctx.saved_tensors
         saved = [v.detach() for v in (mean, log_z, mean_logit, mean_bias, weight_sq)]
-        how = (ctx.scale, ctx.shift, ctx.kernel)
-        out = _OPS.posterior_backward(*inputs, *saved, *grads, *how)
+        out = _OPS.posterior_backward(*inputs, *saved, *grads, *ctx.how)
         grad_rows = None
         if ctx.needs_input_grad[1]:
-            grad_rows = _OPS.posterior_backward_rows(*inputs[:7], list(grads), *how)
+            grad_rows = _OPS.posterior_backward_rows(*inputs[:7], list(grads), *ctx.how)
         grad_bias = out[4] if inputs[5] is not None else None
-        return (out[0], grad_rows, *out[1:4], grad_bias, *(None,) * 5)
+        return (out[0], grad_rows, *out[1:4], grad_bias, *(None,) * (2 + len(ctx.how)))
 
 
 class _PosteriorBackward(torch.autograd.Function):
@@ -164,7 +165,7 @@ class _PosteriorBackward(torch.autograd.Function):
         inputs, grads = ctx.saved_tensors[:7], list(ctx.saved_tensors[7:])
         out = _OPS.posterior_double_backward(*inputs, grads, list(grad_grads), *ctx.how)
         grad_bias = out[4] if inputs[5] is not None else None
-        return (out[0], None, *out[1:4], grad_bias, *(None,) * 7, *out[5:], *(None,) * 3)
+        return (out[0], None, *out[1:4], grad_bias, *(None,) * 7, *out[5:], *(None,) * len(ctx.how))
 
 
 def _refuse(what: str) -> Callable[..., Any]:

@@ -40,18 +40,20 @@ _ULP = 2.0**-52  # twice the unit roundoff: pays for the second-order terms too
 
 
 class Query(NamedTuple):
-    """What the operations are asked, flat: x [B, D], the rest [B], bias [N] or None."""
+    """What the operations are asked, flat: x [B, D], the numbers [B], bias [N] or None; precision:
+    of a dense sweep."""
 
     x: Tensor
     sigma: Tensor
     alpha: Tensor
     temperature: Tensor
     bias: Tensor | None
+    precision: str = "auto"
 
     def take(self, at: Tensor) -> Query:
         """The queries at these positions."""
         columns = (self.sigma[at], self.alpha[at], self.temperature[at])
-        return Query(self.x[at], *columns, self.bias)
+        return Query(self.x[at], *columns, self.bias, self.precision)
 
 
 class Costs(NamedTuple):
@@ -139,16 +141,16 @@ def bound_scan(
 
 
 def _dense(query: Query, rows: Rows) -> Sums:
-    x, sigma, alpha, temperature, bias = query
+    x, sigma, alpha, temperature, bias, precision = query
     out: Sums = ops.posterior(
         x, rows.rows, sigma, alpha, temperature, bias, rows.center, rows.sq_norms, rows.scale,
-        rows.shift, "gaussian",
+        rows.shift, "gaussian", precision,
     )  # fmt: skip
     return out
 
 
 def _on_support(query: Query, rows: Rows, start: Tensor, listed: Tensor) -> Sums:
-    x, sigma, alpha, temperature, bias = query
+    x, sigma, alpha, temperature, bias, _ = query
     out: Sums = ops_support.posterior_on_support(
         x, rows.rows, sigma, alpha, temperature, bias, start, listed, rows.scale, rows.shift
     )

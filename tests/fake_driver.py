@@ -23,6 +23,20 @@ def flat(args: Any) -> list[Any]:
     return [v for arg in args for v in (arg if isinstance(arg, tuple) else (arg,))]
 
 
+def known(source: Any) -> dict[str, Any]:
+    """What a kernel was compiled to take for granted of its arguments."""
+    names = source.fn.arg_names
+    at = {names[path[0]]: value for path, value in source.constants.items()}
+    given = {names[path[0]]: value for path, value in source.attrs.items() if value}
+    allowed = (["tt.divisibility", 16], ["tt.pointer_range", 32])  # the other: AMD, below 2 GiB
+    assert all(v in allowed for value in given.values() for v in value), given
+    given = {name: value for name, value in given.items() if allowed[0] in value}
+    return {
+        "types": {n: kind for n, kind in source.signature.items() if kind != "constexpr"},
+        "constexprs": at, "aligned": sorted(given),
+    }  # fmt: skip
+
+
 class Machine:
     """Two devices; launches: what reached the driver."""
 
@@ -34,13 +48,13 @@ class Machine:
 
         class Launcher:
             def __init__(self, source: Any, metadata: Any) -> None:
-                self.name, self.metadata = metadata.name, metadata
+                self.name, self.metadata, self.source = metadata.name, metadata, source
 
             def __call__(self, x: int, y: int, z: int, stream: int, *rest: Any) -> None:
                 machine.launches.append({
                     "kernel": self.name, "grid": [x, y, z], "stream": stream,
                     "device": machine.device, "warps": self.metadata.num_warps,
-                    "maxnreg": getattr(self.metadata, "maxnreg", None),
+                    "maxnreg": getattr(self.metadata, "maxnreg", None), **known(self.source),
                     "described": [
                         [a.shape, a.strides, a.block_shape] for a in flat(rest)
                         if isinstance(a, TensorDescriptor)
@@ -129,9 +143,6 @@ def hopper() -> dict[str, Any]:
     machine.launches.clear()
     nearest(20, 32)
     facts["nearest"] = list(machine.launches)
-    # Plain numbers, so that the kernels are also right for rows of any length.
-    nearest(1, 7)
-    facts["ragged"] = machine.launches[-1]["kernel"]
     facts["described"] = described(machine)
     return facts
 
@@ -155,6 +166,42 @@ def described(machine: Machine) -> dict[str, Any]:
         if launch["described"]:
             found.setdefault(launch["kernel"], []).extend(launch["described"])
     return found
+
+
+def alignment() -> dict[str, Any]:
+    """The sweep both ways, gradients, neighbours and lists, of rows that lie in several ways."""
+    machine = activate(GPUTarget("cuda", 80, 32))
+    from memokern.backends import triton, triton_select
+    from memokern.kernels import planner
+
+    triton.machine = lambda device: planner.Machine(108, 40 << 20)
+    memory, one = torch.zeros(48 * 64 + 16), torch.ones(20, dtype=torch.float64)
+    layouts = {
+        "plain": memory[: 48 * 32].view(48, 32), "odd features": memory[: 48 * 7].view(48, 7),
+        "odd stride": memory[: 48 * 33].view(48, 33)[:, :32],
+        "odd address": memory[1 : 1 + 48 * 32].view(48, 32),
+        "odd bias": memory[: 48 * 32].view(48, 32),
+    }  # fmt: skip
+    one_pass, facts = planner.one_pass, {}
+    for name, rows in layouts.items():
+        machine.launches.clear()
+        x, bias = torch.zeros(20, rows.shape[1]), torch.zeros(49, dtype=torch.float64)
+        bias = bias[1:] if name == "odd bias" else bias[:48]
+        rest = (None, None, 1.0, 0.0, "gaussian")
+        for plan in (one_pass, lambda *_: None):
+            planner.one_pass = plan
+            out = triton.posterior(x, rows, one, one, one, bias, *rest)
+        triton.posterior_backward(x, rows, one, one, one, bias, None, None, *out, *out, *rest[2:])
+        triton.posterior_backward_rows(x, rows, one, one, one, bias, None, list(out), *rest[2:])
+        triton_select.nearest(x, rows, 3, None, None, 1.0, 0.0)
+        start, index = torch.arange(21), torch.zeros(20, dtype=torch.int64)
+        lists = (start, index)
+        out = triton_select.posterior_on_support(x, rows, one, one, one, bias, *lists, 1.0, 0.0)
+        triton_select.posterior_on_support_backward(
+            x, rows, one, one, one, bias, *lists, *out, *out, 1.0, 0.0
+        )
+        facts[name] = list(machine.launches)
+    return facts
 
 
 def small() -> dict[str, Any]:
@@ -190,11 +237,11 @@ def tuning() -> dict[str, Any]:
 
     tuning.timer, tuning.can_measure = timer, lambda device: True
     tuning.device_name = lambda device: "small"
-    some, row = torch.zeros(1, 64), torch.zeros(1, 64, dtype=torch.bfloat16)
+    some, row = torch.zeros(1, 64), torch.zeros(16, 64, dtype=torch.bfloat16)
     for _ in range(2):
         tuning.launch(
             default, (1, 1), torch.device("cpu"), changes=("acc",), weights=some, rows=row,
-            factor=some[0], unit=some[0], acc=some.clone(), b=1, n0=0, n=1, D=64, stride_n=64,
+            factor=some[0], unit=some[0], acc=some.clone(), b=1, n0=0, n=16, D=64, stride_n=64,
             part_n=32,
         )  # fmt: skip
     chosen = list(json.loads(tuning.cache_file().read_text()).values())
@@ -205,5 +252,6 @@ def tuning() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run = {"hopper": hopper, "small": small, "amd": amd, "tuning": tuning}[sys.argv[1]]
+    known_machines = (hopper, small, amd, alignment, tuning)
+    run = {machine.__name__: machine for machine in known_machines}[sys.argv[1]]
     print(json.dumps(run()))

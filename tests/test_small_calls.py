@@ -7,7 +7,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import memokern
-from memokern import TrainingSet, backends, env, functional, queries
+from memokern import TrainingSet, backends, env, queries, shortcuts
 
 pytestmark = pytest.mark.skipif(
     backends.get("cpu").unavailable() is not None, reason="only the compiled kernels go below it"
@@ -19,7 +19,7 @@ def normal(*shape, seed=0, dtype=torch.float32):
 
 
 def small_mean(x, data, sigma=0.5, alpha=1.0, temperature=1.0):
-    return functional._small_mean(x, data, sigma, alpha, temperature, None, "auto")
+    return shortcuts.small_mean(x, data, sigma, alpha, temperature, None, "auto")
 
 
 class Seen(TorchDispatchMode):
@@ -198,7 +198,7 @@ def test_what_does_not_fit_the_short_way_goes_the_long_one():
     data, x = TrainingSet(normal(9, 3, seed=1)), normal(4, 3)
     odd = normal(3, 4).T
     assert not odd.is_contiguous()
-    for query in (odd, x.double(), normal(functional.SMALL, 3)):
+    for query in (odd, x.double(), normal(shortcuts.SMALL, 3)):
         assert small_mean(query, data) is None
         torch.testing.assert_close(
             memokern.denoise(query, data, 0.5), memokern.posterior(query, data, 0.5).mean

@@ -56,12 +56,30 @@ def test_streams_devices_options_and_no_compilation_that_is_not_needed() -> None
     # 200 rows: four groups, one block of queries; 20 queries in as many parts as there are groups.
     assert groups["grid"] == [4, 1, 1] and exact["grid"] == [80, 1, 1]
     assert (exact["warps"], exact["maxnreg"]) == (8, 96)
-    assert facts["ragged"] == "nearest_exact_kernel"
     # 300 rows in two chunks, through descriptors: shape, strides, tile.
     assert facts["described"] == {
         "dots_kernel": [[[300, 192], [200, 1], [128, 64]]] * 2,
         "accumulate_kernel": [[[300, 192], [200, 1], [64, 64]]] * 2,
     }
+
+
+def test_what_is_launched_is_what_was_compiled_ahead_of_time() -> None:
+    """Whatever the numbers and addresses: types, and what is taken for granted of the arguments."""
+    facts = driver("alignment")
+    assert facts.keys() == {"plain", "odd features", "odd stride", "odd address", "odd bias"}
+    for layout, launches in facts.items():
+        kernels = set()
+        for launch in launches:
+            same = [v for v in LISTED.values() if v.kernel.fn.__name__ == launch["kernel"]
+                    and v.signature == launch["types"] and sorted(v.aligned) == launch["aligned"]
+                    and v.constexprs == launch["constexprs"]]  # fmt: skip
+            assert same, (layout, launch)
+            assert all(v.num_warps == launch["warps"] for v in same)
+            if same[0].signature.get("rows"):
+                kernels.add((launch["kernel"], bool(launch["aligned"])))
+        # Rows decide; other values that lie oddly are moved.
+        assert {"sweep_kernel", "exact_kernel", "dots_kernel"} <= {name for name, _ in kernels}
+        assert {aligned for _, aligned in kernels} == {layout in ("plain", "odd bias")}
 
 
 def test_a_device_that_is_too_small_says_so_before_anything_runs() -> None:
@@ -81,6 +99,7 @@ class Launched(list):
     def ask(self, variant: Variant, grid: tuple[int, ...], device: torch.device, **args) -> None:
         if 0 in grid:
             return
+        variant = variant if variant.fits(args) else variant.unaligned()
         assert variant == LISTED[variant.name]
         assert args.keys() == variant.signature.keys()
         assert 1 <= grid[0] < 2**31 and all(1 <= g <= 65535 for g in grid[1:]), grid
@@ -170,7 +189,7 @@ def test_rows_are_described_where_a_descriptor_takes_them(launched: Launched, mo
                 if not (knows and name in described):
                     assert given is rows and "described" not in what, (name, what)
                     continue
-                assert what.endswith("described") and given.base is rows, (name, what)
+                assert "described" in what and given.base is rows, (name, what)
                 assert (given.shape, given.padding) == ([n, d], "zero")
                 assert given.strides == [rows.stride(0) if n > 1 else d, 1]
                 tile = LISTED[what].constexprs
@@ -184,12 +203,19 @@ def test_full_precision_reads_by_pointers(launched: Launched, monkeypatch) -> No
     monkeypatch.setattr(stored, "has_descriptors", lambda _: True)
     monkeypatch.setattr(planner, "one_pass", lambda *_: None)
     x, rows, *how = problem(2, 8, 64, F32)
+    args = (x, rows.contiguous(), *how, None, None, None, 1.0, 0.0, "gaussian")
     for precision in ("tf32x3", "ieee"):
-        monkeypatch.setenv(env.PRECISION, precision)
-        launched.clear()
-        backend.posterior(x, rows.contiguous(), *how, None, None, None, 1.0, 0.0, "gaussian")
-        names = [name for name, _, _ in launched if name.split()[0] in ("dots", "accumulate")]
-        assert {name.endswith("described") for name in names} == {precision == "tf32x3"}
+        # The argument counts, and where it leaves the choice, the environment.
+        for said, environment in ((precision, "tf32x3"), ("auto", precision)):
+            monkeypatch.setenv(env.PRECISION, environment)
+            launched.clear()
+            out = backend.posterior(*args, said)
+            backend.posterior_backward(*args[:8], *out, *out, *args[8:], said)
+            grads = [v.clone() for v in out]
+            backend.posterior_backward_rows(*args[:6], None, grads, *args[8:], said)
+            names = [name for name, _, _ in launched if name.split()[0] in ("dots", "accumulate")]
+            assert {name.split()[3] for name in names} == {precision}
+            assert {"described" in name for name in names} == {precision == "tf32x3"}
 
 
 @pytest.mark.parametrize(("b", "n", "d"), [(1, 1, 1), (64, 50_000, 3072), (65_536, 2000, 64)])

@@ -29,18 +29,19 @@ SIZES = [
 def test_every_size(machine: planner.Machine, dtype: torch.dtype) -> None:
     for b, n, d in SIZES:
         for kernel in ("gaussian", "log"):
-            one = planner.one_pass(b, n, d, dtype, machine, kernel)
-            assert (one is None) == (kernel == "log" or d > 256)
-            if one is not None:
-                check_one_pass(one, b, n, d, dtype)
+            for unaligned in (False, True):
+                one = planner.one_pass(b, n, d, dtype, machine, kernel, unaligned)
+                assert (one is None) == (kernel == "log" or d > 256)
+                if one is not None:
+                    check_one_pass(one, b, n, d, dtype, unaligned)
             for kept in (1, 2):
                 plan = planner.chunked(b, n, d, dtype, machine, kernel, kept)
                 assert plan == planner.chunked(b, n, d, dtype, machine, kernel, kept)
                 check_chunked(plan, b, n, d, dtype, machine, kernel, kept)
 
 
-def check_one_pass(plan, b, n, d, dtype):
-    tile = onepass.tile(dtype, plan.features, plan.few)
+def check_one_pass(plan, b, n, d, dtype, unaligned):
+    tile = onepass.tile(dtype, plan.features, plan.few, unaligned)
     assert d <= plan.features and plan.few == (b <= planner.FEW)
     assert 1 <= plan.run * tile.n <= onepass.PART and 1 <= plan.queries <= b
     parts, words = -(-n // (plan.run * tile.n)), onepass.words(n, tile)
@@ -86,7 +87,9 @@ def test_what_is_planned_is_listed() -> None:
         for d in onepass.FEATURES:
             for few in (True, False):
                 for p in products.precisions(dtype):
-                    assert onepass.sweep_variant(dtype, d, few, p).name in names
+                    for unaligned in (False, True):
+                        v = onepass.sweep_variant(dtype, d, few, p, unaligned)
+                        assert v.name in names and v.name.endswith("unaligned") == unaligned
             assert onepass.exact_variant(dtype, d).name in names
 
 

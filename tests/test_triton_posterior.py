@@ -11,6 +11,7 @@ from triton_interpreter import DEVICE
 
 pytest.importorskip("triton")
 
+import memokern
 from memokern import env
 from memokern.backends import triton
 from memokern.kernels import planner, sweep
@@ -117,7 +118,16 @@ def test_every_noise_level(sigma: float, d: int) -> None:
 def test_precisions(precision: str, d: int, monkeypatch) -> None:
     monkeypatch.setenv(env.PRECISION, precision)
     x, rows, scale, shift = make(2, 90, d, F32, 1.0)
-    check(x, rows, scale, shift, 1.0)
+    got = check(x, rows, scale, shift, 1.0)
+    monkeypatch.setenv(env.BACKEND, "triton")
+    for other in env.PRECISIONS:  # the argument counts, whatever the environment says
+        p = memokern.posterior(*on_device(x, rows), 1.0, precision=other)
+        assert torch.equal(p.mean.cpu(), got[0]) == (other == precision)
+        torch.testing.assert_close(p.mean.cpu(), got[0], rtol=1e-4, atol=1e-5)
+    one = torch.ones(2, dtype=F64)
+    args = on_device(x, rows, one, one, one, None, None, None)
+    with pytest.raises(ValueError, match="precision must be auto, tf32x3 or ieee, not 'tf32'"):
+        triton.posterior(*args, scale, shift, "gaussian", "tf32")
     monkeypatch.setenv(env.PRECISION, "tf32")
     with pytest.raises(RuntimeError, match="MEMOKERN_PRECISION must be one of tf32x3, ieee"):
         run(x, rows, 1.0)

@@ -64,6 +64,7 @@ def sweep_v() -> Variant:
 
 def launched(gpu: Gpu, variant: Variant, device: torch.device = DEVICE, **how) -> str:
     """The name of what a launch launches."""
+    how = {**dict.fromkeys(variant.aligned, 32), **how}
     tuning.launch(variant, (7,), device, **how)
     assert len(gpu.launched) == 1
     return gpu.launched.pop()[0]
@@ -137,7 +138,8 @@ def test_what_a_launch_changes_is_left_alone(gpu: Gpu, monkeypatch) -> None:
         return time(call)
 
     monkeypatch.setattr(tuning, "timer", spy)
-    tuning.launch(variant, (1,), DEVICE, changes=("acc",), acc=acc, rows=rows)
+    args = {**dict.fromkeys(variant.aligned, 32), "acc": acc, "rows": rows}
+    tuning.launch(variant, (1,), DEVICE, changes=("acc",), **args)
     assert len(seen) == 2 and all(args["acc"] is not acc and args["rows"] is rows for args in seen)
     assert gpu.launched[0][1]["acc"] is acc
 

@@ -92,6 +92,7 @@ def posterior(
     scale: float,
     shift: float,
     kernel: str,
+    precision: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The dense sweep; see :func:`memokern.ops.posterior` for the formulas."""
     q, numbers, b = queries_of(x, rows, sigma, alpha, temperature, bias)
@@ -180,6 +181,7 @@ def posterior_backward(
     scale: float,
     shift: float,
     kernel: str,
+    precision: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients for x, sigma, alpha, temperature and bias; see :mod:`memokern.ops`."""
     q, (s, a, t), b = queries_of(x, rows, sigma, alpha, temperature, bias)

@@ -184,6 +184,7 @@ def posterior(
     scale: float,
     shift: float,
     kernel: str,
+    precision: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The dense sweep; see :func:`memokern.ops.posterior` for the formulas."""
     c = _center(rows, center, scale, shift)
@@ -261,6 +262,7 @@ def posterior_backward(
     scale: float,
     shift: float,
     kernel: str,
+    precision: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients for x, sigma, alpha, temperature and bias, by differentiating the formulas."""
     c = _center(rows, center, scale, shift)
@@ -282,6 +284,7 @@ def posterior_double_backward(
     scale: float,
     shift: float,
     kernel: str,
+    precision: str = "auto",
 ) -> list[Tensor]:
     """Gradients of <grad_grads, posterior_backward> for the inputs, bias last, then for grads."""
     c = _center(rows, center, scale, shift)
@@ -302,6 +305,7 @@ def posterior_backward_rows(
     scale: float,
     shift: float,
     kernel: str,
+    precision: str = "auto",
 ) -> Tensor:
     """The gradient for floating-point rows [N, D]."""
     c = _center(rows, center, scale, shift)

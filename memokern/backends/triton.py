@@ -81,14 +81,19 @@ def machine(device: torch.device) -> Any:
     return Machine(found.multi_processor_count, found.L2_cache_size)
 
 
-def _precision() -> str:
+def _precision(asked: str) -> str:
     """AMD's matrix cores multiply float32; there is nothing to choose."""
-    return env.precision() if torch.version.hip is None else "ieee"
+    if asked not in ("auto", *env.PRECISIONS):
+        raise ValueError(f"precision must be auto, {' or '.join(env.PRECISIONS)}, not {asked!r}")
+    if torch.version.hip is not None:
+        return "ieee"
+    return env.precision() if asked == "auto" else asked
 
 
 def _prepared(
     x: Tensor, rows: Tensor, columns: tuple[Tensor, Tensor, Tensor], bias: Tensor | None,
     center: Tensor | None, sq_norms: Tensor | None, scale: float, shift: float, kernel: str,
+    precision: str,
 ) -> tuple[Any, Any]:  # fmt: skip
     """The queries and the rows as the kernels take them; what their owner has not is computed."""
     from memokern.kernels.queries import Queries
@@ -97,20 +102,20 @@ def _prepared(
     q, numbers_of_each, b = queries_of(x, rows, *columns, bias)
     center, sq_norms = center_of(rows, center, sq_norms, scale, shift)
     units = numbers(scale, shift, x.device)
-    queries = Queries(q, rows, numbers_of_each, center, units, kernel, _precision())
+    queries = Queries(q, rows, numbers_of_each, center, units, kernel, _precision(precision))
     return queries, Rows(rows, sq_norms, b)
 
 
 def posterior(
     x: Tensor, rows: Tensor, sigma: Tensor, alpha: Tensor, temperature: Tensor,
     bias: Tensor | None, center: Tensor | None, sq_norms: Tensor | None, scale: float, shift: float,
-    kernel: str,
+    kernel: str, precision: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The dense sweep; see :mod:`memokern.ops` for the formulas."""
     data = (center, sq_norms, scale, shift, kernel)
     if _is_double(x, rows):
         return reference.posterior(x, rows, sigma, alpha, temperature, bias, *data)
-    out = _swept(*_prepared(x, rows, (sigma, alpha, temperature), bias, *data), kernel)
+    out = _swept(*_prepared(x, rows, (sigma, alpha, temperature), bias, *data, precision), kernel)
     return out[0].to(x.dtype), out[1], out[2], out[3], out[4]
 
 
@@ -122,7 +127,7 @@ def _swept(queries: Any, stored: Any, kernel: str) -> list[Tensor]:
     out = [torch.empty(queries.x.shape, dtype=torch.float32, device=device)]
     out += [torch.empty(b, dtype=_F64, device=device) for _ in range(4)]
     if b:
-        sweep.posterior(queries, stored, machine(device), kernel, _precision(), out)
+        sweep.posterior(queries, stored, machine(device), kernel, queries.precision, out)
     return out
 
 
@@ -131,7 +136,7 @@ def posterior_backward(
     bias: Tensor | None, center: Tensor | None, sq_norms: Tensor | None, mean: Tensor,
     log_z: Tensor, mean_logit: Tensor, mean_bias: Tensor, weight_sq: Tensor, grad_mean: Tensor,
     grad_log_z: Tensor, grad_mean_logit: Tensor, grad_mean_bias: Tensor, grad_weight_sq: Tensor,
-    scale: float, shift: float, kernel: str,
+    scale: float, shift: float, kernel: str, precision: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients for x, sigma, alpha, temperature and bias; see :mod:`memokern.ops`."""
     data = (center, sq_norms, scale, shift, kernel)
@@ -144,7 +149,7 @@ def posterior_backward(
         )  # fmt: skip
     from memokern.kernels import gradient
 
-    queries, stored = _prepared(x, rows, (sigma, alpha, temperature), bias, *data)
+    queries, stored = _prepared(x, rows, (sigma, alpha, temperature), bias, *data, precision)
     b, device = x.shape[0], x.device
     grad_bias = torch.zeros(0 if bias is None else rows.shape[0], dtype=_F64, device=device)
     out = [torch.empty(b, dtype=_F64, device=device) for _ in range(3)]
@@ -153,7 +158,7 @@ def posterior_backward(
         gradient.posterior_backward(
             queries, stored, mean.to(torch.float32).contiguous(),
             torch.stack([v.to(_F64) for v in saved]), grad_mean.to(torch.float32).contiguous(),
-            torch.stack([v.to(_F64) for v in coming]), machine(device), kernel, _precision(),
+            torch.stack([v.to(_F64) for v in coming]), machine(device), kernel, queries.precision,
             [grad_x, *out, grad_bias],
         )  # fmt: skip
     return grad_x, out[0], out[1], out[2], grad_bias
@@ -162,7 +167,7 @@ def posterior_backward(
 def posterior_backward_rows(
     x: Tensor, rows: Tensor, sigma: Tensor, alpha: Tensor, temperature: Tensor,
     bias: Tensor | None, center: Tensor | None, grads: list[Tensor], scale: float, shift: float,
-    kernel: str,
+    kernel: str, precision: str = "auto",
 ) -> Tensor:  # fmt: skip
     """The gradient for floating-point rows [N, D]; see :mod:`memokern.ops`."""
     columns = (sigma, alpha, temperature)
@@ -175,12 +180,12 @@ def posterior_backward_rows(
     if x.shape[0] == 0:
         return torch.zeros(rows.shape, dtype=rows.dtype, device=rows.device)
     # The center alone saves nothing: the norms about it are not given.
-    queries, stored = _prepared(x, rows, columns, bias, None, None, scale, shift, kernel)
+    queries, stored = _prepared(x, rows, columns, bias, None, None, scale, shift, kernel, precision)
     mean, *stats = _swept(queries, stored, kernel)
     out = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
     gradient.posterior_backward_rows(
         queries, stored, mean, torch.stack(stats), grads[0].to(torch.float32).contiguous(),
-        torch.stack([v.to(_F64) for v in grads[1:]]), machine(x.device), kernel, _precision(),
+        torch.stack([v.to(_F64) for v in grads[1:]]), machine(x.device), kernel, queries.precision,
         scale, shift, out,
     )  # fmt: skip
     return out

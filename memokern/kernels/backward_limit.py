@@ -143,6 +143,7 @@ def limits_variant(rows: torch.dtype) -> Variant:
         constexprs={"BLOCK_N": 64, "BLOCK_D": 32},
         num_warps=8,
         registers=128,
+        loose={"registers": 255},
         aligned=("bias", "rows", "x", "D", "stride_n"),
     )  # fmt: skip
 

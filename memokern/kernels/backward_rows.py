@@ -86,7 +86,7 @@ def variant(rows: torch.dtype) -> Variant:
             "n": "i32", "D": "i32", "stride_n": "i64", "is_last": "i32", "scale": "fp32",
         },
         constexprs={"BLOCK_N": 32, "BLOCK_D": 128},
-        num_warps=4,
+        num_warps=4, loose={"num_warps": 8},
         aligned=("coefficients", "weights", "x", "grad_mean", "rows", "acc", "grad_rows", "n", "D",
                  "stride_n"),
     )  # fmt: skip

@@ -24,7 +24,7 @@ from memokern.kernels.variant import POINTERS, ROW_TYPES, Variant, row_name
 _BLOCK_D = 128
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit
 def sq_norms_kernel(
     rows,  # [N, D]
     center,  # [D]
@@ -48,7 +48,7 @@ def sq_norms_kernel(
     tl.store(sq_norms + o_n, tl.sum(acc, 1), mask=mask_n)
 
 
-@triton.jit(do_not_specialize=["total", "b0", "B", "states", "parts"])
+@triton.jit
 def finish_kernel(
     state,  # [states, STATE, B]
     acc,  # [parts, B, D]
@@ -134,6 +134,7 @@ def sq_norms_variant(rows: torch.dtype) -> Variant:
             "N": "i32", "D": "i32", "stride_n": "i64",
         },
         constexprs={"BLOCK_N": 32, "BLOCK_D": 64},
+        loose={"registers": 255},
         aligned=("rows", "center", "numbers", "sq_norms", "D", "stride_n"),
     )  # fmt: skip
 

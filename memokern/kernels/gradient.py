@@ -49,9 +49,7 @@ class _Sweep:
         self.plan = planner.chunked(
             self.total, data.n, self.d, self.dtype, machine, kernel, products=2
         )
-        self.dots_v = products.dots_variant(
-            self.dtype, self.plan.few, precision, data.described
-        )
+        self.dots_v = products.dots_variant(self.dtype, self.plan.few, precision, data.described)
         self.dots_rows = products.rows_for(self.dots_v, data)
         self.chunk = min(self.plan.rows, data.n)
         self.part_d = planner.share(self.d, self.plan.parts_d, self.dots_v.constexprs["BLOCK_D"])

@@ -21,7 +21,7 @@ PRECISION = "tf32x3"  # of the first product: three products of tf32, or "ieee"
 _GROUPS_AT_ONCE = 256  # least keys read at a time
 
 
-@triton.jit(do_not_specialize=["B", "N"])
+@triton.jit
 def nearest_groups_kernel(
     xc,  # [B, D] centred queries
     rows,  # [N, D]
@@ -57,7 +57,7 @@ def nearest_groups_kernel(
     tl.store(least + o_b * tl.cdiv(N, GROUP) + i_g, b_least, mask=mask_b)
 
 
-@triton.jit(do_not_specialize=["N", "parts", "k"])
+@triton.jit
 def nearest_exact_kernel(
     x,  # [B, D]
     rows,  # [N, D]
@@ -123,6 +123,7 @@ def nearest_exact_kernel(
 def groups_variant(dtype: torch.dtype, few: bool, precision: str = PRECISION) -> Variant:
     """The first kernel. few: up to 16 queries, where a tile of 64 would be mostly empty."""
     block_b = 16 if few else 64
+    constexprs = {"BLOCK_B": block_b, "GROUP": GROUP, "BLOCK_D": 32, "PRECISION": precision}
     return Variant(
         name=f"nearest_groups {row_name(dtype)} B{block_b} {precision}",
         kernel=nearest_groups_kernel,
@@ -131,9 +132,7 @@ def groups_variant(dtype: torch.dtype, few: bool, precision: str = PRECISION) ->
             "least": "*fp32", "B": "i32", "N": "i32", "D": "i32", "stride_n": "i64",
             "scale": "fp32",
         },
-        constexprs={
-            "BLOCK_B": block_b, "GROUP": GROUP, "BLOCK_D": 32, "PRECISION": precision,
-        },
+        constexprs=constexprs, loose={"constexprs": {**constexprs, "BLOCK_D": 16}},
         num_warps=4, num_stages=3,
         aligned=("xc", "rows", "offset", "half_sq", "least", "D", "stride_n"),
         matrix=precision != "ieee",
@@ -154,7 +153,7 @@ def exact_variant(dtype: torch.dtype, k: int) -> Variant:
         constexprs={
             "GROUP": GROUP, "GROUPS_AT_ONCE": _GROUPS_AT_ONCE, "BLOCK_D": 32, "SLOTS": slots,
         },
-        num_warps=8, num_stages=1, registers=96,
+        num_warps=8, num_stages=1, registers=96, loose={"registers": 128},
         aligned=("x", "rows", "numbers", "least", "limit", "dist", "index", "D", "stride_n"),
     )  # fmt: skip
 

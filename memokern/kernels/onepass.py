@@ -42,7 +42,7 @@ PART = 2048  # rows of a part, at most
 WORD = tl.constexpr(32)  # rows whose marks are one number
 
 
-@triton.jit(do_not_specialize=["total", "b0", "B", "N", "run", "words", "has_bias"])
+@triton.jit
 def sweep_kernel(
     terms,  # [TERMS, total, D]
     rows,  # [N, D]
@@ -187,7 +187,7 @@ def sweep_kernel(
     tl.store(p_s + SW2 * B, sw2.to(tl.float64), mask=mask_b)
 
 
-@triton.jit(do_not_specialize=["total", "b0", "B", "words", "width", "share", "has_bias"])
+@triton.jit
 def exact_kernel(
     marks,  # [B, words]
     rows,  # [N, D]
@@ -281,13 +281,17 @@ class Tile(NamedTuple):
     stages: int
 
 
-def tile(rows: torch.dtype, features: int, few: bool) -> Tile:
+def tile(rows: torch.dtype, features: int, few: bool, unaligned: bool = False) -> Tile:
     """For rows of a type and so many features, a power of two; few: up to 16 queries. The largest
     that compile for every target without a spill; float32 takes most, for its three products need
-    sums of their own. Where a step is as wide as the tile, the queries' terms are held."""
+    sums of their own. Where a step is as wide as the tile, the queries' terms are held. unaligned:
+    rows shorter than float32 pass through registers, number by number."""
     wide, single = features >= 128, rows == torch.float32
+    loose = unaligned and not single
+    single = single or (loose and wide)
     if few and wide:
-        return Tile(16, 32 if single else 64, 32, 8, 3)
+        rows_of_tile = 16 if loose and features == 256 else 32 if single else 64
+        return Tile(16, rows_of_tile, 32, 8, 3)
     if few:
         low = single or rows == torch.uint8
         return Tile(16, 32 if low else 64, features, 8 if single and features == 64 else 4, 3)
@@ -297,7 +301,7 @@ def tile(rows: torch.dtype, features: int, few: bool) -> Tile:
     if single and features >= 32:
         return Tile(64, 16, 32, 8 if features == 64 else 4, 3)
     # uint8 is converted on the way: there is nothing to load ahead into.
-    return Tile(64, 32, features, 4, 1 if rows == torch.uint8 else 3)
+    return Tile(64, 32, features, 4, 1 if rows == torch.uint8 or loose else 3)
 
 
 def words(n: int, size: Tile) -> int:
@@ -305,10 +309,12 @@ def words(n: int, size: Tile) -> int:
     return -(-n // size.n) * -(-size.n // WORD.value)
 
 
-def sweep_variant(rows: torch.dtype, features: int, few: bool, precision: str) -> Variant:
+def sweep_variant(
+    rows: torch.dtype, features: int, few: bool, precision: str, unaligned: bool = False
+) -> Variant:
     """For up to `features` features, a power of two from 16."""
-    how, size = operand(rows, precision), tile(rows, features, few)
-    return Variant(
+    how, size = operand(rows, precision), tile(rows, features, few, unaligned)
+    variant = Variant(
         name=f"sweep {row_name(rows)} D{features} B{size.b} {precision}",
         kernel=sweep_kernel,
         signature={
@@ -327,6 +333,11 @@ def sweep_variant(rows: torch.dtype, features: int, few: bool, precision: str) -
         registers=255,
         matrix=how.terms > 1 or precision != "ieee",
     )  # fmt: skip
+    if not unaligned:
+        return variant
+    # In full precision of many queries, numbers on their way would take the room of the sums.
+    slow = not (few or variant.matrix)
+    return variant.unaligned()._replace(num_stages=1 if slow else size.stages)
 
 
 def exact_variant(rows: torch.dtype, features: int) -> Variant:
@@ -351,9 +362,11 @@ FEATURES = (16, 32, 64, 128, 256)
 
 
 def variants() -> list[Variant]:
-    """Row types by features, sizes of the batch, precisions."""
+    """Row types by features, sizes of the batch, precisions, and the sweep by alignment too."""
     fits = [(t, d, few) for t in ROW_TYPES for d in FEATURES for few in (True, False)]
+    each = [(*how, p) for how in fits for p in precisions(how[0])]
     return [
         *(exact_variant(t, d) for t in ROW_TYPES for d in FEATURES),
-        *(sweep_variant(t, d, few, p) for t, d, few in fits for p in precisions(t)),
+        *(sweep_variant(*how) for how in each),
+        *(sweep_variant(*how, unaligned=True) for how in each),
     ]

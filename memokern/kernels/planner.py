@@ -62,10 +62,12 @@ def _parts(programs: int, wanted: int, most: int) -> int:
 
 
 def one_pass(
-    b: int, n: int, d: int, dtype: torch.dtype, machine: Machine, kernel: str
-) -> OnePass | None:
+    b: int, n: int, d: int, dtype: torch.dtype, machine: Machine, kernel: str,
+    unaligned: bool = False,
+) -> OnePass | None:  # fmt: skip
     """For b queries and n rows of d features; None where their sums do not fit the registers. The
-    log kernel needs logarithms in float64, which leave no room for them at all.
+    log kernel needs logarithms in float64, which leave no room for them at all. unaligned: whether
+    the rows are.
 
     >>> one_pass(1, 50_000, 64, torch.bfloat16, Machine(132, 50 << 20), "gaussian")
     OnePass(few=True, features=64, queries=1, run=2, exact_parts=25)
@@ -75,7 +77,7 @@ def one_pass(
     features = next((f for f in onepass.FEATURES if d <= f), None)
     if features is None or kernel == "log":
         return None
-    tile = onepass.tile(dtype, features, few)
+    tile = onepass.tile(dtype, features, few, unaligned)
     tiles_n, most = -(-n // tile.n), onepass.PART // tile.n
     # Of a query: sums of each part, at most twice as many as there must be, and marks.
     each = (4 * d + 48) * -(-tiles_n // most) * 2 + 4 * onepass.words(n, tile)

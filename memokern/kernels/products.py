@@ -148,11 +148,15 @@ def accumulate_kernel(
     tl.store(p_acc, old * f[:, None] + total * f_new[:, None], mask=mask)
 
 
-def dots_variant(
-    rows: torch.dtype, few: bool, precision: str, described: bool = False
-) -> Variant:
+def dots_variant(rows: torch.dtype, few: bool, precision: str, described: bool = False) -> Variant:
     how, tile = operand(rows, precision), dots_tile(few, rows, precision)
     tight = (rows, few, precision, described) in _TIGHT
+    constexprs = {
+        "DESCRIBED": False,
+        "TERMS": how.terms, "PRECISION": precision if how.terms == 1 else "ieee",
+        "BLOCK_B": tile.b, "BLOCK_N": tile.n, "BLOCK_D": tile.d,
+    }  # fmt: skip
+    halved = few or rows != torch.float32  # where they are unaligned
     variant = Variant(
         name=f"dots {row_name(rows)} B{tile.b} {precision}",
         kernel=dots_kernel,
@@ -161,11 +165,8 @@ def dots_variant(
             "b0": "i32", "b": "i32", "n0": "i64", "n": "i32", "D": "i32", "stride_n": "i64",
             "part_d": "i32",
         },
-        constexprs={
-            "DESCRIBED": False,
-            "TERMS": how.terms, "PRECISION": precision if how.terms == 1 else "ieee",
-            "BLOCK_B": tile.b, "BLOCK_N": tile.n, "BLOCK_D": tile.d,
-        },
+        constexprs=constexprs,
+        loose={"constexprs": {**constexprs, "BLOCK_D": tile.d // 2}} if halved else None,
         num_warps=tile.warps, num_stages=tile.stages,
         aligned=("terms", "rows", "dots", "n", "D", "stride_n", "part_d"),
         matrix=how.terms > 1 or precision != "ieee",
@@ -206,8 +207,9 @@ def _described(v: Variant) -> Variant:
         name=v.name + " described",
         signature={**v.signature, "rows": f"tensordesc<{v.signature['rows'][1:]}[{tile}]>"},
         constexprs={**v.constexprs, "DESCRIBED": True},
-        aligned=tuple(name for name in v.aligned if name != "rows"),
+        aligned=tuple(name for name in v.aligned if name not in ("rows", "stride_n")),
         targets=DESCRIBED,
+        loose={"registers": 255},
     )
 
 

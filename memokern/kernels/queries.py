@@ -35,7 +35,7 @@ from memokern.kernels.variant import POINTERS, ROW_TYPES, Variant, row_name
 _BLOCK_D = 1024
 
 
-@triton.jit(do_not_specialize=["B"])
+@triton.jit
 def queries_kernel(
     x,  # [B, D]
     sigma, alpha, temperature,  # [B]
@@ -154,6 +154,7 @@ class Queries:
         how = operand(rows.dtype, precision)
         self.x, (self.sigma, self.alpha, self.temperature) = x, columns
         self.numbers, self.how, self.center = numbers, how, center
+        self.precision = precision
         self.terms = torch.empty(how.terms, b, d, dtype=how.dtype, device=x.device)
         self.table = torch.empty(NUMBERS, b, dtype=torch.float64, device=x.device)
         likely, bound = product_errors(how, d)

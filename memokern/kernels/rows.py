@@ -21,17 +21,26 @@ def stride_of(rows: Tensor) -> int:
     return rows.stride(0) if rows.shape[0] > 1 else rows.shape[1]
 
 
+def _aligned(values: Tensor | None) -> Tensor | None:
+    """The values at an address that is a multiple of 16."""
+    return values if values is None or values.data_ptr() % 16 == 0 else values.clone()
+
+
 class Rows:
     """The rows of a call as the kernels take them: contiguous features, their squared norms.
 
-    described: whether they are read through a tensor descriptor, which wants their address and
-    their stride in multiples of 16 bytes, and rows that do not overlap; else by pointers.
+    unaligned: whether their features, their stride or their address is not in multiples of 16: they
+    are read number by number. described: whether they are read through a tensor descriptor, which
+    wants their address and their stride in multiples of 16 bytes, and rows that do not overlap;
+    else by pointers.
     """
 
     def __init__(self, rows: Tensor, sq_norms: Tensor, bias: Tensor | None) -> None:
-        self.rows, self.sq_norms, self.bias = rows, sq_norms, bias
+        # Rows stay where they are; all else can be moved to where kernels read it fast.
+        self.rows, self.sq_norms, self.bias = rows, _aligned(sq_norms), _aligned(bias)
         self.n, self.d = rows.shape
         self.stride = stride_of(rows)
+        self.unaligned = bool(self.d % 16 or self.stride % 16 or rows.data_ptr() % 16)
         step = self.stride * rows.element_size()
         self.described = (
             has_descriptors(rows.device) and rows.data_ptr() % 16 == 0 and step % 16 == 0

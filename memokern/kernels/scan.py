@@ -30,7 +30,7 @@ STORED = (torch.float16, torch.float32)  # how the later levels' coordinates may
 _HOPE = tl.constexpr(0.2)
 
 
-@triton.jit(do_not_specialize=["B", "N", "k0", "K", "stride_n"])
+@triton.jit
 def scan_level0_kernel(
     coarse,  # [N, k0 + bands + 1]
     xs,  # [B, k0 + bands]: alpha z, then a |x_b|
@@ -94,7 +94,7 @@ def scan_level0_kernel(
             tl.store(up + slot, bound, mask=listed)
 
 
-@triton.jit(do_not_specialize=["M", "stride_n", "k0", "bands", "k1", "k2", "b1", "b2"])
+@triton.jit
 def scan_climb_kernel(
     coarse,  # [N, k0 + bands + 1]
     fine,  # [N, F]

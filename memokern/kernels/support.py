@@ -25,7 +25,7 @@ SOFT, HARD, LOST = 0, 1, 3
 _SOFT, _HARD = tl.constexpr(SOFT), tl.constexpr(HARD)
 
 
-@triton.jit(do_not_specialize=["M", "N"])
+@triton.jit
 def support_pairs_kernel(
     x,  # [B, D]
     rows,  # [N, D]
@@ -82,7 +82,7 @@ def _bias_of(bias, index, o_i, mask, HAS_BIAS: tl.constexpr):
     return b
 
 
-@triton.jit(do_not_specialize=["B"])
+@triton.jit
 def support_weights_kernel(
     r2,  # [M]
     index,  # [M]
@@ -164,7 +164,7 @@ def support_weights_kernel(
     tl.store(to + 5 * B, tl.where(some, more, 0.0))
 
 
-@triton.jit(do_not_specialize=["B"])
+@triton.jit
 def support_coefficients_kernel(
     w, r2, gy, xy,  # [M]; gy is overwritten
     index,  # [M]
@@ -233,7 +233,7 @@ def support_coefficients_kernel(
     tl.store(out + 3 * B + i_b, tl.sum(b_total, 0))
 
 
-@triton.jit(do_not_specialize=["B", "parts"])
+@triton.jit
 def support_sum_kernel(
     w,  # [M]
     index,  # [M]

@@ -20,7 +20,7 @@ def posterior(
     """Into out: mean [B, D] float32, log_z, mean_logit, mean_bias and weight_sq [B] float64."""
     b, d = q.x.shape
     size = (b, data.n, d, data.rows.dtype, machine, kernel)
-    plan = planner.one_pass(*size)
+    plan = planner.one_pass(*size, data.unaligned)
     if plan is not None:
         _one_pass(q, data, plan, precision, out)
     else:
@@ -32,9 +32,9 @@ def _one_pass(
 ) -> None:
     total, d = q.x.shape
     device, dtype, has_bias = q.x.device, data.rows.dtype, data.bias is not None
-    sweep_v = onepass.sweep_variant(dtype, plan.features, plan.few, precision)
+    sweep_v = onepass.sweep_variant(dtype, plan.features, plan.few, precision, data.unaligned)
     exact_v = onepass.exact_variant(dtype, plan.features)
-    size = onepass.tile(dtype, plan.features, plan.few)
+    size = onepass.tile(dtype, plan.features, plan.few, data.unaligned)
     swept = -(-data.n // (plan.run * size.n))
     parts = swept + plan.exact_parts
     words = onepass.words(data.n, size)

@@ -30,7 +30,7 @@ def choices(variant: Variant) -> tuple[Variant, ...]:
     kernel = variant.name.split()[0]
     if kernel not in ("sweep", "dots", "accumulate"):
         return (variant,)  # they take little of the time
-    if variant.num_stages == 1 or not variant.matrix:
+    if variant.num_stages == 1 or not variant.matrix or not variant.aligned:
         return (variant,)  # nothing can be loaded ahead, or arithmetic is what is waited for
     if kernel == "sweep" and variant.constexprs["BLOCK_B"] > 16 and not _held(variant):
         return (variant,)  # its registers are full: another depth spills some
@@ -53,7 +53,7 @@ def launch(
 ) -> None:  # fmt: skip
     """Launch the choice for this kernel. changes: the arguments that a launch reads and writes,
     which measuring must leave alone."""
-    if env.autotune() and 0 not in grid:
+    if env.autotune() and 0 not in grid and variant.fits(args):
         variant = _chosen(variant, grid, device, changes, args)
     variant.launch(grid, device, **args)
 

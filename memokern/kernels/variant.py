@@ -8,9 +8,11 @@ and the predictions of time all walk these lists, so none of them can forget a k
 from __future__ import annotations
 
 import contextlib
+import types
 from typing import Any, NamedTuple
 
 import torch
+import triton
 
 # As Triton's signatures name them; [0] of a name is that of a pointer to it.
 POINTERS = {
@@ -32,11 +34,14 @@ class Variant(NamedTuple):
     """A kernel, with all that its machine code depends on.
 
     name: unique among all variants. signature: the Triton type of every argument that is not in
-    constexprs, by name. aligned: the arguments that are divisible by 16 (pointers: their address),
-    which Triton's launcher finds out by itself. matrix: whether its products must be on the tensor
-    cores. registers: how many a thread may use on NVIDIA, where the assembler, left alone, would
-    rather spill a few bytes than pass its next step of occupancy. targets: the only ones that it is
-    launched on, of those it is compiled for ahead of time; empty: all.
+    constexprs, by name. aligned: the arguments that are divisible by 16 (pointers: their address).
+    A launch in which one of them is not gets the variant `unaligned` instead, whose loads are of
+    single numbers; of the other arguments the machine code knows nothing. loose: the fields that
+    differ there, for numbers on their way take registers. matrix: whether its
+    products must be on the tensor cores. registers: how many a thread may use on NVIDIA, where the
+    assembler, left alone, would rather spill a few bytes than pass its next step of occupancy.
+    targets: the only ones that it is launched on, of those it is compiled for ahead of time; empty:
+    all.
     """
 
     name: str
@@ -49,16 +54,30 @@ class Variant(NamedTuple):
     matrix: bool = False
     registers: int | None = None
     targets: tuple[str, ...] = ()
+    loose: dict[str, Any] | None = None
 
     def launch(self, grid: tuple[int, ...], device: torch.device, **args: Any) -> None:
         """Run on the device's current stream; nothing is compiled before the first launch."""
         if 0 in grid:
             return
+        variant = self if self.fits(args) else self.unaligned()
         # Triton launches on the current device, which need not be the tensors'.
         guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
         vendor = "hip" if torch.version.hip else "cuda"
         with guard:
-            self.kernel[grid](**args, **self.on(vendor).constexprs, **self.options(vendor))
+            kernel = _specialised(variant)
+            kernel[grid](**args, **variant.on(vendor).constexprs, **variant.options(vendor))
+
+    def fits(self, args: dict[str, Any]) -> bool:
+        """Whether the arguments are aligned as the variant says."""
+        return all(_is_aligned(args[name]) for name in self.aligned)
+
+    def unaligned(self) -> Variant:
+        """The variant for arguments of any alignment."""
+        if not self.aligned:
+            return self
+        name = f"{self.name} unaligned"
+        return self._replace(name=name, aligned=(), loose=None, **(self.loose or {}))
 
     def options(self, vendor: str) -> dict[str, int]:
         """How the compiler is called, for ``"cuda"`` or ``"hip"``."""
@@ -80,6 +99,36 @@ class Variant(NamedTuple):
         if vendor == "hip" and self.constexprs.get("PRECISION") == "tf32x3":
             return self._replace(constexprs={**self.constexprs, "PRECISION": "ieee"})
         return self
+
+
+def _is_aligned(value: Any) -> bool:
+    if isinstance(value, int):
+        return value % 16 == 0
+    return bool(value.data_ptr() % 16 == 0)
+
+
+# Kernels by what Triton takes for granted of their arguments.
+_KERNELS: dict[tuple[str, tuple[str, ...]], Any] = {}
+
+
+def _specialised(variant: Variant) -> Any:
+    """The kernel, made to know of its arguments what the variant says and nothing else: left alone,
+    Triton compiles anew for each alignment, for an integer that is 1, and for 64-bit numbers that
+    happen to be small, and then nothing that was compiled ahead of time is what runs."""
+    if not isinstance(variant.kernel, triton.JITFunction):
+        return variant.kernel  # interpreted
+    key = (variant.name, variant.aligned)
+    if key not in _KERNELS:
+        plain = variant.kernel.fn
+        fn = types.FunctionType(plain.__code__, plain.__globals__, plain.__name__)
+        integers = {n: kind for n, kind in variant.signature.items() if kind in ("i32", "i64")}
+        fn.__annotations__ = {**plain.__annotations__, **integers}
+        other = [name for name in variant.signature if name not in variant.aligned]
+        _KERNELS[key] = triton.jit(
+            fn, do_not_specialize=[name for name in other if name in integers],
+            do_not_specialize_on_alignment=other,
+        )  # fmt: skip
+    return _KERNELS[key]
 
 
 def row_name(dtype: torch.dtype) -> str:

@@ -35,7 +35,7 @@ from memokern.kernels.variant import POINTERS, ROW_TYPES, Variant, row_name
 STRIPS = 16
 
 
-@triton.jit(do_not_specialize=["B", "b0", "b", "n0", "parts", "has_bias"])
+@triton.jit
 def weigh_kernel(
     dots,  # [parts, b, n] in; the first part out: weights
     sq_norms,  # [N] |yc|^2
