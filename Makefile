@@ -4,7 +4,7 @@
 # make lint     ruff and mypy
 # make peers    what make bench compares with
 # make gpu-check  where there is a GPU: its tests, then times beside the peers'; else: every kernel compiled
-# make kernels  every Triton kernel compiled, into docs/triton-kernels.md (20 minutes of a core; then what changed)
+# make kernels  every Triton kernel compiled, into docs/triton-kernels.md (45 minutes of a core; then what changed)
 # make sanitize the Triton kernels watched for races and for what lies outside of tensors (ttsem, experimental)
 # make neon     the portable kernels on an emulated ARM processor (needs g++-aarch64-linux-gnu and qemu-user)
 #

@@ -23,7 +23,7 @@ LAYERS = [
     ["queries"],
     ["results"],
     ["pruning"],
-    ["pruning_nearest"],
+    ["pruning_nearest", "shortcuts"],
     ["functional"],
     ["regularizers", "memorization"],
     ["denoiser"],
