@@ -197,7 +197,10 @@ class Denoiser(nn.Module):
 
     def _time(self, x: Tensor, t: float | Tensor) -> Tensor:
         r"""t as scalar or [\*batch] float64; other samplers give it as [\*batch, 1, ..., 1]."""
-        time = torch.as_tensor(t, dtype=torch.float64, device=x.device)
+        if isinstance(t, float | int):  # filled in there: a CUDA graph has no copies from the host
+            time = torch.full((), t, dtype=torch.float64, device=x.device)
+        else:
+            time = torch.as_tensor(t, dtype=torch.float64, device=x.device)
         batch = queries.batch_shape(x, self._data)
         if time.dim() > len(batch):
             extra = time.shape[len(batch) :]

@@ -89,7 +89,10 @@ def per_query(name: str, value: PerQuery, batch: Sequence[int], device: torch.de
     """A float or a tensor that broadcasts to the batch -> [*batch] float64."""
     if isinstance(value, bool) or not isinstance(value, float | int | Tensor):
         raise TypeError(f"expected {name} as a number or a tensor, got {type(value).__name__}")
-    tensor = torch.as_tensor(value, dtype=torch.float64, device=device)
+    if isinstance(value, Tensor):
+        tensor = value.to(device, torch.float64)
+    else:  # filled in there: a copy from the host would wait for the device
+        tensor = torch.full((), value, dtype=torch.float64, device=device)
     try:
         return tensor.expand(tuple(batch))
     except RuntimeError:
@@ -115,8 +118,14 @@ def wide(value: Tensor, like: Tensor) -> Tensor:
     return value.reshape(value.shape + (1,) * (like.dim() - value.dim())).to(like.dtype)
 
 
+def capturing(tensor: Tensor) -> bool:
+    """Whether a CUDA graph is captured, which can wait for no value."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def traced(*tensors: Tensor | None) -> bool:
-    """Whether these have no values to look at: under a compiler, a transform, or on meta."""
+    """Whether these have no values to look at: under a compiler, a transform, while a CUDA graph is
+    captured, or on meta."""
     if is_compiling():
         return True
     functorch = torch._C._functorch
@@ -124,6 +133,7 @@ def traced(*tensors: Tensor | None) -> bool:
         t is not None
         and (
             t.is_meta
+            or capturing(t)
             or functorch.is_functorch_wrapped_tensor(t)
             or isinstance(t, torch._subclasses.FakeTensor)
         )

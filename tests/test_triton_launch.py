@@ -15,15 +15,18 @@ import torch
 
 pytest.importorskip("triton")
 
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from memokern import env
+import memokern
+from memokern import env, processes, queries
 from memokern.backends import triton as backend
 from memokern.backends import triton_scan, triton_select
 from memokern.kernels import listing, planner, scan
 from memokern.kernels import rows as stored
 from memokern.kernels.planner import Machine
 from memokern.kernels.variant import POINTERS, Variant
+from memokern.regularizers import parse
 
 F32, F64 = torch.float32, torch.float64
 LISTED = {v.name: v for v in listing.variants()}
@@ -257,6 +260,82 @@ def test_lists_at_all_sizes(launched: Launched, b: int, n: int, d: int) -> None:
     assert {name.split()[0] for name, *_ in launched} == {
         "support_pairs", "support_weights", "support_sum", "support_coefficients",
     }  # fmt: skip
+
+
+class Captured(TorchDispatchMode):
+    """As a CUDA graph is captured: nothing may wait for the device, nor copy to or from it."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        waits = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "repeat_interleave")
+        name = func.__name__.split(".")[0]
+        assert not name.startswith(waits), f"{func} waits for the device"
+        assert not name.startswith("lift_fresh"), f"{func} copies from the host"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kernel", ["gaussian", "log"])
+@pytest.mark.parametrize("cached", [False, True])
+def test_nothing_waits_for_the_device(
+    launched: Launched, kernel: str, cached: bool, monkeypatch
+) -> None:
+    """After a first call all can be captured in a CUDA graph, but for the scan."""
+    monkeypatch.setattr(triton_select._Lists, "_check", lambda self: None)  # left out then
+    x, _, *how = problem(20, 1, 100)
+    rows, bias = torch.zeros(300, 100), torch.zeros(300, dtype=F64)
+    known = (torch.zeros(100), torch.ones(300, dtype=F64)) if cached else (None, None)
+    lists = (torch.arange(21), torch.arange(20))
+    plan = planner.one_pass
+
+    def calls() -> None:
+        for one_pass in (plan, lambda *_: None):
+            monkeypatch.setattr(planner, "one_pass", one_pass)
+            args = (x, rows, *how, bias, *known)
+            out = backend.posterior(*args, 1.0, 0.0, kernel)
+            backend.posterior_backward(*args, *out, *out, 1.0, 0.0, kernel)
+            grads = list(out)
+            backend.posterior_backward_rows(*args[:6], known[0], grads, 1.0, 0.0, kernel)
+        triton_select.nearest(x, rows, 3, *known, 1.0, 0.0)
+        args = (x, rows, *how, bias, *lists)
+        out = triton_select.posterior_on_support(*args, 1.0, 0.0)
+        triton_select.posterior_on_support_backward(*args, *out, *out, 1.0, 0.0)
+
+    calls()
+    count = len(launched)
+    with Captured():
+        calls()
+    assert len(launched) == 2 * count > 0
+    with pytest.raises(AssertionError, match="waits for the device"), Captured():
+        x.sum().item()
+
+
+def test_the_public_functions_can_be_captured_too(launched: Launched, monkeypatch) -> None:
+    """What they check of values is left out while a CUDA graph is captured."""
+    monkeypatch.setenv(env.BACKEND, "triton")
+    x, sigma = torch.zeros(20, 30), torch.full((20,), 0.5, dtype=F64)
+    data, bias = memokern.TrainingSet(torch.zeros(300, 30)), torch.zeros(300, dtype=F64)
+    models = [
+        memokern.Denoiser(data, process=processes.get(process), regularizer=parse(regularizer))
+        for process in ("edm", "vp") for regularizer in ("none", "tikhonov:c=0.1", "bank:h=0.1")
+    ]  # fmt: skip
+
+    def calls() -> None:
+        query = x.clone().requires_grad_()
+        p = memokern.posterior(query, data, sigma, 0.9, bias=bias)
+        assert p.score.shape == p.entropy.new_zeros(20, 30).shape
+        torch.autograd.grad(p.mean.sum(), query)
+        memokern.score(x, data, sigma)
+        memokern.denoise(x, data, 0.5, temperature=2)
+        memokern.nearest(x, data)
+        for model in models:
+            model(x, sigma)
+            model(x, 0.5)
+
+    calls()
+    count = len(launched)
+    monkeypatch.setattr(queries, "capturing", lambda tensor: True)
+    with Captured():
+        calls()
+    assert len(launched) == 2 * count > 0
 
 
 @pytest.mark.parametrize(("b", "n", "d"), [(1, 1, 1), (1, 2_000_000, 3072), (65_536, 1000, 64)])
