@@ -295,13 +295,18 @@ def tile(rows: torch.dtype, features: int, few: bool, unaligned: bool = False) -
     if few:
         low = single or rows == torch.uint8
         return Tile(16, 32 if low else 64, features, 8 if single and features == 64 else 4, 3)
+    if wide and single:
+        return Tile(32, 16, 32, 8, 3)
+    if features == 256:
+        return Tile(64, 16, 32, 4, 3) if rows == torch.uint8 else Tile(32, 32, 32, 8, 3)
     if wide:
-        low = features == 256 and rows != torch.bfloat16
-        return Tile(32, 16, 32, 8, 3) if single else Tile(64, 16 if low else 32, 32, 4, 3)
+        return Tile(64, 32, 32, 4, 3)
     if single and features >= 32:
         return Tile(64, 16, 32, 8 if features == 64 else 4, 3)
     # uint8 is converted on the way: there is nothing to load ahead into.
-    return Tile(64, 32, features, 4, 1 if rows == torch.uint8 or loose else 3)
+    stages = 1 if rows == torch.uint8 or loose else 3
+    full = loose and features == 64 and rows == torch.bfloat16  # its three terms held beside
+    return Tile(64, 32, features, 8 if full else 4, stages)
 
 
 def words(n: int, size: Tile) -> int:
@@ -333,11 +338,10 @@ def sweep_variant(
         registers=255,
         matrix=how.terms > 1 or precision != "ieee",
     )  # fmt: skip
-    if not unaligned:
-        return variant
-    # In full precision of many queries, numbers on their way would take the room of the sums.
-    slow = not (few or variant.matrix)
-    return variant.unaligned()._replace(num_stages=1 if slow else size.stages)
+    if not (few or variant.matrix):
+        # In CUDA cores arithmetic is what is waited for, and what is loaded ahead takes room.
+        variant = variant._replace(num_stages=1)
+    return variant.unaligned() if unaligned else variant
 
 
 def exact_variant(rows: torch.dtype, features: int) -> Variant:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -156,7 +156,11 @@ def dots_variant(rows: torch.dtype, few: bool, precision: str, described: bool =
         "TERMS": how.terms, "PRECISION": precision if how.terms == 1 else "ieee",
         "BLOCK_B": tile.b, "BLOCK_N": tile.n, "BLOCK_D": tile.d,
     }  # fmt: skip
-    halved = few or rows != torch.float32  # where they are unaligned
+    loose: dict[str, Any] = {}
+    if few or rows != torch.float32:
+        loose["constexprs"] = {**constexprs, "BLOCK_D": tile.d // 2}
+    if few and precision == "ieee":
+        loose["num_stages"] = 2
     variant = Variant(
         name=f"dots {row_name(rows)} B{tile.b} {precision}",
         kernel=dots_kernel,
@@ -166,7 +170,7 @@ def dots_variant(rows: torch.dtype, few: bool, precision: str, described: bool =
             "part_d": "i32",
         },
         constexprs=constexprs,
-        loose={"constexprs": {**constexprs, "BLOCK_D": tile.d // 2}} if halved else None,
+        loose=loose,
         num_warps=tile.warps, num_stages=tile.stages,
         aligned=("terms", "rows", "dots", "n", "D", "stride_n", "part_d"),
         matrix=how.terms > 1 or precision != "ieee",
@@ -179,6 +183,11 @@ def accumulate_variant(
     rows: torch.dtype, few: bool, precision: str, described: bool = False
 ) -> Variant:
     how, tile = operand(rows, precision), accumulate_tile(few, rows, precision)
+    constexprs = {
+        "DESCRIBED": False, "PRECISION": precision if how.terms == 1 else "ieee",
+        "BLOCK_B": tile.b, "BLOCK_N": tile.n, "BLOCK_D": tile.d,
+    }  # fmt: skip
+    low = {"constexprs": {**constexprs, "BLOCK_N": tile.n // 2}, "registers": 255}
     variant = Variant(
         name=f"accumulate {row_name(rows)} B{tile.b} {precision}",
         kernel=accumulate_kernel,
@@ -187,10 +196,7 @@ def accumulate_variant(
             "acc": "*fp32", "b": "i32", "n0": "i64", "n": "i32", "D": "i32", "stride_n": "i64",
             "part_n": "i32",
         },
-        constexprs={
-            "DESCRIBED": False, "PRECISION": precision if how.terms == 1 else "ieee",
-            "BLOCK_B": tile.b, "BLOCK_N": tile.n, "BLOCK_D": tile.d,
-        },
+        constexprs=constexprs, loose=None if few or rows == torch.float32 else low,
         num_warps=tile.warps, num_stages=tile.stages,
         aligned=("weights", "rows", "factor", "unit", "acc", "n", "D", "stride_n", "part_n"),
         matrix=how.terms > 1 or precision != "ieee",

@@ -147,7 +147,9 @@ def level0_variant(step: int, biased: bool, few: bool) -> Variant:
             "PASS": step, "HAS_BIAS": biased, "BLOCK_B": block_b, "BLOCK_N": BLOCK_N,
             "BLOCK_K": 16,
         },
-        num_warps=4 if few else 8, num_stages=2, aligned=(*floats, "place", "query", "index"),
+        # Counting needs all bounds of a tile at once.
+        num_warps=4 if few else 16 if step == COUNT else 8,
+        num_stages=2, aligned=(*floats, "place", "query", "index"),
     )  # fmt: skip
 
 
