@@ -37,11 +37,10 @@ class Variant(NamedTuple):
     constexprs, by name. aligned: the arguments that are divisible by 16 (pointers: their address).
     A launch in which one of them is not gets the variant `unaligned` instead, whose loads are of
     single numbers; of the other arguments the machine code knows nothing. loose: the fields that
-    differ there, for numbers on their way take registers. matrix: whether its
-    products must be on the tensor cores. registers: how many a thread may use on NVIDIA, where the
-    assembler, left alone, would rather spill a few bytes than pass its next step of occupancy.
-    targets: the only ones that it is launched on, of those it is compiled for ahead of time; empty:
-    all.
+    differ there, for numbers on their way take registers. matrix: whether its products must be on
+    the tensor cores. registers: how many a thread may use on NVIDIA, where the assembler, left
+    alone, would rather spill a few bytes than pass its next step of occupancy. targets: the only
+    ones that it is launched on, of those it is compiled for ahead of time; empty: all.
     """
 
     name: str
