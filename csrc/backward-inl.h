@@ -172,8 +172,8 @@ static void backward_sweep(const Source<R>& src, const Queries& in, const Gradie
   for (f.tile.n0 = n0; f.tile.n0 < n1; f.tile.n0 += pl.NT) {
     Ahead next = load_tile(engine, src, pl, f.tile, n1);
     load_bias(in.bias, f);
-    engine.dots(src, pl, f.tile, f.x, B, f.p, next);
-    engine.dots(src, pl, f.tile, w.g, B, w.pg, next);
+    engine.dots(src, pl, f.tile, f.x, 0, B, f.p, next);
+    engine.dots(src, pl, f.tile, w.g, 0, B, w.pg, next);
     for (int64_t b = 0; b < B; b++) {
       const bool moves = f.q[b].mode == kSoft || f.q[b].mode == kLogMap;
       for (int64_t j = 0; j < f.tile.cnt; j++) {
@@ -183,7 +183,7 @@ static void backward_sweep(const Source<R>& src, const Queries& in, const Gradie
       if (moves) backward_step(s, io, f.q[b], b0 + b, w.g_shift[b], w.row, w.logit, w.dot, w.dot_g, w.near + b * pl.Dp, w.sums[b], w.grad_bias);
       for (int64_t j = 0; j < f.tile.cnt; j++) f.p[j * pl.Ps + b] = w.dot[j];
     }
-    engine.accumulate(src, pl, f.tile, f.p, B, f.acc, next);
+    engine.accumulate(src, pl, f.tile, f.p, 0, B, f.acc, next);
   }
 }
 

@@ -203,9 +203,9 @@ PYBIND11_MODULE(_C, m) {
     }
     check(failed);
   });
-  m.def("exp", [](bool f64, uintptr_t x, uintptr_t y, int64_t n) {
-    if (f64) current->exp_f64(ptr<double>(x), ptr<double>(y), n);
-    else current->exp_f32(ptr<float>(x), ptr<float>(y), n);
+  m.def("exp", [](bool f64, uintptr_t x, uintptr_t y, int64_t n, bool two) {
+    if (f64) current->exp_f64(ptr<double>(x), ptr<double>(y), n, two);
+    else current->exp_f32(ptr<float>(x), ptr<float>(y), n, two);
   }, "The kernels' exponential, for its test.");
   m.def("merge", [](uintptr_t a, uintptr_t b, uintptr_t factors) { current->merge(ptr<double>(a), ptr<double>(b), ptr<double>(factors)); },
         "The kernels' merge of two states, for its test.");

@@ -142,7 +142,7 @@ template <class R, class S> struct Direct {
   }
 #define MK_DOTS(Q) dots<Q>(src, pl, t, x, b, k, end_k, part, next, ahead)
 #define MK_ACC(Q) accumulate<Q>(src, pl, t, p, b, acc, next)
-  static void all_dots(const Source<R>& src, const Plan& pl, const Tile<R>& t, const R* x, int64_t B, R* p, Ahead& next) {
+  static void all_dots(const Source<R>& src, const Plan& pl, const Tile<R>& t, const R* x, int64_t, int64_t B, R* p, Ahead& next) {
     const int64_t full = pl.D / W * W;
     V part[(MAX_NT + 4) * FEW];
     double sum[MAX_NT * FEW];
@@ -167,17 +167,17 @@ template <class R, class S> struct Direct {
       }
     }
   }
-  static void all_accumulate(const Source<R>& src, const Plan& pl, const Tile<R>& t, const R* p, int64_t B, R* acc, Ahead& next) { MK_GROUPS(MK_ACC) }
+  static void all_accumulate(const Source<R>& src, const Plan& pl, const Tile<R>& t, const R* p, int64_t, int64_t B, R* acc, Ahead& next) { MK_GROUPS(MK_ACC) }
 #undef MK_GROUPS
 #undef MK_DOTS
 #undef MK_ACC
 };
 
-// The steps of a tile: few queries directly, many from a packed tile.
+// The steps of a tile, for queries [b0, b0 + B), whose columns of p come first: few queries directly, many from a packed tile.
 template <class R> struct Engine {
   void (*load)(const Source<R>&, const Plan&, Tile<R>&);
-  void (*dots)(const Source<R>&, const Plan&, const Tile<R>&, const R* x, int64_t B, R* p, Ahead&);        // p[j][b] = <yc_j, xc_b>
-  void (*accumulate)(const Source<R>&, const Plan&, const Tile<R>&, const R* p, int64_t B, R* acc, Ahead&);  // acc[b] += sum_j p[j][b] yc_j
+  void (*dots)(const Source<R>&, const Plan&, const Tile<R>&, const R* x, int64_t b0, int64_t B, R* p, Ahead&);        // p[j][b] = <yc_j, xc_b>
+  void (*accumulate)(const Source<R>&, const Plan&, const Tile<R>&, const R* p, int64_t b0, int64_t B, R* acc, Ahead&);  // acc[b] += sum_j p[j][b] yc_j
   typedef Engine (*For)(bool few);
 };
 template <class R, class S> static Engine<R> engine_typed(bool few) {

@@ -18,14 +18,14 @@ static int run_backward(const Rows& r, const Queries& q, const Gradients& o, boo
 static int run_nearest(const Rows& r, const Queries& q, const Nearest& o, bool f64, int threads) {
   return f64 ? nearest_typed<double>(r, q, o, threads) : nearest_typed<float>(r, q, o, threads);
 }
-template <class R> static void run_exp(const R* x, R* y, int64_t n) {
+template <class R> static void run_exp(const R* x, R* y, int64_t n, bool two) {
   enum { W = Vec<R>::W };
   R t[W];
   for (int64_t i = 0; i < n; i += W) {
     const int64_t m = imin(W, n - i);
     memset((void*)t, 0, sizeof t);
     memcpy(t, x + i, m * sizeof(R));
-    store(t, vexp(load(t)));
+    store(t, two ? vexp2(load(t)) : vexp(load(t)));
     memcpy(y + i, t, m * sizeof(R));
   }
 }

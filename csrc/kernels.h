@@ -118,8 +118,8 @@ struct Table {
   int (*support)(const Rows&, const Queries&, const Support&, const Posterior&, bool f64, int threads);
   int (*support_backward)(const Rows&, const Queries&, const Support&, const Gradients&, bool f64, int threads);
   int (*project)(const Cosine&, const float* x, const double* alpha, int64_t b, float* z, float* norms, double* margin, double* sq, int threads);
-  void (*exp_f32)(const float* x, float* y, int64_t n);
-  void (*exp_f64)(const double* x, double* y, int64_t n);
+  void (*exp_f32)(const float* x, float* y, int64_t n, bool two);  // e^x, or 2^x
+  void (*exp_f64)(const double* x, double* y, int64_t n, bool two);
   void (*merge)(double* a, const double* b, double* factors);  // [6] states (State in logits-inl.h), [2]
 };
 

@@ -70,12 +70,17 @@ template <class R> MK_INLINE void set_lane(Group<R>& g, int e, const Query<R>& q
   g.a2[e] = (R)q.a2;
   g.inv_t[e] = (R)q.inv_t;
 }
+// (Copies of what the loops read: as far as the compiler knows, a vector's store may change anything.)
 template <class R> MK_INLINE typename Vec<R>::T logits(const Group<R>& g, const Step<R>& s, R* p) {
-  typename Vec<R>::T top = splat<R>((R)-kInf);
-  for (int64_t j = 0; j < s.tile->cnt; j++) {
-    typename Vec<R>::T t = load(p + j * s.Ps) * g.a1 - splat<R>(s.tile->sq[j]) * g.a2;
-    if (s.b) t += splat<R>(s.b[j]) * g.inv_t;
-    store(p + j * s.Ps, t);
+  typedef typename Vec<R>::T V;
+  const V a1 = g.a1, a2 = g.a2, inv_t = g.inv_t;
+  const R *sq = s.tile->sq, *b = s.b;
+  const int64_t cnt = s.tile->cnt, Ps = s.Ps;
+  V top = splat<R>((R)-kInf);
+  for (int64_t j = 0; j < cnt; j++, p += Ps) {
+    V t = load(p) * a1 - splat<R>(sq[j]) * a2;
+    if (b) t += splat<R>(b[j]) * inv_t;
+    store(p, t);
     top = vmax(t, top);
   }
   return top;
@@ -141,17 +146,20 @@ static void step_soft(const Query<R>* q, Group<R>& g, int lanes, const Step<R>& 
     f[e] = st[e].s > 0 ? rescale(st[e], m) : (st[e].m = m, 1.0);
     g.m[e] = (R)(m + q[e].xxt);
   }
-  const V lo = splat<R>(floor_of(R(0)));
+  const V lo = splat<R>(floor_of(R(0))), m = g.m;
+  const R *b0 = s.b0, least = s.least;
+  const int64_t cnt = s.tile->cnt, Ps = s.Ps;
   V sum = {}, st_ = {}, sb = {}, sw = {};
-  for (int64_t j = 0; j < s.tile->cnt; j++) {
-    V d = load(p + j * s.Ps) - g.m;
+  R* column = p;
+  for (int64_t j = 0; j < cnt; j++, column += Ps) {
+    V d = load(column) - m;
     d = vmax(d, lo);  // lo also where both are -inf
-    const V w = vexp(d, s.least);
-    store(p + j * s.Ps, w);
+    const V w = vexp(d, least);
+    store(column, w);
     sum += w;
     st_ += w * d;
     sw += w * w;
-    if (s.b0) sb += w * splat<R>(s.b0[j]);
+    if (b0) sb += w * splat<R>(b0[j]);
   }
   for (int e = 0; e < lanes; e++) {
     if (q[e].mode != kSoft) continue;

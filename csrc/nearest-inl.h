@@ -31,7 +31,7 @@ static void nearest_sweep(const Source<R>& src, const Queries& in, const Plan& p
   const Step<R> s = make_step<R>(src, pl, nullptr, 0, w);
   for (w.tile.n0 = n0; w.tile.n0 < n1; w.tile.n0 += pl.NT) {
     Ahead next = load_tile(engine, src, pl, w.tile, n1);
-    engine.dots(src, pl, w.tile, w.x, B, w.p, next);
+    engine.dots(src, pl, w.tile, w.x, 0, B, w.p, next);
     for (int64_t b = 0; b < B; b += W) {
       const typename Vec<R>::T top = logits(w.groups[b / W], s, w.p + b);  // t = (|xc|^2 - r^2) / 2
       for (int e = 0; e < imin(W, B - b); e++) {

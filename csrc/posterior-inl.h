@@ -10,19 +10,21 @@ namespace memokern { namespace MEMOKERN_ISA_NS {
 
 // Tile heights. Each tile loads and stores all accumulators once: where these are many, a packed tile is high, though that
 // takes it from L2 to L3 (it is read in order). Unpacked rows are read twice and stay in L2.
-template <class R> static Plan make_plan(int64_t B, const Rows& rows) {
+// `grouped`: where a tile of few features stays in L1 or L2, so few queries go through it together that P stays in L1.
+template <class R> static Plan make_plan(int64_t B, const Rows& rows, bool grouped = false) {
   enum { W = Vec<R>::W, NR = 2 * W };
   Plan pl;
   const int64_t blocks = (B + BLOCK_B - 1) / BLOCK_B;
   pl.few = B <= FEW;
   pl.B = blocks == 1 ? B : round_up((B + blocks - 1) / blocks, W);
   pl.Bp = round_up(pl.B, W);
-  pl.Ps = (round_up(pl.Bp * (int64_t)sizeof(R), 64) / 64 | 1) * 64 / (int64_t)sizeof(R);
   pl.D = rows.d;
   pl.Dp = round_up(pl.D, NR);
+  pl.group = grouped && !pl.few && pl.Dp <= KC ? imin(pl.B, (int64_t)NR) : pl.B;
+  pl.Ps = (round_up(round_up(pl.group, W) * (int64_t)sizeof(R), 64) / 64 | 1) * 64 / (int64_t)sizeof(R);
   pl.depth = pl.few ? imin(pl.Dp, (int64_t)DEEP) / W + pl.Dp / DEEP + W : imin(pl.Dp, (int64_t)KC) + pl.Dp / KC + 1;
   const int64_t budget = pl.few ? (128 << 10) / size_of(rows.type) : (pl.B <= 16 ? 384 << 10 : 1 << 20) / (int64_t)sizeof(R);
-  pl.NT = imin(imax(budget / pl.Dp / UNIT * UNIT, UNIT), MAX_NT);
+  pl.NT = imin(imax(budget / pl.Dp / UNIT * UNIT, UNIT), pl.group < pl.B ? MAX_NT : SOME_NT);
   pl.NT = imin(pl.NT, round_up(rows.n, UNIT));
   return pl;
 }
@@ -122,16 +124,19 @@ static void sweep(const Source<R>& src, const Queries& in, const Plan& pl, doubl
   for (w.tile.n0 = n0; w.tile.n0 < n1; w.tile.n0 += pl.NT) {
     Ahead next = load_tile(engine, src, pl, w.tile, n1);
     load_bias(in.bias, w);
-    engine.dots(src, pl, w.tile, w.x, B, w.p, next);
-    bool any = false;
-    for (int64_t b = 0; b < B; b += W) {
-      const int lanes = (int)imin(W, B - b);
-      double f[W];
-      any |= step(w.q + b, w.groups[b / W], lanes, s, w.st + b, w.p + b, f);
-      for (int e = 0; e < lanes; e++)
-        if (f[e] != 1) scale_acc(pl, w.acc, b + e, f[e]);
+    for (int64_t g = 0; g < B; g += pl.group) {
+      const int64_t end = imin(g + pl.group, B);
+      engine.dots(src, pl, w.tile, w.x, g, end - g, w.p, next);
+      bool any = false;
+      for (int64_t b = g; b < end; b += W) {
+        const int lanes = (int)imin(W, B - b);
+        double f[W];
+        any |= step(w.q + b, w.groups[b / W], lanes, s, w.st + b, w.p + (b - g), f);
+        for (int e = 0; e < lanes; e++)
+          if (f[e] != 1) scale_acc(pl, w.acc, b + e, f[e]);
+      }
+      if (any) engine.accumulate(src, pl, w.tile, w.p, g, end - g, w.acc, next);
     }
-    if (any) engine.accumulate(src, pl, w.tile, w.p, B, w.acc, next);
   }
 }
 
@@ -233,7 +238,7 @@ static double largest_bias(const double* bias, int64_t n) {
 
 template <class R> static int posterior_general(const Centred<R>& c, const Queries& in, const Posterior& out, double b_max, int threads) {
   const Rows& rows = c.src.rows;
-  const Plan pl = make_plan<R>(in.b, rows);
+  const Plan pl = make_plan<R>(in.b, rows, true);
   const int64_t blocks = (in.b + pl.B - 1) / pl.B, tiles = (rows.n + pl.NT - 1) / pl.NT;
   const bool by_queries = blocks >= 2 * threads || tiles < 2;
   int parts = (int)imax(1, imin(threads, by_queries ? blocks : tiles));

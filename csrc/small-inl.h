@@ -10,11 +10,11 @@
 namespace memokern { namespace MEMOKERN_ISA_NS {
 
 static const double kLog2E = 1.4426950408889634074, kLn2 = 0.6931471805599453094;
-enum { SMALL_D = 8, ROWS = 256, SMALL_BLOCK = 512, FEW_ROWS = 2048 };
+enum { SMALL_D = 8, ROWS = 256, SMALL_BLOCK = 2048, FEW_ROWS = 2048 };
 
 template <class R, int D> struct Lanes {  // one vector of queries
   typedef typename Vec<R>::T V;
-  V x[D], acc[D], alpha, inv_t, m;  // log2 of e^t: inv_t b - |x - alpha yc|^2, each with its factor; m: the largest
+  V x[D], acc[D], alpha, inv_t, m;  // -log2 of e^t: |x - alpha yc|^2 - inv_t b, each with its factor; m: the least
   double s[Vec<R>::W], st[Vec<R>::W], sb[Vec<R>::W], sw2[Vec<R>::W];
 };
 
@@ -22,7 +22,7 @@ template <class R, int D, bool BIAS>
 static void small_chunk(Lanes<R, D>& q, const R* y, const R* b, const R* b0, int64_t cnt) {
   enum { W = Vec<R>::W };
   typedef typename Vec<R>::T V;
-  V l[ROWS], top = q.m;
+  V l[ROWS], low = q.m;
   for (int64_t r = 0; r < cnt; r++) {
     V t = {};
 #pragma GCC unroll 8
@@ -30,23 +30,24 @@ static void small_chunk(Lanes<R, D>& q, const R* y, const R* b, const R* b0, int
       V e = q.x[d] - q.alpha * splat<R>(y[r * D + d]);
       e *= e;
       MK_ROUND(e);  // a fused sum would round the coordinates differently: symmetric rows must stay ties
-      t -= e;
+      t = d == 0 ? e : t + e;
     }
-    if (BIAS) t += q.inv_t * splat<R>(b[r]);
+    if (BIAS) t -= q.inv_t * splat<R>(b[r]);
     l[r] = t;
-    top = vmax(t, top);
+    low = vmin(t, low);
   }
-  const V none = splat<R>((R)-kInf), lo = splat<R>(floor_of(R(0)) * R(1.5));  // in powers of 2
-  V shift = q.m - top;
-  shift = top == none ? V{} : (shift < lo ? lo : shift);
+  const V none = splat<R>((R)kInf), lo = splat<R>(lowest_power(R(0)));
+  V shift = low - q.m;
+  shift = low == none ? V{} : (shift < lo ? lo : shift);
   const V f = vexp2(shift);
   V s = {}, st = {}, sw = {}, sb = {}, acc[D];
 #pragma GCC unroll 8
   for (int d = 0; d < D; d++) acc[d] = V{};
   for (int64_t r = 0; r < cnt; r++) {
-    V d_ = l[r] - top;
-    d_ = vmax(d_, lo);  // lo also where top is -inf: no row so far has weight
-    const V w = vexp2(d_);
+    V d_ = low - l[r];
+    d_ = vmax(d_, lo);  // lo also where both are inf: no row so far has weight
+    V w = vexp2(d_);
+    if (BIAS) w = d_ > lo ? w : V{};  // else 2^lo is as good as nothing beside the largest
     s += w;
     st += w * d_;
     sw += w * w;
@@ -63,7 +64,7 @@ static void small_chunk(Lanes<R, D>& q, const R* y, const R* b, const R* b0, int
     q.sb[i] = g * q.sb[i] + sb[i];
     q.sw2[i] = g * g * q.sw2[i] + sw[i];
   }
-  q.m = top;
+  q.m = low;
 }
 
 // Queries [b0, b1); `left` [b1 - b0] receives 1 where the query is handed back.
@@ -95,7 +96,7 @@ static int small_part(const Source<R>& src, const Queries& in, double b_max, int
       for (int64_t d = 0; d < d_real; d++) v.x[d][e] = (R)(f * row[d]);
       v.alpha[e] = (R)(f * q[i].alpha);
       v.inv_t[e] = (R)(soft ? kLog2E * q[i].inv_t : 1);
-      v.m[e] = (R)-kInf;
+      v.m[e] = (R)kInf;
     }
     for (int64_t n0 = 0; n0 < N; n0 += ROWS) {
       const int64_t cnt = imin(ROWS, N - n0);
@@ -126,7 +127,7 @@ static int small_part(const Source<R>& src, const Queries& in, double b_max, int
       const int64_t at = q0 + i;
       // Rows within 15 of the largest logit are those that matter; their distance r bounds the error of a logit:
       // coordinates are off by u (2 |xc| + 3 |alpha y|), squares and sums by (D + 4) u.
-      const double u = Precision<R>::u, m = v.m[e] * kLn2, reach = __builtin_fabs(m) + 2 * b_max * q[i].inv_t + 15;
+      const double u = Precision<R>::u, m = -v.m[e] * kLn2, reach = __builtin_fabs(m) + 2 * b_max * q[i].inv_t + 15;
       const double h = 0.5 * q[i].inv_t / (q[i].sigma * q[i].sigma);
       const double err = 2 * u * __builtin_sqrt(reach * h) * (2 * __builtin_sqrt(q[i].xx) + 3 * __builtin_fabs(q[i].alpha) * y_max) +
                          (D + 4) * u * reach + (in.bias ? 4 * u * b_max * q[i].inv_t : 0);

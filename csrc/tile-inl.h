@@ -17,7 +17,8 @@ enum {
   BLOCK = 512,   // and there, features of a block of the first product: its queries stay in L1
   DEEP = 2048,   // and there, features of a sum in one register
   UNIT = 2 * MR, // rows of a tile are a multiple of it
-  MAX_NT = 132,  // and at most so many: their logits stay in L1 and L2
+  MAX_NT = 252,  // and at most so many, where few queries at a time have logits, else
+  SOME_NT = 132, // so many: all their logits stay in L1 and L2
   BLOCK_B = 256, // queries of a sweep
   MAX_BLOCKS = (BLOCK_B + MR - 1) / MR
 };
@@ -128,6 +129,7 @@ struct Plan {
   int64_t B, Bp, D, Dp, NT;  // queries of a block, padded to whole vectors; features, padded to whole panels; rows of a tile
   int64_t Ps;                // stride of P: an odd number of cache lines, so that a column fits in L1
   int64_t depth;             // most additions that one term of a product goes through
+  int64_t group;             // queries that go through a tile together, from products to sums: a column of P each
   bool few;
 };
 
@@ -275,13 +277,15 @@ template <class R> MK_INLINE R* query_at(const Plan& pl, R* x, int64_t b, int64_
   return x + b0 * pl.Dp + d * lanes + (b - b0);
 }
 
-// p[j][b] = <yc_j, xc_b>, p [NT][Ps]: x holds scale xc. Half of the rows in `next` are asked for on the way, the rest by accumulate.
+// p[j][b - b0] = <yc_j, xc_b> for queries [b0, b0 + B), b0 a multiple of NR; p [NT][Ps], x holds scale xc. Half of the rows in `next`
+// are asked for on the way, the rest by accumulate.
 template <class R>
-static void packed_dots(const Source<R>&, const Plan& pl, const Tile<R>& t, const R* x, int64_t, R* p, Ahead& next) {
+static void packed_dots(const Source<R>&, const Plan& pl, const Tile<R>& t, const R* x, int64_t b0, int64_t B, R* p, Ahead& next) {
   enum { W = Vec<R>::W, NR = 2 * W };
-  const int64_t groups = (t.cnt + MR - 1) / MR, ahead = next.per(2 * (pl.Dp / NR) * ((pl.Bp + NR - 1) / NR) * groups);
+  const int64_t groups = (t.cnt + MR - 1) / MR, ahead = next.per(2 * (pl.Dp / NR) * ((B + NR - 1) / NR) * groups);
+  p -= b0;
   for (int64_t k = 0; k < pl.Dp; k += KC)
-    for (int64_t b = 0; b < pl.Bp; b += NR) {
+    for (int64_t b = b0; b < b0 + B; b += NR) {
       const int64_t lanes = imin(NR, pl.Bp - b), K = imin(KC, pl.Dp - k);
       const R* xb = x + b * pl.Dp + k * lanes;
       const R* y = t.y + k * pl.NT;
@@ -318,20 +322,20 @@ template <class R, int M> static void micro_listed(const uint8_t* list, int64_t 
     for (int v = 0; v < 2; v++) store(c + i * NR + v * W, r[i][v]);
 }
 
-// acc[.][b][.] += sum_j p[j][b] yc_j / scale, all queries against one panel of features after another, in even blocks. Where
-// few rows have weight in a block, only these.
+// acc[.][b][.] += sum_j p[j][b - b0] yc_j / scale, all queries [b0, b0 + B) against one panel of features after another, in even
+// blocks. Where few rows have weight in a block, only these.
 template <class R>
-static void packed_accumulate(const Source<R>&, const Plan& pl, const Tile<R>& t, const R* p, int64_t B, R* acc, Ahead& next) {
+static void packed_accumulate(const Source<R>&, const Plan& pl, const Tile<R>& t, const R* p, int64_t b0, int64_t B, R* acc, Ahead& next) {
   enum { NR = 2 * Vec<R>::W };
   const int64_t blocks = (B + MR - 1) / MR, ahead = next.per(pl.Dp / NR * blocks);
   uint8_t list[MAX_BLOCKS][MAX_NT];
   int64_t listed[MAX_BLOCKS];
   for (int64_t k = 0; k < blocks; k++) {
-    const int64_t b0 = B * k / blocks, b1 = B * (k + 1) / blocks;
+    const int64_t first = B * k / blocks, end = B * (k + 1) / blocks;
     listed[k] = pl.D < KC ? t.cnt : 0;  // of so few features, to look would cost what it saves
     for (int64_t j = 0; listed[k] <= j && j < t.cnt; j++) {
       bool any = false;
-      for (int64_t b = b0; b < b1; b++) any |= p[j * pl.Ps + b] != R(0);
+      for (int64_t b = first; b < end; b++) any |= p[j * pl.Ps + b] != R(0);
       list[k][listed[k]] = (uint8_t)j;
       listed[k] += any;
     }
@@ -340,7 +344,7 @@ static void packed_accumulate(const Source<R>&, const Plan& pl, const Tile<R>& t
     const R* y = t.y + d * pl.NT;
     for (int64_t k = 0; k < blocks; k++) {
       const int64_t b = B * k / blocks, m = B * (k + 1) / blocks - b;
-      R* c = acc + d * pl.B + b * NR;
+      R* c = acc + d * pl.B + (b0 + b) * NR;
       switch (m) {
 #define MK_CASE(M, U)                                                                                          \
   case M:                                                                                                      \
