@@ -64,7 +64,8 @@ def posterior(
             `TrainingSet.build_index`) cannot prove negligible: together they weigh less than 1e-6
             (float64: 1e-14) of the total. "auto", where there is an index, chooses for each query
             what is faster on this machine. The log kernel, sigma = 0, queries that are not finite,
-            and calls under torch.func transforms, forward mode or a compiler are dense.
+            and calls under torch.func transforms, forward mode or a compiler, or while a CUDA
+            graph is captured, are dense.
         certificate: True puts proven bounds on what pruning changed into the result's
             `certificate`, a :class:`.Certificate`.
         tol: the largest error of the mean, as an L2 norm in the units of the data, that pruning may

@@ -38,6 +38,8 @@ from torch.autograd import forward_ad
 from memokern import backends
 from memokern.backends import reference
 
+KERNELS = ("gaussian", "log")
+
 _LIB = torch.library.Library("memokern", "DEF")
 _DATA = "Tensor? center, Tensor? sq_norms"
 _HOW = "float scale, float shift, str kernel, str precision='auto'"
@@ -71,8 +73,22 @@ def _run(name: str) -> Callable[..., Any]:
     return run
 
 
-for _name in ("posterior", "posterior_backward", "posterior_backward_rows", "nearest"):
-    _LIB.impl(_name, _run(_name), "CompositeExplicitAutograd")
+def _run_of_kernel(name: str, at: int) -> Callable[..., Any]:
+    """The same of an operation that is told the kernel, its argument `at` after x."""
+
+    def run(x: Tensor, *args: Any) -> Any:
+        if args[at] not in KERNELS:
+            raise ValueError(f"kernel must be {' or '.join(KERNELS)}, not {args[at]!r}")
+        return getattr(backends.choose(x.device, name), name)(x, *args)
+
+    return run
+
+
+for _name, _at in (
+    ("posterior", 9), ("posterior_backward", 19), ("posterior_backward_rows", 9)
+):  # fmt: skip
+    _LIB.impl(_name, _run_of_kernel(_name, _at), "CompositeExplicitAutograd")
+_LIB.impl("nearest", _run("nearest"), "CompositeExplicitAutograd")
 _LIB.impl(
     "posterior_double_backward", reference.posterior_double_backward, "CompositeExplicitAutograd"
 )

@@ -223,10 +223,11 @@ def _sample(
     data = Rows(rows, (dim,), 1.0, 0.0, ones.new_zeros(dim), norms, None)
     listed = torch.randint(n, (b * count,), generator=g).sort().values.to(device)
     start = torch.arange(0, b * count + 1, count, device=device)
-    dense_one = _seconds(lambda: _dense(one, data))
-    dense_many = _seconds(lambda: _dense(many, data))
-    call = _seconds(lambda: _on_support(one, data, start[:2] // count, listed[:1]))
-    lists = _seconds(lambda: _on_support(many, data, start, listed))
+    wait = _waiting(device)
+    dense_one = _seconds(lambda: _dense(one, data), wait)
+    dense_many = _seconds(lambda: _dense(many, data), wait)
+    call = _seconds(lambda: _on_support(one, data, start[:2] // count, listed[:1]), wait)
+    lists = _seconds(lambda: _on_support(many, data, start, listed), wait)
     # Differences of timings: never below a hundredth of what they are differences of.
     query = max(dense_many - dense_one, 0.01 * dense_many) / (b - 1)
     row = max(dense_one - call - query, 0.0)
@@ -234,13 +235,23 @@ def _sample(
     return Costs(row / (n * dim), query / (n * dim), per_listed, call)
 
 
-def _seconds(call: Callable[[], object]) -> float:
-    """The shortest of a few runs after a first one."""
+def _waiting(device: str) -> Callable[[], None]:
+    """Waits for what a device was given to do."""
+    if device == "cpu":
+        return lambda: None
+    return functools.partial(torch.accelerator.synchronize, torch.device(device))
+
+
+def _seconds(call: Callable[[], object], wait: Callable[[], None]) -> float:
+    """The shortest of a few runs after a first one, each waited for: a GPU's work goes on after the
+    call."""
     call()
+    wait()
     best, spent = float("inf"), 0.0
     for _ in range(5):
         began = time.perf_counter()
         call()
+        wait()
         took = time.perf_counter() - began
         best, spent = min(best, took), spent + took
         if spent > 0.05:
@@ -251,7 +262,7 @@ def _seconds(call: Callable[[], object]) -> float:
 def costs_of(x: Tensor, rows: Tensor) -> Costs:
     """What sweeps and lists cost here, measured at the first call for such rows and queries."""
     return _measured(
-        x.device.type, rows.dtype, x.dtype, rows.shape[1], torch.get_num_threads(), env.backend()
+        str(x.device), rows.dtype, x.dtype, rows.shape[1], torch.get_num_threads(), env.backend()
     )
 
 

@@ -13,9 +13,8 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from memokern.data import TrainingSet
+from memokern.ops import KERNELS
 from memokern.rows import UINT8_SCALE, UINT8_SHIFT, check_rows
-
-KERNELS = ("gaussian", "log")
 
 PerQuery = float | int | Tensor
 

@@ -154,7 +154,7 @@ def described(machine: Machine) -> dict[str, Any]:
     from memokern.kernels import rows as stored
 
     stored.has_descriptors = lambda device: True
-    triton.machine = lambda device: planner.Machine(132, 1 << 12)
+    triton.machine = lambda device: planner.Machine(132, 1 << 18)
     planner.one_pass = lambda *_: None
     rows = torch.zeros(300, 200, dtype=torch.bfloat16)[:, :192]
     one = torch.ones(20, dtype=torch.float64)
@@ -229,13 +229,14 @@ def tuning() -> dict[str, Any]:
     machine = activate(GPUTarget("cuda", 90, 32), shared=15 << 10)  # it wants 18, the other 12
     measured = 0
 
-    def timer(call: Any) -> float:
+    def timer(call: Any, device: Any) -> float:
         nonlocal measured
         call()
         measured += 1
         return 1.0
 
-    tuning.timer, tuning.can_measure = timer, lambda device: True
+    tuning.timer, tuning.capturing = timer, lambda device: False
+    tuning.has_clock = lambda device: True
     tuning.device_name = lambda device: "small"
     some, row = torch.zeros(1, 64), torch.zeros(16, 64, dtype=torch.bfloat16)
     for _ in range(2):

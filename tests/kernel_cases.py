@@ -39,6 +39,14 @@ def make(b: int, n: int, d: int, dtype: torch.dtype, sigma: float, *, alpha: flo
     return x, rows, scale, shift
 
 
+def far(rows: Tensor, device: torch.device | str = "cpu") -> Tensor:
+    """The same rows, 2^30 elements apart: memory of which a page for each is touched. The fourth
+    lies beyond 2^31."""
+    (n, d), stride = rows.shape, 1 << 30
+    memory = torch.empty(stride * (n - 1) + d, dtype=rows.dtype, device=device)
+    return memory.as_strided((n, d), (stride, 1)).copy_(rows)
+
+
 def oracle(x, rows, sigma, alpha, temperature, bias, scale, shift, kernel):
     """The formulas, densely, by direct differences; sigma > 0 and no exact hits."""
     b = torch.zeros(rows.shape[0], dtype=F64) if bias is None else bias

@@ -230,3 +230,19 @@ def test_an_unknown_backend_is_refused(monkeypatch):
     monkeypatch.setenv(env.BACKEND, "quantum")
     with pytest.raises(RuntimeError, match="MEMOKERN_BACKEND must be one of"):
         memokern.denoise(torch.zeros(1, 2), torch.ones(3, 2), 1.0)
+
+
+def test_an_unknown_kernel_is_refused_whoever_runs_it(monkeypatch):
+    rows, inputs = problem(grad=False)
+    for name in ("cpu", "reference"):
+        monkeypatch.setenv(env.BACKEND, name)
+        with pytest.raises(ValueError, match="kernel must be gaussian or log, not 'cauchy'"):
+            run(rows, *inputs, kernel="cauchy")
+        out = run(rows, *inputs)
+        saved = (None, None, *out, *out, 1.0, 0.0, "cauchy")
+        with pytest.raises(ValueError, match="not 'cauchy'"):
+            OPS.posterior_backward(inputs[0], rows, *inputs[1:], *saved)
+        with pytest.raises(ValueError, match="not 'cauchy'"):
+            OPS.posterior_backward_rows(
+                inputs[0], rows, *inputs[1:], None, list(out), 1.0, 0.0, "cauchy"
+            )

@@ -67,6 +67,19 @@ def test_costs_are_measured_once_and_positive():
     assert costs.dense(2, 10, 32) > costs.dense(1, 10, 32) > 0
 
 
+def test_a_device_is_waited_for_while_costs_are_measured(monkeypatch):
+    """A call on a GPU returns before its work is done."""
+    waited, clock = [], iter(range(100))
+    monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)
+    pruning._waiting("cpu")()
+    assert waited == []
+    wait = pruning._waiting("cuda:1")
+    monkeypatch.setattr(pruning.time, "perf_counter", lambda: float(next(clock)))
+    assert pruning._seconds(lambda: waited.append("call"), wait) == 1.0
+    device = torch.device("cuda", 1)
+    assert waited == ["call", device] * 2  # a first call, and one of a second: long enough
+
+
 def test_queries_that_keep_too_many_rows_are_swept():
     """The scan gives them up, and the answer is the same."""
     n = 1500

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from kernel_cases import F32, F64, column, cpu, gradients, make
+from kernel_cases import F32, F64, column, cpu, far, gradients, make
 from test_triton_posterior import ROW_TYPES, on_device, run
 from triton_interpreter import DEVICE
 
@@ -53,6 +53,17 @@ def test_backward(dtype: torch.dtype, kernel: str) -> None:
             assert (a.to(F64) - e).abs().max().item() <= tol, (kernel, b, d, sigma)
 
 
+@pytest.mark.parametrize("d", [5, 300])
+def test_far_offsets(d: int) -> None:
+    x, rows, *units = make(2, 4, d, torch.uint8, 0.5)
+    got, columns = run(x, rows, 0.5, 0.9, 1.1, None, *units)
+    want, found = (
+        backward(x, stored, columns, None, got, got, *units)
+        for stored in (rows, far(rows, DEVICE))
+    )
+    assert all(torch.equal(a, e) for a, e in zip(found, want, strict=True))
+
+
 def test_several_blocks_and_chunks(monkeypatch) -> None:
     """Two blocks of queries, chunks and parts; the bias's sums run over all of them."""
     x, rows, _, _ = make(18, 300, 20, torch.bfloat16, 3.0)
@@ -61,7 +72,7 @@ def test_several_blocks_and_chunks(monkeypatch) -> None:
     got, columns = run(x, rows, 3.0, bias=bias)
     grads = random_like(got, 1)
     monkeypatch.setattr(planner, "WORKSPACE", 1)
-    monkeypatch.setattr(triton, "machine", lambda _: planner.Machine(4, 1 << 12))
+    monkeypatch.setattr(triton, "machine", lambda _: planner.Machine(4, 1 << 15))
     back = backward(x, rows, columns, bias, got, grads)
     want = gradients(x, rows, *columns, bias, 1.0, 0.0, "gaussian", grads)
     for a, e in zip(back, want, strict=True):
@@ -158,7 +169,7 @@ def test_rows_in_blocks_and_chunks(monkeypatch) -> None:
     grads = random_like([x, *columns, columns[0]], 1)
     monkeypatch.setattr(planner, "FEW", 17)
     monkeypatch.setattr(planner, "WORKSPACE", 1)
-    monkeypatch.setattr(triton, "machine", lambda _: planner.Machine(4, 1 << 12))
+    monkeypatch.setattr(triton, "machine", lambda _: planner.Machine(4, 1 << 15))
     got = backward_rows(x, rows, columns, None, grads, scale=0.7, shift=0.2)
     want = want_rows(x, rows, columns, None, grads, scale=0.7, shift=0.2)
     assert (got.to(F64) - want).abs().max() <= 1e-3 * want.abs().max()

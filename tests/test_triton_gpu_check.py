@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -47,9 +48,44 @@ def test_a_problem_is_checked_then_timed(monkeypatch) -> None:
         assert rows[name]["tflop_s"] == pytest.approx(rate)
     text = gpu.render(result)
     assert "Measured on a CPU" in text and "| mean B=3 N=200 D=16 | float32 | memokern |" in text
+    wrong = {**gpu.peers.MEAN, "cached": lambda rows: lambda x, sigma: torch.zeros_like(x)}
+    monkeypatch.setattr(gpu.peers, "MEAN", wrong)
+    lines = {row["run"]: row for row in gpu.measure(p, CPU, 1)}
+    assert lines["cached"]["skipped"] == "wrong: an error of 1.0e+00" and "sdpa" in lines
     monkeypatch.setattr(gpu.memokern, "denoise", lambda x, data, sigma: torch.zeros_like(x))
     with pytest.raises(RuntimeError, match="nothing was timed"):
         gpu.measure(p, CPU, 1)
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_the_tests_come_first_and_failures_are_told(monkeypatch, tmp_path, capsys, code) -> None:
+    said = "..\n==== 1 failed, 8 passed in 2s ====\n"
+    monkeypatch.setattr(
+        subprocess, "run", lambda command, **how: subprocess.CompletedProcess(command, code, said)
+    )
+    monkeypatch.setattr(roofline, "PROBLEMS", [roofline.Problem("mean", 3, 200, 16, F32)])
+    monkeypatch.setattr(gpu, "PEERS", ())
+    out = tmp_path / "page.md"
+    assert gpu.check(1, out, CPU) == code
+    assert "Tests of the kernels: 1 failed, 8 passed in 2s." in out.read_text()
+    assert "| mean B=3 N=200 D=16 | float32 | memokern |" in capsys.readouterr().out
+    assert json.loads(out.with_suffix(".json").read_text())["tests"] == "1 failed, 8 passed in 2s"
+
+
+def test_what_needs_no_device_passes_on_a_machine_with_a_gpu_too() -> None:
+    """`make gpu-check` runs these first; here they are told that there is a GPU."""
+    code = (
+        "import sys, torch, pytest; torch.cuda.is_available = lambda: True;"
+        "sys.exit(pytest.main(['-q', '-n0', '-p', 'no:cacheprovider', *sys.argv[1:]]))"
+    )
+    names = [f"tests/test_triton_{name}.py" for name in ("planner", "tuning", "launch")]
+    slow = ("streams", "ahead", "small", "amd", "room", "every", "all_sizes")
+    names += ["-k", " and ".join(f"not {word}" for word in slow)]
+    run = subprocess.run(
+        [sys.executable, "-c", code, *names], capture_output=True, text=True, cwd=ROOT
+    )
+    assert run.returncode == 0, run.stdout[-3000:]
+    assert " passed" in run.stdout and "failed" not in run.stdout
 
 
 def test_peers_are_asked_for_what_they_can() -> None:

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import memokern
-from memokern import env, processes, queries
+from memokern import backends, env, processes, queries
 from memokern.backends import triton as backend
 from memokern.backends import triton_scan, triton_select
 from memokern.kernels import listing, planner, scan
@@ -311,6 +311,8 @@ def test_nothing_waits_for_the_device(
 def test_the_public_functions_can_be_captured_too(launched: Launched, monkeypatch) -> None:
     """What they check of values is left out while a CUDA graph is captured."""
     monkeypatch.setenv(env.BACKEND, "triton")
+    monkeypatch.setattr(backend, "refuses", lambda device_type: None)  # not even CPU tensors
+    backends._choose.cache_clear()
     x, sigma = torch.zeros(20, 30), torch.full((20,), 0.5, dtype=F64)
     data, bias = memokern.TrainingSet(torch.zeros(300, 30)), torch.zeros(300, dtype=F64)
     models = [
@@ -336,6 +338,7 @@ def test_the_public_functions_can_be_captured_too(launched: Launched, monkeypatc
     with Captured():
         calls()
     assert len(launched) == 2 * count > 0
+    backends._choose.cache_clear()
 
 
 @pytest.mark.parametrize(("b", "n", "d"), [(1, 1, 1), (1, 2_000_000, 3072), (65_536, 1000, 64)])

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from kernel_cases import F32, F64, make
+from kernel_cases import F32, F64, far, make
 from triton_interpreter import DEVICE
 
 pytest.importorskip("triton")
@@ -52,6 +52,12 @@ def test_nearest(b: int, dtype: torch.dtype) -> None:
     check(nearest(x[:1], rows, 50, None, None, scale, shift), truth(x[:1], rows, 50, scale, shift))
 
 
+def test_far_offsets() -> None:
+    x, rows, scale, shift = make(4, 4, 70, torch.uint8, 0.1)
+    check(nearest(x, far(rows, DEVICE), 2, None, None, scale, shift),
+          truth(x, rows, 2, scale, shift))  # fmt: skip
+
+
 def test_few_groups_are_looked_at(monkeypatch) -> None:
     """The bound rules out nearly all groups; a limit that ruled out more would lose rows."""
     x, rows, *_ = make(3, 2000, 64, F32, 0.2)
@@ -73,6 +79,7 @@ def test_few_groups_are_looked_at(monkeypatch) -> None:
 def test_keys_err_less_than_they_are_allowed_to() -> None:
     """The least keys against float64, and the proven bound above their errors by a good factor."""
     x, rows, *_ = make(20, 500, 300, F32, 1.0, offset=3.0)
+    x, rows = x.to(DEVICE), rows.to(DEVICE)
     c = centred(rows, None, None, 1.0, 0.0)
     xc = x.to(F64) - c.center
     key = 0.5 * c.sq_norms - xc @ (rows.to(F64) - c.center).T
@@ -80,7 +87,7 @@ def test_keys_err_less_than_they_are_allowed_to() -> None:
     for precision in ("ieee", "tf32x3"):
         least = torch.empty(20, want.shape[1], device=DEVICE)
         variant = kernels.groups_variant(F32, False, precision)
-        on = [v.to(DEVICE) for v in (xc.to(F32), rows, c.offset, c.half_sq)]
+        on = (xc.to(F32), rows, c.offset, c.half_sq)
         names = ("xc", "rows", "offset", "half_sq")
         variant.launch(
             (want.shape[1],), DEVICE, **dict(zip(names, on, strict=True)), least=least,
@@ -88,7 +95,7 @@ def test_keys_err_less_than_they_are_allowed_to() -> None:
         )  # fmt: skip
         size = xc.square().sum(1).sqrt()
         allowed = triton_select.key_error(size, c, 300, 1.0, precision)
-        assert ((least.cpu().to(F64) - want).abs() <= 0.2 * allowed[:, None]).all()
+        assert ((least.to(F64) - want).abs() <= 0.2 * allowed[:, None]).all()
 
 
 @pytest.mark.parametrize("b", [1, 4])

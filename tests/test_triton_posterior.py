@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from kernel_cases import F32, F64, column, compare, make, oracle
+from kernel_cases import F32, F64, column, compare, far, make, oracle
 from triton_interpreter import DEVICE
 
 pytest.importorskip("triton")
@@ -239,6 +239,10 @@ def test_refusals() -> None:
         run(x, torch.randn(4, 5), 1.0)
     with pytest.raises(ValueError, match="sigma"):
         run(x, rows, column(1.0, 3))
+    many = torch.empty(2**27 + 1, 3, device="meta")
+    args = (many, rows.to("meta"), *[torch.empty(len(many), dtype=F64, device="meta")] * 3)
+    with pytest.raises(ValueError, match=r"at most 134,217,728 queries.*got 134,217,729"):
+        triton.posterior(*args, None, None, None, 1.0, 0.0, "gaussian")
 
 
 @pytest.mark.parametrize("dtype", ROW_TYPES)
@@ -265,14 +269,9 @@ def test_rows_through_descriptors(dtype: torch.dtype, in_chunks: None, monkeypat
 def test_far_offsets(d: int, knows: bool, monkeypatch) -> None:
     """Rows more than 2^31 elements apart: one page of rows, seen with a stride of 2^30 elements."""
     monkeypatch.setattr(stored, "has_descriptors", lambda _: knows)
-    stride, n = 1 << 30, 4
-    memory = torch.empty(stride * (n - 1) + d, dtype=torch.uint8, device=DEVICE)
-    rows = memory.as_strided((n, d), (stride, 1))
-    g = torch.Generator().manual_seed(0)
-    small = torch.randint(0, 256, (n, d), dtype=torch.uint8, generator=g)
-    rows.copy_(small)
+    small = make(1, 4, d, torch.uint8, 0.0)[1]
     x = (small[-1:].float() * 2 / 255 - 1) + 0.01
-    got, _ = run(x, rows, 0.3, scale=2 / 255, shift=-1.0)
+    got, _ = run(x, far(small, DEVICE), 0.3, scale=2 / 255, shift=-1.0)
     want, _ = run(x, small, 0.3, scale=2 / 255, shift=-1.0)
     assert torch.equal(got[0], want[0])
 
@@ -300,7 +299,7 @@ def test_plans_change_only_the_order_of_sums(d: int, monkeypatch) -> None:
     x = torch.cat([x, x[:1]])
     monkeypatch.setattr(planner, "FEW", 17)  # low tiles: 16 queries, then the last
     whole, _ = run(x, rows, 3.0)
-    monkeypatch.setattr(triton, "machine", lambda _: planner.Machine(4, 1 << 12))
+    monkeypatch.setattr(triton, "machine", lambda _: planner.Machine(4, 1 << 18))
     monkeypatch.setattr(planner, "WORKSPACE", 1)
     other, _ = run(x, rows, 3.0)
     for a, e in zip(other, whole, strict=True):

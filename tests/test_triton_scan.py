@@ -34,6 +34,18 @@ def bound_scan(*args):
 TRITON = SimpleNamespace(bound_scan=bound_scan)
 
 
+def test_a_capture_is_refused(monkeypatch) -> None:
+    """It waits for the device: in a CUDA graph CUDA's own error would say less."""
+    monkeypatch.setattr(triton_scan, "capturing", lambda device: True)
+    one = torch.ones(1, dtype=F64)
+    with pytest.raises(RuntimeError, match="cannot be captured in a CUDA graph: sweep densely"):
+        bound_scan(
+            torch.zeros(1, 3), torch.zeros(4, 3), one, one, one, None, torch.zeros(3),
+            torch.ones(4, dtype=F64), 1.0, 0.0, torch.zeros(4, 5), torch.zeros(4, 0),
+            torch.zeros(1, 3), torch.zeros(1, 2), one, one, [3], [0], 1e-6, 4,
+        )  # fmt: skip
+
+
 @pytest.mark.parametrize("half", [True, False], ids=["float16", "float32"])
 @pytest.mark.parametrize("kind", ["random", "clustered", "duplicated"])
 def test_lists_keep_their_promise(kind: str, half: bool) -> None:

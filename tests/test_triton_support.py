@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from kernel_cases import F32, F64, column, cpu, make
+from kernel_cases import F32, F64, column, cpu, far, make
 from support_cases import lists, on_lists
 from triton_interpreter import DEVICE
 
@@ -61,6 +61,17 @@ def test_sums_and_their_gradient(dtype: torch.dtype, biased: bool) -> None:
             tol = 1e-10 + rounding + (6e-8 if i == 0 else 0)
             assert (a.to(F64) - e).abs().max() <= tol * (1 + e.abs().max()), (i, b, d)
         assert back[4].shape == ((150,) if biased else (0,))
+
+
+def test_far_offsets() -> None:
+    x, rows, *units = make(2, 4, 70, torch.uint8, 0.5)
+    how = [column(v, 2) for v in (0.5, 0.9, 1.1)]
+    lists = (torch.tensor([0, 2, 4]), torch.tensor([0, 3, 1, 3]))
+    results = []
+    for stored in (rows, far(rows, DEVICE)):
+        got = sums(x, stored, *how, None, *lists, *units)
+        results.append([*got, *backward(x, stored, *how, None, *lists, *got, *got, *units)])
+    assert all(torch.equal(a, e) for a, e in zip(*results, strict=True))
 
 
 def test_exact_hits_ties_limits_and_lost_queries() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -32,8 +33,20 @@ class Gpu:
         self.launched: list[tuple[str, dict]] = []
         self.timed = 0
         self.capturing = False
+        self.current: list[torch.device] = []  # of the guards
 
-    def timer(self, call) -> float:
+    @contextlib.contextmanager
+    def guard(self, device: torch.device):
+        self.current.append(device)
+        yield
+        self.current.pop()
+
+    def is_capturing(self) -> bool:
+        assert self.current == [DEVICE]  # not of whichever device is current
+        return self.capturing
+
+    def timer(self, call, device) -> float:
+        assert device == DEVICE
         call()
         self.timed += 1
         name = self.launched.pop()[0]
@@ -49,7 +62,8 @@ def gpu(monkeypatch, tmp_path) -> Gpu:
     monkeypatch.setenv(env.AUTOTUNE, "1")
     monkeypatch.setattr(tuning, "timer", found.timer)
     monkeypatch.setattr(tuning, "device_name", lambda device: "NVIDIA Test")
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: found.capturing)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", found.is_capturing)
+    monkeypatch.setattr(torch.cuda, "device", found.guard)
     monkeypatch.setattr(
         Variant, "launch", lambda self, grid, at, **args: found.launched.append((self.name, args))
     )
@@ -126,6 +140,37 @@ def test_nothing_is_measured_in_a_capture_nor_interpreted(gpu: Gpu) -> None:
     assert gpu.timed == 0
 
 
+def test_a_capture_launches_what_was_chosen_before_it(gpu: Gpu) -> None:
+    default, other = tuning.choices(sweep_v())
+    gpu.times = {default.name: 2.0, other.name: 1.0}
+    launched(gpu, default)
+    gpu.capturing = True
+    assert launched(gpu, default) == other.name and gpu.timed == 2
+
+
+def test_the_clock_is_the_devices_own(monkeypatch) -> None:
+    """Events are recorded on the stream of the device that a launch is for."""
+    gpu, where = Gpu(), []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            where.append(list(gpu.current))
+
+        def synchronize(self) -> None:
+            pass
+
+        def elapsed_time(self, end: Event) -> float:
+            return 16.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "device", gpu.guard)
+    assert tuning.timer(lambda: None, DEVICE) == 2.0
+    assert where == [[DEVICE]] * 10
+
+
 def test_what_a_launch_changes_is_left_alone(gpu: Gpu, monkeypatch) -> None:
     variant = products.accumulate_variant(BF16, True, "tf32x3")
     gpu.times = {v.name: 1.0 for v in tuning.choices(variant)}
@@ -133,9 +178,9 @@ def test_what_a_launch_changes_is_left_alone(gpu: Gpu, monkeypatch) -> None:
     seen = []
     time = gpu.timer
 
-    def spy(call) -> float:
+    def spy(call, device) -> float:
         seen.append(call.keywords)
-        return time(call)
+        return time(call, device)
 
     monkeypatch.setattr(tuning, "timer", spy)
     args = {**dict.fromkeys(variant.aligned, 32), "acc": acc, "rows": rows}

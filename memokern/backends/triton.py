@@ -19,7 +19,7 @@ from torch import Tensor
 from memokern import env
 from memokern.backends import reference
 from memokern.backends.native import queries_of
-from memokern.backends.triton_inputs import center_of, numbers
+from memokern.backends.triton_inputs import center_of, check_queries, numbers
 
 _F64 = torch.float64
 
@@ -99,6 +99,7 @@ def _prepared(
     from memokern.kernels.queries import Queries
     from memokern.kernels.rows import Rows
 
+    check_queries(x.shape[0])
     q, numbers_of_each, b = queries_of(x, rows, *columns, bias)
     center, sq_norms = center_of(rows, center, sq_norms, scale, shift)
     units = numbers(scale, shift, x.device)

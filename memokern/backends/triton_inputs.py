@@ -5,7 +5,6 @@ Nothing here waits for the device, so that what calls it can be captured into a 
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -31,19 +30,42 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is captured there, which can wait for no value."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+# Kernels keep up to 10 numbers for each query, addressed with 32 bits.
+MOST_QUERIES = 1 << 27
+
+
+def check_queries(b: int) -> None:
+    """ValueError for more queries than the kernels can address at once."""
+    if b > MOST_QUERIES:
+        raise ValueError(
+            f"expected at most {MOST_QUERIES:,} queries in a call on a GPU, got {b:,}: split the"
+            " batch"
+        )
+
+
 def checked(x: Tensor, rows: Tensor) -> Tensor:
     """x, contiguous; ValueError unless the two fit."""
     check_fit(x, rows)
     if x.device != rows.device:
         raise ValueError(f"x and rows must be on one device, not {x.device} and {rows.device}")
     check_stride(rows)
+    check_queries(x.shape[0])
     return x.detach().contiguous()
 
 
-@functools.lru_cache(maxsize=256)
 def numbers(scale: float, shift: float, device: torch.device) -> Tensor:
-    """[2] float64: a kernel's own numbers are float32, and these are the rows' unit."""
-    return torch.tensor([scale, shift], dtype=_F64, device=device)
+    """[2] float64: a kernel's own numbers are float32, and these are the rows' unit. Filled in on
+    the device, since a copy would wait for it, and anew each time: what is kept between calls would
+    belong to the memory of the CUDA graph that was captured first."""
+    out = torch.empty(2, dtype=_F64, device=device)
+    out[0].fill_(scale)
+    out[1].fill_(shift)
+    return out
 
 
 class Centred(NamedTuple):

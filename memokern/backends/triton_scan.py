@@ -16,7 +16,7 @@ from torch import Tensor
 from memokern.backends import reference
 from memokern.backends.ladder import bands_of, check_limits
 from memokern.backends.native import shaped
-from memokern.backends.triton_inputs import checked, numbers, refusal
+from memokern.backends.triton_inputs import capturing, checked, numbers, refusal
 from memokern.backends.triton_select import pairs
 from memokern.kernels import scan
 
@@ -33,6 +33,11 @@ def bound_scan(
     dims: list[int], first_band: list[int], eps: float, cap: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The rows that can matter to each query; :mod:`memokern.ops_support` says what is proven."""
+    if capturing(x.device):
+        raise RuntimeError(
+            "bound_scan waits for the device, so it cannot be captured in a CUDA graph: sweep"
+            " densely there (method='dense')"
+        )
     if refusal(x, rows) is not None:
         return reference.bound_scan(
             x, rows, sigma, alpha, temperature, bias, center, sq_norms, scale, shift, coarse, fine,

@@ -13,6 +13,7 @@ from memokern.backends import reference
 from memokern.backends.native import shaped
 from memokern.backends.triton_inputs import (
     Centred,
+    capturing,
     centred,
     checked,
     multiprocessors,
@@ -158,7 +159,7 @@ class _Lists:
     def _check(self) -> None:
         """Whether the lists are lists; not while a CUDA graph is captured, which cannot wait. The
         kernels read no other memory even then."""
-        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if capturing(self.device):
             return
         m, n = len(self.index), len(self.rows)
         good = (self.start[0] == 0) & (self.start[-1] == m) & (self.start.diff() >= 0).all()

@@ -29,7 +29,7 @@ def posterior(
     dots_v = products.dots_variant(dtype, plan.few, precision, data.described)
     add_v = products.accumulate_variant(dtype, plan.few, precision, data.described)
     dots_rows, add_rows = products.rows_for(dots_v, data), products.rows_for(add_v, data)
-    weigh_v = weigh.variant(dtype, plan.rows, kernel)
+    weigh_v = weigh.variant(dtype, weigh.room(plan.rows), kernel)
     chunk = min(plan.rows, data.n)
     part_d = planner.share(d, plan.parts_d, dots_v.constexprs["BLOCK_D"])
     part_n = planner.share(chunk, plan.parts_n, add_v.constexprs["BLOCK_N"])

@@ -27,6 +27,7 @@ from memokern.kernels import (
     planner,
     products,
     tuning,
+    weigh,
 )
 from memokern.kernels.queries import Queries
 from memokern.kernels.rows import Rows
@@ -106,7 +107,8 @@ class _Sweep:
                 v, (tiles, self.parts_d), self.device, terms=terms, rows=self.dots_rows, dots=into,
                 B=self.total, b0=b0, b=b, n0=n0, n=n, part_d=self.part_d, **self.sizes,
             )  # fmt: skip
-        backward.coefficients_variant(self.dtype, self.plan.rows, self.kernel, for_rows).launch(
+        room = weigh.room(self.plan.rows)
+        backward.coefficients_variant(self.dtype, room, self.kernel, for_rows).launch(
             (b,), self.device, dots=self.dots, dots_g=self.dots_g, sq_norms=self.data.sq_norms,
             bias=self.biases, pulls=self.pulls, grad_mean=self.grad_mean, sigma=self.q.sigma,
             center=self.q.center, sums=self.sums, near=self.near, factor=self.factor,

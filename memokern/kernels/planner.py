@@ -97,6 +97,8 @@ def chunked(
 
     >>> chunked(1, 50_000, 3072, torch.bfloat16, Machine(132, 50 << 20))
     Chunked(few=True, queries=1, rows=2048, parts_d=16, parts_n=8)
+    >>> chunked(1, 50_000, 196_608, torch.bfloat16, Machine(132, 50 << 20)).rows
+    64
     """
     few = b <= FEW
     dots = dots_tile(few, dtype, "tf32x3")
@@ -105,6 +107,9 @@ def chunked(
     for chunk in more:
         if chunk * d * size <= machine.l2_bytes // 2:
             rows = chunk
+    # Very wide rows: a tile of the first product at least, which may be more than stays there.
+    while rows > dots.n and rows * d * size > machine.l2_bytes // 2:
+        rows //= 2
     queries = min(b, max(dots.b, WORKSPACE // (4 * products * rows) // dots.b * dots.b))
     tiles_b = -(-queries // dots.b)
     wanted = _WAVES * machine.multiprocessors

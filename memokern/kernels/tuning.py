@@ -63,17 +63,19 @@ def _chosen(
     args: dict[str, Any],
 ) -> Variant:  # fmt: skip
     options = {v.name: v for v in choices(variant)}
-    if len(options) == 1 or not can_measure(device):
+    if len(options) == 1 or not has_clock(device):
         return variant
     key = f"{device_name(device)}, Triton {triton.__version__}, {variant.name}"
     known = remembered(cache_file())
     if known.get(key) not in options:
+        if capturing(device):
+            return variant
         trial = {**args, **{name: args[name].clone() for name in changes}}
         times = {}
         for name, option in options.items():
             # A device may have less of something than those that were compiled for.
             with contextlib.suppress(OutOfResources):
-                times[name] = timer(functools.partial(option.launch, grid, device, **trial))
+                times[name] = timer(functools.partial(option.launch, grid, device, **trial), device)
         if not times:
             return variant  # whose launch will say what is missing
         known[key] = min(times, key=lambda name: times[name])
@@ -81,28 +83,35 @@ def _chosen(
     return options[known[key]]
 
 
-def can_measure(device: torch.device) -> bool:
-    """Not where kernels are interpreted, nor while a CUDA graph is captured."""
-    return device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
+def has_clock(device: torch.device) -> bool:
+    """Not where kernels are interpreted."""
+    return device.type == "cuda"
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is captured on the device, in which nothing can be measured."""
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def device_name(device: torch.device) -> str:
     return str(torch.cuda.get_device_name(device))
 
 
-def timer(call: Callable[[], None]) -> float:
-    """Milliseconds of a call on the current device: the fastest of a few rounds, each of calls
-    enough to outlast what it costs to make them."""
+def timer(call: Callable[[], None], device: torch.device) -> float:
+    """Milliseconds of a call on the device's current stream: the fastest of a few rounds, each of
+    calls enough to outlast what it costs to make them."""
     call()  # compiles
     rounds = []
-    for _ in range(5):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(8):
-            call()
-        end.record()
-        end.synchronize()
-        rounds.append(start.elapsed_time(end) / 8)
+    with torch.cuda.device(device):
+        for _ in range(5):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for _ in range(8):
+                call()
+            end.record()
+            end.synchronize()
+            rounds.append(start.elapsed_time(end) / 8)
     return min(rounds)
 
 

@@ -176,6 +176,11 @@ def chunks(kernel: str, products: int = 1) -> tuple[int, ...]:
     return (256, 1024) if kernel == "log" or products == 2 else (256, 1024, 2048)
 
 
+def room(rows: int) -> int:
+    """The least of these sizes that holds so many rows."""
+    return next(chunk for chunk in chunks("gaussian") if rows <= chunk)
+
+
 def warps(chunk: int) -> int:
     """Of a program that owns a chunk of so many rows."""
     return {256: 4, 1024: 8, 2048: 16}[chunk]
