@@ -18,10 +18,11 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench.resources import page, words
+from bench.resources import page
 from memokern.kernels import listing
 from memokern.kernels.variant import Variant
 
@@ -180,25 +181,35 @@ def _one(name: str, target: str) -> dict[str, Any]:
 
 
 def table(
-    pairs: list[tuple[str, str]], workers: int, kept: Path | None = None
-) -> list[dict[str, Any]]:
+    pairs: list[tuple[str, str]], workers: int, kept: Path | None = None,
+    tell: Callable[[dict[str, Any]], object] = lambda row: None,
+) -> list[dict[str, Any]]:  # fmt: skip
     """The resources of these variants on these targets, by their names, as plain rows; a row has
-    "error" where it does not compile. kept: a file of earlier results, added to."""
+    "error" where it does not compile. kept: a file of earlier results, added to. tell: is told each
+    row as soon as it is there."""
     known: dict[str, Any] = {}
     if kept is not None and kept.exists():
         known = json.loads(kept.read_text())
     named = {v.name: v for v in listing.variants()}
     keys = {pair: _key(named[pair[0]], TARGETS[pair[1]]) for pair in pairs}
+
+    def row(pair: tuple[str, str]) -> dict[str, Any]:
+        # Variants of two names may be one kernel to the compiler.
+        return {**known[keys[pair]], "variant": pair[0], "target": pair[1]}
+
     left = [pair for pair in pairs if keys[pair] not in known]
+    for pair in pairs:
+        if keys[pair] in known:
+            tell(row(pair))
     with concurrent.futures.ProcessPoolExecutor(workers) as pool:
         found = {pool.submit(_one, *pair): pair for pair in left}
         for done in concurrent.futures.as_completed(found):
             known[keys[found[done]]] = done.result()
+            tell(row(found[done]))
             if kept is not None:
                 kept.parent.mkdir(exist_ok=True)
                 kept.write_text(json.dumps(known))
-    # Variants of two names may be one kernel to the compiler.
-    return [{**known[keys[v, t]], "variant": v, "target": t} for v, t in pairs]
+    return [row(pair) for pair in pairs]
 
 
 def line(row: dict[str, Any]) -> str:
@@ -223,6 +234,9 @@ def problem(row: dict[str, Any], chosen: list[Variant]) -> str | None:
         return f"{row['shared']} bytes of shared memory, where a block may use {target.shared}"
     if wanted and not row["matrix"]:
         return "its products are not on the matrix cores"
+    tile = next(v.constexprs.get("BLOCK_B", 0) for v in chosen if v.name == row["variant"])
+    if wanted and target.name == "sm_90" and tile >= 64 and "HGMMA" not in row["matrix"]:
+        return "its products are not a warp group's, which take tiles of 64"
     return None
 
 
@@ -241,12 +255,10 @@ def main() -> None:
     chosen = [v for v in listing.variants() if all(w in v.name for w in args.words)]
     targets = args.target or list(TARGETS)
     pairs = [(v.name, t) for v in chosen for t in targets if v.is_for(t)]
-    rows = table(pairs, args.workers, KEPT)
     if args.json:
-        print(json.dumps(rows))
+        print(json.dumps(table(pairs, args.workers, KEPT)))
         return
-    for row in rows:
-        print(line(row))
+    rows = table(pairs, args.workers, KEPT, lambda row: print(line(row), flush=True))
     bad = [row for row in rows if problem(row, chosen)]
     for row in bad:
         print(f"{row['variant']} on {row['target']}: {problem(row, chosen)}", file=sys.stderr)
@@ -255,8 +267,7 @@ def main() -> None:
     if args.markdown:
         import triton
 
-        text = page(rows, {v.name: words(v) for v in chosen}, triton.__version__)
-        args.markdown.write_text(text)
+        args.markdown.write_text(page(rows, chosen, triton.__version__))
 
 
 if __name__ == "__main__":

@@ -28,8 +28,10 @@ class Cell(NamedTuple):
     matrix: str
 
 
-def digest() -> str:
-    """Of the code of all functions that Triton compiles; what is said about them doesn't count."""
+def digest(variants: list[Any]) -> str:
+    """Of all that the machine code of these depends on, but for Triton itself: the functions that
+    it compiles, the constants that they read, and what each variant is compiled with. What is said
+    about the functions doesn't count."""
     text = []
     for path in sorted(SOURCES.glob("*.py")):
         for node in ast.parse(path.read_text()).body:
@@ -38,11 +40,17 @@ def digest() -> str:
                 if ast.get_docstring(node) is not None:
                     node.body = node.body[1:]
                 text.append(ast.unparse(node))
+            elif isinstance(node, ast.Assign | ast.AnnAssign) and "constexpr" in ast.unparse(node):
+                text.append(ast.unparse(node))
+    for v in variants:
+        kernel = getattr(v.kernel, "fn", v.kernel).__name__
+        text.append(repr((kernel, v._replace(kernel=None, loose=None))))
     return hashlib.sha256("\n".join(text).encode()).hexdigest()[:16]
 
 
-def page(rows: list[dict[str, Any]], options: dict[str, str], triton: str) -> str:
-    """rows: of bench.aot.table, without errors. options: of each variant, in words."""
+def page(rows: list[dict[str, Any]], variants: list[Any], triton: str) -> str:
+    """rows: of bench.aot.table, without errors, for these variants."""
+    options = {v.name: words(v) for v in variants}
     targets = list(dict.fromkeys(row["target"] for row in rows))
     lines = [
         "# What the Triton kernels take",
@@ -52,7 +60,7 @@ def page(rows: list[dict[str, Any]], options: dict[str, str], triton: str) -> st
         " resident, and the instruction of its matrix products. None spills. Written by"
         " `make kernels`; no GPU was there. –: not for this target.",
         "",
-        f"Triton {triton}, kernels {digest()}.",
+        f"Triton {triton}, kernels {digest(variants)}.",
         "",
         "| kernel | launched with | " + " | ".join(targets) + " |",
         "| --- | --- |" + " --- |" * len(targets),

@@ -43,7 +43,31 @@ def test_the_page_is_that_of_the_kernels_as_they_are() -> None:
     assert PAGE.options == {name: resources.words(v) for name, v in VARIANTS.items()}
     of_each = {(v.name, t) for v in VARIANTS.values() for t in aot.TARGETS if v.is_for(t)}
     assert PAGE.cells.keys() == of_each
-    assert PAGE.digest == resources.digest()
+    assert PAGE.digest == resources.digest(listing.variants())
+
+
+def test_a_page_of_other_kernels_is_noticed(monkeypatch, tmp_path) -> None:
+    """By another tile, alignment or signature, another constant, another line of code."""
+    known, variants = PAGE.digest, listing.variants()
+    i = next(i for i, v in enumerate(variants) if v.kernel.fn.__name__ == "accumulate_kernel")
+    v = variants[i]
+    for other in (
+        v._replace(constexprs={**v.constexprs, "BLOCK_N": 2 * v.constexprs["BLOCK_N"]}),
+        v._replace(aligned=v.aligned[:-1]),
+        v._replace(signature={**v.signature, "n": "i64"}),
+        v._replace(registers=128),
+    ):
+        assert resources.digest([*variants[:i], other, *variants[i + 1 :]]) != known
+    assert resources.digest(variants[:-1]) != known
+    for path in resources.SOURCES.glob("*.py"):
+        (tmp_path / path.name).write_text(path.read_text())
+    monkeypatch.setattr(resources, "SOURCES", tmp_path)
+    assert resources.digest(variants) == known
+    common = tmp_path / "common.py"
+    changed = common.read_text().replace("tl.constexpr(i) for", "tl.constexpr(i + 1) for", 1)
+    assert changed != common.read_text()
+    common.write_text(changed)
+    assert resources.digest(variants) != known
 
 
 def test_all_fit_and_multiply_on_the_matrix_cores() -> None:
@@ -57,6 +81,13 @@ def test_all_fit_and_multiply_on_the_matrix_cores() -> None:
         for t in aot.TARGETS
     }
     assert instructions["sm_80"] == {"HMMA"} and "HGMMA" in instructions["sm_90"]
+    # A warp group multiplies tiles of 64 queries and more.
+    of_groups = [
+        cell.matrix for (name, target), cell in PAGE.cells.items()
+        if target == "sm_90" and VARIANTS[name].matrix
+        and VARIANTS[name].constexprs.get("BLOCK_B", 0) >= 64
+    ]  # fmt: skip
+    assert len(of_groups) > 50 and set(of_groups) == {"HGMMA"}
     assert any(m.startswith("UTC") for m in instructions["sm_100"])
 
 
@@ -115,6 +146,10 @@ def test_what_is_no_good_is_noticed() -> None:
     whole = {**row, "spills": 0}
     assert aot.problem(whole, [variant]) is None
     assert "matrix" in aot.problem(whole, [variant._replace(matrix=True)])
+    wide = variant._replace(matrix=True, constexprs={**variant.constexprs, "BLOCK_B": 64})
+    hopper = {**whole, "target": "sm_90", "matrix": "HMMA.16816.F32"}
+    assert "warp group" in aot.problem(hopper, [wide])
+    assert aot.problem({**hopper, "matrix": "HGMMA.64x64x8.F32"}, [wide]) is None
     assert "shared memory" in aot.problem({**whole, "shared": 200 << 10}, [variant])
 
 

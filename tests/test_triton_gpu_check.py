@@ -31,7 +31,7 @@ def test_without_a_gpu_it_says_so_and_compiles() -> None:
     assert run.returncode == 0, run.stderr
     first, *rows = run.stdout.splitlines()
     assert first == gpu.NO_GPU
-    assert [row.split()[5] for row in rows] == list(aot.TARGETS)
+    assert sorted(row.split()[5] for row in rows) == sorted(aot.TARGETS)  # each as it is there
     assert all("registers" in row and " 0 B spilled" in row for row in rows)
 
 
