@@ -17,15 +17,15 @@ import functools
 import math
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from memokern import env, ops, ops_support
+from memokern import backends, env, ops, ops_support
 from memokern.index import Index
 from memokern.projection import Projected
-from memokern.queries import Rows
+from memokern.queries import Rows, undispatched
 from memokern.results import Certificate
 
 Sums = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -128,11 +128,28 @@ def posterior(
     return sums, _certificate(query, rows, index, sums, start.diff(), threshold, level)
 
 
+_OPERATIONS: dict[str, Callable[..., Any]] = {
+    "posterior": ops.posterior,
+    "bound_scan": ops_support.bound_scan,
+    "posterior_on_support": ops_support.posterior_on_support,
+}
+
+
+def shortest(name: str, x: Tensor, *others: Tensor | None) -> Callable[..., Any]:
+    """The operation of that name: where the dispatcher, which takes as long as scanning a thousand
+    rows, would have nothing to do, the backend's own. The rows have no gradient here."""
+    if undispatched(x, *others):
+        found: Callable[..., Any] = getattr(backends.choose_for("cpu", name), name)
+        return found
+    return _OPERATIONS[name]
+
+
 def bound_scan(
     query: Query, rows: Rows, index: Index, p: Projected, eps: float, cap: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The operation on all rows, for queries as projected."""
-    out: tuple[Tensor, Tensor, Tensor, Tensor] = ops_support.bound_scan(
+    run = shortest("bound_scan", *query[:5])
+    out: tuple[Tensor, Tensor, Tensor, Tensor] = run(
         query.x, rows.rows, query.sigma, query.alpha, query.temperature, query.bias, rows.center,
         rows.sq_norms, rows.scale, rows.shift, index.coarse, index.fine, p.z, p.norms, p.margin,
         p.sq, index.dims, index.first_band, eps, cap,
@@ -142,7 +159,7 @@ def bound_scan(
 
 def _dense(query: Query, rows: Rows) -> Sums:
     x, sigma, alpha, temperature, bias, precision = query
-    out: Sums = ops.posterior(
+    out: Sums = shortest("posterior", *query[:5])(
         x, rows.rows, sigma, alpha, temperature, bias, rows.center, rows.sq_norms, rows.scale,
         rows.shift, "gaussian", precision,
     )  # fmt: skip
@@ -151,7 +168,7 @@ def _dense(query: Query, rows: Rows) -> Sums:
 
 def _on_support(query: Query, rows: Rows, start: Tensor, listed: Tensor) -> Sums:
     x, sigma, alpha, temperature, bias, _ = query
-    out: Sums = ops_support.posterior_on_support(
+    out: Sums = shortest("posterior_on_support", *query[:5])(
         x, rows.rows, sigma, alpha, temperature, bias, start, listed, rows.scale, rows.shift
     )
     return out

@@ -4,7 +4,7 @@ import torch
 from index_cases import F64, backend, normal, with_index
 
 import memokern
-from memokern import TrainingSet, pruning
+from memokern import TrainingSet, backends, pruning
 from memokern.queries import as_rows
 
 __all__ = ["backend"]  # a fixture that every test here uses
@@ -78,6 +78,27 @@ def test_a_device_is_waited_for_while_costs_are_measured(monkeypatch):
     assert pruning._seconds(lambda: waited.append("call"), wait) == 1.0
     device = torch.device("cuda", 1)
     assert waited == ["call", device] * 2  # a first call, and one of a second: long enough
+
+
+def test_the_dispatcher_is_left_out_where_it_has_nothing_to_do(monkeypatch):
+    """The same results either way; with a gradient to record, or a profiler, it runs."""
+    data = indexed()
+    x = data.rows[:5] + 0.1 * normal(5, 24)
+    names = ("posterior", "bound_scan", "posterior_on_support")
+    own = [pruning.shortest(name, x) for name in names]
+    assert own == [getattr(backends.choose_for("cpu", name), name) for name in names]
+    watched = x.clone().requires_grad_()
+    operations = [getattr(torch.ops.memokern, name) for name in names]
+    assert [pruning.shortest(name, watched) for name in names] == operations
+    with torch.profiler.profile():
+        assert [pruning.shortest(name, x) for name in names] == operations
+    for method in ("pruned", "auto"):
+        direct = memokern.posterior(x, data, 0.1, method=method)
+        with monkeypatch.context() as patch:
+            patch.setattr(pruning, "undispatched", lambda *tensors: False)
+            through = memokern.posterior(x, data, 0.1, method=method)
+        for name in ("mean", "log_z", "mean_logit", "mean_bias", "weight_sq"):
+            assert torch.equal(getattr(direct, name), getattr(through, name))
 
 
 def test_queries_that_keep_too_many_rows_are_swept():
