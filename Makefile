@@ -52,7 +52,7 @@ peers: $(VENV)/.dev-installed
 bench: $(VENV)/.dev-installed
 	$(BIN)/python -m bench $(ARGS)
 
-gpu-check: $(if $(shell command -v nvidia-smi rocm-smi),peers,$(VENV)/.dev-installed)
+gpu-check: $(if $(shell command -v nvidia-smi || command -v rocm-smi),peers,$(VENV)/.dev-installed)
 	$(BIN)/python -m bench.gpu $(ARGS)
 
 kernels: $(VENV)/.dev-installed

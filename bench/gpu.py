@@ -1,10 +1,11 @@
 """`make gpu-check`: on a machine with a GPU the tests, then times beside the peers'; without one, a
 line that says so, and every kernel compiled ahead of time.
 
-Correctness comes first: each result is compared with float64 on the same device. A peer's that is
-wrong is not timed; ours stops it all. Times are medians over rounds in which everything takes its
-turn, by the device's own clock, the L2 cache flushed before each; the share of the roofline is a
-prediction of bench.roofline over the time, where the device is one whose data sheet is there.
+Correctness comes first: each result is compared with float64 on the same device, and one that is
+wrong is not timed. The table says so, and goes on; the exit status tells of ours. Times are medians
+over rounds in which everything takes its turn, by the device's own clock, the L2 cache flushed
+before each; the share of the roofline is a prediction of bench.roofline over the time, where the
+device is one whose data sheet is there.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,6 +38,14 @@ FLUSH = 256 << 20  # bytes, more than any L2 cache
 CHECKED = 4  # queries compared with float64
 TOLERANCE = 1e-5  # of memokern's mean, relative to the largest true number
 WRONG = 1e-2  # of a peer's: products in tf32, which PyTorch may choose, are right to 1e-3
+
+
+class Said(NamedTuple):
+    """What the tests did: pytest's exit status, its last line, and a line for each that failed."""
+
+    status: int
+    summary: str
+    failures: list[str]
 
 
 def _flex(rows: Tensor) -> peers.Mean:
@@ -145,7 +154,7 @@ def measure(p: roofline.Problem, device: torch.device, rounds: int) -> list[dict
             lines.append({"run": name, "skipped": peers.reason(error)})
     errors = {name: _error(call(), truth) for name, call in calls.items()}
     if not errors["memokern"] <= TOLERANCE:
-        raise RuntimeError(f"{p}: an error of {errors['memokern']:.1e}; nothing was timed")
+        raise RuntimeError(f"an error of {errors['memokern']:.1e}; nothing was timed")
     for name in [name for name, error in errors.items() if not error <= WRONG]:
         del calls[name]
         lines.append({"run": name, "skipped": f"wrong: an error of {errors[name]:.1e}"})
@@ -175,62 +184,98 @@ def _roof(p: roofline.Problem, device: torch.device) -> float | None:
     return None if gpu is None else p.on(gpu).seconds
 
 
-def render(result: dict[str, Any]) -> str:
-    """The table, in Markdown, with the device's name."""
-    lines = [
+def heading(result: dict[str, Any]) -> list[str]:
+    """What the tests said, the device's name, and the first lines of the table."""
+    return [
+        f"Tests of the kernels: {result['tests']}.",
+        "",
+        *(f"- {line}" for line in result["failures"]),
+        *([""] if result["failures"] else []),
         f"Measured on {result['device']}, torch {result['torch']}, Triton {result['triton']}.",
         "",
         "| operation | rows | run | ms | GB/s | TFLOP/s | of the roofline | peak MiB | error |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for case in result["cases"]:
-        for row in case["runs"]:
-            head = f"| {case['name']} | {case['rows']} | {row['run']} |"
-            if "skipped" in row:
-                lines.append(f"{head} {row['skipped']} | | | | | |")
-                continue
-            share = "" if row["share"] is None else f"{row['share']:.0%}"
-            lines.append(
-                f"{head} {1000 * row['seconds']:.3g} | {row['gb_s']:.0f} | {row['tflop_s']:.1f} |"
-                f" {share} | {row['peak'] / 2**20:.0f} | {row['error']:.1e} |"
-            )
-    return "\n".join(lines)
 
 
-def collect(problems: list[roofline.Problem], device: torch.device, rounds: int) -> dict[str, Any]:
+def lines_of(case: dict[str, Any]) -> list[str]:
+    """A problem's lines of the table."""
+    lines = []
+    for row in case["runs"]:
+        head = f"| {case['name']} | {case['rows']} | {row['run']} |"
+        if "skipped" in row:
+            lines.append(f"{head} {row['skipped'].replace('|', '/')} | | | | | |")
+            continue
+        share = "" if row["share"] is None else f"{row['share']:.0%}"
+        lines.append(
+            f"{head} {1000 * row['seconds']:.3g} | {row['gb_s']:.0f} | {row['tflop_s']:.1f} |"
+            f" {share} | {row['peak'] / 2**20:.0f} | {row['error']:.1e} |"
+        )
+    return lines
+
+
+def render(result: dict[str, Any]) -> str:
+    """The page, in Markdown."""
+    return "\n".join([*heading(result), *(s for case in result["cases"] for s in lines_of(case))])
+
+
+def collect(
+    problems: list[roofline.Problem], device: torch.device, rounds: int, said: Said,
+    tell: Callable[[dict[str, Any]], object] = lambda result: None,
+) -> dict[str, Any]:  # fmt: skip
+    """All problems, each for itself: one of ours that fails has a line that says so. tell: is told
+    what there is after each."""
     import triton
 
     on_gpu = device.type == "cuda"
-    cases = [
-        {
-            "name": f"{p.operation} B={p.b} N={p.n:,} D={p.d}",
-            "rows": str(p.dtype).removeprefix("torch."),
-            "runs": measure(p, device, rounds),
-        }
-        for p in problems
-    ]
-    return {
+    result: dict[str, Any] = {
+        "tests": said.summary, "failures": said.failures, "wrong": 0,
         "device": torch.cuda.get_device_name(device) if on_gpu else "a CPU",
-        "torch": torch.__version__, "triton": triton.__version__, "cases": cases,
+        "torch": torch.__version__, "triton": triton.__version__, "cases": [],
     }  # fmt: skip
+    for p in problems:
+        try:
+            runs = measure(p, device, rounds)
+        except Exception as error:  # the others are wanted too; the exit status tells of it
+            runs = [{"run": "memokern", "skipped": f"FAILED: {peers.reason(error)}"}]
+            result["wrong"] += 1
+        result["cases"].append({
+            "name": f"{p.operation} B={p.b} N={p.n:,} D={p.d}",
+            "rows": str(p.dtype).removeprefix("torch."), "runs": runs,
+        })  # fmt: skip
+        tell(result)
+    return result
+
+
+def tested(tests: list[str]) -> Said:
+    """Runs these tests, whose output is shown as it comes."""
+    command = [sys.executable, "-u", "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+    failures, summary = [], "they printed nothing"
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        for line in run.stdout:
+            print(line, end="", flush=True)
+            if line.startswith(("FAILED ", "ERROR ")):
+                failures.append(line.strip())
+            summary = line.strip("= \n") or summary
+    return Said(run.returncode, summary, failures)
 
 
 def check(rounds: int, out: Path, device: torch.device) -> int:
-    """With a GPU: the tests, compiled; then times, and the table in a file, with what the tests
-    said above it. Returns the tests' status: where they fail, what is right is measured all the
-    same."""
-    tests = sorted(str(p) for p in (ROOT / "tests").glob("test_triton_*.py"))
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
-    run = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    print(run.stdout, flush=True)
-    said = (run.stdout.strip().splitlines() or ["the tests printed nothing"])[-1].strip("= ")
+    """With a GPU: the tests, compiled; then times, whatever the tests said. A page with both is
+    written anew after each problem. Returns the tests' status, or 1 where a result of ours is
+    wrong."""
+
+    def tell(result: dict[str, Any]) -> None:
+        files.write_json(out.with_suffix(".json"), result)
+        files.write_bytes(out, f"{render(result)}\n".encode())
+        first = heading(result) if len(result["cases"]) == 1 else []
+        print(*first, *lines_of(result["cases"][-1]), sep="\n", flush=True)
+
+    said = tested(sorted(str(p) for p in (ROOT / "tests").glob("test_triton_*.py")))
     problems = [p for p in roofline.PROBLEMS if p.operation == "mean"]
-    result = {"tests": said, **collect(problems, device, rounds)}
-    files.write_json(out.with_suffix(".json"), result)
-    text = f"Tests of the kernels: {said}.\n\n{render(result)}\n"
-    files.write_bytes(out, text.encode())
-    print(text)
-    return run.returncode
+    result = collect(problems, device, rounds, said, tell)
+    return said.status or int(result["wrong"] > 0)
 
 
 def main() -> None:

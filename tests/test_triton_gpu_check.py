@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -39,7 +40,7 @@ def test_a_problem_is_checked_then_timed(monkeypatch) -> None:
     monkeypatch.setattr(gpu, "PEERS", ("cached", "sdpa", "flex", "ideal"))
     monkeypatch.setattr(gpu, "_flex", lambda rows: 1 / 0)
     p = roofline.Problem("mean", 3, 200, 16, F32)
-    result = gpu.collect([p], CPU, rounds=2)
+    result = gpu.collect([p], CPU, 2, gpu.Said(0, "3 passed in 1s", []))
     rows = {row["run"]: row for row in result["cases"][0]["runs"]}
     assert "ZeroDivisionError" in rows["flex"]["skipped"]
     for name in ("memokern", "cached", "sdpa"):
@@ -47,7 +48,8 @@ def test_a_problem_is_checked_then_timed(monkeypatch) -> None:
         rate = 4 * 3 * 200 * 16 / rows[name]["seconds"] / 1e12
         assert rows[name]["tflop_s"] == pytest.approx(rate)
     text = gpu.render(result)
-    assert "Measured on a CPU" in text and "| mean B=3 N=200 D=16 | float32 | memokern |" in text
+    assert text.startswith("Tests of the kernels: 3 passed in 1s.\n\nMeasured on a CPU")
+    assert "| mean B=3 N=200 D=16 | float32 | memokern |" in text
     wrong = {**gpu.peers.MEAN, "cached": lambda rows: lambda x, sigma: torch.zeros_like(x)}
     monkeypatch.setattr(gpu.peers, "MEAN", wrong)
     lines = {row["run"]: row for row in gpu.measure(p, CPU, 1)}
@@ -57,19 +59,55 @@ def test_a_problem_is_checked_then_timed(monkeypatch) -> None:
         gpu.measure(p, CPU, 1)
 
 
-@pytest.mark.parametrize("code", [0, 1])
-def test_the_tests_come_first_and_failures_are_told(monkeypatch, tmp_path, capsys, code) -> None:
-    said = "..\n==== 1 failed, 8 passed in 2s ====\n"
-    monkeypatch.setattr(
-        subprocess, "run", lambda command, **how: subprocess.CompletedProcess(command, code, said)
-    )
-    monkeypatch.setattr(roofline, "PROBLEMS", [roofline.Problem("mean", 3, 200, 16, F32)])
+def test_what_fails_is_told_and_the_rest_is_measured(monkeypatch, tmp_path, capfd) -> None:
+    """A test of pytest's own, and a problem: the page has both, and all that went well."""
+    tests, out = tmp_path / "test_it.py", tmp_path / "page.md"
+    tests.write_text("def test_right(): pass\ndef test_wrong(): assert 1 == 2\n")
+    tested = gpu.tested
+    monkeypatch.setattr(gpu, "tested", lambda _: tested([str(tests)]))
+    problems = [roofline.Problem("mean", b, 200, 16, F32) for b in (2, 3)]
+    monkeypatch.setattr(roofline, "PROBLEMS", problems)
     monkeypatch.setattr(gpu, "PEERS", ())
-    out = tmp_path / "page.md"
-    assert gpu.check(1, out, CPU) == code
-    assert "Tests of the kernels: 1 failed, 8 passed in 2s." in out.read_text()
-    assert "| mean B=3 N=200 D=16 | float32 | memokern |" in capsys.readouterr().out
-    assert json.loads(out.with_suffix(".json").read_text())["tests"] == "1 failed, 8 passed in 2s"
+    denoise = gpu.memokern.denoise
+    monkeypatch.setattr(
+        gpu.memokern, "denoise", lambda x, *how: denoise(x, *how) if len(x) == 3 else 0 * x
+    )
+    assert gpu.check(1, out, CPU) == 1
+    page = out.read_text()
+    assert page.startswith("Tests of the kernels: 1 failed, 1 passed in")
+    assert "- FAILED" in page and "test_it.py::test_wrong" in page
+    first, second = page.splitlines()[-2:]
+    assert "| mean B=2 N=200 D=16 | float32 | memokern | FAILED: RuntimeError: an error" in first
+    assert second.startswith("| mean B=3 N=200 D=16 | float32 | memokern |")
+    assert "FAILED" not in second
+    shown = capfd.readouterr().out
+    assert shown.endswith(page) and shown.index("test_wrong") < shown.index("Tests of the kernels")
+    assert json.loads(out.with_suffix(".json").read_text())["wrong"] == 1
+    # Each of the two is enough for the status.
+    tests.write_text("def test_right(): pass\n")
+    assert gpu.check(1, out, CPU) == 1
+    monkeypatch.setattr(gpu.memokern, "denoise", denoise)
+    assert gpu.check(1, out, CPU) == 0
+    tests.write_text("def test_wrong(): assert 1 == 2\n")
+    assert gpu.check(1, out, CPU) == 1
+
+
+@pytest.mark.parametrize("tool", ["nvidia-smi", "rocm-smi", None])
+def test_the_peers_are_installed_where_there_is_a_gpu(tool: str | None, tmp_path) -> None:
+    """Of either vendor: by the tool that comes with its driver."""
+    make = shutil.which("make")
+    if make is None:
+        pytest.skip("there is no make")
+    for name in ("sh", "true"):
+        (tmp_path / name).symlink_to(shutil.which(name))
+    if tool:
+        (tmp_path / tool).symlink_to(shutil.which("true"))
+    run = subprocess.run(
+        [make, "-n", "gpu-check"], capture_output=True, text=True, cwd=ROOT,
+        env={"PATH": str(tmp_path)},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert ("[bench]" in run.stdout) == (tool is not None)
 
 
 def test_what_needs_no_device_passes_on_a_machine_with_a_gpu_too() -> None:
