@@ -15,7 +15,9 @@ OPS = torch.ops.memokern
 AVAILABLE = [
     row.name
     for row in backends.explain()
-    if row.available and hasattr(backends.get(row.name), "bound_scan")
+    if row.available
+    and backends.get(row.name).refuses("cpu") is None
+    and hasattr(backends.get(row.name), "bound_scan")
 ]
 
 
