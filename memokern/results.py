@@ -88,7 +88,7 @@ class Posterior:
 
     @property
     def score(self) -> Tensor:
-        """(alpha mean - x) / sigma^2; not finite at sigma = 0 unless x is a row."""
+        """(alpha mean - x) / sigma^2; not finite at sigma = 0, even where x is a row (0 / 0)."""
         return self.residual / self._wide(self.sigma) / self._wide(self.sigma)
 
     @property
