@@ -63,7 +63,10 @@ def check_chunked(plan, b, n, d, dtype, machine, kernel, kept):
         assert 2 * plan.rows * d * size > machine.l2_bytes // 2
     held = 4 * kept * plan.queries * plan.rows
     assert plan.queries <= dots.b or held <= planner.WORKSPACE
-    assert 1 <= plan.parts_d <= 16 and 1 <= plan.parts_n <= 16
+    assert 1 <= plan.parts_d <= max(16, d // 512) and 1 <= plan.parts_n <= 16
+    # Parts make up for tiles that are few, and are no more than that takes.
+    tiles = -(-plan.queries // dots.b) * -(-min(plan.rows, n) // dots.n)
+    assert tiles * plan.parts_d < 4 * machine.multiprocessors or plan.parts_d == 1
     # Parts are made of whole steps, and there are as many as planned or fewer, none empty.
     for total, parts, step in ((d, plan.parts_d, dots.d), (min(plan.rows, n), plan.parts_n, 32)):
         part = planner.share(total, parts, step)
@@ -78,6 +81,13 @@ def test_one_query_fills_the_machine() -> None:
         tile = onepass.tile(dtype, one.features, one.few)
         assert -(-1_000_000 // (one.run * tile.n)) >= H100.multiprocessors
         plan = planner.chunked(1, 50_000, 3072, dtype, H100)
+        tiles = plan.rows // products.dots_tile(True, dtype, "tf32x3").n
+        assert tiles * plan.parts_d >= H100.multiprocessors
+
+
+def test_wide_rows_fill_the_machine_too() -> None:
+    for dtype in TYPES:
+        plan = planner.chunked(1, 1_281_167, 196_608, dtype, H100)
         tiles = plan.rows // products.dots_tile(True, dtype, "tf32x3").n
         assert tiles * plan.parts_d >= H100.multiprocessors
 

@@ -18,7 +18,7 @@ from memokern.kernels.weigh import chunks
 WORKSPACE = 64 << 20  # bytes of the products of a block of queries with a chunk of rows, at most
 FEW = 16  # queries, up to which tiles are low
 _WAVES = 2  # programs for each multiprocessor
-_MOST_PARTS = 16  # of features or of a chunk's rows
+_MOST_PARTS = 16  # of a chunk's rows, or of up to 8,000 features
 
 
 class Machine(NamedTuple):
@@ -114,7 +114,9 @@ def chunked(
     tiles_b = -(-queries // dots.b)
     wanted = _WAVES * machine.multiprocessors
     used = min(rows, n)
-    parts_d = _parts(tiles_b * -(-used // dots.n), wanted, min(_MOST_PARTS, max(1, d // 128)))
+    # Of very wide rows there are few tiles, and features enough for more parts.
+    most_d = max(min(_MOST_PARTS, max(1, d // 128)), d // 512)
+    parts_d = _parts(tiles_b * -(-used // dots.n), wanted, most_d)
     tiles_d = -(-d // accumulate_tile(few, dtype, "tf32x3").d)
     parts_n = _parts(tiles_b * tiles_d, wanted, min(_MOST_PARTS, max(1, used // 128)))
     return Chunked(few, queries, rows, parts_d, parts_n)
