@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import importlib
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +33,8 @@ def digest(variants: list[Any]) -> str:
     """Of all that the machine code of these depends on, but for Triton itself: the functions that
     it compiles, the constants that they read, and what each variant is compiled with. What is said
     about the functions doesn't count."""
+    import triton.language as tl
+
     text = []
     for path in sorted(SOURCES.glob("*.py")):
         for node in ast.parse(path.read_text()).body:
@@ -40,11 +43,16 @@ def digest(variants: list[Any]) -> str:
                 if ast.get_docstring(node) is not None:
                     node.body = node.body[1:]
                 text.append(ast.unparse(node))
-            elif isinstance(node, ast.Assign | ast.AnnAssign) and "constexpr" in ast.unparse(node):
-                text.append(ast.unparse(node))
+        # By value: a constant may be made of a number that is defined elsewhere.
+        module = importlib.import_module(f"{kernels.__name__}.{path.stem}")
+        for name, value in vars(module).items():
+            if isinstance(value, tl.constexpr):
+                text.append(repr((path.stem, name, value.value)))
     for v in variants:
         kernel = getattr(v.kernel, "fn", v.kernel).__name__
-        text.append(repr((kernel, v._replace(kernel=None, loose=None))))
+        # What a vendor's compiler is given is not all in the fields.
+        given = [(v.options(vendor), v.on(vendor).constexprs) for vendor in ("cuda", "hip")]
+        text.append(repr((kernel, v._replace(kernel=None, loose=None), given)))
     return hashlib.sha256("\n".join(text).encode()).hexdigest()[:16]
 
 

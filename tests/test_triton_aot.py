@@ -17,10 +17,12 @@ import pytest
 pytest.importorskip("triton")
 
 import triton
+import triton.language as tl
 from triton_interpreter import DEVICE
 
 from bench import aot, resources
-from memokern.kernels import listing
+from memokern.kernels import listing, support
+from memokern.kernels.variant import Variant
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = resources.read(resources.PAGE.read_text())
@@ -59,15 +61,40 @@ def test_a_page_of_other_kernels_is_noticed(monkeypatch, tmp_path) -> None:
     ):
         assert resources.digest([*variants[:i], other, *variants[i + 1 :]]) != known
     assert resources.digest(variants[:-1]) != known
+    with monkeypatch.context() as patch:
+        patch.setattr(support, "_SOFT", tl.constexpr(support.SOFT + 7))
+        assert resources.digest(variants) != known
     for path in resources.SOURCES.glob("*.py"):
         (tmp_path / path.name).write_text(path.read_text())
     monkeypatch.setattr(resources, "SOURCES", tmp_path)
     assert resources.digest(variants) == known
-    common = tmp_path / "common.py"
-    changed = common.read_text().replace("tl.constexpr(i) for", "tl.constexpr(i + 1) for", 1)
-    assert changed != common.read_text()
-    common.write_text(changed)
+    products = tmp_path / "products.py"
+    changed = products.read_text().replace("tl.zeros(", "tl.zeros_like(", 1)
+    assert changed != products.read_text()
+    products.write_text(changed)
     assert resources.digest(variants) != known
+
+
+def test_a_page_of_other_options_is_noticed(monkeypatch) -> None:
+    """What a vendor's compiler is given, where no field of a variant says it."""
+    variants = listing.variants()
+    options, on = Variant.options, Variant.on
+
+    def fewer_stages(self: Variant, vendor: str) -> dict[str, int]:
+        given = options(self, vendor)
+        return {**given, "num_stages": min(given["num_stages"], 2)} if vendor == "hip" else given
+
+    def unfused(self: Variant, vendor: str) -> dict[str, int]:
+        return {**options(self, vendor), "enable_fp_fusion": False}
+
+    def as_nvidia(self: Variant, vendor: str) -> Variant:
+        return on(self, "cuda")
+
+    for name, other in (("options", fewer_stages), ("options", unfused), ("on", as_nvidia)):
+        with monkeypatch.context() as patch:
+            patch.setattr(Variant, name, other)
+            assert resources.digest(variants) != PAGE.digest
+    assert resources.digest(variants) == PAGE.digest
 
 
 def test_all_fit_and_multiply_on_the_matrix_cores() -> None:
