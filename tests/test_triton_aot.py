@@ -6,10 +6,12 @@ Compiled in a process of its own: in this one Triton interprets.
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -95,6 +97,31 @@ def test_a_page_of_other_options_is_noticed(monkeypatch) -> None:
             patch.setattr(Variant, name, other)
             assert resources.digest(variants) != PAGE.digest
     assert resources.digest(variants) == PAGE.digest
+
+
+def test_rows_are_told_as_they_are_there(monkeypatch) -> None:
+    """One row is compiled only once the other was told; the table keeps its order."""
+    a, b = [(name, "sm_80") for name in list(VARIANTS)[:2]]
+    first = threading.Event()
+
+    def one(name: str, target: str) -> dict[str, str]:
+        if (name, target) == a:  # so the last of the table is the first to be there
+            assert first.wait(60), "nothing is told until all are there"
+        return {"variant": name, "target": target}
+
+    told = []
+
+    def tell(row: dict[str, str]) -> None:
+        told.append((row["variant"], row["target"]))
+        first.set()
+
+    monkeypatch.setattr(aot, "_one", one)
+    monkeypatch.setattr(aot, "_key", lambda variant, target: variant.name)
+    # Threads, since processes would not see the event.
+    pool = concurrent.futures.ThreadPoolExecutor
+    monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", pool)
+    rows = aot.table([a, b], 2, tell=tell)
+    assert told == [b, a] and [row["variant"] for row in rows] == [a[0], b[0]]
 
 
 def test_all_fit_and_multiply_on_the_matrix_cores() -> None:
