@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.resources import page
-from memokern.kernels import listing
-from memokern.kernels.variant import Variant
+from memokern.backends.triton import variants as listing
+from memokern.backends.triton.core.variant import Variant
 
 
 @dataclasses.dataclass(frozen=True)

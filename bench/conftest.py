@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from bench import cases, machine, table
-from memokern import files
+from memokern.data import files
 
 RESULT = pytest.StashKey[dict[str, Any]]()
 

@@ -28,8 +28,8 @@ from torch import Tensor
 import memokern
 from bench import peers, roofline
 from bench.cases import queries
-from memokern import files
-from memokern.backends import reference
+from memokern.backends.reference import dense as reference
+from memokern.data import files
 
 ROOT = Path(__file__).resolve().parent.parent
 NO_GPU = "There is no GPU here: the kernels are compiled ahead of time instead."

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 import memokern
-from memokern import info
+from memokern.apps import info
 
 SGEMM = 2048
 READ_BYTES = 1 << 28  # much larger than the caches

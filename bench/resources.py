@@ -13,10 +13,10 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from memokern import kernels
+from memokern.backends import triton
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "triton-kernels.md"
-SOURCES = Path(kernels.__file__).parent
+SOURCES = Path(triton.__file__).parent
 _CELL = re.compile(r"(\d+) r, ([\d.]+) K, ([\d.]+) %(?:, (\S+))?")
 
 
@@ -36,7 +36,7 @@ def digest(variants: list[Any]) -> str:
     import triton.language as tl
 
     text = []
-    for path in sorted(SOURCES.glob("*.py")):
+    for path in sorted(SOURCES.rglob("*.py")):
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(d)
                                                          for d in node.decorator_list):  # fmt: skip
@@ -44,7 +44,8 @@ def digest(variants: list[Any]) -> str:
                     node.body = node.body[1:]
                 text.append(ast.unparse(node))
         # By value: a constant may be made of a number that is defined elsewhere.
-        module = importlib.import_module(f"{kernels.__name__}.{path.stem}")
+        parts = path.relative_to(SOURCES).with_suffix("").parts
+        module = importlib.import_module(".".join([triton.__name__, *parts]))
         for name, value in vars(module).items():
             if isinstance(value, tl.constexpr):
                 text.append(repr((path.stem, name, value.value)))

@@ -22,10 +22,11 @@ from unittest import mock
 
 import torch
 
-from memokern.backends import triton, triton_select
-from memokern.kernels.common import operand
-from memokern.kernels.planner import Machine
-from memokern.kernels.variant import Variant
+from memokern.backends.triton import dense as triton
+from memokern.backends.triton.core.common import operand
+from memokern.backends.triton.core.variant import Variant
+from memokern.backends.triton.listed import launch as triton_select
+from memokern.backends.triton.posterior.planner import Machine
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- roofline: begin -->", "<!-- roofline: end -->"

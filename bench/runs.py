@@ -12,7 +12,7 @@ from torch import Tensor
 import memokern
 from bench import peers
 from bench.cases import DTYPES, OURS, Case, K, queries
-from memokern.data import UINT8_SCALE, UINT8_SHIFT
+from memokern.data.training_set import UINT8_SCALE, UINT8_SHIFT
 
 CHECKED = 4  # queries compared with the float64 reference, which is slow
 

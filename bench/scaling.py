@@ -19,7 +19,7 @@ import torch
 import memokern
 from bench import images, machine, pruned, timing
 from bench.images import Images
-from memokern import files
+from memokern.data import files
 
 COUNTS = (1_000, 3_000, 10_000, 30_000, 100_000, 200_000)
 ROUNDS = {"pruned": 9, "dense": 3, "read": 5}

@@ -82,7 +82,7 @@ Cosine make_cosine(int64_t channels, int64_t height, int64_t width, bool channel
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "memokern's compiled kernels; called by memokern.backends.cpu";
+  m.doc() = "memokern's compiled kernels; called by memokern.backends.cpu.dense";
   select_isa("auto");
   py::class_<Rows>(m, "Rows").def(py::init(&make_rows));
   m.def("select_isa", &select_isa, "Use the kernels of one instruction set ('auto': the widest that runs here); returns its name.");

@@ -9,20 +9,23 @@ torch.Size([4, 8, 8])
 
 from __future__ import annotations
 
-from memokern.data import TrainingSet
+from memokern.data.training_set import TrainingSet
 from memokern.denoiser import Denoiser
 from memokern.functional import (
     Nearest,
     Posterior,
     denoise,
+    explain,
     jvp,
     log_density,
     nearest,
     posterior,
+    posterior_state,
     score,
     weights,
 )
-from memokern.results import Certificate
+from memokern.results import PosteriorState, merge
+from memokern.strategies.certificate import Certificate
 
 __version__ = "0.1.0"
 __all__ = [
@@ -30,12 +33,16 @@ __all__ = [
     "Denoiser",
     "Nearest",
     "Posterior",
+    "PosteriorState",
     "TrainingSet",
     "denoise",
+    "explain",
     "jvp",
     "log_density",
+    "merge",
     "nearest",
     "posterior",
+    "posterior_state",
     "score",
     "weights",
 ]

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memokern import functional, queries, regularizers
-from memokern.data import TrainingSet
+from memokern import functional, regularizers, validate
+from memokern.data.training_set import TrainingSet
 from memokern.processes import EDM, Process
 from memokern.regularizers import Prediction, Regularizer
 from memokern.results import Certificate
@@ -201,7 +201,7 @@ class Denoiser(nn.Module):
             time = torch.full((), t, dtype=torch.float64, device=x.device)
         else:
             time = torch.as_tensor(t, dtype=torch.float64, device=x.device)
-        batch = queries.batch_shape(x, self._data)
+        batch = validate.batch_shape(x, self._data)
         if time.dim() > len(batch):
             extra = time.shape[len(batch) :]
             if any(size != 1 for size in extra):
@@ -246,7 +246,7 @@ class Denoiser(nn.Module):
             index, rows = self._of_label(int(labels))
             chosen = None if bias is None else bias[index]
             return self._evaluate(x, rows, sigma, alpha, chosen, certificate)
-        batch = queries.batch_shape(x, self._data)
+        batch = validate.batch_shape(x, self._data)
         if labels.shape != batch:
             raise ValueError(
                 f"expected label as one integer or one per query {tuple(batch)}, got"

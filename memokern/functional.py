@@ -12,20 +12,19 @@ import math
 import torch
 from torch import Tensor
 
-from memokern import env, ops, pruning, pruning_nearest, shortcuts
-from memokern.backends import reference
-from memokern.data import TrainingSet
-from memokern.index import Index
-from memokern.queries import (
-    PerQuery,
-    as_rows,
-    batch_shape,
-    checked,
-    log_total,
-    traced,
-    under_transform,
-)
-from memokern.results import Nearest, Posterior
+from memokern import ops
+from memokern.calls import Rows
+from memokern.data.training_set import TrainingSet
+from memokern.index.index import Index
+from memokern.ops.flat import tensors
+from memokern.results import Nearest, Posterior, PosteriorState
+from memokern.strategies import costs, explanation, pruned, pruned_nearest
+from memokern.strategies.certificate import nothing_dropped
+from memokern.strategies.dense import weights as dense_weights
+from memokern.strategies.explanation import Explanation
+from memokern.strategies.small_call import small_mean
+from memokern.util.torch_internals import traced, under_transform
+from memokern.validate import Asked, PerQuery, as_data, batch_shape, checked, log_total, one_of
 
 METHODS = ("auto", "dense", "pruned")
 # weights() is for small problems: 1 GiB of float64.
@@ -40,7 +39,7 @@ def posterior(
     temperature: PerQuery = 1.0,
     *,
     bias: Tensor | None = None,
-    kernel: str = "gaussian",
+    weighting: str = "gaussian",
     method: str = "auto",
     certificate: bool = False,
     tol: float | None = None,
@@ -58,12 +57,12 @@ def posterior(
         alpha: signal scale, any finite number. temperature: T > 0.
         bias: [N] floating point, finite or -inf (the row is left out); a TrainingSet's
             `log_weights` are added to it.
-        kernel: "gaussian" as above, or "log" for l_n = -(D/2) log(\|x - alpha y_n\|^2 / D) + b_n,
+        weighting: "gaussian" as above, or "log" for l_n = -(D/2) log(\|x - alpha y_n\|^2 / D) + b_n,
             which doesn't know sigma (arXiv 2601.19285).
         method: "dense" sweeps over all rows. "pruned" sweeps over those that the data's index (see
             `TrainingSet.build_index`) cannot prove negligible: together they weigh less than 1e-6
             (float64: 1e-14) of the total. "auto", where there is an index, chooses for each query
-            what is faster on this machine. The log kernel, sigma = 0, queries that are not finite,
+            what is faster on this machine. Weighting "log", sigma = 0, queries that are not finite,
             and calls under torch.func transforms, forward mode or a compiler, or while a CUDA
             graph is captured, are dense.
         certificate: True puts proven bounds on what pruning changed into the result's
@@ -108,61 +107,129 @@ def posterior(
         1.0
     """
     index = _index_for(data, method)
-    if precision not in ("auto", *env.PRECISIONS):
-        known = ", ".join(("auto", *env.PRECISIONS))
-        raise ValueError(f"expected precision one of {known}, got {precision!r}")
     if tol is not None and not (isinstance(tol, float | int) and 0 < tol < math.inf):
         raise ValueError(f"expected tol as a finite number > 0, or None, got {tol!r}")
-    if kernel != "gaussian":
-        index = None
-    rows, batch, numbers, b = checked(x, data, sigma, alpha, temperature, bias, kernel)
-    n, dim = rows.rows.shape
-    s, a, t = numbers
+    asked = checked(x, data, sigma, alpha, temperature, bias, weighting, precision)
+    query, rows, batch = asked.query, asked.data.rows, asked.batch
     bounds = None
-    sweep = shortcuts.sweep_of(x, rows, s, a, t, b) if index is None else None
-    if sweep is not None:
-        out = sweep(x, rows.rows, numbers, b, *rows.how, kernel)
+    if index is None or not _selects_rows(asked):
+        sums = ops.posterior(query, rows)
     else:
-        query = pruning.Query(
-            x.reshape(-1, dim), s.reshape(-1), a.reshape(-1), t.reshape(-1), b, precision
+        sums, bounds = pruned.posterior(
+            query, rows, index,
+            eps=pruned.weight_allowed(query, rows, index, tol),
+            costs=costs.costs_of(query.x, rows.data) if method == "auto" else None,
+            certificate=certificate,
         )  # fmt: skip
-        transformed = under_transform(x, rows.rows, s, a, t, b)
-        if index is None or transformed or traced(x, s, a, t, b):
-            run = reference.posterior if transformed else ops.posterior
-            out = run(query.x, rows.rows, *query[1:-1], *rows.how, kernel, precision)
-        else:
-            out, bounds = pruning.posterior(
-                query, rows, index,
-                eps=pruning.weight_allowed(query, rows, index, tol),
-                costs=pruning.costs_of(x, rows.rows) if method == "auto" else None,
-                certificate=certificate,
-            )  # fmt: skip
-            bounds = None if bounds is None else bounds.reshape(batch)
-        out = (out[0].reshape(x.shape), *(v.reshape(batch) for v in out[1:]))
+        bounds = None if bounds is None else bounds.reshape(batch)
     if certificate and bounds is None:
-        bounds = pruning.dense_certificate(s, n)
-    mean, log_z, mean_logit, mean_bias, weight_sq = out
+        bounds = nothing_dropped(asked.sigma, rows.n)
+    mean, *stats = sums
+    if mean.shape != x.shape:
+        mean = mean.reshape(x.shape)
+    if len(batch) != 1:
+        stats = [v.reshape(batch) for v in stats]
+    log_z, mean_logit, mean_bias, weight_sq = stats
     return Posterior(
-        x,
-        mean,
-        log_z,
-        mean_logit,
-        mean_bias,
-        weight_sq,
-        s,
-        a,
-        t,
-        n,
-        dim,
-        log_total(b, rows),
-        bounds,
+        x=x,
+        mean=mean,
+        log_z=log_z,
+        mean_logit=mean_logit,
+        mean_bias=mean_bias,
+        weight_sq=weight_sq,
+        sigma=asked.sigma,
+        alpha=asked.alpha,
+        temperature=asked.temperature,
+        n=rows.n,
+        dim=rows.dim,
+        log_weight_total=log_total(query.bias, rows.n, x.device),
+        certificate=bounds,
     )
+
+
+def _selects_rows(asked: Asked) -> bool:
+    """Whether rows can be selected for these queries: bounds are those of the gaussian weighting,
+    and no transform or compiler is at work, which could not follow the choice."""
+    every = tensors(asked.query, asked.data.rows)
+    return asked.query.weighting == "gaussian" and not (under_transform(*every) or traced(*every))
+
+
+def posterior_state(
+    x: Tensor,
+    data: TrainingSet | Tensor,
+    sigma: PerQuery,
+    alpha: PerQuery = 1.0,
+    temperature: PerQuery = 1.0,
+    *,
+    bias: Tensor | None = None,
+    weighting: str = "gaussian",
+    precision: str = "auto",
+) -> PosteriorState:
+    r"""The sums of :func:`posterior` before they are normalised, for a part of the data.
+
+    States of several parts, on several machines or read one after the other, are joined by
+    :func:`merge`; `merge(...).posterior()` is then that of all rows, at sigma = 0 too, where the
+    nearest row of all parts takes all and ties share.
+
+    Args, errors, numerics, gradients and cost: as :func:`posterior` with method="dense"; `bias` is
+    that of these rows.
+
+    Example:
+        >>> import torch, memokern
+        >>> rows, x = torch.tensor([[-1.0], [1.0]]), torch.zeros(1, 1)
+        >>> left, right = (memokern.posterior_state(x, part, 0.5) for part in rows.split(1))
+        >>> memokern.merge(left, right).posterior().mean
+        tensor([[0.]])
+    """
+    asked = checked(x, data, sigma, alpha, temperature, bias, weighting, precision)
+    query, rows = asked.query, asked.data.rows
+    return PosteriorState(
+        x=x,
+        sigma=asked.sigma,
+        alpha=asked.alpha,
+        temperature=asked.temperature,
+        weighting=weighting,
+        state=ops.posterior_state(query, rows),
+        n=rows.n,
+        log_weight_total=log_total(query.bias, rows.n, x.device),
+    )
+
+
+def explain(
+    x: Tensor,
+    data: TrainingSet | Tensor,
+    sigma: PerQuery,
+    alpha: PerQuery = 1.0,
+    temperature: PerQuery = 1.0,
+    *,
+    bias: Tensor | None = None,
+    weighting: str = "gaussian",
+    method: str = "auto",
+    k: int = 0,
+) -> Explanation:
+    """What would run :func:`posterior` with these arguments, and why the others would not; with
+    k > 0, what would run :func:`nearest`. Nothing is computed. Print it, or read its attributes.
+
+    Args and errors: as :func:`posterior`.
+
+    Example:
+        >>> import torch, memokern
+        >>> found = memokern.explain(torch.zeros(4, 2), torch.zeros(10, 2), 1.0)
+        >>> found.strategy
+        'dense: the data have no index (TrainingSet.build_index makes one)'
+        >>> str(found).splitlines()[0]
+        'posterior: 4 queries of float32 on 10 rows [2] of float32, cpu'
+    """
+    index = _index_for(data, method)
+    asked = checked(x, data, sigma, alpha, temperature, bias, weighting)
+    if k:
+        _check_k(k, asked.data.rows)
+    return explanation.explain(asked.query, asked.data.rows, index, method, k)
 
 
 def _index_for(data: TrainingSet | Tensor, method: str) -> Index | None:
     """The index to use, where the method and the data allow for one."""
-    if method not in METHODS:
-        raise ValueError(f"expected method one of {', '.join(METHODS)}, got {method!r}")
+    one_of("method", method, METHODS)
     index = data.index if isinstance(data, TrainingSet) else None
     if method == "pruned" and index is None:
         raise ValueError(
@@ -190,7 +257,7 @@ def score(
         >>> memokern.score(torch.tensor([[3.0]]), torch.tensor([[1.0]]), sigma=2.0).tolist()
         [[-0.5]]
     """
-    mean = shortcuts.small_mean(x, data, sigma, alpha, temperature, bias, method)
+    mean = small_mean(x, data, sigma, alpha, temperature, bias, method)
     if mean is None:
         return posterior(
             x, data, sigma, alpha, temperature, bias=bias, method=method, precision=precision
@@ -217,7 +284,7 @@ def denoise(
         >>> memokern.denoise(torch.tensor([[0.2]]), rows, sigma=0.0).tolist()
         [[1.0]]
     """
-    mean = shortcuts.small_mean(x, data, sigma, alpha, temperature, bias, method)
+    mean = small_mean(x, data, sigma, alpha, temperature, bias, method)
     if mean is None:
         mean = posterior(
             x, data, sigma, alpha, temperature, bias=bias, method=method, precision=precision
@@ -272,25 +339,28 @@ def nearest(x: Tensor, data: TrainingSet | Tensor, k: int = 1, *, method: str = 
         [[1, 0]]
     """
     index = _index_for(data, method)
-    rows = as_rows(data)
-    batch = batch_shape(x, rows)
-    n, dim = rows.rows.shape
-    if isinstance(k, bool) or not isinstance(k, int):
-        raise TypeError(f"expected k as an int, got {type(k).__name__}")
-    if not 1 <= k <= n:
-        raise ValueError(f"expected 1 <= k <= N = {n}, got {k}")
-    if under_transform(x, rows.rows):
+    found = as_data(data)
+    batch, rows = batch_shape(x, found), found.rows
+    _check_k(k, rows)
+    if under_transform(x, rows.data):
         raise RuntimeError(
             "nearest has no forward mode and no torch.func transform but vmap: use backward() or"
             " torch.autograd.grad"
         )
-    flat = x.reshape(-1, dim)
+    flat = x.reshape(-1, rows.dim)
     if index is None or traced(x):
-        sq, row = ops.nearest(flat, rows.rows, k, *rows.how)
+        sq, row = ops.nearest(flat, rows, k)
     else:
-        costs = pruning.costs_of(x, rows.rows) if method == "auto" else None
-        sq, row = pruning_nearest.nearest(flat, rows, index, k, costs)
+        measured = costs.costs_of(x, rows.data) if method == "auto" else None
+        sq, row = pruned_nearest.nearest(flat, rows, index, k, measured)
     return Nearest(sq.sqrt().reshape(*batch, k), row.reshape(*batch, k))
+
+
+def _check_k(k: int, rows: Rows) -> None:
+    if isinstance(k, bool) or not isinstance(k, int):
+        raise TypeError(f"expected k as an int, got {type(k).__name__}")
+    if not 1 <= k <= rows.n:
+        raise ValueError(f"expected 1 <= k <= N = {rows.n}, got {k}")
 
 
 def jvp(
@@ -336,7 +406,7 @@ def weights(
     temperature: PerQuery = 1.0,
     *,
     bias: Tensor | None = None,
-    kernel: str = "gaussian",
+    weighting: str = "gaussian",
 ) -> Tensor:
     r"""softmax(l / T) itself [\*batch, N] float64, for small problems: it is what the other
     functions never build.
@@ -348,15 +418,11 @@ def weights(
         >>> memokern.weights(torch.zeros(1, 1), torch.tensor([[-1.0], [1.0]]), 0.5).tolist()
         [[0.5, 0.5]]
     """
-    rows, batch, (s, a, t), b = checked(x, data, sigma, alpha, temperature, bias, kernel)
-    n, dim = rows.rows.shape
-    if math.prod(batch) * n > MAX_DENSE_WEIGHTS:
+    asked = checked(x, data, sigma, alpha, temperature, bias, weighting)
+    b, n = math.prod(asked.batch), asked.data.rows.n
+    if b * n > MAX_DENSE_WEIGHTS:
         raise ValueError(
-            f"weights of {math.prod(batch)} queries on {n} rows are more than"
-            f" {MAX_DENSE_WEIGHTS} numbers; posterior() gives their mean, entropy and ess in O(B D)"
+            f"weights of {b} queries on {n} rows are more than {MAX_DENSE_WEIGHTS} numbers;"
+            " posterior() gives their mean, entropy and ess in O(B D)"
         )
-    w = reference.weights(
-        x.reshape(-1, dim), rows.rows, s.reshape(-1), a.reshape(-1), t.reshape(-1), b,
-        rows.center, rows.scale, rows.shift, kernel,
-    )  # fmt: skip
-    return w.reshape(*batch, n)
+    return dense_weights(asked.query, asked.data.rows).reshape(*asked.batch, n)

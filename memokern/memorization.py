@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from memokern import files, functional
-from memokern.data import TrainingSet
-from memokern.rows import chunks
+from memokern import functional
+from memokern.data import files
+from memokern.data.storage import chunks
+from memokern.data.training_set import TrainingSet
 
 # Samples of one nearest-row search: the progress bar moves in these steps.
 CHUNK = 1024

@@ -8,7 +8,7 @@ import sys
 
 import click.testing
 
-from memokern.cli import main
+from memokern.apps.cli import main
 
 
 def call(*arguments: object) -> click.testing.Result:

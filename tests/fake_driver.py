@@ -107,7 +107,7 @@ def activate(target: GPUTarget, shared: int = 227 << 10) -> Machine:
 
 def weights(device: torch.device, b: int) -> None:
     """One launch whose sizes are b."""
-    from memokern.kernels import support
+    from memokern.backends.triton.listed import kernels as support
 
     start = torch.arange(b + 1)
     some = torch.ones(b, dtype=torch.float64)
@@ -120,7 +120,7 @@ def weights(device: torch.device, b: int) -> None:
 
 def nearest(b: int, d: int) -> None:
     """Of 200 rows whose norms are known."""
-    from memokern.backends import triton_select
+    from memokern.backends.triton.listed import launch as triton_select
 
     known = (torch.zeros(d), torch.ones(200, dtype=torch.float64))
     triton_select.nearest(torch.zeros(b, d), torch.zeros(200, d), 3, *known, 1.0, 0.0)
@@ -128,8 +128,9 @@ def nearest(b: int, d: int) -> None:
 
 def hopper() -> dict[str, Any]:
     machine = activate(GPUTarget("cuda", 90, 32))
-    from memokern.backends import triton, triton_select
-    from memokern.kernels import listing
+    from memokern.backends.triton import dense as triton
+    from memokern.backends.triton import variants as listing
+    from memokern.backends.triton.listed import launch as triton_select
 
     assert triton.posterior and triton_select.nearest and listing.variants()
     facts: dict[str, Any] = {"compiled at import": list(machine.compiled)}
@@ -149,9 +150,9 @@ def hopper() -> dict[str, Any]:
 
 def described(machine: Machine) -> dict[str, Any]:
     """What the products are given of rows that lie as a descriptor wants them."""
-    from memokern.backends import triton
-    from memokern.kernels import planner
-    from memokern.kernels import rows as stored
+    from memokern.backends.triton import dense as triton
+    from memokern.backends.triton.core import rows as stored
+    from memokern.backends.triton.posterior import planner
 
     stored.has_descriptors = lambda device: True
     triton.machine = lambda device: planner.Machine(132, 1 << 18)
@@ -171,8 +172,9 @@ def described(machine: Machine) -> dict[str, Any]:
 def alignment() -> dict[str, Any]:
     """The sweep both ways, gradients, neighbours and lists, of rows that lie in several ways."""
     machine = activate(GPUTarget("cuda", 80, 32))
-    from memokern.backends import triton, triton_select
-    from memokern.kernels import planner
+    from memokern.backends.triton import dense as triton
+    from memokern.backends.triton.listed import launch as triton_select
+    from memokern.backends.triton.posterior import planner
 
     triton.machine = lambda device: planner.Machine(108, 40 << 20)
     memory, one = torch.zeros(48 * 64 + 16), torch.ones(20, dtype=torch.float64)
@@ -223,7 +225,8 @@ def amd() -> dict[str, Any]:
 
 def tuning() -> dict[str, Any]:
     """A device with less shared memory than the default configuration wants."""
-    from memokern.kernels import products, tuning
+    from memokern.backends.triton.core import tuning
+    from memokern.backends.triton.posterior import products
 
     default, other = tuning.choices(products.accumulate_variant(torch.bfloat16, True, "tf32x3"))
     machine = activate(GPUTarget("cuda", 90, 32), shared=15 << 10)  # it wants 18, the other 12

@@ -5,7 +5,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from memokern import backends, env
+from memokern.backends import protocol as backends
+from memokern.util import env
 
 F64 = torch.float64
 # Triton's kernels are interpreted here, which takes minutes; their own tests have these cases.

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-cpu = pytest.importorskip("memokern.backends.cpu")
+cpu = pytest.importorskip("memokern.backends.cpu.dense")
 if cpu.unavailable() is not None:
     pytest.skip(cpu.unavailable(), allow_module_level=True)
 

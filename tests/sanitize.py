@@ -11,9 +11,12 @@ import sys
 
 import torch
 
-from memokern.backends import reference, triton, triton_scan, triton_select
-from memokern.kernels import rows as stored
-from memokern.kernels.planner import Machine
+from memokern.backends.reference import dense as reference
+from memokern.backends.triton import dense as triton
+from memokern.backends.triton.core import rows as stored
+from memokern.backends.triton.listed import launch as triton_select
+from memokern.backends.triton.posterior.planner import Machine
+from memokern.backends.triton.scan import launch as triton_scan
 
 F32, F64 = torch.float32, torch.float64
 TYPES = (F32, torch.bfloat16, torch.float16, torch.uint8)

@@ -7,7 +7,7 @@ import pytest
 import scipy.fft
 import torch
 
-from memokern import bases
+from memokern.index import basis as bases
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 32, 255, 1024])

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from memokern import checks
+from memokern.util import checks
 
 
 def test_integers():

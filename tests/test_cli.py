@@ -9,7 +9,8 @@ import pytest
 import torch
 from cli_calls import call, process
 
-from memokern import TrainingSet, files
+from memokern import TrainingSet
+from memokern.data import files
 
 DIGIT_ROWS = 1797
 

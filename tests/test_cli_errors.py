@@ -146,7 +146,7 @@ def test_interrupt_leaves_no_output(tmp_path) -> None:
     # SIGINT may be ignored in a test runner's children; ask for Python's own handler.
     code = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from memokern.cli import main; print('up', flush=True); main(prog_name='memokern')"
+        "from memokern.apps.cli import main; print('up', flush=True); main(prog_name='memokern')"
     )
     child = subprocess.Popen(
         [sys.executable, "-c", code, *command],

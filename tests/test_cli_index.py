@@ -10,8 +10,9 @@ import safetensors.torch
 import torch
 from cli_calls import call
 
-from memokern import TrainingSet, files
-from memokern.cli import common
+from memokern import TrainingSet
+from memokern.apps.cli import common
+from memokern.data import files
 
 STEPS = ["sample", "-n", 3, "--steps", 6, "--seed", 1]
 

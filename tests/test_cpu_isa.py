@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-cpu = pytest.importorskip("memokern.backends.cpu")
+cpu = pytest.importorskip("memokern.backends.cpu.dense")
 if cpu.unavailable() is not None:
     pytest.skip(cpu.unavailable(), allow_module_level=True)
 
@@ -48,12 +48,12 @@ def test_every_isa_passes_the_kernel_tests(isa: str) -> None:
 
 @pytest.mark.parametrize("isa", USABLE)
 def test_variable_chooses(isa: str) -> None:
-    done = child(isa, "-c", "from memokern.backends import cpu; print(cpu.isa())")
+    done = child(isa, "-c", "from memokern.backends.protocol import cpu; print(cpu.isa())")
     assert done.stdout.strip() == isa, done.stderr
 
 
 def test_unknown_name_is_refused() -> None:
-    done = child("sse9", "-c", "from memokern.backends import cpu; cpu.isa()")
+    done = child("sse9", "-c", "from memokern.backends.protocol import cpu; cpu.isa()")
     assert "MEMOKERN_ISA=sse9" in done.stderr and "baseline" in done.stderr
     assert done.returncode != 0
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from data_cases import DTYPES, Largest, rows_of
 
-from memokern import rows as rows_module
-from memokern.data import TrainingSet
+from memokern.data import storage as rows_module
+from memokern.data.training_set import TrainingSet
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ import safetensors.torch
 import torch
 from data_cases import DTYPES, rows_of
 
-from memokern.data import TrainingSet
-from memokern.datasets import sources
+from memokern.data import sources
+from memokern.data.training_set import TrainingSet
 
 
 def test_subset():

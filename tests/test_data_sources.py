@@ -9,7 +9,7 @@ import torch
 from data_cases import rows_of
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
-from memokern.data import TrainingSet
+from memokern.data.training_set import TrainingSet
 
 
 def test_from_numpy_read_only_and_writable_share_memory():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from memokern import datasets
+from memokern.data import digits as datasets
 
 
 def test_digits_are_the_uci_test_set():

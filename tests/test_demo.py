@@ -6,7 +6,8 @@ import pytest
 import torch
 from cli_calls import process
 
-from memokern import TrainingSet, demo, memorization
+from memokern import TrainingSet, memorization
+from memokern.apps import demo
 
 
 def test_demo_shows_the_cure(tmp_path) -> None:

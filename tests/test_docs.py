@@ -11,8 +11,8 @@ import click.testing
 import pytest
 
 import memokern
-from memokern import env
-from memokern.cli import main
+from memokern.apps.cli import main
+from memokern.util import env
 
 ROOT = Path(__file__).parent.parent
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from memokern import experiments
-from memokern.experiments import planar, squares, structured, sweeps
+from memokern.apps import experiments
+from memokern.apps.experiments import planar, squares, structured, sweeps
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +139,7 @@ def test_every_experiment_can_be_drawn_and_concluded(numbers, name, tmp_path) ->
     experiment, n = experiments.get(name), numbers(name)
     figure = experiment.figure(n)
     assert any(axis.lines or axis.images for axis in figure.axes)
-    from memokern import figures
+    from memokern.apps import figures
 
     assert figures.save(figure, tmp_path / "f.pdf").stat().st_size > 2000
     lines = experiment.conclude(n)

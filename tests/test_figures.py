@@ -8,7 +8,7 @@ import matplotlib
 import numpy as np
 import pytest
 
-from memokern import figures
+from memokern.apps import figures
 
 
 @pytest.mark.parametrize(

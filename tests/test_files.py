@@ -1,4 +1,4 @@
-"""memokern.files: what is read, what is refused, and that writing is all or nothing."""
+"""memokern.data.files: what is read, what is refused, and that writing is all or nothing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from memokern import files
+from memokern.data import files
 
 
 class Bomb:

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 import memokern
-from memokern import TrainingSet, backends, env
+from memokern import TrainingSet
+from memokern.backends import protocol as backends
+from memokern.util import env
 
 # That take tensors on the CPU: Triton does where it interprets, which is where there is no GPU.
 AVAILABLE = [

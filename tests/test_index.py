@@ -1,4 +1,4 @@
-"""memokern.index: what is stored of the rows bounds every inner product, rounding included.
+"""memokern.index.index: what is stored of the rows bounds every inner product, rounding included.
 
 The truth is float64 by definition; its own rounding is some 1e-13 of what the bounds allow for, so
 no tolerance is added anywhere.
@@ -15,8 +15,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from index_cases import backend  # noqa: F401  # the compiled projection, and the one in PyTorch
 
-from memokern.data import TrainingSet
-from memokern.projection import Projected, rounded_up
+from memokern.data.training_set import TrainingSet
+from memokern.index.projection import Projected, rounded_up
 
 KINDS = ["random", "clustered", "low rank", "duplicated", "constant", "far", "smooth"]
 
@@ -270,7 +270,7 @@ def test_queries_need_no_gradient_and_come_in_any_number(monkeypatch):
     parameter = x.clone().requires_grad_()
     tracked = data.index.project(parameter, alpha.clone().requires_grad_())
     assert not any(part.requires_grad for part in tracked)
-    monkeypatch.setattr("memokern.projection.QUERY_ELEMENTS", 5 * 192)
+    monkeypatch.setattr("memokern.index.projection.QUERY_ELEMENTS", 5 * 192)
     for found in (data.index.project(x, alpha), tracked):
         for part, expected in zip(found, whole, strict=True):
             torch.testing.assert_close(part, expected, rtol=1e-5, atol=1e-5)

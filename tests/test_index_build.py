@@ -13,10 +13,12 @@ import safetensors.torch
 import torch
 from data_cases import DTYPES, Largest, rows_of
 
-from memokern import bases, files, index_build
-from memokern import rows as rows_module
-from memokern.data import TrainingSet
-from memokern.index import fingerprint, spread
+from memokern.data import files
+from memokern.data import storage as rows_module
+from memokern.data.training_set import TrainingSet
+from memokern.index import basis as bases
+from memokern.index import build as index_build
+from memokern.index.index import fingerprint, spread
 
 PARTS = ("coarse", "fine", "center")
 
@@ -102,7 +104,7 @@ def test_building_makes_nothing_larger_than_a_chunk(monkeypatch, dtype, basis):
     monkeypatch.setattr(index_build, "CHUNK_ELEMENTS", 7 * 192)
     monkeypatch.setattr(bases, "FIT_ROWS", 60)
     monkeypatch.setattr(bases, "ORDER_ROWS", 60)
-    monkeypatch.setattr("memokern.index.SEEN_BYTES", 5 * 192)
+    monkeypatch.setattr("memokern.index.index.SEEN_BYTES", 5 * 192)
     with Largest(rows) as largest:
         data = TrainingSet(rows).build_index(basis, dims=(4, 8))
     # The index is 1000 x 12 numbers at most, the directions 192 x 192; the rows are 192,000.

@@ -9,7 +9,8 @@ import platform
 
 import torch
 
-from memokern import backends, info
+from memokern.apps import info
+from memokern.backends import protocol as backends
 
 
 def test_facts_are_those_of_this_machine() -> None:

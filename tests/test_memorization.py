@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from memokern import memorization, rows
-from memokern.data import TrainingSet
+from memokern import memorization
+from memokern.data import storage as rows
+from memokern.data.training_set import TrainingSet
 
 # Rows on a line: distances can be read off.
 LINE = torch.tensor([[0.0, 0.0], [1.0, 0.0], [3.0, 0.0]])

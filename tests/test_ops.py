@@ -6,7 +6,9 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.library import opcheck
 
 import memokern
-from memokern import backends, env, ops
+from memokern.backends import protocol as backends
+from memokern.ops import dense as ops
+from memokern.util import env
 
 OPS = torch.ops.memokern
 # That take tensors on the CPU: Triton does where it interprets, which is where there is no GPU.

@@ -9,7 +9,10 @@ from index_cases import PlainIndex
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.library import opcheck
 
-from memokern import TrainingSet, backends, env, ops_support
+from memokern import TrainingSet
+from memokern.backends import protocol as backends
+from memokern.ops import listed as ops_support
+from memokern.util import env
 
 OPS = torch.ops.memokern
 AVAILABLE = [

@@ -4,8 +4,10 @@ import torch
 from index_cases import F64, backend, normal, with_index
 
 import memokern
-from memokern import TrainingSet, backends, pruning
-from memokern.queries import as_rows
+from memokern import TrainingSet
+from memokern.backends import protocol as backends
+from memokern.strategies import pruned as pruning
+from memokern.validate import as_rows
 
 __all__ = ["backend"]  # a fixture that every test here uses
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from index_cases import F64, normal
 
-from memokern import Denoiser, TrainingSet, memorization, processes, pruning, samplers
+from memokern import Denoiser, TrainingSet, memorization, processes, samplers
 from memokern.regularizers import CovarianceTikhonov, evaluate, parse
+from memokern.strategies import pruned as pruning
 
 N, SHAPE = 300, (6, 8)
 

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from index_cases import F64, PlainIndex, backend, normal, with_index
 
 import memokern
-from memokern import TrainingSet, pruning
-from memokern.queries import as_rows
+from memokern import TrainingSet
+from memokern.strategies import pruned as pruning
+from memokern.validate import as_rows
 
 __all__ = ["backend"]  # a fixture that every test here uses
 

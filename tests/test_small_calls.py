@@ -7,7 +7,11 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import memokern
-from memokern import TrainingSet, backends, env, queries, shortcuts
+from memokern import TrainingSet
+from memokern import validate as queries
+from memokern.backends import protocol as backends
+from memokern.strategies import small_call as shortcuts
+from memokern.util import env
 
 pytestmark = pytest.mark.skipif(
     backends.get("cpu").unavailable() is not None, reason="only the compiled kernels go below it"

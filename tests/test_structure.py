@@ -128,7 +128,7 @@ def test_import_needs_no_optional_part():
     code = f"""
 import sys
 for name in {MISSING}: sys.modules[name] = None
-import memokern, torch, memokern.info, memokern.cli
+import memokern, torch, memokern.apps.info, memokern.apps.cli
 p = memokern.posterior(torch.zeros(1, 2), torch.ones(3, 2), 1.0)
 assert p.mean.tolist() == [[1.0, 1.0]]
 from memokern import backends

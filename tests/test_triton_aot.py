@@ -23,8 +23,9 @@ import triton.language as tl
 from triton_interpreter import DEVICE
 
 from bench import aot, resources
-from memokern.kernels import listing, support
-from memokern.kernels.variant import Variant
+from memokern.backends.triton import variants as listing
+from memokern.backends.triton.core.variant import Variant
+from memokern.backends.triton.listed import kernels as support
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = resources.read(resources.PAGE.read_text())

@@ -12,9 +12,12 @@ from triton_interpreter import DEVICE
 
 pytest.importorskip("triton")
 
-from memokern import backends, env, ops
-from memokern.backends import reference, triton
-from memokern.kernels import planner
+from memokern.backends import protocol as backends
+from memokern.backends.reference import dense as reference
+from memokern.backends.triton import dense as triton
+from memokern.backends.triton.posterior import planner
+from memokern.ops import dense as ops
+from memokern.util import env
 
 
 def backward(x, rows, columns, bias, got, grads, scale=1.0, shift=0.0, kernel="gaussian"):
@@ -58,8 +61,7 @@ def test_far_offsets(d: int) -> None:
     x, rows, *units = make(2, 4, d, torch.uint8, 0.5)
     got, columns = run(x, rows, 0.5, 0.9, 1.1, None, *units)
     want, found = (
-        backward(x, stored, columns, None, got, got, *units)
-        for stored in (rows, far(rows, DEVICE))
+        backward(x, stored, columns, None, got, got, *units) for stored in (rows, far(rows, DEVICE))
     )
     assert all(torch.equal(a, e) for a, e in zip(found, want, strict=True))
 

@@ -15,7 +15,7 @@ import torch
 pytest.importorskip("triton")
 
 from bench import aot, gpu, roofline
-from memokern.kernels import listing
+from memokern.backends.triton import variants as listing
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")

@@ -19,14 +19,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import memokern
-from memokern import backends, env, processes, queries
-from memokern.backends import triton as backend
-from memokern.backends import triton_scan, triton_select
-from memokern.kernels import listing, planner, scan
-from memokern.kernels import rows as stored
-from memokern.kernels.planner import Machine
-from memokern.kernels.variant import POINTERS, Variant
+from memokern import processes
+from memokern import validate as queries
+from memokern.backends import protocol as backends
+from memokern.backends.triton import dense as backend
+from memokern.backends.triton import variants as listing
+from memokern.backends.triton.core import rows as stored
+from memokern.backends.triton.core.variant import POINTERS, Variant
+from memokern.backends.triton.listed import launch as triton_select
+from memokern.backends.triton.posterior import planner
+from memokern.backends.triton.posterior.planner import Machine
+from memokern.backends.triton.scan import kernels as scan
+from memokern.backends.triton.scan import launch as triton_scan
 from memokern.regularizers import parse
+from memokern.util import env
 
 F32, F64 = torch.float32, torch.float64
 LISTED = {v.name: v for v in listing.variants()}

@@ -11,9 +11,9 @@ from triton_interpreter import DEVICE
 
 pytest.importorskip("triton")
 
-from memokern.backends import triton_select
-from memokern.backends.triton_inputs import centred
-from memokern.kernels import nearest as kernels
+from memokern.backends.triton.core.inputs import centred
+from memokern.backends.triton.listed import launch as triton_select
+from memokern.backends.triton.nearest import kernels
 
 ROW_TYPES = [F32, torch.bfloat16, torch.float16, torch.uint8]
 

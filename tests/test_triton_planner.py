@@ -7,10 +7,12 @@ import torch
 
 pytest.importorskip("triton")
 
-from memokern import backends, env
-from memokern.backends import triton
-from memokern.kernels import listing, onepass, planner, products
-from memokern.kernels.weigh import chunks, room
+from memokern.backends import protocol as backends
+from memokern.backends.triton import dense as triton
+from memokern.backends.triton import variants as listing
+from memokern.backends.triton.posterior import onepass, planner, products
+from memokern.backends.triton.posterior.weigh import chunks, room
+from memokern.util import env
 
 H100 = planner.Machine(132, 50 << 20)
 MACHINES = [planner.Machine(1, 1 << 20), planner.Machine(108, 40 << 20), H100,

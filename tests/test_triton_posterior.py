@@ -12,10 +12,10 @@ from triton_interpreter import DEVICE
 pytest.importorskip("triton")
 
 import memokern
-from memokern import env
-from memokern.backends import triton
-from memokern.kernels import planner, sweep
-from memokern.kernels import rows as stored
+from memokern.backends.triton import dense as triton
+from memokern.backends.triton.core import rows as stored
+from memokern.backends.triton.posterior import planner, sweep
+from memokern.util import env
 
 ROW_TYPES = [F32, torch.bfloat16, torch.float16, torch.uint8]
 

@@ -8,7 +8,7 @@ from triton_interpreter import DEVICE
 
 pytest.importorskip("triton")
 
-from memokern import TrainingSet, env
+from memokern import TrainingSet
 from memokern.regularizers import (
     CovarianceTikhonov,
     EmpiricalBayes,
@@ -20,6 +20,7 @@ from memokern.regularizers import (
     evaluate,
     parse,
 )
+from memokern.util import env
 
 F32 = torch.float32
 REGULARIZERS = [

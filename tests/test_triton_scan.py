@@ -23,7 +23,7 @@ from triton_interpreter import DEVICE
 
 pytest.importorskip("triton")
 
-from memokern.backends import triton_scan
+from memokern.backends.triton.scan import launch as triton_scan
 
 
 def bound_scan(*args):

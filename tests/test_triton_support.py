@@ -12,7 +12,7 @@ from triton_interpreter import DEVICE
 
 pytest.importorskip("triton")
 
-from memokern.backends import triton_select
+from memokern.backends.triton.listed import launch as triton_select
 
 ROW_TYPES = [F32, torch.bfloat16, torch.float16, torch.uint8]
 

@@ -9,7 +9,8 @@ from triton_interpreter import DEVICE
 pytest.importorskip("triton")
 
 import memokern
-from memokern import backends, env
+from memokern.backends import protocol as backends
+from memokern.util import env
 
 SIGMA = 0.5
 

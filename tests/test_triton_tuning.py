@@ -17,9 +17,11 @@ pytest.importorskip("triton")
 
 from triton.runtime.errors import OutOfResources
 
-from memokern import env
-from memokern.kernels import listing, onepass, products, tuning
-from memokern.kernels.variant import Variant
+from memokern.backends.triton import variants as listing
+from memokern.backends.triton.core import tuning
+from memokern.backends.triton.core.variant import Variant
+from memokern.backends.triton.posterior import onepass, products
+from memokern.util import env
 
 BF16 = torch.bfloat16
 DEVICE = torch.device("cuda", 0)  # in name alone

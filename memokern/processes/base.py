@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from memokern import checks
+from memokern.util import checks
 
 # Karras et al., arXiv 2206.00364: the exponent of the grid of noise levels, and its lowest level.
 RHO = 7.0

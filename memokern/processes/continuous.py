@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from memokern import checks
 from memokern.processes.base import RHO, SIGMA_MIN, Process, RatioGrid, level_of
+from memokern.util import checks
 
 
 class VE(RatioGrid):

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from memokern import checks
 from memokern.processes.base import RHO, Process, RatioGrid, level_of
+from memokern.util import checks
 
 
 class DDPM(RatioGrid):

@@ -9,9 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from memokern import checks, queries
-from memokern.data import TrainingSet
+from memokern import validate
+from memokern.data.training_set import TrainingSet
 from memokern.results import Posterior
+from memokern.util import checks
 
 Data = TrainingSet | Tensor
 # A number, or a function of the noise level: [*batch] float64 -> [*batch] float64.
@@ -35,10 +36,10 @@ def show(value: object) -> str:
 def level_at(name: str, level: Level, sigma: Tensor, low: float, *, strict: bool = False) -> Tensor:
     """The level at these noise levels [*batch] float64; what a function returned is checked."""
     value = level(sigma) if callable(level) else level
-    out = queries.per_query(f"{name}(sigma)", value, sigma.shape, sigma.device)
+    out = validate.per_query(f"{name}(sigma)", value, sigma.shape, sigma.device)
     if callable(level):
         ok = torch.isfinite(out) & (out > low if strict else out >= low)
-        queries.require(f"{name}(sigma)", value, out, ok, checks.limits(low, strict=strict))
+        validate.require(f"{name}(sigma)", value, out, ok, checks.limits(low, strict=strict))
     return out
 
 
@@ -50,14 +51,14 @@ def shrink(s2: Tensor, c: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class Query:
     r"""What the sweep is asked: x [\*batch, \*shape]; sigma, alpha, temperature [\*batch] float64;
-    bias [N] or None; kernel "gaussian" or "log"."""
+    bias [N] or None; weighting "gaussian" or "log"."""
 
     x: Tensor
     sigma: Tensor
     alpha: Tensor
     temperature: Tensor
     bias: Tensor | None = None
-    kernel: str = "gaussian"
+    weighting: str = "gaussian"
 
 
 class Regularizer:

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from memokern import checks
-from memokern.data import TrainingSet
+from memokern.data.storage import chunks
+from memokern.data.training_set import TrainingSet
 from memokern.regularizers.base import (
     Data,
     Level,
@@ -20,7 +20,7 @@ from memokern.regularizers.base import (
     shrink,
 )
 from memokern.results import Posterior
-from memokern.rows import chunks
+from memokern.util import checks
 
 # fit(): directions beyond the rank, and the largest |Sigma v - lambda v| / lambda.
 OVERSAMPLING, TOLERANCE = 8, 1e-2

@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from memokern.queries import wide
 from memokern.regularizers.base import Level, Query, Regularizer, check_level, level_at
 from memokern.results import Posterior
+from memokern.validate import wide
 
 
 class EmpiricalBayes(Regularizer):

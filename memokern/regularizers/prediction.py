@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from memokern import functional, queries, results
-from memokern.queries import PerQuery, wide
+from memokern import functional, results, validate
 from memokern.regularizers.base import Data, Query, Regularizer
 from memokern.results import Posterior
+from memokern.validate import PerQuery, wide
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def evaluate(
     query = reg.prepare(spread, data)
     posterior = functional.posterior(
         query.x, data, query.sigma, query.alpha, query.temperature,
-        bias=query.bias, kernel=query.kernel, method=method, certificate=certificate,
+        bias=query.bias, weighting=query.weighting, method=method, certificate=certificate,
     )  # fmt: skip
     plain = posterior.residual
     gated = reg.gate(plain, spread, posterior)
@@ -109,7 +109,7 @@ def evaluate(
 
 
 def _ask(x: Tensor, data: Data, sigma: PerQuery, alpha: PerQuery, bias: Tensor | None) -> Query:
-    batch = queries.batch_shape(x, data)
-    s = queries.per_query("sigma", sigma, batch, x.device)
-    a = queries.per_query("alpha", alpha, batch, x.device)
+    batch = validate.batch_shape(x, data)
+    s = validate.per_query("sigma", sigma, batch, x.device)
+    a = validate.per_query("alpha", alpha, batch, x.device)
     return Query(x, s, a, torch.ones_like(s), bias)

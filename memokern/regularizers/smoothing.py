@@ -7,8 +7,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from memokern import checks
-from memokern.queries import wide
 from memokern.regularizers.base import (
     Data,
     Level,
@@ -19,6 +17,8 @@ from memokern.regularizers.base import (
     shrink,
 )
 from memokern.results import Posterior
+from memokern.util import checks
+from memokern.validate import wide
 
 # Of two, since shifts and bandwidths add as variances do.
 INSTEAD = "use h = sqrt(h1^2 + h2^2)"

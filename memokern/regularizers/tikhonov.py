@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from memokern.queries import wide
 from memokern.regularizers.base import Level, Query, Regularizer, check_level, level_at, shrink
 from memokern.results import Posterior
+from memokern.validate import wide
 
 
 class Tikhonov(Regularizer):

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from memokern import checks
 from memokern.regularizers.base import Data, Level, Query, Regularizer, check_level, level_at
 from memokern.results import Posterior
+from memokern.util import checks
 
 
 class Temperature(Regularizer):
@@ -65,4 +65,4 @@ class NoiseUnconditioned(Regularizer):
         self.temperature = checks.number("temperature", temperature, 0.0, strict=True)
 
     def prepare(self, query: Query, data: Data) -> Query:
-        return replace(query, kernel="log", temperature=query.temperature * self.temperature)
+        return replace(query, weighting="log", temperature=query.temperature * self.temperature)

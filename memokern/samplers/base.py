@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from memokern import checks, queries
+from memokern import validate
 from memokern.denoiser import Denoiser
 from memokern.processes import Process
 from memokern.results import Certificate
+from memokern.util import checks
 
 DTYPES = (torch.float32, torch.float64)
 # Where alpha / sigma is less, x says nothing about the data, and 1 / alpha is not used.
@@ -123,7 +124,7 @@ class Run:
         data = self.denoiser.data
         if isinstance(start, Tensor):
             x = start if dtype is None else start.to(dtype)
-            queries.batch_shape(x, data)  # type, device and shape
+            validate.batch_shape(x, data)  # type, device and shape
             if not bool(torch.isfinite(x).all()):
                 raise ValueError("expected finite starts, got NaN or inf")
             return x

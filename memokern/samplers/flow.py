@@ -10,7 +10,6 @@ from scipy.integrate import solve_ivp
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from memokern import checks
 from memokern.denoiser import Denoiser
 from memokern.samplers.base import (
     Level,
@@ -22,6 +21,7 @@ from memokern.samplers.base import (
     level_of,
     levels_of,
 )
+from memokern.util import checks
 
 SOLVERS = ("euler", "heun", "rk45")
 ODE_STEPS = 18

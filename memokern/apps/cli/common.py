@@ -1,0 +1,288 @@
+"""What the commands share: errors as one line, loading of data, checks of outputs before the long
+work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from memokern import TrainingSet, functional
+from memokern.apps import figures
+from memokern.backends import protocol as backends
+from memokern.data import files
+from memokern.index import basis as bases
+from memokern.index.index import ANEW
+
+# Where an index is built unasked: the rows and features of which a sweep takes so long that bounds
+# save time, and the queries (samples times evaluations) after which it has paid for itself.
+INDEX_ROWS, INDEX_DIM, INDEX_PAYS = 2000, 256, 4000
+
+DIGITS = "digits"  # the word that stands for the embedded data set
+
+
+class Group(click.Group):
+    """A click group whose errors are one line on stderr.
+
+    Exit codes: 0 done, 1 a failure while computing or writing, 2 wrong input, 130 interrupted. A
+    bug keeps its traceback.
+    """
+
+    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+        run: Any = super().main
+        if not standalone_mode:
+            return run(*args, standalone_mode=False, **extra)
+        try:
+            code = run(*args, standalone_mode=False, **extra)
+        except click.ClickException as error:
+            context = getattr(error, "ctx", None)
+            name = context.command_path if context is not None else self.name or "memokern"
+            help_line = f" (see {name} --help)" if isinstance(error, click.UsageError) else ""
+            click.echo(
+                f"{name}: error: {' '.join(error.format_message().split())}{help_line}", err=True
+            )
+            sys.exit(error.exit_code)
+        except (click.Abort, KeyboardInterrupt):
+            click.echo("memokern: interrupted; no output was left half written", err=True)
+            sys.exit(130)
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+class WrongInput(click.ClickException):
+    """An input that cannot be used: one line, exit code 2."""
+
+    exit_code = 2
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.ctx = click.get_current_context(silent=True)  # names the command in the message
+
+
+@contextlib.contextmanager
+def wrong_input(about: str | None = None, key_option: str = "--key") -> Iterator[None]:
+    """Turn the library's refusals of an input into one line and exit code 2, `about` (an option,
+    say) in front.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, OSError, RuntimeError, MemoryError) as error:
+        # The library speaks of its arguments and methods; here they are options and commands.
+        message = (str(error) or type(error).__name__).replace("with key=", f"with {key_option}")
+        message = message.replace(
+            ANEW, "'memokern index' makes a new one, --method dense needs none"
+        )
+        raise WrongInput(f"{about}: {message}" if about else message) from error
+
+
+def check_machine(device: torch.device | None = None) -> None:
+    """Refuse a wrong MEMOKERN_ environment variable before anything is computed or written."""
+    with wrong_input():
+        backends.choose(torch.device("cpu") if device is None else device)
+
+
+def device(name: str) -> torch.device:
+    """The device of that name, if PyTorch has it on this machine."""
+    known = {"cpu": torch.device("cpu")}
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is not None:
+        for i in range(torch.accelerator.device_count()):
+            known[f"{accelerator.type}:{i}"] = torch.device(accelerator.type, i)
+        known[accelerator.type] = torch.device(
+            accelerator.type, torch.accelerator.current_device_index()
+        )
+    if name not in known:
+        raise WrongInput(f"--device: no {name!r} on this machine; there is {', '.join(known)}")
+    return known[name]
+
+
+@contextlib.contextmanager
+def failure(
+    about: str, kinds: tuple[type[Exception], ...] = (OSError, MemoryError)
+) -> Iterator[None]:
+    """Turn a failure of the machine (a full disk, too little memory), or of other `kinds`, into one
+    line and exit code 1.
+    """
+    try:
+        yield
+    except kinds as error:
+        raise click.ClickException(f"{about}: {error or type(error).__name__}") from error
+
+
+def load(
+    source: str, key: str | None, about: str, key_option: str = "--key", *, index: bool = True
+) -> TrainingSet:
+    """The training set in a file (.npy, .npz, .safetensors), with the file's index if `index`, or
+    the embedded digits for the word "digits".
+    """
+    with wrong_input(about, key_option):
+        if source == DIGITS and not Path(source).exists():
+            if key is not None:
+                raise ValueError(
+                    f"a key needs a data file, got {key!r} with the embedded digits: leave it out"
+                )
+            return TrainingSet.digits()
+        return TrainingSet(source, key=key, index=index)
+
+
+def load_rows(source: str, key: str | None, data: TrainingSet, about: str) -> torch.Tensor:
+    """Samples [S, *data.shape] from a file, floating point, in the data's units; flat rows are
+    reshaped.
+    """
+    with wrong_input(about, "--samples-key"):
+        rows = files.read_tensor(source, key)
+        if rows.ndim < 2 or rows[0:1].numel() != (data.dim if len(rows) else 0):
+            raise ValueError(
+                f"expected samples of shape [S, {', '.join(map(str, data.shape))}] like the "
+                f"data's rows, "
+                f"with at least one, got {list(rows.shape)}"
+            )
+        if rows.dtype == torch.uint8 and data.rows.dtype == torch.uint8:
+            rows = data.dequantize(rows.reshape(len(rows), -1))
+        elif not rows.is_floating_point():
+            raise TypeError(
+                f"expected samples of a floating type (or uint8 like the data), got {rows.dtype} "
+                f"for {data.rows.dtype} data"
+            )
+        rows = rows.to(torch.float64 if rows.dtype == torch.float64 else torch.float32)
+        if not rows.isfinite().all():
+            raise ValueError("samples hold NaN or infinite values")
+        return rows.reshape(len(rows), *data.shape)
+
+
+def method_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--method, of the commands that sweep over the rows."""
+    return click.option(
+        "--method",
+        default="auto",
+        show_default=True,
+        type=click.Choice(functional.METHODS),
+        help="dense: sweep over all rows. pruned: over those that an index cannot prove to have "
+        "no weight; the index is the data file's ('memokern index' makes such files), or is "
+        "built. auto: what is faster, and an index is built only where that pays.",
+    )(command)
+
+
+def index_for(data: TrainingSet, method: str, queries: int, *, progress: bool) -> None:
+    """Build the data's index where it has none and `method` wants one; "auto" wants one for many
+    images and at least `INDEX_PAYS` queries.
+    """
+    if data.index is not None or method == "dense":
+        return
+    worth = data.n >= INDEX_ROWS and data.dim >= INDEX_DIM and queries >= INDEX_PAYS
+    if method == "auto" and not (worth and bases.is_image(data.shape)):
+        return
+    with wrong_input("--method"):
+        data.build_index(progress=None if progress else False)
+
+
+def criteria(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of the criteria that `sample` and `memorization` share."""
+    for option in (
+        click.option(
+            "--ratio",
+            "ratio_threshold",
+            default=1 / 3,
+            show_default="1/3",
+            type=float,
+            help="Ratio criterion: nearest over second nearest distance below this.",
+        ),
+        click.option(
+            "--tolerance",
+            default=1e-2,
+            show_default=True,
+            type=float,
+            help="Collapse criterion: L2 distance to the nearest row below this.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def check_positive(options: Mapping[str, float | None]) -> None:
+    """Refuse option values that are not finite and > 0; None is an option left out."""
+    for option, value in options.items():
+        if value is not None and not 0 < value < float("inf"):
+            raise WrongInput(f"{option}: expected a positive number, got {value}")
+
+
+def check_two_rows(data: TrainingSet, about: str) -> None:
+    """Refuse data in which no row is the second nearest."""
+    if data.n < 2:
+        raise WrongInput(f"{about}: the ratio criterion needs at least 2 rows, got {data.n}")
+
+
+def picture_folder(out: Path) -> None:
+    """Make the folder of a command that draws, once what it needs is known to be there."""
+    with wrong_input():
+        figures.require()
+    check_machine()
+    if out.exists() and not out.is_dir():
+        raise WrongInput(f"--out: {str(out)!r} is a file, not a folder")
+    with wrong_input("--out"):
+        out.mkdir(parents=True, exist_ok=True)
+
+
+def check_outputs(outputs: Sequence[tuple[str, Path | None, tuple[str, ...]]], force: bool) -> None:
+    """Refuse, before the long work, outputs that could not be written.
+
+    Args:
+        outputs: (option, path or None, suffixes allowed).
+        force: an existing file may be replaced.
+    """
+    seen: dict[Path, str] = {}
+    for option, path, suffixes in outputs:
+        if path is None:
+            continue
+        if path.suffix.lower() not in suffixes:
+            raise WrongInput(
+                f"{option}: the name must end in {', '.join(suffixes)}, got {str(path)!r}"
+            )
+        if not path.parent.is_dir():
+            raise WrongInput(f"{option}: no such folder: {str(path.parent)!r}; make it first")
+        if path.is_dir():
+            raise WrongInput(f"{option}: {str(path)!r} is a folder")
+        if path.exists() and not force:
+            raise WrongInput(f"{option}: {str(path)!r} exists; give --force to replace it")
+        if path.resolve() in seen:
+            raise WrongInput(
+                f"{option}: {str(path)!r} is also what {seen[path.resolve()]} would write"
+            )
+        seen[path.resolve()] = option
+
+
+def progress_wanted() -> bool:
+    """Progress bars only where somebody watches."""
+    return sys.stderr.isatty()
+
+
+def seconds(value: float) -> str:
+    """A duration with the unit that suits it.
+
+    Example:
+        >>> from memokern.apps.cli.common import seconds
+        >>> [seconds(v) for v in (0.0000123, 0.0123, 1.23, 123.4)]
+        ['12.3 us', '12.3 ms', '1.23 s', '123 s']
+    """
+    for unit, scale in (("us", 1e-6), ("ms", 1e-3)):
+        if value < 1000 * scale:
+            return f"{value / scale:.3g} {unit}"
+    return f"{value:.3g} s"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
+    """Columns lined up; those numbered in `right` to the right."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    lines = []
+    for row in (header, ["-" * w for w in widths], *rows):
+        cells = [
+            c.rjust(w) if i in right else c.ljust(w)
+            for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)

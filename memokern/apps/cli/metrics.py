@@ -1,0 +1,152 @@
+"""`memokern memorization`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+import torch
+
+from memokern import memorization as metrics
+from memokern.apps.cli import common
+from memokern.data import files
+from memokern.strategies.pruned_nearest import MOST_ASKED
+
+
+@click.command(short_help="Measure how many samples are copies of rows.")
+@click.argument("samples", metavar="SAMPLES")
+@click.argument("data", metavar="DATA")
+@click.option(
+    "--samples-key", metavar="NAME", help="Which array of the samples' .npz or .safetensors file."
+)
+@click.option(
+    "--data-key", metavar="NAME", help="Which array of the data's .npz or .safetensors file."
+)
+@common.method_option
+@common.criteria
+@click.option(
+    "--neighbours",
+    default=50,
+    show_default=True,
+    type=click.IntRange(min=2),
+    help="Carlini's distance is normalised by the mean over this many rows.",
+)
+@click.option(
+    "--binary",
+    type=float,
+    metavar="LEVEL",
+    help="Also compare exactly after thresholding both at this value (binary images).",
+)
+@click.option(
+    "--show",
+    default=5,
+    show_default=True,
+    type=click.IntRange(min=0),
+    help="Closest samples to list.",
+)
+@click.option(
+    "--json",
+    "report",
+    type=click.Path(path_type=Path),
+    metavar="FILE.json",
+    help="Write fractions and per-sample values as JSON.",
+)
+@click.option(
+    "--force", is_flag=True, help="Replace an existing JSON file; without it it is refused."
+)
+def memorization(
+    samples: str,
+    data: str,
+    samples_key: str | None,
+    data_key: str | None,
+    method: str,
+    tolerance: float,
+    ratio_threshold: float,
+    neighbours: int,
+    binary: float | None,
+    show: int,
+    report: Path | None,
+    force: bool,
+) -> None:
+    """Measure how many of SAMPLES are copies of rows of DATA (.npy, .npz or .safetensors; DATA may
+    be 'digits').
+
+    Both in the same units; uint8 DATA are pixels in [-1, 1].
+    """
+    common.check_positive({"--tolerance": tolerance, "--ratio": ratio_threshold})
+    common.check_outputs([("--json", report, (".json",))], force)
+    common.check_machine()
+    training = common.load(data, data_key, "DATA", "--data-key", index=method != "dense")
+    rows = common.load_rows(samples, samples_key, training, "SAMPLES")
+    common.check_two_rows(training, "DATA")
+    # For many neighbours of few rows all rows are swept, with an index too.
+    few = min(neighbours, training.n) <= MOST_ASKED * training.n
+    common.index_for(training, method, few * len(rows), progress=common.progress_wanted())
+    meanings = {
+        "collapse": f"distance to the nearest row < {tolerance:g}",
+        "ratio": f"nearest / second nearest < {ratio_threshold:.3g}",
+        "carlini": f"distance / mean distance to {min(neighbours, training.n)} rows",
+        "exact": "" if binary is None else f"equal after thresholding at {binary:g}",
+    }
+    found = metrics.report(
+        rows, training, tol=tolerance, threshold=ratio_threshold, k=neighbours, level=binary,
+        method=method, progress=common.progress_wanted(),
+    )  # fmt: skip
+    if report is not None:
+        with common.failure("cannot write"):
+            files.write_json(
+                report,
+                {
+                    "samples": samples,
+                    "data": data,
+                    "count": len(rows),
+                    **{
+                        name: {
+                            "meaning": meanings[name],
+                            "fraction": float(result.fraction),
+                            "memorized": result.memorized,
+                            "value": result.value,
+                            "index": result.index,
+                            "distance": result.distance,
+                        }
+                        for name, result in found.items()
+                    },
+                },
+            )
+    lines = []
+    for name, result in found.items():
+        statistic = result.value
+        lines.append(
+            [
+                name,
+                f"{float(result.fraction):.1%}",
+                f"{int(result.memorized.sum())} of {len(rows)}",
+                f"{float(statistic.median()):.4g}",
+                f"{float(statistic.min()):.4g}",
+                meanings[name],
+            ]
+        )
+    click.echo(
+        common.table(
+            ["criterion", "memorised", "count", "median", "smallest", "meaning"],
+            lines,
+            (1, 2, 3, 4),
+        )
+    )
+    if show:
+        collapse = found["collapse"]
+        order = torch.argsort(collapse.distance, stable=True)[:show].tolist()
+        each = [
+            [
+                str(i),
+                str(int(collapse.index[i])),
+                f"{float(collapse.distance[i]):.4g}",
+                f"{float(found['ratio'].value[i]):.4g}",
+                f"{float(found['carlini'].value[i]):.4g}",
+            ]
+            for i in order
+        ]
+        click.echo("\nclosest samples")
+        click.echo(common.table(["sample", "row", "distance", "ratio", "carlini"], each, range(5)))
+    if report is not None:
+        click.echo(f"\nwrote {report}")

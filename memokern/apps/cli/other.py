@@ -1,0 +1,160 @@
+"""`memokern reproduce`, `memokern index`, `memokern demo` and `memokern info`."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import click
+
+from memokern.apps import demo as _demo
+from memokern.apps import experiments
+from memokern.apps import info as _info
+from memokern.apps.cli import common
+from memokern.index.build import BASES
+
+
+def _experiment_list() -> str:
+    width = max(map(len, experiments.EXPERIMENTS))
+    return "\n".join(f"  {name:<{width}}  {e.title}" for name, e in experiments.EXPERIMENTS.items())
+
+
+@click.command(
+    short_help="Reproduce an analytic experiment of arXiv:2501.15785.",
+    epilog=f"\b\nExperiments:\n{_experiment_list()}",
+)
+@click.argument("name", metavar="NAME|all")
+@click.option(
+    "--out",
+    default=Path("reproduction"),
+    show_default=True,
+    metavar="DIR",
+    type=click.Path(path_type=Path, file_okay=True),
+    help="Folder for figures and JSON; made if missing.",
+)
+@click.option(
+    "--format", "suffix", default="pdf", show_default=True, type=click.Choice(["pdf", "png", "svg"])
+)
+@click.option("--quick", is_flag=True, help="Smaller sizes for a first look: rougher numbers.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**62),
+    default=None,
+    help="Instead of the experiments' own seed.",
+)
+@click.option(
+    "--force", is_flag=True, help="Replace existing results; without it they are refused."
+)
+def reproduce(
+    name: str, out: Path, suffix: str, quick: bool, seed: int | None, force: bool
+) -> None:
+    """Reproduce an analytic experiment of arXiv:2501.15785: a figure fit for a paper, and a JSON of
+    its numbers.
+    """
+    with common.wrong_input("NAME"):
+        if name == "all":
+            chosen = list(experiments.EXPERIMENTS.values())
+        elif name in experiments.EXPERIMENTS:
+            chosen = [experiments.get(name)]
+        else:
+            raise ValueError(
+                f"unknown experiment {name!r}; known: {', '.join(experiments.EXPERIMENTS)}, all"
+            )
+    common.picture_folder(out)
+    common.check_outputs(
+        [
+            ("--out", path, (f".{suffix}", ".json"))
+            for experiment in chosen
+            for path in experiments.output_paths(experiment, out, f".{suffix}")
+        ],
+        force,
+    )
+    for experiment in chosen:
+        click.echo(f"{experiment.name}: {experiment.title}")
+        with common.failure("cannot write"):
+            outcome = experiments.reproduce(
+                experiment, out, suffix=f".{suffix}", quick=quick, seed=seed
+            )
+        for line in outcome.conclusions:
+            click.echo(f"  {line}")
+        click.echo(
+            f"  wrote {' and '.join(map(str, outcome.paths))} ({common.seconds(outcome.seconds)})"
+        )
+
+
+@click.command(short_help="Save data with an index that speeds up small noise levels.")
+@click.argument("data", metavar="DATA")
+@click.option("--key", metavar="NAME", help="Which array of an .npz or .safetensors file.")
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE.safetensors",
+    help="Where to write the rows, labels and index.",
+)
+@click.option(
+    "--basis",
+    default="auto",
+    show_default=True,
+    type=click.Choice(BASES),
+    help="dct: cosines, for images; pca: principal directions, up to 4096 features.",
+)
+@click.option("--force", is_flag=True, help="Replace an existing file; without it it is refused.")
+def index(data: str, key: str | None, output: Path, basis: str, force: bool) -> None:
+    """Save DATA (.npy, .npz or .safetensors, or 'digits') with an index, from which `sample` and
+    `memorization` prove, at small noise levels, that most rows have no weight.
+
+    Example: memokern index digits --output digits.safetensors
+    """
+    common.check_outputs([("--output", output, (".safetensors",))], force)
+    training = common.load(data, key, "DATA", index=False)
+    started = time.perf_counter()
+    with common.wrong_input("DATA"):
+        training.build_index(basis, progress=None if common.progress_wanted() else False)
+    elapsed = time.perf_counter() - started
+    with common.failure("cannot write"):
+        training.save(output)
+    click.echo(f"{training.index}\nwrote {output} (index built in {common.seconds(elapsed)})")
+
+
+@click.command(short_help="Versions, backends, and why one cannot run.")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def info(as_json: bool) -> None:
+    """Versions, instruction set, threads, and which backends can run here, with the reason where
+    one cannot.
+    """
+    with common.wrong_input():  # an environment variable that nobody knows
+        facts = _info.collect()
+    click.echo(json.dumps(facts, indent=2) if as_json else _info.render(facts))
+
+
+@click.command(short_help="Sample the embedded digits three ways.")
+@click.option(
+    "--out",
+    default=Path(".demo"),
+    show_default=True,
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="Folder for the pictures; made if missing. Pictures of an earlier demo are replaced.",
+)
+@click.option(
+    "-n", "--samples", default=_demo.SAMPLES, show_default=True, type=click.IntRange(min=1)
+)
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**62))
+def demo(out: Path, samples: int, seed: int) -> None:
+    """Sample the embedded handwritten digits three ways: not regularised, Tikhonov, empirical
+    Bayes.
+    """
+    common.picture_folder(out)
+    click.echo(_demo.introduction(samples))
+    results = _demo.run(samples, seed, progress=common.progress_wanted())
+    click.echo("\n" + _demo.render(results))
+    with common.failure("cannot write"):
+        paths = _demo.write_pictures(results, out)
+    click.echo(
+        "\npictures: each sample beside its nearest training image, the memorised ones framed"
+    )
+    for path in paths:
+        click.echo(f"  {path}")

@@ -1,0 +1,80 @@
+"""The compiled C++ kernels; ``csrc/README.md`` describes them."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from memokern.backends.cpu import dense, listed, native
+from memokern.backends.cpu.projection import CosineProjection
+from memokern.backends.protocol import Backend, Call
+from memokern.calls import Gradients, LogitBounds, Query, RowLists, Rows, Scan, Sums
+
+# Compiled kernels have no derivatives of their own for these.
+_REFERENCE_ONLY = {
+    "posterior_double_backward": "second derivatives are taken in plain PyTorch",
+    "posterior_listed_double_backward": "second derivatives are taken in plain PyTorch",
+    "posterior_backward_rows": "the gradient for the rows is taken in plain PyTorch",
+    "posterior_state": "not written yet",
+}
+
+
+class Cpu(Backend):
+    """Tensors in the memory of the CPU."""
+
+    name = "cpu"
+    # Its own projection of float32 queries to an index whose basis is a cosine transform.
+    cosine_projection = CosineProjection
+    # The mean alone, of a few queries.
+    small_mean = staticmethod(dense.small_mean)
+
+    @functools.cache  # noqa: B019  # there is one
+    def unavailable(self) -> str | None:
+        try:
+            native.module()
+        except ImportError as error:
+            return (
+                f"the compiled module is missing ({error}): install memokern where there is a C++"
+                " compiler"
+            )
+        return None
+
+    def refuses(self, operation: str, call: Call) -> str | None:
+        if call.device != "cpu":
+            return f"it runs tensors on the CPU, and these are on {call.device}"
+        if call.transform:
+            return "it has no torch.func transforms and no forward mode"
+        return _REFERENCE_ONLY.get(operation)
+
+    def isa(self) -> str:
+        """The instruction set in use: ``baseline``, ``avx2`` or ``avx512``."""
+        return str(native.module().isa())
+
+    def detail(self) -> str:
+        threads = torch.get_num_threads() if native.module().openmp else 1
+        return f"compiled kernels, {self.isa()}, {threads} thread{'s' if threads > 1 else ''}"
+
+    def posterior(self, query: Query, rows: Rows) -> Sums:
+        return dense.posterior(query, rows)
+
+    def posterior_backward(self, query: Query, rows: Rows, sums: Sums, grads: Sums) -> Gradients:
+        return dense.posterior_backward(query, rows, sums, grads)
+
+    def nearest(self, x: Tensor, rows: Rows, k: int) -> tuple[Tensor, Tensor]:
+        return dense.nearest(x, rows, k)
+
+    def bound_scan(self, query: Query, rows: Rows, bounds: LogitBounds) -> Scan:
+        return listed.bound_scan(query, rows, bounds)
+
+    def posterior_listed(self, query: Query, rows: Rows, lists: RowLists) -> Sums:
+        return listed.posterior_listed(query, rows, lists)
+
+    def posterior_listed_backward(
+        self, query: Query, rows: Rows, lists: RowLists, sums: Sums, grads: Sums
+    ) -> Gradients:
+        return listed.posterior_listed_backward(query, rows, lists, grads)
+
+
+BACKEND = Cpu()

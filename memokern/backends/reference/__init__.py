@@ -1,0 +1,62 @@
+"""The truth that every kernel is tested against: plain PyTorch, float64, any device.
+
+It is also a real backend: it runs where the compiled module is missing and on devices that have no
+kernel yet, and since it is made of PyTorch operations only, every transform of PyTorch (forward
+mode, ``torch.func``, any order of derivative) works through it.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from memokern.backends.protocol import Backend, Call
+from memokern.backends.reference import dense, listed, scan
+from memokern.calls import Gradients, LogitBounds, Query, RowLists, Rows, Scan, State, Sums
+
+
+class Reference(Backend):
+    """Takes every call."""
+
+    name = "reference"
+
+    def detail(self) -> str:
+        return "plain PyTorch in float64, any device; slow, every transform works"
+
+    def refuses(self, operation: str, call: Call) -> str | None:
+        return None
+
+    def posterior_state(self, query: Query, rows: Rows) -> State:
+        return dense.posterior_state(query, rows)
+
+    def posterior_backward(self, query: Query, rows: Rows, sums: Sums, grads: Sums) -> Gradients:
+        return dense.posterior_backward(query, rows, grads)
+
+    def posterior_backward_rows(self, query: Query, rows: Rows, grads: Sums) -> Tensor:
+        return dense.posterior_backward_rows(query, rows, grads)
+
+    def posterior_double_backward(
+        self, query: Query, rows: Rows, grads: Sums, grad_grads: Gradients
+    ) -> tuple[Gradients, Sums]:
+        return dense.posterior_double_backward(query, rows, grads, grad_grads)
+
+    def nearest(self, x: Tensor, rows: Rows, k: int) -> tuple[Tensor, Tensor]:
+        return dense.nearest(x, rows, k)
+
+    def bound_scan(self, query: Query, rows: Rows, bounds: LogitBounds) -> Scan:
+        return scan.bound_scan(query, rows, bounds)
+
+    def posterior_listed(self, query: Query, rows: Rows, lists: RowLists) -> Sums:
+        return listed.posterior(query, rows, lists)
+
+    def posterior_listed_backward(
+        self, query: Query, rows: Rows, lists: RowLists, sums: Sums, grads: Sums
+    ) -> Gradients:
+        return listed.backward(query, rows, lists, grads)
+
+    def posterior_listed_double_backward(
+        self, query: Query, rows: Rows, lists: RowLists, grads: Sums, grad_grads: Gradients
+    ) -> tuple[Gradients, Sums]:
+        return listed.double_backward(query, rows, lists, grads, grad_grads)
+
+
+BACKEND = Reference()

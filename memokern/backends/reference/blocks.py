@@ -1,0 +1,78 @@
+"""Rows and queries in blocks: no temporary of the reference has more than :data:`ELEMENTS` numbers,
+but for one query's number for each row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from memokern.calls import Rows
+
+F64 = torch.float64
+ELEMENTS = 1 << 22  # of a temporary: 32 MiB in float64
+
+
+def row_blocks(rows: Rows) -> Iterator[tuple[slice, Tensor]]:
+    """The rows as float64 values, a block at a time: never a float copy of the data set."""
+    step = max(1, ELEMENTS // max(1, rows.dim))
+    for start in range(0, rows.n, step):
+        where = slice(start, min(start + step, rows.n))
+        yield where, values(rows, where)
+
+
+def values(rows: Rows, where: slice | Tensor) -> Tensor:
+    """Some of the rows as float64 values."""
+    block = rows.data[where].to(F64)
+    if rows.scale != 1.0 or rows.shift != 0.0:
+        block = block * rows.scale + rows.shift
+    return block
+
+
+def query_blocks(b: int, n: int) -> Iterator[slice]:
+    """The queries, as many at a time as may have a float64 for each row."""
+    step = max(1, ELEMENTS // max(1, n))
+    for start in range(0, b, step):
+        yield slice(start, min(start + step, b))
+
+
+def center_of(rows: Rows) -> Tensor:
+    """[D] float64: the owner's center, else the mean of the rows."""
+    if rows.center is not None:
+        return rows.center.to(F64)
+    with torch.no_grad():
+        total = rows.data.new_zeros(rows.dim, dtype=F64)
+        for _, block in row_blocks(rows.detach()):
+            total = total + block.sum(0)
+        return total / rows.n
+
+
+def direct_squares(x: Tensor, y: Tensor, alpha: Tensor) -> Tensor:
+    """|x_b - alpha_b y_n|^2 as a sum of squared differences, blocked: [B, D], [N, D] -> [B, N]."""
+    out = []
+    step = max(1, ELEMENTS // max(1, x.shape[0] * x.shape[1]))
+    for start in range(0, y.shape[0], step):
+        diff = x[:, None] - alpha[:, None, None] * y[None, start : start + step]
+        out.append(diff.square().sum(-1))
+    return torch.cat(out, 1)
+
+
+def squared_distances(x: Tensor, rows: Rows, alpha: Tensor, center: Tensor) -> Tensor:
+    """|x_b - alpha_b y_n|^2 [B, N] of float64 queries, differentiable to any order."""
+    xc = x - alpha[:, None] * center
+    squares, products, direct = [], [], []
+    for _, y in row_blocks(rows):
+        yc = y - center
+        squares.append(yc.square().sum(1))
+        products.append(xc @ yc.T)
+        with torch.no_grad():
+            direct.append(direct_squares(x.detach(), y.detach(), alpha.detach()))
+    expanded = (
+        xc.square().sum(1, keepdim=True)
+        + alpha[:, None].square() * torch.cat(squares)
+        - 2 * alpha[:, None] * torch.cat(products, 1)
+    )
+    # The value comes from direct differences, which do not cancel at small sigma; the derivatives,
+    # exact polynomials of any order, from the expanded square.
+    return torch.cat(direct, 1) + (expanded - expanded.detach())

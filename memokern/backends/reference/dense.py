@@ -1,0 +1,184 @@
+"""The dense sweep in plain float64 PyTorch.
+
+Memory: a block of queries times N in float64. Time: about 3 N B D operations for the direct
+differences and 4 N B D for the products, none of them fused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from memokern.backends.reference import derivatives
+from memokern.backends.reference.blocks import (
+    F64,
+    center_of,
+    direct_squares,
+    query_blocks,
+    row_blocks,
+    squared_distances,
+)
+from memokern.calls import Gradients, Query, Rows, State, Sums, empty_state, to_sums
+from memokern.util.torch_internals import recording
+
+
+class _Exponents(NamedTuple):
+    """The exponents v = l / T [B, N] of a block of queries: the state's `key` and `m` [B], v - m
+    where a row has weight, and where that is."""
+
+    key: Tensor
+    m: Tensor
+    below: Tensor
+    weighs: Tensor
+
+
+# e^v is 0 in float64 below it, and the row's part in any sum or derivative.
+_NOTHING = -800.0
+
+
+def _exponents(query: Query, rows: Rows, center: Tensor) -> _Exponents:
+    r2 = squared_distances(query.x, rows, query.alpha, center)
+    with torch.no_grad():
+        reachable = torch.ones_like(r2, dtype=torch.bool)
+        if query.bias is not None:
+            reachable = reachable & ~torch.isneginf(query.bias)
+        nearest = torch.where(reachable, r2, torch.inf).amin(1, keepdim=True)
+        if query.weighting == "gaussian":
+            # sigma = 0, or so small that even the nearest row's logit overflows.
+            at_zero = torch.zeros_like(nearest, dtype=torch.bool)
+            limit = ~torch.isfinite(_exponent(query, nearest, None, at_zero)) | (
+                query.sigma[:, None] == 0
+            )
+            key = torch.where(limit, nearest, 0.0)
+        else:
+            limit = nearest == 0
+            key = torch.where(limit, 0.0, 1.0)
+        weighs = reachable & (~limit | (r2 == nearest))
+        v = torch.where(weighs, _exponent(query, r2, query.bias, limit), -torch.inf)
+        m = v.amax(1, keepdim=True)
+        weighs = weighs & (v - m > _NOTHING)
+        key = torch.where(weighs.any(1, keepdim=True), key, torch.inf)
+    # What is not weighed is left out before it can become 0 times infinity in a derivative.
+    bias = None if query.bias is None else torch.where(weighs, query.bias, 0.0)
+    v = _exponent(query, torch.where(weighs, r2, 1.0), bias, limit)
+    return _Exponents(key[:, 0], m[:, 0], torch.where(weighs, v - m, 0.0), weighs)
+
+
+def _exponent(query: Query, r2: Tensor, bias: Tensor | None, limit: Tensor) -> Tensor:
+    """l / T of squared distances [B, .]; at a limit [B, 1] the bias alone."""
+    if query.weighting == "gaussian":
+        width = torch.where(limit, 1.0, query.sigma[:, None])
+        # Divided twice: sigma^2 underflows long before sigma does.
+        pull = -0.5 * (r2 / width) / width
+    else:
+        dim = query.x.shape[1]
+        pull = -0.5 * dim * torch.log(torch.where(r2 == 0, 1.0, r2) / dim)
+    logit = torch.where(limit, 0.0, pull)
+    return (logit if bias is None else logit + bias) / query.temperature[:, None]
+
+
+def _block_state(query: Query, rows: Rows, center: Tensor) -> State:
+    """The state of one block of float64 queries, differentiable in every tensor but m and key,
+    which its sums do not depend on."""
+    key, m, below, weighs = _exponents(query, rows, center)
+    power = torch.where(weighs, below.exp(), 0.0)
+    acc = query.x.new_zeros(query.x.shape)
+    for where, y in row_blocks(rows):
+        acc = acc + power[:, where] @ (y - center)
+    s = power.sum(1)
+    if query.bias is None:
+        s_bias = torch.zeros_like(s)
+    else:
+        s_bias = (power * torch.where(torch.isneginf(query.bias), 0.0, query.bias)).sum(1)
+    state = State(key, m, s, (power * below).sum(1), s_bias, power.square().sum(1), acc, center)
+    # A query that is not finite knows nothing; without this, rules of 0 * NaN would decide.
+    lost = ~torch.isfinite(query.x).all(1)
+    sums = [torch.where(lost, torch.nan, v) for v in state[2:6]]
+    key, m = (torch.where(lost, 0.0, v) for v in (key, m))
+    return State(key, m, *sums, torch.where(lost[:, None], torch.nan, acc), center)
+
+
+def _wide(query: Query, at: slice) -> Query:
+    """Some of the queries, with x in float64."""
+    part = query.take(at)
+    return part._replace(x=part.x.to(F64))
+
+
+def posterior_state(query: Query, rows: Rows) -> State:
+    """The dense sweep, its accumulator in float64."""
+    center = center_of(rows)
+    parts = [
+        _block_state(_wide(query, at), rows, center)
+        for at in query_blocks(query.x.shape[0], rows.n)
+    ]
+    if not parts:
+        return empty_state(0, center, F64)
+    return State(*(torch.cat(column) for column in list(zip(*parts, strict=True))[:-1]), center)
+
+
+def posterior(query: Query, rows: Rows) -> Sums:
+    """The dense sweep, normalised; differentiable to any order in every tensor."""
+    return to_sums(posterior_state(query, rows), query)
+
+
+def weights(query: Query, rows: Rows) -> Tensor:
+    """softmax(l / T) [B, N] float64, dense."""
+    _, _, below, weighs = _exponents(_wide(query, slice(None)), rows, center_of(rows))
+    power = torch.where(weighs, below.exp(), 0.0)
+    return power / power.sum(1, keepdim=True)
+
+
+def _blocks(query: Query, rows: Rows) -> Iterator[derivatives.Block]:
+    center, rows = center_of(rows), rows.detach()
+
+    def sums(part: Query) -> Sums:
+        return to_sums(_block_state(part, rows, center), part)
+
+    for at in query_blocks(query.x.shape[0], rows.n):
+        yield at, sums
+
+
+def posterior_backward(query: Query, rows: Rows, grads: Sums) -> Gradients:
+    """The gradients for the query, by differentiating the formulas."""
+    return derivatives.backward(query, grads, _blocks(query, rows))
+
+
+def posterior_double_backward(
+    query: Query, rows: Rows, grads: Sums, grad_grads: Gradients
+) -> tuple[Gradients, Sums]:
+    """The gradients of <grad_grads, posterior_backward> for the query and for grads."""
+    return derivatives.double_backward(query, grads, grad_grads, _blocks(query, rows))
+
+
+def posterior_backward_rows(query: Query, rows: Rows, grads: Sums) -> Tensor:
+    """The gradient for floating-point rows [N, D]."""
+    center, query = center_of(rows), query.detach()
+    total = torch.zeros_like(rows.data, dtype=F64)
+    for at in query_blocks(query.x.shape[0], rows.n):
+        with recording():
+            leaf = rows.data.detach().to(F64).requires_grad_()
+            part = _wide(query, at)
+            sums = to_sums(_block_state(part, rows._replace(data=leaf), center), part)
+            total += derivatives.vjp(sums, [leaf], [g[at].to(F64) for g in grads])[0]
+    return total.to(rows.data.dtype)
+
+
+def nearest(x: Tensor, rows: Rows, k: int) -> tuple[Tensor, Tensor]:
+    """The k smallest |x - y_n|^2 by direct differences, ascending, ties to the lower index."""
+    b = x.shape[0]
+    distance = torch.full((b, k), torch.nan, dtype=F64, device=x.device)
+    index = torch.arange(k, device=x.device).repeat(b, 1)
+    for at in query_blocks(b, rows.n):
+        q = x[at].to(F64)
+        one = torch.ones(q.shape[0], dtype=F64, device=x.device)
+        r2 = torch.cat([direct_squares(q, y, one) for _, y in row_blocks(rows)], 1)
+        # A stable sort, for the ties; topk promises no order.
+        value, order = torch.sort(r2, dim=1, stable=True)
+        known = ~torch.isnan(q).any(1, keepdim=True)
+        distance[at] = torch.where(known, value[:, :k], math.nan)
+        index[at] = torch.where(known, order[:, :k], index[at])
+    return distance, index

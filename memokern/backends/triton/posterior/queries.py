@@ -1,0 +1,170 @@
+"""What is known of a query before the rows are looked at: its terms, and its table of numbers."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from memokern.backends.triton.core.common import (
+    A1,
+    A2,
+    COMMON,
+    DOT,
+    E0,
+    E1,
+    E2,
+    E3,
+    HARD,
+    HUGE,
+    INV_T,
+    LOG,
+    LOST,
+    MODE,
+    NUMBERS,
+    SOFT,
+    XO,
+    operand,
+    power_of_two,
+    product_errors,
+    store_terms,
+)
+from memokern.backends.triton.core.variant import POINTERS, ROW_TYPES, Variant, row_name
+
+_BLOCK_D = 1024
+
+
+@triton.jit
+def queries_kernel(
+    x,  # [B, D]
+    sigma, alpha, temperature,  # [B]
+    center,  # [D]
+    numbers,  # [2] scale, shift
+    terms,  # [TERMS, B, D] out
+    table,  # [NUMBERS, B] out
+    B, D, offset, likely, bound,
+    TERMS: tl.constexpr, IS_LOG: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One program owns a query and streams its features twice: for their sums, and to write its
+    terms. offset: what is added to a stored row before it is multiplied. likely, bound: the errors
+    of a product, see `product_errors`."""
+    u: tl.constexpr = 5.960464477539063e-08
+    i_b = tl.program_id(0).to(tl.int64)
+    scale, shift = tl.load(numbers), tl.load(numbers + 1) - offset * tl.load(numbers)
+    b_sigma, b_alpha = tl.load(sigma + i_b), tl.load(alpha + i_b)
+    inv_t = 1.0 / tl.load(temperature + i_b)
+    xx = tl.zeros([BLOCK_D], tl.float64)
+    xo = tl.zeros([BLOCK_D], tl.float64)
+    oo = tl.zeros([BLOCK_D], tl.float64)
+    cc = tl.zeros([BLOCK_D], tl.float64)
+    top = tl.zeros([BLOCK_D], tl.float32)
+    for d in range(0, D, BLOCK_D):
+        o_d = d + tl.arange(0, BLOCK_D)
+        mask_d = o_d < D
+        b_x = tl.load(x + i_b * D + o_d, mask=mask_d, other=0.0).to(tl.float64)
+        b_c = tl.load(center + o_d, mask=mask_d, other=0.0)
+        b_xc = b_x - b_alpha * b_c
+        b_o = tl.where(mask_d, shift - b_c, 0.0)
+        xx += b_xc * b_xc
+        xo += b_xc * b_o
+        oo += b_o * b_o
+        cc += b_c * b_c
+        top = tl.maximum(top, tl.abs(b_xc).to(tl.float32))
+    sxx, sxo, soo, scc = tl.sum(xx, 0), tl.sum(xo, 0), tl.sum(oo, 0), tl.sum(cc, 0)
+
+    # NaN compares false: what is not known to be right is lost.
+    known = (sxx < float("inf")) & (b_sigma >= 0.0) & (inv_t > 0.0) & (inv_t < float("inf"))
+    soft_unit = inv_t / b_sigma / b_sigma
+    if IS_LOG:
+        mode = tl.where(known, LOG, LOST)
+    else:
+        # sigma = 0, or as good as.
+        soft = soft_unit * (sxx + 1.0) < HUGE
+        mode = tl.where(known, tl.where(soft, SOFT, HARD), LOST)
+    unit = tl.where(mode == SOFT, soft_unit, 1.0)
+    # The largest feature becomes 128 to 256: float16 then keeps 22 bits of all that matter.
+    p2 = tl.where(known, power_of_two(tl.max(top, 0)), 1.0)
+    norm, a = tl.sqrt(sxx), tl.abs(b_alpha)
+    dot = scale * (p2.to(tl.float64) / 128.0)
+    a1 = b_alpha * unit * dot
+    a2 = 0.5 * b_alpha * b_alpha * unit
+    common = (0.5 * sxx - b_alpha * sxo) * unit
+    hit = 4.5e-16 * a * (tl.sqrt(soo) + tl.sqrt(scc))
+    hard = mode == HARD
+    e1 = tl.where(hard, bound, likely) * a * unit * norm
+    shared = tl.where(mode == SOFT, 0.0, 2 * u * tl.abs(common) + hit * (norm + hit))
+    e0 = e1 * tl.sqrt(soo) + shared
+    e2 = 4 * u * a2
+    e3 = tl.where(mode == SOFT, 2 * u * inv_t, 0.0)
+    fits = (tl.abs(a1) < HUGE) & (a2 < HUGE) & (tl.abs(common) < HUGE)
+    e0 = tl.where(fits, e0, float("inf"))
+
+    to = table + i_b
+    tl.store(to + A1 * B, tl.where(known & fits, a1, 0.0))
+    tl.store(to + A2 * B, tl.where(known & fits, a2, 0.0))
+    tl.store(to + INV_T * B, tl.where(known, inv_t, 0.0))
+    tl.store(to + COMMON * B, tl.where(known, common, 0.0))
+    tl.store(to + E0 * B, tl.where(known, e0, 0.0))
+    tl.store(to + E1 * B, tl.where(known, e1, 0.0))
+    tl.store(to + E2 * B, tl.where(known, e2, 0.0))
+    tl.store(to + E3 * B, tl.where(known, e3, 0.0))
+    tl.store(to + MODE * B, mode.to(tl.float64))
+    tl.store(to + DOT * B, tl.where(known & fits, dot, 0.0))
+    tl.store(to + XO * B, tl.where(known, sxo, 0.0))
+
+    for d in range(0, D, BLOCK_D):
+        o_d = d + tl.arange(0, BLOCK_D)
+        mask_d = o_d < D
+        b_x = tl.load(x + i_b * D + o_d, mask=mask_d, other=0.0).to(tl.float64)
+        b_c = tl.load(center + o_d, mask=mask_d, other=0.0)
+        b_xc = ((b_x - b_alpha * b_c) * (128.0 / p2.to(tl.float64))).to(tl.float32)
+        b_xc = tl.where(known, b_xc, 0.0)
+        store_terms(b_xc, terms + i_b * D + o_d, tl.cast(B, tl.int64) * D, mask_d, TERMS)
+
+
+def variant(rows: torch.dtype, kernel: str) -> Variant:
+    """The kernel for rows of a type, and one of the two kernels of the posterior."""
+    how = operand(rows, "tf32x3")
+    return Variant(
+        name=f"queries {row_name(rows)} {kernel}",
+        kernel=queries_kernel,
+        signature={
+            "x": "*fp32", "sigma": "*fp64", "alpha": "*fp64", "temperature": "*fp64",
+            "center": "*fp64", "numbers": "*fp64", "terms": POINTERS[how.dtype], "table": "*fp64",
+            "B": "i32", "D": "i32", "offset": "fp32", "likely": "fp32", "bound": "fp32",
+        },
+        constexprs={"TERMS": how.terms, "IS_LOG": kernel == "log", "BLOCK_D": _BLOCK_D},
+        num_warps=4,
+        aligned=("x", "sigma", "alpha", "temperature", "center", "numbers", "terms", "table", "D"),
+    )  # fmt: skip
+
+
+class Queries:
+    """The queries of a call as the kernels take them.
+
+    terms [TERMS, B, D] in the operand's type, table [NUMBERS, B] float64, numbers [2] float64.
+    """
+
+    def __init__(
+        self, x: Tensor, rows: Tensor, columns: list[Tensor], center: Tensor, numbers: Tensor,
+        kernel: str, precision: str,
+    ) -> None:  # fmt: skip
+        b, d = x.shape
+        how = operand(rows.dtype, precision)
+        self.x, (self.sigma, self.alpha, self.temperature) = x, columns
+        self.numbers, self.how, self.center = numbers, how, center
+        self.precision = precision
+        self.terms = torch.empty(how.terms, b, d, dtype=how.dtype, device=x.device)
+        self.table = torch.empty(NUMBERS, b, dtype=torch.float64, device=x.device)
+        likely, bound = product_errors(how, d)
+        variant(rows.dtype, kernel).launch(
+            (b,), x.device, x=x, sigma=self.sigma, alpha=self.alpha, temperature=self.temperature,
+            center=center, numbers=numbers, terms=self.terms, table=self.table, B=b, D=d,
+            offset=how.offset, likely=likely, bound=bound,
+        )  # fmt: skip
+
+
+def variants() -> list[Variant]:
+    """Row types by kernels."""
+    return [variant(t, k) for t in ROW_TYPES for k in ("gaussian", "log")]

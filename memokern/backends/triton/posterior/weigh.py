@@ -1,0 +1,222 @@
+"""Between the products of the chunked sweep: from products to weights, exact where it counts."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from memokern.backends.triton.core.common import (
+    A1,
+    A2,
+    COMMON,
+    E0,
+    E1,
+    E2,
+    E3,
+    HARD,
+    INV_T,
+    KEY,
+    LOG_THETA,
+    LOST,
+    MODE,
+    SB,
+    ST,
+    SW2,
+    THETA,
+    M,
+    S,
+    error_of,
+    exact_differences,
+    lowest_left,
+)
+from memokern.backends.triton.core.variant import POINTERS, ROW_TYPES, Variant, row_name
+
+STRIPS = 16
+
+
+@triton.jit
+def weigh_kernel(
+    dots,  # [parts, b, n] in; the first part out: weights
+    sq_norms,  # [N] |yc|^2
+    bias,  # [N], read if has_bias
+    table,  # [NUMBERS, B]
+    x,  # [B, D]
+    rows,  # [N, D]
+    sigma, alpha,  # [B]
+    numbers,  # [2] scale, shift
+    state,  # [STATE, b] in and out
+    factor,  # [b] out: what the accumulators so far must be multiplied by
+    B, b0, b, n0, n, D, stride_n, parts, has_bias,
+    IS_LOG: tl.constexpr, STRIPS: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One program owns a query and the chunk's rows, as STRIPS strips of WIDTH. It merges the
+    chunk into the query's state, and writes weights relative to the new m. Rows whose weight the
+    error of the products could change are evaluated by direct differences, one of each strip at a
+    time."""
+    i_b = tl.program_id(0).to(tl.int64)
+    p_t = table + b0 + i_b
+    mode = tl.load(p_t + MODE * B).to(tl.int32)
+    a1, a2 = tl.load(p_t + A1 * B).to(tl.float32), tl.load(p_t + A2 * B).to(tl.float32)
+    inv_t, common = tl.load(p_t + INV_T * B), tl.load(p_t + COMMON * B)
+    e0, e1 = tl.load(p_t + E0 * B).to(tl.float32), tl.load(p_t + E1 * B).to(tl.float32)
+    e2, e3 = tl.load(p_t + E2 * B).to(tl.float32), tl.load(p_t + E3 * B).to(tl.float32)
+    b_sigma, b_alpha = tl.load(sigma + b0 + i_b), tl.load(alpha + b0 + i_b)
+    hard = mode == HARD
+    inf = float("inf")
+    # The state so far; a chunk that starts the sweep starts it anew.
+    key0 = tl.load(state + KEY * b + i_b, mask=n0 > 0, other=inf)
+    m0 = tl.load(state + M * b + i_b, mask=n0 > 0, other=-inf)
+    s0 = tl.load(state + S * b + i_b, mask=n0 > 0, other=0.0)
+
+    # [STRIPS, WIDTH], as all that follows
+    o_j = tl.arange(0, STRIPS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    mask = (o_j < n) & (mode != LOST)
+    dot = tl.zeros([STRIPS, WIDTH], tl.float32)
+    for i in range(0, parts):
+        dot += tl.load(dots + (tl.cast(i, tl.int64) * b + i_b) * n + o_j, mask=o_j < n, other=0.0)
+    sq = tl.load(sq_norms + n0 + o_j, mask=mask, other=0.0).to(tl.float32)
+    bias64 = tl.load(bias + n0 + o_j, mask=mask & (has_bias != 0), other=0.0)
+    mask = mask & (bias64 != -inf)
+    b_b = tl.where(mask, bias64, 0.0).to(tl.float32)
+    b_max = tl.max(tl.max(tl.abs(b_b), 1), 0)
+    err = error_of(e0, e1, e2, e3, tl.max(tl.max(sq, 1), 0), b_max)
+    t = dot * a1 - sq * a2
+    t_all = err == inf
+
+    if IS_LOG:
+        half = 0.5 * D
+        delta = 2.0 * err.to(tl.float64)
+        r2 = 2.0 * (common - t.to(tl.float64))
+        near = tl.where(t_all, 0.0, r2 - delta)
+        safe = tl.where(near > 0.0, near, 1.0)
+        off = tl.where(near > 0.0, half * inv_t * delta / safe, inf)
+        high = tl.where(near > 0.0, (bias64 - half * tl.log(safe / D)) * inv_t, inf)
+        far = tl.where(t_all | (mask == 0), inf, tl.maximum(r2 + delta, 1e-300))
+        lower = (bias64 - half * tl.log(tl.where(far < inf, far, 1.0) / D)) * inv_t
+        lower = tl.where(far < inf, lower, -inf)
+        low64 = tl.maximum(tl.where(s0 > 0.0, m0, -inf), tl.max(tl.max(lower, 1), 0))
+        low64 = tl.where((key0 == 0.0) & (s0 > 0.0), inf, low64)
+        margin = LOG_THETA - tl.log(tl.minimum(tl.maximum(off, 1e-30), 1.0))
+        exact = mask & (near <= 0.0)
+        exact = exact | (mask & (off > THETA) & (high > low64 + margin))
+        v = (bias64 - half * tl.log(tl.where(r2 > 0.0, r2, 1.0) / D)) * inv_t
+    else:
+        t += tl.where(hard, 0.0, b_b * inv_t.to(tl.float32))
+        top = tl.max(tl.max(tl.where(mask & (t == t), t, -inf), 1), 0)
+        # Rounding down: what is known exactly must stay a lower bound.
+        known = tl.where((s0 > 0.0) & (mode != HARD), m0 + common, -inf).to(tl.float32)
+        known = tl.where(known > -inf, known - 1.2e-7 * tl.abs(known), known)
+        low = tl.maximum(top - err, known)
+        lo = lowest_left(low, err, hard)
+        exact = mask & (t_all | (t >= lo))
+        v = t.to(tl.float64) - common
+
+    r2_exact = tl.zeros([STRIPS, WIDTH], tl.float64)
+    scale, shift = tl.load(numbers), tl.load(numbers + 1)
+    o_w = tl.arange(0, WIDTH)[None, :]
+    left = exact
+    count = tl.max(tl.sum(left.to(tl.int32), 1), 0)
+    o_x = tl.zeros([STRIPS], tl.int64) + (b0 + i_b) * D
+    alphas = tl.zeros([STRIPS], tl.float64) + b_alpha
+    while count > 0:
+        first = tl.min(tl.where(left, o_w, WIDTH), 1)
+        found = first < WIDTH
+        o_n = n0 + tl.arange(0, STRIPS) * WIDTH + first
+        b_r2 = exact_differences(
+            x, rows, o_x, tl.where(found, o_n, 0).to(tl.int64) * stride_n, alphas, scale, shift,
+            found, D, STRIPS, BLOCK_D,
+        )  # fmt: skip
+        here = left & (o_w == first[:, None])
+        r2_exact = tl.where(here, b_r2[:, None], r2_exact)
+        left = left & (here == 0)
+        count -= 1
+
+    # Exact rows, as (key, v); then only the smallest key counts.
+    if IS_LOG:
+        hit = exact & (r2_exact == 0.0)
+        v_exact = bias64 - half * tl.log(tl.where(r2_exact > 0.0, r2_exact, D) / D)
+        v = tl.where(exact, v_exact * inv_t, v)
+        key = tl.where(mask, tl.where(hit, 0.0, 1.0), inf)
+    else:
+        # Times 1 / sigma, twice: sigma^2 underflows long before sigma does.
+        per = 1.0 / tl.where(hard, 1.0, b_sigma)
+        v_exact = tl.where(hard, 0.0, -0.5 * (r2_exact * per) * per * inv_t)
+        v = tl.where(exact, v_exact + bias64 * inv_t, v)
+        key = tl.where(mask, tl.where(hard, tl.where(exact, r2_exact, inf), 0.0), inf)
+    best = tl.minimum(key0, tl.min(tl.min(key, 1), 0))
+    counts = mask & (key == best) & (best < inf)
+    stays = (key0 == best) & (s0 > 0.0)
+    m = tl.maximum(tl.where(stays, m0, -inf), tl.max(tl.max(tl.where(counts, v, -inf), 1), 0))
+    m_safe = tl.where(m == -inf, 0.0, m)
+    f = tl.where(stays, tl.exp(tl.where(stays, m0 - m_safe, 0.0)), 0.0)
+    gap = tl.where(counts, v - m_safe, 0.0).to(tl.float32)
+    p = tl.where(counts, tl.exp(gap), 0.0)
+    moved = p * gap
+    tl.store(dots + i_b * n + o_j, p, mask=o_j < n)
+    tl.store(factor + i_b, f.to(tl.float32))
+    st0 = tl.load(state + ST * b + i_b, mask=n0 > 0, other=0.0)
+    sb0 = tl.load(state + SB * b + i_b, mask=n0 > 0, other=0.0)
+    sw0 = tl.load(state + SW2 * b + i_b, mask=n0 > 0, other=0.0)
+    drop = tl.where(stays, m0 - m_safe, 0.0)
+    s = tl.sum(tl.sum(p, 1), 0)
+    st = tl.where(f > 0.0, f * (st0 + s0 * drop), 0.0) + tl.sum(tl.sum(moved, 1), 0)
+    tl.store(state + KEY * b + i_b, best)
+    tl.store(state + M * b + i_b, m)
+    tl.store(state + S * b + i_b, s0 * f + s)
+    tl.store(state + ST * b + i_b, st)
+    tl.store(state + SB * b + i_b, sb0 * f + tl.sum(tl.sum(p * b_b, 1), 0))
+    tl.store(state + SW2 * b + i_b, sw0 * f * f + tl.sum(tl.sum(p * p, 1), 0))
+
+
+def chunks(kernel: str, products: int = 1) -> tuple[int, ...]:
+    """Rows of a chunk, at most; products: kept of each pair, two in the backward sweep. That, and
+    the log kernel's logarithms in float64, fill the registers."""
+    return (256, 1024) if kernel == "log" or products == 2 else (256, 1024, 2048)
+
+
+def room(rows: int) -> int:
+    """The least of these sizes that holds so many rows."""
+    return next(chunk for chunk in chunks("gaussian") if rows <= chunk)
+
+
+def warps(chunk: int) -> int:
+    """Of a program that owns a chunk of so many rows."""
+    return {256: 4, 1024: 8, 2048: 16}[chunk]
+
+
+def registers(chunk: int) -> int:
+    """That a thread of it may use: all of a multiprocessor's, shared by its threads."""
+    return min(255, 2048 // warps(chunk))
+
+
+def variant(rows: torch.dtype, chunk: int, kernel: str) -> Variant:
+    """For chunks of up to `chunk` rows."""
+    return Variant(
+        name=f"weigh {row_name(rows)} N{chunk} {kernel}",
+        kernel=weigh_kernel,
+        signature={
+            "dots": "*fp32", "sq_norms": "*fp64", "bias": "*fp64", "table": "*fp64", "x": "*fp32",
+            "rows": POINTERS[rows], "sigma": "*fp64", "alpha": "*fp64", "numbers": "*fp64",
+            "state": "*fp64", "factor": "*fp32", "B": "i32", "b0": "i32", "b": "i32", "n0": "i64",
+            "n": "i32", "D": "i32", "stride_n": "i64", "parts": "i32", "has_bias": "i32",
+        },
+        constexprs={
+            "IS_LOG": kernel == "log", "STRIPS": STRIPS,
+            "WIDTH": chunk // STRIPS, "BLOCK_D": 64,
+        },
+        num_warps=warps(chunk),
+        registers=registers(chunk),
+        aligned=("dots", "sq_norms", "bias", "table", "x", "rows", "numbers", "n", "D", "stride_n"),
+    )  # fmt: skip
+
+
+def variants() -> list[Variant]:
+    """Row types by chunks, for both kernels of the posterior."""
+    return [
+        variant(t, chunk, kernel)
+        for t in ROW_TYPES
+        for kernel in ("gaussian", "log")
+        for chunk in chunks(kernel)
+    ]

@@ -1,0 +1,25 @@
+"""What every backend is asked and what it answers, from the public functions down to the kernels.
+
+A new input of the sweep is a field of :class:`Query` or :class:`Rows`; a new output one of
+:class:`Sums` or :class:`State`.
+"""
+
+from memokern.calls.arguments import WEIGHTINGS, LogitBounds, Query, RowLists, Rows
+from memokern.calls.results import Gradients, Scan, Sums
+from memokern.calls.state import State, empty_state, merge, settled, to_sums
+
+__all__ = [
+    "WEIGHTINGS",
+    "Gradients",
+    "LogitBounds",
+    "Query",
+    "RowLists",
+    "Rows",
+    "Scan",
+    "State",
+    "Sums",
+    "empty_state",
+    "merge",
+    "settled",
+    "to_sums",
+]

@@ -1,0 +1,156 @@
+"""What compiled kernels, which see only pointers, need to be true of a call."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from memokern.calls.arguments import WEIGHTINGS, LogitBounds, Query, RowLists, Rows
+
+F64 = torch.float64
+ROW_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.uint8)
+# The rounding that the bounds of a scan allow for is that of so many levels.
+MOST_LEVELS = 16
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """float32 for torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def check_rows(rows: Rows) -> None:
+    """TypeError or ValueError unless kernels can read these rows."""
+    if rows.data.dtype not in ROW_DTYPES:
+        known = ", ".join(name_of(t) for t in ROW_DTYPES)
+        raise TypeError(f"rows must be one of {known}, not {name_of(rows.data.dtype)}")
+    if (rows.center is None) != (rows.sq_norms is None):
+        raise ValueError("center and sq_norms belong together: give both or neither")
+    check_stride(rows.data)
+    if rows.center is not None and rows.center.shape != (rows.dim,):
+        raise ValueError(f"center must have shape [{rows.dim}], not {list(rows.center.shape)}")
+    if rows.sq_norms is not None and rows.sq_norms.shape != (rows.n,):
+        raise ValueError(f"sq_norms must have shape [{rows.n}], not {list(rows.sq_norms.shape)}")
+
+
+def check_stride(data: Tensor) -> None:
+    """ValueError unless each row is contiguous."""
+    if data.shape[1] > 1 and data.stride(1) != 1:
+        raise ValueError(
+            f"each row must be contiguous (stride 1), not stride {data.stride(1)}: call"
+            " rows.contiguous() once"
+        )
+
+
+def check_fit(x: Tensor, data: Tensor) -> None:
+    """ValueError unless the queries are as long as the rows, and there are rows."""
+    if x.ndim != 2 or data.ndim != 2 or x.shape[1] != data.shape[1] or data.shape[0] < 1:
+        raise ValueError(
+            f"expected x [B, D] and rows [N >= 1, D], not {list(x.shape)} and {list(data.shape)}"
+        )
+    if x.device != data.device:
+        raise ValueError(f"x and rows must be on one device, not {x.device} and {data.device}")
+
+
+def check_neighbours(k: int, rows: Rows) -> None:
+    """ValueError unless there are k rows."""
+    if not 1 <= k <= rows.n:
+        raise ValueError(f"k must lie between 1 and the number of rows, {rows.n}; got {k}")
+
+
+def check_weighting(weighting: str) -> None:
+    """ValueError for a weighting that does not exist."""
+    if weighting not in WEIGHTINGS:
+        raise ValueError(f"weighting must be {' or '.join(WEIGHTINGS)}, not {weighting!r}")
+
+
+def contiguous64(tensor: Tensor | None) -> Tensor | None:
+    """The tensor as contiguous float64, the same one where it is that."""
+    if tensor is None or (tensor.dtype == F64 and tensor.is_contiguous()):
+        return tensor
+    return tensor.to(F64).contiguous()
+
+
+def shaped(name: str, tensor: Tensor, shape: tuple[int, ...], *dtypes: torch.dtype) -> Tensor:
+    """The tensor, contiguous; ValueError unless it has the shape and one of the dtypes."""
+    if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
+        kinds = " or ".join(name_of(d) for d in dtypes)
+        raise ValueError(
+            f"{name} must be {kinds} {list(shape)}, not {name_of(tensor.dtype)}"
+            f" {list(tensor.shape)}"
+        )
+    return tensor.contiguous()
+
+
+def prepared(query: Query, rows: Rows) -> Query:
+    """The query as kernels take it: x contiguous in the type that the sweep accumulates in, the
+    rest contiguous float64. Errors name what does not fit."""
+    check_fit(query.x, rows.data)
+    check_weighting(query.weighting)
+    b = query.x.shape[0]
+    columns = [t.to(F64).contiguous() for t in (query.sigma, query.alpha, query.temperature)]
+    for name, t in zip(("sigma", "alpha", "temperature"), columns, strict=True):
+        if t.shape != (b,):
+            raise ValueError(f"{name} must have shape [{b}], not {list(t.shape)}")
+    bias = contiguous64(query.bias)
+    if bias is not None and bias.shape != (rows.n,):
+        raise ValueError(f"bias must have shape [{rows.n}], not {list(bias.shape)}")
+    return Query(prepared_x(query.x, rows), *columns, bias, query.weighting, query.precision)
+
+
+def prepared_x(x: Tensor, rows: Rows) -> Tensor:
+    """x, contiguous, in the type that a sweep over these rows accumulates in."""
+    check_fit(x, rows.data)
+    return x.to(F64 if F64 in (x.dtype, rows.data.dtype) else torch.float32).contiguous()
+
+
+def prepared_lists(lists: RowLists, b: int) -> RowLists:
+    """The lists, contiguous; ValueError unless they are of b queries."""
+    start = shaped("start", lists.start, (b + 1,), torch.int64)
+    return RowLists(start, shaped("index", lists.index, (lists.index.numel(),), torch.int64))
+
+
+def prepared_bounds(bounds: LogitBounds, b: int, rows: Rows) -> LogitBounds:
+    """The bounds, contiguous; ValueError unless they fit b queries and the rows, and each other."""
+    dims, bands = bounds.dims, bands_of(bounds)
+    check_eps(rows.n, bounds.eps, bounds.most_listed)
+    f32, kept = torch.float32, dims[-1]
+    return bounds._replace(
+        coarse=shaped("coarse", bounds.coarse, (rows.n, dims[0] + bands + 1), f32),
+        fine=shaped("fine", bounds.fine, (rows.n, kept - dims[0]), torch.float16, f32),
+        z=shaped("z", bounds.z, (b, kept), f32),
+        norms=shaped("norms", bounds.norms, (b, bands + 1), f32),
+        margin=shaped("margin", bounds.margin, (b,), F64),
+        sq=shaped("sq", bounds.sq, (b,), F64),
+        most_listed=min(bounds.most_listed, rows.n),
+    )
+
+
+def bands_of(bounds: LogitBounds) -> int:
+    """The number of bands; ValueError unless dims and first_band are those of an index."""
+    dims, first_band = bounds.dims, bounds.first_band
+    if not 1 <= len(dims) <= MOST_LEVELS or len(first_band) != len(dims):
+        raise ValueError(
+            f"dims must have 1 to {MOST_LEVELS} levels and first_band as many,"
+            f" not {len(dims)} and {len(first_band)}"
+        )
+    bands = bounds.coarse.shape[-1] - dims[0] - 1
+    ups = all(a < b for a, b in zip([0, *dims], dims, strict=False))
+    in_order = all(a <= b for a, b in zip([0, *first_band], first_band, strict=False))
+    if not ups or not in_order or first_band[0] != 0 or first_band[-1] > bands:
+        raise ValueError(
+            f"dims must increase from 1 and first_band from 0 to at most the {bands} bands of"
+            f" coarse; got dims={list(dims)}, first_band={list(first_band)}"
+        )
+    return bands
+
+
+def check_eps(n: int, eps: float, most_listed: int) -> None:
+    """ValueError unless eps is a share of the weight and lists may hold something."""
+    if not 0 < eps < 1 or not math.isfinite(n / eps):
+        raise ValueError(f"eps must lie between 0 and 1, both excluded; got {eps}")
+    if most_listed < 1 or n >= 2**32:
+        raise ValueError(
+            f"most_listed must be at least 1 and rows below 2^32, not {most_listed} and {n}"
+        )

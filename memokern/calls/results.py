@@ -1,0 +1,50 @@
+"""What an operation answers: sums over the rows, their gradients, and which rows can matter."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from memokern.calls.arguments import RowLists
+
+
+class Sums(NamedTuple):
+    """What one sweep over the rows gives, with logits l and weights w = softmax(l / T).
+
+    mean: sum w y [B, D] in x's type. log_z: T logsumexp(l / T); mean_logit: sum w l;
+    mean_bias: sum w bias; weight_sq: sum w^2; each [B] float64.
+    """
+
+    mean: Tensor
+    log_z: Tensor
+    mean_logit: Tensor
+    mean_bias: Tensor
+    weight_sq: Tensor
+
+
+class Gradients(NamedTuple):
+    """Gradients for the fields of a :class:`.Query`.
+
+    x: [B, D] in x's type; sigma, alpha, temperature: [B] float64; bias: [N] float64, or [0] where
+    the query has none (an operation cannot return None).
+    """
+
+    x: Tensor
+    sigma: Tensor
+    alpha: Tensor
+    temperature: Tensor
+    bias: Tensor
+
+
+class Scan(NamedTuple):
+    """Which rows can matter to each query, and what is proven of the others.
+
+    lists: each ascending. threshold: [B] float64; with t = l / T, every row that is not listed has
+    t <= threshold[b], and N exp(threshold - logsumexp t) <= eps. level: [B] int64, how many levels
+    of the index were used; 0 where the query was given up, whose list is empty.
+    """
+
+    lists: RowLists
+    threshold: Tensor
+    level: Tensor

@@ -1,0 +1,131 @@
+"""The partial result of a sweep over some of the rows, and the monoid that joins partial results.
+
+Lanes, threads, tiles, chunks and shards each sweep their rows to a :class:`State`; :func:`merge`
+joins two of them, :func:`to_sums` normalises the last one. The same merge is written once in C++
+(``csrc/include/memokern/state.h``) and once in Triton
+(:mod:`memokern.backends.triton.core.state`); the tests hold the three to the same laws.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from memokern.calls.arguments import Query
+from memokern.calls.results import Sums
+
+_F64 = torch.float64
+
+
+class State(NamedTuple):
+    """Sums over some rows that are not normalised yet, of B queries.
+
+    With v = l / T, only the rows whose key is the smallest have weight. A row's key is 0 where
+    sigma > 0; at sigma = 0, where the nearest row takes all, its squared distance; with weighting
+    "log", 0 for a row that x hits exactly and 1 for the others. Over the rows that have weight,
+
+    key, m: [B] float64, their key and the largest v. At sigma = 0, and for an exact hit of "log",
+    v is bias / T alone, since the rest is infinite.
+    s, s_v, s_bias, s_sq: [B] float64, the sums of e^(v - m), e^(v - m) (v - m), e^(v - m) bias and
+    e^(2 (v - m)).
+    acc: [B, D], the sum of e^(v - m) (y - center), in the type that the sweep accumulates in.
+    center: [D] float64, any point near the rows.
+
+    Without rows that have weight: key inf, m -inf, all sums 0. Of a query that is not finite: key
+    and m 0, all sums NaN.
+    """
+
+    key: Tensor
+    m: Tensor
+    s: Tensor
+    s_v: Tensor
+    s_bias: Tensor
+    s_sq: Tensor
+    acc: Tensor
+    center: Tensor
+
+
+def empty_state(b: int, center: Tensor, dtype: torch.dtype) -> State:
+    """The neutral element of :func:`merge`: the state of no rows."""
+    zeros = [torch.zeros(b, dtype=_F64, device=center.device) for _ in range(4)]
+    inf = torch.full((b,), torch.inf, dtype=_F64, device=center.device)
+    acc = torch.zeros(b, len(center), dtype=dtype, device=center.device)
+    return State(inf, -inf, *zeros, acc, center.to(_F64))
+
+
+def merge(a: State, b: State) -> State:
+    """The state of the rows of both: associative and commutative up to rounding.
+
+    The result is about a's center. Cost: a few operations on [B, D].
+    """
+    key = torch.minimum(a.key, b.key)
+    # Comparisons with NaN are false, so a query that is not finite counts as having weight.
+    has_a, has_b = (a.key == key) & ~(a.s == 0), (b.key == key) & ~(b.s == 0)
+    m = torch.maximum(torch.where(has_a, a.m, -torch.inf), torch.where(has_b, b.m, -torch.inf))
+    # 0 where neither has weight, whose m is -inf.
+    gap_a, gap_b = torch.where(has_a, a.m - m, 0.0), torch.where(has_b, b.m - m, 0.0)
+    f_a, f_b = torch.where(has_a, gap_a.exp(), 0.0), torch.where(has_b, gap_b.exp(), 0.0)
+    return State(
+        torch.where(has_a | has_b, key, torch.inf),
+        m,
+        _add(f_a, a.s, f_b, b.s),
+        _add(f_a, a.s_v + a.s * gap_a, f_b, b.s_v + b.s * gap_b),
+        _add(f_a, a.s_bias, f_b, b.s_bias),
+        _add(f_a.square(), a.s_sq, f_b.square(), b.s_sq),
+        _add(f_a[:, None], a.acc, f_b[:, None], _about(b, a.center)).to(a.acc.dtype),
+        a.center,
+    )
+
+
+def _add(f_a: Tensor, a: Tensor, f_b: Tensor, b: Tensor) -> Tensor:
+    """f_a a + f_b b, where a factor of 0 leaves its sum out, whatever it is."""
+    return torch.where(f_a == 0, 0.0, f_a * a) + torch.where(f_b == 0, 0.0, f_b * b)
+
+
+def _about(state: State, center: Tensor) -> Tensor:
+    """The accumulator about another center."""
+    if state.center is center:
+        return state.acc
+    return state.acc.to(_F64) + state.s[:, None] * (state.center - center)
+
+
+def settled(state: State, query: Query) -> State:
+    """The same state, with key 0 wherever sigma > 0.
+
+    A sweep treats a sigma so small that r^2 / sigma^2 nearly overflows as 0. Whether it does may
+    differ from part to part of the data; here the squared distance that it kept as a key becomes
+    what it is, a part of the logit, so that such parts can be merged.
+    """
+    if query.weighting != "gaussian":
+        return state
+    pull = -0.5 * (state.key / query.sigma) / query.sigma / query.temperature
+    fits = (query.sigma > 0) & torch.isfinite(pull)
+    return state._replace(
+        key=torch.where(fits, 0.0, state.key), m=torch.where(fits, state.m + pull, state.m)
+    )
+
+
+def to_sums(state: State, query: Query) -> Sums:
+    """The normalised sums. Of a query without rows that have weight: log_z -inf, the others NaN."""
+    lse = query.temperature * (state.m + state.s.log())
+    mean_logit = query.temperature * (state.m + state.s_v / state.s)
+    if query.weighting == "gaussian":
+        # At sigma = 0 the logits lack the distance: -inf, unless the nearest row is hit.
+        limit = state.key > 0
+        sigma = torch.where(limit, query.sigma, 1.0)
+        pull = torch.where(limit, -0.5 * (state.key / sigma) / sigma, 0.0)
+        lse, mean_logit = lse + pull, mean_logit + pull
+    else:
+        hit = (state.key == 0) & (state.s > 0)
+        lse, mean_logit = (torch.where(hit, torch.inf, v) for v in (lse, mean_logit))
+    none = state.s == 0
+    mean = state.acc / state.s[:, None] + state.center
+    return Sums(
+        torch.where(none[:, None], torch.nan, mean).to(query.x.dtype),
+        torch.where(none, -torch.inf, lse),
+        torch.where(none, torch.nan, mean_logit),
+        torch.where(none, torch.nan, state.s_bias / state.s),
+        torch.where(none, torch.nan, state.s_sq / state.s.square()),
+    )

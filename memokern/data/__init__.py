@@ -1,0 +1,1 @@
+"""Training sets: how rows lie in memory, files, sources, the embedded digits."""

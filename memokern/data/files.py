@@ -1,0 +1,388 @@
+"""Reading arrays and writing results.
+
+A leaf of the package: it imports nothing of memokern. Readers map the file into memory where its
+format allows that, and refuse what could run code (object arrays, pickles). Writers go through
+`atomic`: whoever reads the target sees the old file or the complete new one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import secrets
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+
+FORMATS = (".npy", ".npz", ".safetensors")
+# Of a file with several arrays, none asked for by name, the first of these that it has is read.
+USUAL_KEYS = ("rows", "images", "samples", "data", "x", "arr_0")
+
+
+# --- reading ----------------------------------------------------------------------------------
+
+
+def read_tensor(path: str | os.PathLike[str], key: str | None = None) -> torch.Tensor:
+    """One array of a `.npy`, `.npz` or `.safetensors` file as a CPU tensor.
+
+    Args:
+        path: the file. `.npy` and `.safetensors` are memory-mapped copy-on-write: nothing is read
+            until it is used, and writing to the tensor changes neither the file nor other
+            processes. So are the members of an uncompressed `.npz` that happen to be aligned to
+            their item size (uint8 always is); others are read.
+        key: which array of an `.npz` or `.safetensors`. By default the only one, or the first of
+            "rows", "images", "samples", "data", "x", "arr_0" that the file has.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: another format, a damaged file, pickled contents, an unknown or ambiguous key.
+        TypeError: an array of strings, records, or another type that a tensor cannot hold.
+
+    Example:
+        >>> import tempfile, os, numpy as np
+        >>> from memokern.data.files import read_tensor, write_npz
+        >>> path = os.path.join(tempfile.mkdtemp(), "a.npz")
+        >>> write_npz(path, rows=np.arange(6.0).reshape(3, 2))
+        >>> read_tensor(path).shape
+        torch.Size([3, 2])
+    """
+    path = _existing(path)
+    if path.suffix.lower() == ".safetensors":
+        with _safetensors(path) as file:
+            return file.get_tensor(_choose(path, list(file.keys()), key))
+    return as_tensor(_read_numpy(path, key), str(path))
+
+
+def read_array(path: str | os.PathLike[str], key: str | None = None) -> np.ndarray:
+    """As `read_tensor`, but a numpy array. TypeError for bfloat16, which numpy lacks."""
+    path = _existing(path)
+    if path.suffix.lower() != ".safetensors":
+        return _read_numpy(path, key)
+    return _to_numpy(read_tensor(path, key), path)
+
+
+def read_table(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """All arrays of a file by name; that of a `.npy` is called "arr_0". Errors as `read_array`."""
+    path = _existing(path)
+    suffix = path.suffix.lower()
+    if suffix == ".safetensors":
+        with _safetensors(path) as file:
+            names = list(file.keys())
+            return {key: _to_numpy(file.get_tensor(key), path) for key in names}
+    if suffix == ".npz":
+        with _zip(path) as archive:
+            return {key: _read_member(path, archive, key) for key in _members(archive)}
+    return {"arr_0": _read_numpy(path, None)}
+
+
+def keys(path: str | os.PathLike[str]) -> list[str]:
+    """The names of the arrays in a file; [] for a `.npy`, whose one array has no name."""
+    path = _existing(path)
+    if path.suffix.lower() == ".safetensors":
+        with _safetensors(path) as file:
+            return list(file.keys())
+    if path.suffix.lower() == ".npz":
+        with _zip(path) as archive:
+            return _members(archive)
+    return []
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The string metadata of a `.safetensors` file; {} for the other formats, which carry none."""
+    path = _existing(path)
+    if path.suffix.lower() != ".safetensors":
+        return {}
+    with _safetensors(path) as file:
+        return dict(file.metadata() or {})
+
+
+def as_tensor(array: np.ndarray, what: str = "array") -> torch.Tensor:
+    """A tensor on the memory of a numpy array; a copy only for negative strides or foreign bytes.
+
+    A read-only array is shared too: do not write to the tensor. torch.from_numpy would warn of
+    that; the view taken through the array interface does not.
+    """
+    if array.dtype.hasobject:
+        raise ValueError(_pickled(what))
+    if not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
+    if any(stride < 0 for stride in array.strides):
+        array = np.ascontiguousarray(array)
+    if not array.flags.writeable:
+        array = np.asarray(_Shared(array))
+    try:
+        return torch.from_numpy(array)
+    except TypeError:
+        raise TypeError(
+            f"{what} has dtype {array.dtype}; expected a number type that torch "
+            "has, such as float32 or uint8: convert it with .astype()"
+        ) from None
+
+
+class _Shared:
+    """The memory of a read-only array, offered as writable; keeps the array alive."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = array
+        interface = dict(array.__array_interface__)
+        interface["data"] = (interface["data"][0], False)
+        self.__array_interface__ = interface
+
+
+def _existing(path: str | os.PathLike[str]) -> Path:
+    path = Path(path)
+    if path.suffix.lower() not in FORMATS:
+        hint = (
+            ": memokern never loads pickles, which can run code; "
+            "save the tensor with safetensors.torch.save_file"
+            if path.suffix.lower() in (".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".bin")
+            else ""
+        )
+        raise ValueError(f"expected a file ending in {', '.join(FORMATS)}, got {str(path)!r}{hint}")
+    if not path.exists():
+        raise FileNotFoundError(f"no such file: {str(path)!r}")
+    if not path.is_file():
+        raise ValueError(f"{str(path)!r} is not a file")
+    return path
+
+
+@contextlib.contextmanager
+def _safetensors(path: Path) -> Iterator[Any]:
+    try:
+        file = safetensors.safe_open(path, framework="pt")
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ValueError(f"{str(path)!r} is not a valid .safetensors file ({error})") from error
+    with file as opened:
+        yield opened
+
+
+@contextlib.contextmanager
+def _zip(path: Path) -> Iterator[zipfile.ZipFile]:
+    try:
+        archive = zipfile.ZipFile(path)
+    except (zipfile.BadZipFile, OSError) as error:
+        raise ValueError(
+            f"{str(path)!r} is not a valid .npz file ({error}): write it with np.savez"
+        ) from error
+    with archive:
+        yield archive
+
+
+def _members(archive: zipfile.ZipFile) -> list[str]:
+    return [name[:-4] for name in archive.namelist() if name.endswith(".npy")]
+
+
+def _choose(path: Path, known: list[str], key: str | None) -> str:
+    if key is not None:
+        if key in known:
+            return key
+        raise ValueError(f"{str(path)!r} has no array {key!r}; it has {known}")
+    if len(known) == 1:
+        return known[0]
+    for usual in USUAL_KEYS:
+        if usual in known:
+            return usual
+    raise ValueError(f"{str(path)!r} holds the arrays {known}: say which with key=")
+
+
+def _read_numpy(path: Path, key: str | None) -> np.ndarray:
+    if path.suffix.lower() == ".npz":
+        with _zip(path) as archive:
+            return _read_member(path, archive, _choose(path, _members(archive), key))
+    if key is not None:
+        raise ValueError(f"{str(path)!r} holds one array without a name: leave out key={key!r}")
+    with open(path, "rb") as file:
+        if file.read(6) != np.lib.format.MAGIC_PREFIX:
+            raise ValueError(
+                f"{str(path)!r} is not a valid .npy file: write it with np.save(path, array)"
+            )
+    return _guarded(path, lambda: np.load(path, mmap_mode="c", allow_pickle=False))
+
+
+def _read_member(path: Path, archive: zipfile.ZipFile, key: str) -> np.ndarray:
+    info = archive.getinfo(key + ".npy")
+
+    def read() -> np.ndarray:
+        if info.compress_type == zipfile.ZIP_STORED:
+            mapped = _map_member(path, info)
+            if mapped is not None:
+                return mapped
+        with archive.open(info) as member:
+            return np.lib.format.read_array(member, allow_pickle=False)
+
+    return _guarded(path, read)
+
+
+def _map_member(path: Path, info: zipfile.ZipInfo) -> np.ndarray | None:
+    """The stored (uncompressed) member as a copy-on-write map, or None where it is not aligned."""
+    with open(path, "rb") as file:
+        file.seek(info.header_offset)
+        header = file.read(30)
+        # The lengths in the local header count: the central directory may have others.
+        name, extra = struct.unpack("<HH", header[26:30])
+        file.seek(info.header_offset + 30 + name + extra)
+        version = np.lib.format.read_magic(file)
+        if version == (1, 0):
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+        elif version == (2, 0):
+            shape, fortran, dtype = np.lib.format.read_array_header_2_0(file)
+        else:
+            return None
+        offset = file.tell()
+    size = math.prod(shape) * dtype.itemsize
+    if dtype.hasobject or size == 0 or offset % dtype.alignment:
+        return None
+    if offset + size > info.header_offset + 30 + name + extra + info.file_size:
+        raise ValueError("the array is cut short")
+    order: Any = "F" if fortran else "C"
+    return np.memmap(path, dtype=dtype, mode="c", offset=offset, shape=shape, order=order)
+
+
+def _guarded(path: Path, read: Any) -> np.ndarray:
+    try:
+        return read()
+    except (ValueError, EOFError, OSError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        # numpy's words for an object array: read, and mapped.
+        if "allow_pickle" in str(error) or "Python objects" in str(error):
+            raise ValueError(_pickled(repr(str(path)))) from None
+        raise ValueError(f"{str(path)!r} cannot be read ({error})") from error
+
+
+def _pickled(what: str) -> str:
+    return (
+        f"{what} holds Python objects (a pickle), which memokern never loads because it can run "
+        "code: save one array of numbers, with all rows of the same shape"
+    )
+
+
+def _to_numpy(tensor: torch.Tensor, path: Path) -> np.ndarray:
+    if tensor.dtype == torch.bfloat16:
+        raise TypeError(f"{str(path)!r} holds bfloat16, which numpy lacks: use read_tensor")
+    return tensor.numpy()
+
+
+# --- writing ----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary path beside `path`; on a clean exit it is synced and takes the target's place.
+
+    On an exception the temporary file is removed and the target is as it was. The temporary name
+    keeps the suffix, which np.savez and matplotlib look at. A symbolic link is followed.
+
+    Raises:
+        FileNotFoundError: the folder does not exist.
+        ValueError: the target is a folder or a device.
+
+    Example:
+        >>> import tempfile, pathlib
+        >>> from memokern.data.files import atomic
+        >>> target = pathlib.Path(tempfile.mkdtemp()) / "a.txt"
+        >>> with atomic(target) as temporary:
+        ...     _ = temporary.write_text("whole")
+        >>> target.read_text()
+        'whole'
+    """
+    target = Path(os.path.realpath(path))
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"no such folder: {str(target.parent)!r}; make it first")
+    if target.exists() and not target.is_file():
+        raise ValueError(f"cannot write to {str(path)!r}: it exists and is not a file")
+    temporary = target.with_name(f".{target.stem[:100]}.{secrets.token_hex(6)}.tmp{target.suffix}")
+    # Made here, not by tempfile, whose files only the owner may read. O_EXCL: never another's file.
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    mode = temporary.stat().st_mode
+    try:
+        yield temporary
+        temporary.chmod(mode)  # safetensors puts a file of its own there, again for the owner only
+        _sync(temporary, os.O_RDWR)
+        os.replace(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if os.name == "posix":
+        _sync(target.parent, os.O_RDONLY)
+
+
+def _sync(path: Path, flags: int) -> None:
+    handle = os.open(path, flags)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write bytes (a rendered picture, say) whole or not at all. Errors as `atomic`."""
+    with atomic(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_npz(path: str | os.PathLike[str], **arrays: np.ndarray | torch.Tensor) -> None:
+    """Write named arrays as a compressed `.npz`; equal arrays give equal bytes.
+
+    Raises ValueError for another suffix or an array of Python objects, and as `atomic`.
+    """
+    if Path(path).suffix.lower() != ".npz":
+        raise ValueError(f"expected a path ending in .npz, got {str(path)!r}")
+    plain = {}
+    for key, value in arrays.items():
+        if isinstance(value, torch.Tensor):
+            value = value.detach().cpu().numpy()
+        plain[key] = np.asarray(value)
+        if plain[key].dtype.hasobject:
+            raise ValueError(f"array {key!r}: expected numbers, rows of one shape; got objects")
+    with atomic(path) as temporary:
+        np.savez_compressed(temporary, **plain)  # type: ignore[arg-type]
+
+
+def write_safetensors(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, torch.Tensor],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write named tensors and string metadata as `.safetensors`.
+
+    Raises ValueError for another suffix, and as `atomic`.
+    """
+    if Path(path).suffix.lower() != ".safetensors":
+        raise ValueError(f"expected a path ending in .safetensors, got {str(path)!r}")
+    contiguous = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    with atomic(path) as temporary:
+        safetensors.torch.save_file(contiguous, temporary, dict(metadata or {}))
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write indented JSON. Arrays and tensors become lists; NaN and infinities become null.
+
+    Raises TypeError for what JSON cannot hold, and as `atomic`.
+    """
+    text = json.dumps(_plain(value), indent=2, allow_nan=False, ensure_ascii=False)
+    write_bytes(path, (text + "\n").encode())
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu().tolist()
+    elif isinstance(value, (np.ndarray, np.generic)):
+        value = value.tolist()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return value

@@ -1,0 +1,117 @@
+"""Where rows come from: files and torch Datasets. `memokern.TrainingSet` is the way in."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from memokern.data import files
+
+# How TrainingSet.save marks its files.
+FORMAT = "memokern.TrainingSet"
+FORMAT_VERSION = 1
+# The tensors of an index in such a file; its version is its own (`memokern.index.index`).
+INDEX_PREFIX = "index."
+
+
+def read(
+    rows: torch.Tensor | np.ndarray | str | os.PathLike[str] | Dataset, key: str | None
+) -> dict[str, Any]:
+    """What `rows`, in any of these forms, brings: rows as a tensor, and what `from_file` says."""
+    if isinstance(rows, (str, os.PathLike)):
+        return from_file(rows, key)
+    if key is not None:
+        got = type(rows).__name__
+        raise ValueError(f"key={key!r} names an array in a file, but rows is a {got}")
+    if isinstance(rows, torch.Tensor):
+        return {"rows": rows}
+    if isinstance(rows, np.ndarray):
+        return {"rows": files.as_tensor(rows, "rows")}
+    if isinstance(rows, Dataset):
+        tensor, labels = from_dataset(rows)
+        return {"rows": tensor, "labels": labels}
+    raise TypeError(
+        "expected rows as a tensor, a numpy array, a path or a torch Dataset, "
+        f"got {type(rows).__name__}"
+    )
+
+
+def from_file(path: str | os.PathLike[str], key: str | None) -> dict[str, Any]:
+    """What a file says: rows, name, and any of labels, log_weights, scale, shift, and index (its
+    description and its tensors, as written; of the file's own rows only)."""
+    found: dict[str, Any] = {"rows": files.read_tensor(path, key), "name": Path(path).stem}
+    names = files.keys(path)
+    metadata = files.read_metadata(path)
+    if metadata.get("format") == FORMAT:
+        version = metadata.get("version", "")
+        if version != str(FORMAT_VERSION):
+            raise ValueError(
+                f"{str(path)!r} has version {version!r} of the format, "
+                f"expected {FORMAT_VERSION}: it was written by another memokern"
+            )
+        found["name"] = metadata.get("name")
+        found["scale"] = float(metadata["scale"])
+        found["shift"] = float(metadata["shift"])
+        if "log_weights" in names:
+            found["log_weights"] = files.read_tensor(path, "log_weights")
+        if "index" in metadata and key in (None, "rows"):
+            parts = [name for name in names if name.startswith(INDEX_PREFIX)]
+            tensors = {p.removeprefix(INDEX_PREFIX): files.read_tensor(path, p) for p in parts}
+            found["index"] = (metadata["index"], tensors)
+    if "labels" in names and key != "labels":
+        labels = files.read_tensor(path, "labels")
+        # One-hot labels, or those of another array, are not ours to interpret: there is labels=.
+        if labels.shape == found["rows"].shape[:1] and is_integer(labels.dtype):
+            found["labels"] = labels
+    return found
+
+
+def from_dataset(dataset: Dataset) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """All items of a map-style Dataset in one allocation; their labels if every item has one."""
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise TypeError(
+            f"expected a map-style Dataset with a length, got {type(dataset).__name__}: "
+            "collect its items into a tensor first"
+        )
+    n = len(dataset)
+    rows: torch.Tensor | None = None
+    labels: list[int] = []
+    # The bar appears only when reading takes more than two seconds, and only on a terminal.
+    for i in tqdm(range(n), desc="reading the data set", delay=2, leave=False, disable=None):
+        item = dataset[i]
+        value, label = (item[0], item[1:2]) if isinstance(item, (tuple, list)) else (item, ())
+        if isinstance(value, np.ndarray):
+            value = files.as_tensor(value, f"item {i} of the data set")
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(
+                f"expected item {i} of the data set to be a tensor or (tensor, label), "
+                f"got {type(value).__name__}: give it a transform to a tensor"
+            )
+        if rows is None:
+            rows = torch.empty(n, *value.shape, dtype=value.dtype)
+        if value.shape != rows.shape[1:] or value.dtype != rows.dtype:
+            raise ValueError(
+                f"expected all items to be alike: item 0 is {list(rows.shape[1:])} {rows.dtype}, "
+                f"item {i} is {list(value.shape)} {value.dtype}"
+            )
+        rows[i] = value
+        labels += [int(x) for x in label if _is_label(x)]
+    if rows is None:
+        raise ValueError("the data set has no items")
+    return rows, torch.tensor(labels) if len(labels) == n else None
+
+
+def _is_label(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.ndim == 0 and is_integer(value.dtype)
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def is_integer(dtype: torch.dtype) -> bool:
+    return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)

@@ -1,0 +1,184 @@
+"""Rows as they are stored: their types, what comes with them, and sweeps over them in chunks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from memokern.data import files, sources
+
+ROW_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.uint8)
+# uint8 images: 0..255 -> [-1, 1], the convention of diffusion models.
+UINT8_SCALE, UINT8_SHIFT = 2 / 255, -1.0
+# Elements of a chunk in the sweeps below: 32 MiB as float64, never a float copy of all rows.
+CHUNK_ELEMENTS = 1 << 22
+
+
+def check_rows(rows: torch.Tensor) -> None:
+    """Refuse rows of a type that is not stored, sparse ones, and none at all."""
+    if rows.dtype not in ROW_DTYPES:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in ROW_DTYPES)
+        raise TypeError(
+            f"expected rows of type {known}, got {str(rows.dtype).removeprefix('torch.')}: convert "
+            "them, images in 0..255 with .to(torch.uint8), anything else with .to(torch.float32)"
+        )
+    if rows.layout != torch.strided:
+        raise TypeError(f"expected dense rows, got layout {rows.layout}: use .to_dense()")
+    if rows.ndim == 0 or rows.numel() == 0:
+        got = list(rows.shape)
+        raise ValueError(f"expected rows [N, *shape] with N >= 1 and D >= 1, got {got}")
+
+
+def _vector(name: str, value: Any, n: int) -> torch.Tensor:
+    """[n] values of the caller's own: a copy, so that what was checked stays true."""
+    if isinstance(value, np.ndarray):
+        value = files.as_tensor(value, name)
+    try:
+        # Lists are read on the CPU, whatever torch.device() context this is called in.
+        tensor = value if isinstance(value, torch.Tensor) else torch.as_tensor(value, device="cpu")
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(
+            f"expected {name} as a tensor, array or list of numbers, got {type(value).__name__}"
+        ) from None
+    if tuple(tensor.shape) != (n,):
+        raise ValueError(f"expected {name} [{n}], one for each row, got {list(tensor.shape)}")
+    if tensor.requires_grad:
+        raise ValueError(
+            f"{name} require a gradient, which a TrainingSet cannot pass on: give them as bias= "
+            "to memokern's functions, or detach them"
+        )
+    return tensor.clone()
+
+
+def checked_labels(labels: Any, n: int, device: torch.device) -> torch.Tensor | None:
+    """[n] int64 on the device."""
+    if labels is None:
+        return None
+    tensor = _vector("labels", labels, n)
+    if not sources.is_integer(tensor.dtype):
+        raise TypeError(f"expected labels of an integer type, got {tensor.dtype}")
+    return tensor.to(device, torch.int64)
+
+
+def checked_log_weights(log_weights: Any, n: int, device: torch.device) -> torch.Tensor | None:
+    """[n] float64 on the device, finite or -inf, not all -inf."""
+    if log_weights is None:
+        return None
+    tensor = _vector("log_weights", log_weights, n).to(device, torch.float64)
+    if tensor.is_meta:  # shapes without values
+        return tensor
+    bad = torch.isnan(tensor) | (tensor == math.inf)
+    if bad.any():
+        first = int(bad.nonzero()[0])
+        raise ValueError(
+            f"expected log_weights to be finite or -inf, got {float(tensor[first])} at row {first}"
+        )
+    if bool((tensor == -math.inf).all()):
+        raise ValueError("all log_weights are -inf: at least one row must have weight")
+    return tensor
+
+
+def checked_choice(
+    index: torch.Tensor | np.ndarray | Sequence[int] | slice, n: int, device: torch.device
+) -> torch.Tensor | slice:
+    """What chooses rows: a slice, an index [k] int64 or a mask [n]."""
+    if isinstance(index, slice):
+        return index
+    index = torch.as_tensor(index, device=device)
+    if index.numel() == 0:
+        raise ValueError("the subset has no rows")
+    if index.ndim != 1 or index.is_floating_point() or index.is_complex():
+        raise TypeError(
+            "expected a slice, or a one-dimensional index or boolean mask, "
+            f"got {list(index.shape)} {index.dtype}"
+        )
+    if index.dtype != torch.bool:
+        return index.to(torch.int64)
+    if len(index) != n:
+        raise ValueError(f"expected a mask of {n} entries, got {len(index)}")
+    return index
+
+
+def checked_index(index: torch.Tensor, n: int, device: torch.device) -> torch.Tensor:
+    """Row numbers in 0..n-1, of any shape, int64."""
+    index = torch.as_tensor(index)
+    if index.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"expected an index of int64, got {index.dtype}")
+    index = index.to(device, torch.int64)
+    if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < n:
+        raise IndexError(
+            f"expected indices in 0..{n - 1}, got {int(index.min())}..{int(index.max())}"
+        )
+    return index
+
+
+def checked_wanted(label: int | Sequence[int], device: torch.device) -> torch.Tensor:
+    """Labels asked for, [k] of an integer type."""
+    try:
+        wanted = torch.as_tensor(label, device=device).reshape(-1)
+    except (TypeError, ValueError, RuntimeError):  # no number, or beyond int64
+        wanted = torch.empty(0)
+    if not sources.is_integer(wanted.dtype):
+        raise TypeError(f"expected a label, or several, of integers (int64), got {label!r}")
+    return wanted
+
+
+def chunks(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Rows [N, D] in pieces of at most `CHUNK_ELEMENTS` numbers, or of one row; views."""
+    return rows.split(max(1, CHUNK_ELEMENTS // rows.shape[1]))
+
+
+# What the next two compute is kept, also for calls that record a gradient, which could not save
+# what torch.inference_mode has made.
+@torch.inference_mode(False)
+def mean(rows: torch.Tensor, scale: float, shift: float, dtype: torch.dtype) -> torch.Tensor:
+    """The mean of the rows' values, [D], accumulated in float64 and rounded to `dtype`."""
+    total = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
+    for chunk in chunks(rows):
+        total += chunk.sum(dim=0, dtype=torch.float64)
+    return (total / len(rows) * scale + shift).to(dtype)
+
+
+@torch.inference_mode(False)
+def sq_norms(rows: torch.Tensor, scale: float, shift: float, center: torch.Tensor) -> torch.Tensor:
+    """|y_n - center|^2 of the rows' values for this very center, [N] float64."""
+    # row * scale + (shift - center), in place: one temporary per chunk.
+    offset = shift - center.to(torch.float64)
+    norms = torch.empty(len(rows), dtype=torch.float64, device=rows.device)
+    start = 0
+    for chunk in chunks(rows):
+        value = chunk.to(torch.float64, copy=True).mul_(scale).add_(offset)
+        torch.sum(value.square_(), dim=1, out=norms[start : start + len(chunk)])
+        start += len(chunk)
+        del value  # before the next chunk is made
+    return norms
+
+
+def readable(nbytes: int) -> str:
+    """A number of bytes in words: "129.4 kB"."""
+    size = float(nbytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.4g} {unit}"
+        size /= 1000
+    return f"{size:.4g} TB"
+
+
+def require_finite(rows: torch.Tensor) -> None:
+    """Refuse rows [N, D] with NaN or inf, naming the first such row."""
+    if rows.is_meta or not rows.dtype.is_floating_point:
+        return
+    start = 0
+    for chunk in chunks(rows):
+        # NaN comes through min and max, so one pass without a temporary decides.
+        if not torch.isfinite(torch.stack(chunk.aminmax())).all():
+            bad = (~torch.isfinite(chunk)).any(dim=1).nonzero()
+            raise ValueError(
+                f"expected finite rows, got NaN or infinite values in row {start + int(bad[0])}: "
+                "remove such rows or replace the values"
+            )
+        start += len(chunk)

@@ -1,0 +1,407 @@
+"""The training set: its rows as stored, and what every query needs of them, computed once.
+
+Images stay uint8, half-precision rows stay half: a row's value is y = row * scale + shift, applied
+inside the kernels. A data set on disk stays there, memory-mapped.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from memokern.calls import Rows
+from memokern.data import digits as datasets
+from memokern.data import files, sources
+from memokern.data.storage import (
+    UINT8_SCALE,
+    UINT8_SHIFT,
+    check_rows,
+    checked_choice,
+    checked_index,
+    checked_labels,
+    checked_log_weights,
+    checked_wanted,
+    mean,
+    readable,
+    require_finite,
+    sq_norms,
+)
+from memokern.index import build as index_build
+from memokern.index.index import Index, fingerprint, restored
+from memokern.util import checks
+
+
+class TrainingSet:
+    """The N training rows y_n = rows[n] * scale + shift, each of D features.
+
+    Args:
+        rows: [N, *shape] float64, float32, bfloat16, float16 or uint8, kept in that type; one of
+            - a tensor or numpy array, whose memory is shared, not copied, where it is contiguous:
+              do not change it afterwards (norms and mean are cached);
+            - a path: `.npy` or `.safetensors`, memory-mapped; `.npz`, mapped where uncompressed and
+              aligned. Pickles are never loaded. A file written by `save` brings everything else;
+            - a torch map-style Dataset of tensors or (tensor, label) items, each read once into
+              one allocation.
+        labels: [N] integers. None: those of the Dataset, or the file's array "labels" if it holds
+            N integers.
+        log_weights: [N] log prior weights of the rows, finite or -inf (weight 0), not all -inf,
+            kept as float64; they need not be normalised. None: all rows weigh the same.
+        scale, shift: finite numbers, scale not 0. Default 1 and 0; for uint8 rows 2/255 and -1,
+            which takes pixels to [-1, 1].
+        name: shown by repr.
+        key: which array of a `.npz` or `.safetensors` file holds the rows (default: see
+            `memokern.data.files.read_tensor`).
+        check: False skips the search for NaN and infinite rows, which reads every float row once
+            (so, for a memory-mapped file, the whole file).
+        index: False leaves out the index that a file written by `save` has. It is left out too
+            if scale or shift differ from the file's.
+
+    Attributes:
+        rows: [N, D] as stored, contiguous. shape: of one row. n, dim: N and D. dtype, device.
+        scale, shift. labels: [N] int64 or None. log_weights: [N] float64 or None. nbytes.
+        center: [D] the mean row (of a subset with an index, the whole set's), float32 or float64.
+        sq_norms: [N] float64, |y_n - center|^2.
+
+    Raises:
+        TypeError: rows of another type (other integers, bool, complex); labels not integers.
+        ValueError: no rows or no features; NaN or infinite values (the first such row is named);
+            wrong lengths; a pickle; an index of other rows; rows that require a gradient, which
+            the cached norms would not follow (pass the tensor itself to memokern's functions).
+
+    Numerics: center and sq_norms are accumulated in float64 from the dequantised values; sq_norms
+    belongs to the center exactly as stored (rounded).
+
+    Cost: one read of float rows for the check, one read each for center and sq_norms when first
+    used; 8 N + 8 D bytes beside the rows, and 32 MiB while sweeping.
+
+    Example:
+        >>> from memokern.data.training_set import TrainingSet
+        >>> digits = TrainingSet.digits()
+        >>> digits
+        TrainingSet(digits: 1797 rows [8, 8] uint8, y = 0.125 r - 1, 129.4 kB, labels, cpu)
+        >>> digits.gather(torch.tensor([0, 1])).shape
+        torch.Size([2, 8, 8])
+    """
+
+    rows: torch.Tensor
+    shape: tuple[int, ...]
+    scale: float
+    shift: float
+    labels: torch.Tensor | None
+    log_weights: torch.Tensor | None
+    name: str | None
+
+    def __init__(
+        self,
+        rows: torch.Tensor | np.ndarray | str | os.PathLike[str] | Dataset,
+        *,
+        labels: Any = None,
+        log_weights: Any = None,
+        scale: float | None = None,
+        shift: float | None = None,
+        name: str | None = None,
+        key: str | None = None,
+        check: bool = True,
+        index: bool = True,
+    ) -> None:
+        found = sources.read(rows, key)
+        tensor = found["rows"]
+        labels = found.get("labels") if labels is None else labels
+        log_weights = found.get("log_weights") if log_weights is None else log_weights
+        scale = found.get("scale") if scale is None else scale
+        shift = found.get("shift") if shift is None else shift
+        name = found.get("name") if name is None else name
+        check_rows(tensor)
+        if tensor.requires_grad:
+            raise ValueError(
+                "rows require a gradient, and a TrainingSet caches norms that would not follow "
+                "them: pass rows.detach(), or the tensor itself to memokern's functions"
+            )
+        self.shape = tuple(tensor.shape[1:])
+        self.rows = tensor.reshape(tensor.shape[0], -1).contiguous()
+        default = (UINT8_SCALE, UINT8_SHIFT) if tensor.dtype == torch.uint8 else (1.0, 0.0)
+        self.scale = checks.number("scale", default[0] if scale is None else scale)
+        self.shift = checks.number("shift", default[1] if shift is None else shift)
+        if self.scale == 0:
+            raise ValueError("expected a scale other than 0, which would make all rows equal")
+        self.labels = checked_labels(labels, self.n, self.device)
+        self.log_weights = checked_log_weights(log_weights, self.n, self.device)
+        self.name = name
+        self._center: torch.Tensor | None = None
+        self._center64: torch.Tensor | None = None
+        self._sq_norms: torch.Tensor | None = None
+        self._index: Index | None = None
+        if check:
+            require_finite(self.rows)
+        if index and "index" in found and (scale, shift) == (found["scale"], found["shift"]):
+            described, parts = found["index"]
+            self._index, self._sq_norms = restored(described, parts, self.shape)
+            self._index.require_match(self.rows, self.scale, self.shift)
+            self._center = self._index.center
+
+    @classmethod
+    def digits(cls) -> TrainingSet:
+        """The 1797 handwritten digits that come with memokern: uint8 [8, 8] in [-1, 1], labels.
+
+        Source and licence: `memokern.data.digits`.
+        """
+        images, labels = datasets.digits()
+        scale, shift = datasets.DIGITS_SCALE, datasets.DIGITS_SHIFT
+        return cls(images, labels=labels, scale=scale, shift=shift, name="digits")
+
+    # --- sizes --------------------------------------------------------------------------------
+
+    @property
+    def n(self) -> int:
+        """Number of rows N."""
+        return self.rows.shape[0]
+
+    @property
+    def dim(self) -> int:
+        """Number of features D of a row."""
+        return self.rows.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type the rows are stored in."""
+        return self.rows.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rows are."""
+        return self.rows.device
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The type of dequantised rows: float64 for float64 rows, else float32."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rows (in memory or mapped), labels, weights and caches."""
+        held = (self.rows, self.labels, self.log_weights, self._center, self._sq_norms, self._index)
+        return sum(part.nbytes for part in held if part is not None)
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __repr__(self) -> str:
+        parts = [f"{self.n} rows {list(self.shape)} {str(self.dtype).removeprefix('torch.')}"]
+        if (self.scale, self.shift) != (1.0, 0.0):
+            sign = "-" if self.shift < 0 else "+"
+            parts.append(f"y = {self.scale:.6g} r {sign} {abs(self.shift):.6g}")
+        parts.append(readable(self.nbytes))
+        parts += ["labels"] * (self.labels is not None)
+        parts += ["log_weights"] * (self.log_weights is not None)
+        parts += [] if self._index is None else [f"{self._index.basis} index"]
+        parts.append(str(self.device))
+        return f"TrainingSet({f'{self.name}: ' if self.name else ''}{', '.join(parts)})"
+
+    # --- what queries need, computed once -----------------------------------------------------
+
+    @property
+    def center(self) -> torch.Tensor:
+        """The mean of the rows, [D] float32 (float64 for float64 rows). Computed at first use."""
+        if self._center is None:
+            self._center = mean(self.rows, self.scale, self.shift, self.compute_dtype)
+        return self._center
+
+    @property
+    def center64(self) -> torch.Tensor:
+        """`center` as float64, which the operations take."""
+        if self._center64 is None:
+            with torch.inference_mode(False):
+                self._center64 = self.center.to(torch.float64)
+        return self._center64
+
+    @property
+    def sq_norms(self) -> torch.Tensor:
+        """|y_n - center|^2 for the center as stored, [N] float64. Computed at first use."""
+        if self._sq_norms is None:
+            self._sq_norms = sq_norms(self.rows, self.scale, self.shift, self.center64)
+        return self._sq_norms
+
+    def as_rows(self) -> Rows:
+        """The rows as the operations take them."""
+        return Rows(self.rows, self.scale, self.shift, self.center64, self.sq_norms)
+
+    @property
+    def index(self) -> Index | None:
+        """The index that proves rows to have no weight, or None before `build_index`."""
+        return self._index
+
+    def build_index(
+        self,
+        basis: str = "auto",
+        dims: Sequence[int] | None = None,
+        storage: str = "float16",
+        progress: bool | None = None,
+    ) -> TrainingSet:
+        """Make `index`: for every row its leading coordinates in an orthonormal basis and the norms
+        of what is left, from which rows are proven to have no weight. Returns the set itself.
+
+        Args:
+            basis: "dct", the cosine transform of rows [H, W], [C, H, W] or [H, W, C], ordered by
+                variance; "pca", the principal directions of up to 4096 rows (D <= 4096). "auto":
+                dct for images (H, W >= 8, C <= 4), else pca.
+            dims: the ladder, ascending, of how many coordinates are used. None: 32, 64, 128, 256
+                and 512, as far as D allows.
+            storage: of the coordinates beyond the first dims[0], "float16" (float32 is taken where
+                the rows' norms, above 6e4 or below 0.01, do not suit it) or "float32". Each row's
+                rounding is measured and allowed for.
+            progress: a progress bar; None: on a terminal, if it takes more than two seconds.
+
+        Raises ValueError for D <= 16, rows for which there is no such basis, other choices.
+
+        Cost: for dct two products per axis, for pca D max(dims) multiplications for each row, in
+        float64, 2 MiB at a time; center and sq_norms if they were not known. Kept: 4 (dims[0] +
+        bands + 1) + 2 (max(dims) - dims[0]) bytes per row.
+
+        Example:
+            >>> from memokern.data.training_set import TrainingSet
+            >>> TrainingSet.digits().build_index(dims=(8, 16)).index.dims
+            (8, 16)
+        """
+        self._index = index_build.build(
+            self.rows, self.shape, self.scale, self.shift, self.center, self.sq_norms,
+            basis=basis, dims=dims, storage=storage, progress=progress,
+        )  # fmt: skip
+        return self
+
+    # --- rows as values -----------------------------------------------------------------------
+
+    def dequantize(self, rows: torch.Tensor) -> torch.Tensor:
+        """Stored rows, of any shape, as values row * scale + shift in `compute_dtype`."""
+        value = rows.to(self.compute_dtype)
+        plain = (self.scale, self.shift) == (1.0, 0.0)
+        return value if plain else value * self.scale + self.shift
+
+    def gather(self, index: torch.Tensor) -> torch.Tensor:
+        """The values of the rows at `index` (any shape): [*index.shape, *shape] in `compute_dtype`.
+
+        Raises TypeError for an index that is not of integers, IndexError outside 0..N-1.
+        """
+        index = checked_index(index, self.n, self.device)
+        taken = self.rows.index_select(0, index.reshape(-1))
+        return self.dequantize(taken).reshape((*index.shape, *self.shape))
+
+    def __getitem__(self, item: int | slice | torch.Tensor) -> torch.Tensor:
+        """The values of one row [*shape], or of a slice, index or mask [k, *shape]."""
+        if isinstance(item, tuple):
+            raise TypeError("expected one index, for the rows; index the result for the rest")
+        # Past the last row torch raises IndexError, which is what ends `for row in data`.
+        picked = self.rows[item]
+        return self.dequantize(picked).reshape((*picked.shape[:-1], *self.shape))
+
+    # --- other training sets ------------------------------------------------------------------
+
+    def subset(self, index: torch.Tensor | np.ndarray | Sequence[int] | slice) -> TrainingSet:
+        """The rows chosen by an index, a mask [N] or a slice, with their labels and weights.
+
+        A slice shares memory. The log weights are not renormalised. With an index comes its part of
+        that, and the center remains. ValueError if nothing is chosen, or only rows of weight 0.
+        """
+        index = checked_choice(index, self.n, self.device)
+        rows = self.rows[index]
+        if len(rows) == 0:
+            raise ValueError("the subset has no rows")
+        labels, weights = (v if v is None else v[index] for v in (self.labels, self.log_weights))
+        part = self._like(rows, labels, weights)
+        if self._index is not None:
+            part._index = self._index.take(index, fingerprint(rows, self.scale, self.shift))
+            part._center, part._sq_norms = part._index.center, self.sq_norms[index].contiguous()
+        return part
+
+    def _like(
+        self, rows: torch.Tensor, labels: torch.Tensor | None, weights: torch.Tensor | None
+    ) -> TrainingSet:
+        return TrainingSet(
+            rows.reshape((-1, *self.shape)), labels=labels, log_weights=weights,
+            scale=self.scale, shift=self.shift, name=self.name, check=False,
+        )  # fmt: skip
+
+    def where(self, label: int | Sequence[int]) -> TrainingSet:
+        """The rows with this label, or one of these labels: the empirical p(y | label).
+
+        ValueError if there are none; TypeError for labels that are not integers.
+
+        Example:
+            >>> from memokern.data.training_set import TrainingSet
+            >>> len(TrainingSet.digits().where(3))
+            183
+        """
+        if self.labels is None:
+            raise ValueError("this training set has no labels: give labels= when making it")
+        wanted = checked_wanted(label, self.device)
+        mask = torch.isin(self.labels, wanted)
+        if not mask.any():
+            known = self.labels.unique().tolist()
+            shown = f"{known[:20]}{' ...' if len(known) > 20 else ''}"
+            raise ValueError(f"no row has the label {label}; the labels are {shown}")
+        return self.subset(mask)
+
+    def to(self, device: torch.device | str) -> TrainingSet:
+        """The same set on another device, caches included; itself if it is there already."""
+        device = torch.device(device)
+        rows = self.rows.to(device)
+        if rows is self.rows:
+            return self
+        moved = self._like(rows, self.labels, self.log_weights)
+        for cache in ("_center", "_center64", "_sq_norms"):
+            value = getattr(self, cache)
+            setattr(moved, cache, None if value is None else value.to(device))
+        if self._index is not None and device.type != "meta":  # it has no shapes without values
+            moved._index = self._index.to(device)
+            moved._center = moved._index.center
+        return moved
+
+    # --- files --------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write everything to a `.safetensors` file, whole or not at all; the caches with an index.
+
+        The rows are stored as they are, called "rows"; scale, shift and name are metadata.
+        Raises ValueError for another suffix, FileNotFoundError for a folder that does not exist.
+        """
+        tensors = {"rows": self.rows.reshape((self.n, *self.shape))}
+        if self.labels is not None:
+            tensors["labels"] = self.labels
+        if self.log_weights is not None:
+            tensors["log_weights"] = self.log_weights
+        metadata = {
+            "format": sources.FORMAT,
+            "version": str(sources.FORMAT_VERSION),
+            "scale": repr(self.scale),  # which reads back as the same float
+            "shift": repr(self.shift),
+        }
+        if self.name is not None:
+            metadata["name"] = self.name
+        if self._index is not None:
+            metadata["index"], parts = self._index.state(self.sq_norms)
+            tensors |= {sources.INDEX_PREFIX + name: tensor for name, tensor in parts.items()}
+        files.write_safetensors(path, tensors, metadata)
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], *, check: bool = True, index: bool = True
+    ) -> TrainingSet:
+        """Read a file written by `save`; rows and index stay memory-mapped. ValueError for other
+        files, and if the index is not of the rows there (index=False leaves it out).
+
+        Example:
+            >>> from memokern.data.training_set import TrainingSet
+            >>> TrainingSet.digits().save("digits.safetensors")
+            >>> TrainingSet.load("digits.safetensors").shape
+            (8, 8)
+        """
+        if files.read_metadata(path).get("format") != sources.FORMAT:
+            raise ValueError(
+                f"{str(path)!r} was not written by TrainingSet.save; "
+                "to read rows from any other file use TrainingSet(path)"
+            )
+        return cls(path, check=check, index=index)

@@ -1,0 +1,241 @@
+"""``posterior`` and ``posterior_state``, the dense sweep, with their derivatives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memokern.backends.protocol import Call, choose
+from memokern.calls import Gradients, Query, State, Sums, settled, to_sums
+from memokern.calls.checks import check_weighting
+from memokern.ops.flat import (
+    FIVE,
+    PER_QUERY,
+    PREFIX,
+    SUM_GRADS,
+    SUMS,
+    TENSORS,
+    WIDTH,
+    query_of,
+    rows_of,
+)
+from memokern.ops.registration import (
+    OPS,
+    below_autograd,
+    define,
+    differentiable,
+    fake,
+    not_differentiable,
+    vmap,
+)
+
+_STATE = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+_BOTH = "Tensor[] grads, Tensor[] grad_grads"
+
+
+def _call(args: tuple[Any, ...]) -> Call:
+    check_weighting(args[10])
+    return Call.of(args[0], args[1])
+
+
+def _posterior(*args: Any) -> Sums:
+    return choose("posterior", _call(args)).posterior(query_of(args), rows_of(args))
+
+
+def _posterior_state(*args: Any) -> State:
+    query, rows = query_of(args), rows_of(args)
+    state = choose("posterior_state", _call(args)).posterior_state(query, rows)
+    state = settled(state, query)
+    center = state.center
+    if rows.center is not None and center.data_ptr() == rows.center.data_ptr():
+        center = center.clone()  # a result of an operation may not be one of its arguments
+    return state._replace(acc=state.acc.to(_accumulates_in(*args[:2])), center=center)
+
+
+def _accumulates_in(x: Tensor, rows: Tensor) -> torch.dtype:
+    return torch.float64 if torch.float64 in (x.dtype, rows.dtype) else torch.float32
+
+
+def _backward(*args: Any) -> Gradients:
+    sums, grads = Sums(*args[WIDTH : WIDTH + 5]), Sums(*args[WIDTH + 5 :])
+    backend = choose("posterior_backward", _call(args))
+    return backend.posterior_backward(query_of(args), rows_of(args), sums, grads)
+
+
+def _backward_rows(*args: Any) -> Tensor:
+    backend = choose("posterior_backward_rows", _call(args))
+    return backend.posterior_backward_rows(query_of(args), rows_of(args), Sums(*args[WIDTH]))
+
+
+def _double_backward(*args: Any) -> list[Tensor]:
+    grads, grad_grads = Sums(*args[WIDTH]), Gradients(*args[WIDTH + 1])
+    backend = choose("posterior_double_backward", _call(args))
+    heads, tails = backend.posterior_double_backward(
+        query_of(args), rows_of(args), grads, grad_grads
+    )
+    return [*heads, *tails]
+
+
+define("posterior", PREFIX, FIVE, _posterior)
+define("posterior_state", PREFIX, _STATE, _posterior_state)
+define("posterior_backward", f"{PREFIX}, {SUMS}, {SUM_GRADS}", FIVE, _backward)
+define("posterior_backward_rows", f"{PREFIX}, Tensor[] grads", "Tensor", _backward_rows)
+define("posterior_double_backward", f"{PREFIX}, {_BOTH}", "Tensor[]", _double_backward)
+
+
+# --- fake ---------------------------------------------------------------------------------------
+
+
+def fake_sums(x: Tensor, rows: Tensor, sigma: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return (x.new_empty(x.shape), *(sigma.new_empty(sigma.shape) for _ in range(4)))
+
+
+def fake_gradients(*args: Any) -> tuple[Tensor, ...]:
+    x, _, sigma, _, _, bias = args[:6]
+    grad_bias = sigma.new_empty(0) if bias is None else bias.new_empty(bias.shape)
+    return (x.new_empty(x.shape), *(sigma.new_empty(sigma.shape) for _ in range(3)), grad_bias)
+
+
+def fake_double_backward(*args: Any) -> list[Tensor]:
+    grads: list[Tensor] = args[-2]
+    return [*fake_gradients(*args), *(g.new_empty(g.shape) for g in grads)]
+
+
+def _fake_state(x: Tensor, rows: Tensor, sigma: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    acc = x.new_empty(x.shape, dtype=_accumulates_in(x, rows))
+    center = x.new_empty(x.shape[1], dtype=torch.float64)
+    return (*(sigma.new_empty(sigma.shape) for _ in range(6)), acc, center)
+
+
+fake("posterior", fake_sums)
+fake("posterior_state", _fake_state)
+fake("posterior_backward", fake_gradients)
+fake("posterior_backward_rows", lambda x, rows, *_: rows.new_empty(rows.shape))
+fake("posterior_double_backward", fake_double_backward)
+
+
+# --- autograd -----------------------------------------------------------------------------------
+
+
+def query_gradients(ctx: Any, grads: tuple[Tensor, ...], rows: Tensor | None) -> list[Any]:
+    """Gradients for the arguments of PREFIX, from those for the query and the rows."""
+    grad_bias = grads[4] if ctx.has_bias else None
+    return [grads[0], rows, *grads[1:4], grad_bias, *(None,) * (WIDTH - 6)]
+
+
+class _Posterior(torch.autograd.Function):
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        return below_autograd("posterior", args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.options, ctx.has_bias = inputs[TENSORS:], inputs[5] is not None
+        ctx.save_for_backward(*inputs[:TENSORS], *output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        args = (*ctx.saved_tensors[:TENSORS], *ctx.options)
+        sums = [v.detach() for v in ctx.saved_tensors[TENSORS:]]
+        return tuple(_gradients(ctx, args, sums, list(grads)))
+
+
+def _gradients(
+    ctx: Any, args: tuple[Any, ...], sums: list[Tensor], grads: list[Tensor]
+) -> list[Any]:
+    out = OPS.posterior_backward(*args, *sums, *grads)
+    grad_rows = None
+    if ctx.needs_input_grad[1]:
+        grad_rows = OPS.posterior_backward_rows(*args, grads)
+    return query_gradients(ctx, out, grad_rows)
+
+
+class _PosteriorState(torch.autograd.Function):
+    """The gradient of a state is that of its normalised sums, with m and key as constants: what is
+    made of a state does not depend on which m it is relative to."""
+
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        return below_autograd("posterior_state", args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.options, ctx.has_bias = inputs[TENSORS:], inputs[5] is not None
+        ctx.mark_non_differentiable(output[0], output[1], output[7])
+        ctx.save_for_backward(*inputs[:TENSORS], *output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        args = (*ctx.saved_tensors[:TENSORS], *ctx.options)
+        query, state = query_of(args), State(*ctx.saved_tensors[TENSORS:])
+        with torch.no_grad():
+            sums = to_sums(state, query)
+        pulled, grad_t = _to_gradients_of_sums(State(*grads), state, query, sums)
+        out = _gradients(ctx, args, list(sums), list(pulled))
+        out[4] = out[4] + grad_t
+        return tuple(out)
+
+
+def _to_gradients_of_sums(
+    grads: State, state: State, query: Query, sums: Sums
+) -> tuple[Sums, Tensor]:
+    """Gradients for a state as gradients for its sums, and for the temperature where it is not in
+    the sums: s = e^(log_z / T - m), s_v = s (mean_logit / T - m), s_bias = s mean_bias,
+    s_sq = s^2 weight_sq, acc = s (mean - center)."""
+    acc = (grads.acc * state.acc).to(torch.float64).sum(1)
+    by_log_s = grads.s * state.s + grads.s_v * state.s_v + grads.s_bias * state.s_bias
+    by_log_s = by_log_s + 2 * grads.s_sq * state.s_sq + acc
+    by_mean_v = grads.s_v * state.s
+    # Where there is no weight, or log_z is infinite (at sigma = 0), s does not change.
+    moves = torch.isfinite(sums.log_z) & (state.s > 0)
+    by_log_s, by_mean_v = (torch.where(moves, v, 0.0) for v in (by_log_s, by_mean_v))
+    s = torch.where(state.s > 0, state.s, 1.0)
+    log_s, mean_v = state.m + s.log(), state.m + state.s_v / s
+    grad_t = -(by_log_s * log_s + by_mean_v * mean_v) / query.temperature
+    pulled = Sums(
+        (grads.acc * state.s[:, None].to(state.acc.dtype)).to(query.x.dtype),
+        by_log_s / query.temperature,
+        by_mean_v / query.temperature,
+        grads.s_bias * state.s,
+        grads.s_sq * state.s.square(),
+    )
+    return pulled, torch.where(moves, grad_t, 0.0)
+
+
+class _PosteriorBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        return below_autograd("posterior_backward", args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.options, ctx.has_bias = inputs[TENSORS:WIDTH], inputs[5] is not None
+        ctx.save_for_backward(*inputs[:TENSORS], *inputs[WIDTH + 5 :])
+
+    @staticmethod
+    def backward(ctx: Any, *grad_grads: Tensor) -> Any:
+        if ctx.needs_input_grad[1]:
+            raise RuntimeError(
+                "second derivatives through the rows are not offered: detach the rows, or write the"
+                " posterior in plain PyTorch for this small problem"
+            )
+        args = (*ctx.saved_tensors[:TENSORS], *ctx.options)
+        grads = list(ctx.saved_tensors[TENSORS:])
+        out = OPS.posterior_double_backward(*args, grads, list(grad_grads))
+        return (*query_gradients(ctx, out[:5], None), *(None,) * 5, *out[5:])
+
+
+differentiable("posterior", _Posterior)
+differentiable("posterior_state", _PosteriorState)
+differentiable("posterior_backward", _PosteriorBackward)
+not_differentiable("posterior_backward_rows")
+not_differentiable("posterior_double_backward")
+
+
+# --- vmap ---------------------------------------------------------------------------------------
+
+vmap("posterior", PER_QUERY)
+vmap("posterior_state", PER_QUERY, shared_outputs=1)
+vmap("posterior_backward")  # its gradient for the bias sums over the batch: never folded

@@ -1,0 +1,1 @@
+"""What stands below everything else: environment variables, checks of plain arguments."""
