@@ -182,7 +182,7 @@ def feature_tails(backend: str) -> Table:
     cases = [
         Case(b, n, d, t, known=d == 63 or b == 5) for b, n, d in each for t in row_types(backend)
     ]
-    return _grouped(cases, lambda c: f"features{c.d}-{name_of(c.rows)}")
+    return _grouped(cases, lambda c: f"features-{name_of(c.rows)}")
 
 
 def row_and_query_tails(backend: str) -> Table:
@@ -198,7 +198,7 @@ def row_and_query_tails(backend: str) -> Table:
             for b in (1, 2, 7, 9, 63, *([260] if n in (1, 9, 33) else []))
             for t in (F32, F64)
         ]
-    return _grouped(cases, lambda c: f"rows{c.n}-{name_of(c.x)}-{name_of(c.rows)}")
+    return _grouped(cases, lambda c: f"rows-{name_of(c.x)}-{name_of(c.rows)}")
 
 
 def fields(backend: str) -> Table:
@@ -233,7 +233,7 @@ def noise_levels(backend: str) -> Table:
         plain = Case(b, n, d, sigma=sigma)
         cases += [replace(plain, known=True), replace(plain, repeat=sigma / 30)]
         cases += [replace(plain, offset=1000.0), replace(plain, d=2), replace(plain, rows=U8)]
-    return _grouped(cases, lambda c: f"sigma{c.sigma:g}-{c.b}-{c.d}")
+    return _grouped(cases, lambda c: f"sigma{c.sigma:g}")
 
 
 def posterior(backend: str) -> Table:
@@ -302,6 +302,33 @@ def random_like(values: Any, seed: int) -> Any:
     g = torch.Generator().manual_seed(seed)
     drawn = [torch.randn(v.shape, dtype=v.dtype, generator=g) for v in values]
     return type(values)(*drawn) if hasattr(values, "_fields") else drawn
+
+
+# --- nearest ------------------------------------------------------------------------------------
+
+
+def nearest(backend: str) -> Table:
+    """One row, few features, many, a large offset; float64 queries where they are taken."""
+    shapes = ((1, 1, 0.0), (33, 7, 0.0), (300, 40, 0.0), (300, 40, 500.0))
+    if backend == "triton":
+        queries = [(1, t, F32) for t in row_types(backend)] + [(17, F32, F32), (17, U8, F32)]
+    else:
+        shapes = (*shapes[:2], (700, 40, 0.0), (700, 40, 500.0), (129, 300, 0.0))
+        queries = [(b, t, F32) for t in ROW_TYPES for b in (1, 7, 40)]
+        queries += [(7, F32, F64), (7, U8, F64), (7, F64, F64)]
+    cases = [
+        Case(b, n, d, t, x, 0.3, offset=offset, known=b == 7)
+        for b, t, x in queries
+        for n, d, offset in shapes
+    ]
+    return _grouped(cases, lambda c: f"{c.b}-{name_of(c.x)}-{name_of(c.rows)}")
+
+
+def neighbours(backend: str, case: Case) -> set[int]:
+    """How many are asked for; at 50 nearly all groups of rows are candidates."""
+    if backend != "triton":
+        return {1, min(2, case.n), min(50, case.n)}
+    return {1, min(2, case.n)} | ({50} if case.b == 1 and case.offset else set())
 
 
 # --- lists of rows ------------------------------------------------------------------------------
