@@ -22,8 +22,7 @@ import triton
 from triton.runtime.errors import OutOfResources
 
 from memokern.backends.triton.core.variant import Variant
-from memokern.data import files
-from memokern.util import env
+from memokern.util import env, writing
 
 
 def choices(variant: Variant) -> tuple[Variant, ...]:
@@ -153,6 +152,6 @@ def keep(path: Path, key: str, choice: str) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # said when it was first read
             known = read(path)
-        files.write_json(path, {**known, key: choice})
+        writing.write_json(path, {**known, key: choice})
     except (OSError, ValueError) as error:
         warnings.warn(f"{path} cannot be written: {error}", stacklevel=2)
