@@ -57,6 +57,9 @@ def test_a_backend_that_refuses_runs_nothing(monkeypatch) -> None:
         def refuses(self, operation, call):
             return "not today"
 
+        def detail(self):
+            return "a backend of this test"
+
     real = protocol.get
     monkeypatch.setattr(protocol, "get", lambda n: Refuses() if n == "triton" else real(n))
     protocol._candidates.cache_clear()
