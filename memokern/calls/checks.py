@@ -65,6 +65,12 @@ def check_weighting(weighting: str) -> None:
         raise ValueError(f"weighting must be {' or '.join(WEIGHTINGS)}, not {weighting!r}")
 
 
+def check_gaussian(weighting: str, operation: str) -> None:
+    """ValueError for a weighting that an operation on selected rows does not have."""
+    if weighting != "gaussian":
+        raise ValueError(f'{operation} has the weighting "gaussian" only, not {weighting!r}')
+
+
 def contiguous64(tensor: Tensor | None) -> Tensor | None:
     """The tensor as contiguous float64, the same one where it is that."""
     if tensor is None or (tensor.dtype == F64 and tensor.is_contiguous()):
