@@ -142,7 +142,7 @@ def posterior(
         temperature=asked.temperature,
         n=rows.n,
         dim=rows.dim,
-        log_weight_total=log_total(query.bias, rows.n, x.device),
+        log_weight_total=log_total(query.bias, rows.n),
         certificate=bounds,
     )
 
@@ -191,7 +191,9 @@ def posterior_state(
         weighting=weighting,
         state=ops.posterior_state(query, rows),
         n=rows.n,
-        log_weight_total=log_total(query.bias, rows.n, x.device),
+        log_weight_total=torch.as_tensor(
+            log_total(query.bias, rows.n), dtype=torch.float64, device=x.device
+        ),
     )
 
 

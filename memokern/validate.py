@@ -146,11 +146,9 @@ def _bias(bias: Tensor | None, data: Data) -> Tensor | None:
     return bias
 
 
-def log_total(bias: Tensor | None, n: int, device: torch.device) -> Tensor:
+def log_total(bias: Tensor | None, n: int) -> Tensor | float:
     """log sum exp of the bias []; log N without one."""
-    if bias is not None:
-        return torch.logsumexp(bias, 0)
-    return torch.full((), math.log(n), dtype=torch.float64, device=device)
+    return math.log(n) if bias is None else torch.logsumexp(bias, 0)
 
 
 # What each must be, said of a float or of every entry of a tensor. NaN is never in a range.

@@ -169,6 +169,16 @@ def _candidates(device: str, _raw: object) -> tuple[Backend, ...]:
     return tuple(get(name) for name in names)
 
 
+@functools.cache
+def _preferred(device: str, raw: object) -> Backend | None:
+    return next((b for b in _candidates(device, raw) if b.unavailable() is None), None)
+
+
+def preferred(device: str) -> Backend | None:
+    """Who is asked first for tensors on a device, whatever the call."""
+    return _preferred(device, env.raw_backend())
+
+
 def choose(operation: str, call: Call) -> Backend:
     """The backend that runs the call: the first on its device's list that does not refuse it.
 
