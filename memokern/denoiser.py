@@ -313,7 +313,7 @@ class Denoiser(nn.Module):
             n=self._data.n,
             certificate=Certificate(**joined(bounds, *BOUNDS)) if bounds else None,
             log_weight_total=join(
-                [p.log_weight_total.expand(p.sigma.shape) for p in posteriors], axis
+                [torch.zeros_like(p.sigma) + p.log_weight_total for p in posteriors], axis
             ),
             **joined(posteriors, *numbers, *sums),
         )

@@ -152,9 +152,14 @@ class PosteriorState:
     @property
     def query(self) -> Query:
         """The queries as the operations take them; the bias is in the state."""
-        columns = (v.reshape(-1) for v in (self.sigma, self.alpha, self.temperature))
         b, dim = self.state.acc.shape
-        return Query(self.x.reshape(b, dim), *columns, weighting=self.weighting)
+        return Query(
+            self.x.reshape(b, dim),
+            self.sigma.reshape(-1),
+            self.alpha.reshape(-1),
+            self.temperature.reshape(-1),
+            weighting=self.weighting,
+        )
 
     def posterior(self) -> Posterior:
         """The posterior over the rows swept so far. Without rows that have weight: log_z -inf, the

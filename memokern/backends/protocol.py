@@ -179,6 +179,12 @@ def preferred(device: str) -> Backend | None:
     return _preferred(device, env.raw_backend())
 
 
+def require(device: str) -> None:
+    """Raises RuntimeError where MEMOKERN_BACKEND names a backend that cannot run here, or that does
+    not run tensors on this device, for a plain call in float32."""
+    choose("posterior", Call(device, torch.float32, torch.float32, 1, 1, 1))
+
+
 def choose(operation: str, call: Call) -> Backend:
     """The backend that runs the call: the first on its device's list that does not refuse it.
 
