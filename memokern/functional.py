@@ -333,8 +333,8 @@ def nearest(x: Tensor, data: TrainingSet | Tensor, k: int = 1, *, method: str = 
 
     Returns:
         distance [\*batch, k] float64 (not squared), ascending; index [\*batch, k] int64. Ties go to
-        the lower index; a query with NaN has NaN distances. Differentiable in x; where a row is hit the
-        distance's derivative is taken as 0.
+        the lower index; a query with NaN has NaN distances. Differentiable in x, at a row itself
+        with derivative 0.
 
     Raises: TypeError, ValueError as :func:`posterior`; ValueError for k out of range.
 
