@@ -197,20 +197,7 @@ class Denoiser(nn.Module):
 
     def _time(self, x: Tensor, t: float | Tensor) -> Tensor:
         r"""t as scalar or [\*batch] float64; other samplers give it as [\*batch, 1, ..., 1]."""
-        if isinstance(t, float | int):  # filled in there: a CUDA graph has no copies from the host
-            time = torch.full((), t, dtype=torch.float64, device=x.device)
-        else:
-            time = torch.as_tensor(t, dtype=torch.float64, device=x.device)
-        batch = validate.batch_shape(x, self._data)
-        if time.dim() > len(batch):
-            extra = time.shape[len(batch) :]
-            if any(size != 1 for size in extra):
-                raise ValueError(
-                    f"expected t as a number or a tensor that broadcasts to the batch"
-                    f" {tuple(batch)}, got {tuple(time.shape)}"
-                )
-            time = time.reshape(time.shape[: len(batch)])
-        return time
+        return validate.broadcastable("t", t, validate.batch_shape(x, self._data), x.device)
 
     def evaluate(
         self,
@@ -313,7 +300,7 @@ class Denoiser(nn.Module):
             n=self._data.n,
             certificate=Certificate(**joined(bounds, *BOUNDS)) if bounds else None,
             log_weight_total=join(
-                [p.log_weight_total.expand(p.sigma.shape) for p in posteriors], axis
+                [torch.zeros_like(p.sigma) + p.log_weight_total for p in posteriors], axis
             ),
             **joined(posteriors, *numbers, *sums),
         )

@@ -83,7 +83,7 @@ def wrong_input(about: str | None = None, key_option: str = "--key") -> Iterator
 def check_machine(device: torch.device | None = None) -> None:
     """Refuse a wrong MEMOKERN_ environment variable before anything is computed or written."""
     with wrong_input():
-        backends.choose(torch.device("cpu") if device is None else device)
+        backends.require("cpu" if device is None else device.type)
 
 
 def device(name: str) -> torch.device:

@@ -100,14 +100,13 @@ def _sq_norms(rows: Rows, center: Tensor) -> Tensor:
 def center_of(rows: Rows) -> tuple[Tensor, Tensor]:
     """center [D] and |y - center|^2 [N] float64: what the rows' owner keeps, else from a pass over
     the rows."""
-    center, sq_norms = contiguous64(rows.center), contiguous64(rows.sq_norms)
-    if center is None or sq_norms is None:
-        # Any center is right, and the mean of a few rows centres well enough.
-        step = max(1, rows.n // _SAMPLE)
-        sample = rows.data[: _SAMPLE * step : step]
-        center = sample.to(_F64).mean(0) * rows.scale + rows.shift
-        sq_norms = _sq_norms(rows, center)
-    return center, sq_norms
+    if rows.center is not None and rows.sq_norms is not None:
+        return contiguous64(rows.center), contiguous64(rows.sq_norms)
+    # Any center is right, and the mean of a few rows centres well enough.
+    step = max(1, rows.n // _SAMPLE)
+    sample = rows.data[: _SAMPLE * step : step]
+    center = sample.to(_F64).mean(0) * rows.scale + rows.shift
+    return center, _sq_norms(rows, center)
 
 
 class Centred(NamedTuple):

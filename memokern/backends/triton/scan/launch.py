@@ -36,10 +36,10 @@ def bound_scan(query: Query, rows: Rows, bounds: LogitBounds) -> Scan:
     query, rows = prepared(query.detach(), rows), rows.detach()
     check_gaussian(query.weighting, "bound_scan")
     check_types(query.x, rows)
-    center, sq_norms = contiguous64(rows.center), contiguous64(rows.sq_norms)
-    if center is None or sq_norms is None:
+    if rows.center is None or rows.sq_norms is None:
         raise ValueError("bound_scan needs the center of the rows that the bounds were made about")
-    rows, m = rows._replace(center=center, sq_norms=sq_norms), len(query.x)
+    known = {"center": contiguous64(rows.center), "sq_norms": contiguous64(rows.sq_norms)}
+    rows, m = rows._replace(**known), len(query.x)
     bounds = prepared_bounds(bounds, m, rows)
     step = max(1, _PAIRS // rows.n)
     blocks = [slice(i, i + step) for i in range(0, m, step)]
