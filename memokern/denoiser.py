@@ -199,23 +199,8 @@ class Denoiser(nn.Module):
     # --- evaluation -------------------------------------------------------------------------
 
     def _time(self, x: Tensor, t: float | Tensor) -> Tensor:
-        r"""t as scalar or [\*batch] float64; other libraries' samplers give [\*batch, 1, ...,
-        1]."""
-        # Filled in on the device, because a CUDA graph cannot copy from the host.
-        if isinstance(t, float | int):
-            time = torch.full((), t, dtype=torch.float64, device=x.device)
-        else:
-            time = torch.as_tensor(t, dtype=torch.float64, device=x.device)
-        batch = validate.batch_shape(x, self._data)
-        if time.dim() > len(batch):
-            extra = time.shape[len(batch) :]
-            if any(size != 1 for size in extra):
-                raise ValueError(
-                    f"expected t as a number or a tensor that broadcasts to the batch"
-                    f" {tuple(batch)}, got {tuple(time.shape)}"
-                )
-            time = time.reshape(time.shape[: len(batch)])
-        return time
+        r"""t as scalar or [\*batch] float64; other samplers give it as [\*batch, 1, ..., 1]."""
+        return validate.broadcastable("t", t, validate.batch_shape(x, self._data), x.device)
 
     def evaluate(
         self,
@@ -330,7 +315,7 @@ class Denoiser(nn.Module):
             n=self._data.n,
             certificate=Certificate(**joined(bounds, *BOUNDS)) if bounds else None,
             log_weight_total=join(
-                [p.log_weight_total.expand(p.sigma.shape) for p in posteriors], axis
+                [torch.zeros_like(p.sigma) + p.log_weight_total for p in posteriors], axis
             ),
             **joined(posteriors, *asked, *sums),
         )

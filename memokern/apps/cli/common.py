@@ -84,7 +84,7 @@ def check_machine(device: torch.device | None = None) -> None:
     anything is computed or written.
     """
     with wrong_input():
-        info.check_backend(torch.device("cpu") if device is None else device)
+        info.check_backend("cpu" if device is None else device.type)
 
 
 def device(name: str) -> torch.device:

@@ -53,12 +53,12 @@ def digest(variants: list[Any]) -> str:
         kernel = getattr(v.kernel, "fn", v.kernel).__name__
         # What a vendor's compiler is given is not all in the fields.
         given = [(v.options(vendor), v.on(vendor).constexprs) for vendor in ("cuda", "hip")]
-        text.append(repr((kernel, v._replace(kernel=None, loose=None), given)))
+        text.append(repr((kernel, v._replace(kernel=None, unaligned_fields=None), given)))
     return hashlib.sha256("\n".join(text).encode()).hexdigest()[:16]
 
 
 def page(rows: list[dict[str, Any]], variants: list[Any], triton: str) -> str:
-    """rows: of bench.aot.table, without errors, for these variants."""
+    """rows: of tools.aot.table, without errors, for these variants."""
     options = {v.name: words(v) for v in variants}
     targets = list(dict.fromkeys(row["target"] for row in rows))
     lines = [
