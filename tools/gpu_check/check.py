@@ -46,6 +46,7 @@ class Check:
         settings = {
             "device": "cpu" if options.rehearsed else "cuda",
             "backend": options.backend,
+            "rehearsed": options.rehearsed,
             "interpreted": options.interpreted,
             "faults": options.faults,
         }

@@ -23,7 +23,13 @@ CHECKED = 4  # queries compared with float64
 ROWS_CHECKED = 64  # rows of a gradient for the rows
 K = 2  # neighbours
 # Errors of ours that are allowed, relative to the largest true number.
-TOLERANCE = {"mean": 1e-5, "pruned": 1e-5, "nearest": 1e-6, "backward": 1e-4, "rows' gradient": 1e-4}
+TOLERANCE = {
+    "mean": 1e-5,
+    "pruned": 1e-5,
+    "nearest": 1e-6,
+    "backward": 1e-4,
+    "rows' gradient": 1e-4,
+}
 
 Call = Callable[[], Tensor]
 
@@ -176,6 +182,7 @@ _MAKERS: dict[str, Callable[[Made], Ours]] = {
 
 def graph(call: Call) -> Call:
     """The same in a CUDA graph, whose launches cost nothing."""
+    torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         call()

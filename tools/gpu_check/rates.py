@@ -13,6 +13,7 @@ import torch
 
 from bench import peers
 from memokern.backends import protocol
+from tools.gpu_check.stand_in import is_gpu
 
 REPEATED = 5
 
@@ -30,7 +31,7 @@ def tf32(allowed: bool) -> Iterator[None]:
 
 def wait(device: torch.device) -> None:
     """Until the device has done what it was given."""
-    if device.type == "cuda":
+    if is_gpu(device):
         torch.cuda.synchronize(device)
 
 
@@ -47,29 +48,32 @@ def _seconds(call: Callable[[], object], device: torch.device) -> float:
     return min(times)
 
 
+def _copy(size: int, device: torch.device) -> float:
+    source = torch.empty(size, dtype=torch.uint8, device=device).random_()
+    target = torch.empty_like(source)
+    return 2 * size / _seconds(lambda: target.copy_(source), device)
+
+
+def _product(n: int, kind: torch.dtype, device: torch.device) -> float:
+    a, b = torch.randn(2, n, n, device=device).to(kind)
+    return 2 * n**3 / _seconds(lambda: a @ b, device)
+
+
 def measured(device: torch.device) -> dict[str, float]:
     """Bytes a second of a copy, counting what is read and what is written; operations a second of
     large matrix products of random 16-bit numbers, and of float32 by tf32 and as they are."""
-    on_gpu = device.type == "cuda"
-    size, n = (1 << 31, 8192) if on_gpu else (1 << 24, 256)
-    source = torch.empty(size, dtype=torch.uint8, device=device).random_()
-    target = torch.empty_like(source)
-    found = {"memory": 2 * size / _seconds(lambda: target.copy_(source), device)}
-    del source, target
-    a, b = torch.randn(2, n, n, device=device)
-    for name, kind, allowed in (
-        ("half", torch.bfloat16, False), ("tf32", torch.float32, True),
-        ("fp32", torch.float32, False),
-    ):  # fmt: skip
-        left, right = a.to(kind), b.to(kind)
-        with tf32(allowed):
-            found[name] = 2 * n**3 / _seconds(lambda x=left, y=right: x @ y, device)
+    size, n = (1 << 31, 8192) if device.type == "cuda" else (1 << 24, 256)
+    found = {"memory": _copy(size, device), "half": _product(n, torch.bfloat16, device)}
+    for name in ("tf32", "fp32"):
+        with tf32(name == "tf32"):
+            found[name] = _product(n, torch.float32, device)
     return found
 
 
 def describe(device: torch.device) -> dict[str, Any]:
     """The device and what runs on it; the rates come with it."""
     facts: dict[str, Any] = {
+        "device": "a CPU",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _triton(),
@@ -77,15 +81,13 @@ def describe(device: torch.device) -> dict[str, Any]:
         "backends": [f"{a.name}: {a.detail}" for a in protocol.here()],
         "left_out": {name: why for name in peers.LIBRARY if (why := peers.missing(name))},
     }
-    if device.type == "cuda":
+    if is_gpu(device):
         p = torch.cuda.get_device_properties(device)
         facts |= {
             "device": p.name, "multiprocessors": p.multi_processor_count,
             "memory_bytes": p.total_memory, "l2_bytes": p.L2_cache_size,
             "capability": f"{p.major}.{p.minor}",
         }  # fmt: skip
-    else:
-        facts |= {"device": "a CPU"}
     return {**facts, "rates": measured(device)}
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from bench import peers
 from tools.gpu_check.makers import Call, K, Made
 from tools.gpu_check.rates import tf32
+from tools.gpu_check.stand_in import is_gpu
 
 KEOPS_DIM, FLEX_DIM = 100, 256  # features that they are made for
 # A peer's rows in float32, with what it makes of them, may take this share of the memory.
@@ -110,7 +111,7 @@ def call_of(name: str, made: Made, values: Tensor) -> Call:
 
 def too_large(made: Made, device: torch.device) -> str | None:
     """Why the peers' rows would not fit, or None."""
-    if device.type != "cuda":
+    if not is_gpu(device):
         return None
     size = 4 * made.data.rows.numel()
     if size <= SHARE * torch.cuda.get_device_properties(device).total_memory:

@@ -148,9 +148,7 @@ def _leaves(made: Made) -> list[Tensor]:
 def _true_leaves(made: Made) -> tuple[list[Tensor], Given]:
     leaves = [v.detach().to(F64).requires_grad_() for v in _leaves(made)]
     x, sigma, alpha, temperature, bias = leaves
-    given = made.given()._replace(
-        x=x, sigma=sigma, alpha=alpha, temperature=temperature, bias=bias
-    )
+    given = made.given()._replace(x=x, sigma=sigma, alpha=alpha, temperature=temperature, bias=bias)
     return leaves, given
 
 

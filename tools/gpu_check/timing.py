@@ -18,6 +18,7 @@ from torch import Tensor
 from bench.peers import reason
 from tools.gpu_check import makers, rates, rivals
 from tools.gpu_check.makers import OURS, Call, Made
+from tools.gpu_check.stand_in import is_gpu
 from tools.gpu_check.steps import Problem
 
 IN_A_GRAPH = "memokern in a graph"
@@ -48,7 +49,7 @@ class Conditions(NamedTuple):
 
 def clock(device: torch.device) -> Callable[[Callable[[], object]], float]:
     """Seconds of a call, by events on a GPU's stream, with nothing of it in the L2 cache."""
-    if device.type != "cuda":
+    if not is_gpu(device):
 
         def by_the_wall(call: Callable[[], object]) -> float:
             start = time.perf_counter()
@@ -56,7 +57,8 @@ def clock(device: torch.device) -> Callable[[Callable[[], object]], float]:
             return time.perf_counter() - start
 
         return by_the_wall
-    flush = torch.empty(FLUSH, dtype=torch.uint8, device=device)
+    size = FLUSH if device.type == "cuda" else 1
+    flush = torch.empty(size, dtype=torch.uint8, device=device)
 
     def by_events(call: Callable[[], object]) -> float:
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -72,7 +74,7 @@ def clock(device: torch.device) -> Callable[[Callable[[], object]], float]:
 
 def peak(call: Callable[[], object], device: torch.device) -> int:
     """Bytes that a call takes beyond what is there, at most at a time."""
-    if device.type != "cuda":
+    if not is_gpu(device):
         return 0
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
@@ -96,7 +98,7 @@ def in_turns(calls: dict[str, Call], device: torch.device) -> dict[str, float]:
 
 def _bound(p: Problem, device: torch.device) -> float | None:
     """The seconds that data sheets and the launches allow; None where they say nothing of it."""
-    if device.type != "cuda" or p.operation not in ("mean", "nearest"):
+    if not is_gpu(device) or p.operation not in ("mean", "nearest"):
         return None
     try:
         from tools import roofline
@@ -141,7 +143,7 @@ def measure(p: Problem, on: Conditions, tell: Callable[[Lines], object]) -> Line
 
     calls, skipped = dict(made.calls), []
     tell(lines(calls))
-    if on.device.type == "cuda" and p.operation == "mean" and not on.compiled:
+    if is_gpu(on.device) and p.operation == "mean" and not on.compiled:
         calls[IN_A_GRAPH] = makers.graph(made.calls[OURS])
         errors[IN_A_GRAPH] = made.error(calls[IN_A_GRAPH]())
         if not errors[IN_A_GRAPH] <= made.tolerance:

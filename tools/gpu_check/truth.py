@@ -86,10 +86,8 @@ def sums(given: Given) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 def listed_sums(given: Given, start: Tensor, index: Tensor) -> tuple[Tensor, ...]:
     """The sums of each query over its own list of rows, none of which is empty."""
-    ends = start.tolist()
-    found = [
-        sums(given.take(i, index[first:last])) for i, (first, last) in enumerate(zip(ends, ends[1:]))
-    ]
+    lists = index.split(start.diff().tolist())
+    found = [sums(given.take(i, rows)) for i, rows in enumerate(lists)]
     return tuple(torch.cat(column) for column in zip(*found, strict=True))
 
 

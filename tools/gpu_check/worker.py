@@ -15,12 +15,14 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+TRACE = 4000  # characters of a failure's traceback that the JSON keeps
 # What can be made to go wrong in a rehearsal.
 FAULTS = ("wrong", "memory", "lost", "crash", "hang")
 
@@ -45,7 +47,6 @@ def interpret() -> None:
 @contextlib.contextmanager
 def mistaken() -> Iterator[None]:
     """Every result of the backend is off."""
-    import torch
     from torch import Tensor
 
     from memokern.backends import protocol
@@ -68,16 +69,21 @@ def mistaken() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for name in names:
             stack.enter_context(mock.patch.object(kind, name, wrong(getattr(kind, name))))
-        assert torch is not None
         yield
 
 
 class Worker:
-    """settings: "device", "rehearsed", "faults" (a step's name: one of FAULTS)."""
+    """settings: "device", "backend", "rehearsed", "interpreted", "faults" (a step's name: one of
+    FAULTS)."""
 
     def __init__(self, settings: dict[str, Any], answers: TextIO) -> None:
         self.settings, self.answers = settings, answers
         import torch
+
+        if settings["rehearsed"]:
+            from tools.gpu_check import stand_in
+
+            stand_in.install()
 
         self.device = torch.device(settings["device"])
 
@@ -92,13 +98,13 @@ class Worker:
             try:
                 lines, lost = self._answer(message)
             except Exception as error:  # one line of the page, not the end of the others
-                lines, lost = self._failed(error)
+                lines, lost = self._failed(error, quiet=message["kind"] == "warm")
             self.tell(lines, done=True, lost=lost)
             if lost:
                 return
             self._tidy()
 
-    def _failed(self, error: Exception) -> tuple[list[dict[str, Any]], bool]:
+    def _failed(self, error: Exception, quiet: bool) -> tuple[list[dict[str, Any]], bool]:
         import torch
 
         from bench.peers import reason
@@ -108,7 +114,10 @@ class Worker:
         words = reason(error)
         if isinstance(error, torch.OutOfMemoryError):
             words = "out of memory: " + words
-        return [{"run": "memokern", "failed": words}], lost
+        trace = "".join(traceback.format_exception(error))
+        if not quiet:
+            print(trace, file=sys.stderr, flush=True)
+        return [{"run": "memokern", "failed": words, "trace": trace[-TRACE:]}], lost
 
     def _answer(self, message: dict[str, Any]) -> tuple[list[dict[str, Any]], bool]:
         from tools.gpu_check.steps import step_of
@@ -178,7 +187,7 @@ class Worker:
         import torch
 
         gc.collect()
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" or self.settings["rehearsed"]:
             torch.cuda.empty_cache()
 
 
