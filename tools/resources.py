@@ -53,7 +53,7 @@ def digest(variants: list[Any]) -> str:
         kernel = getattr(v.kernel, "fn", v.kernel).__name__
         # What a vendor's compiler is given is not all in the fields.
         given = [(v.options(vendor), v.on(vendor).constexprs) for vendor in ("cuda", "hip")]
-        text.append(repr((kernel, v._replace(kernel=None, loose=None), given)))
+        text.append(repr((kernel, v._replace(kernel=None, unaligned_fields=None), given)))
     return hashlib.sha256("\n".join(text).encode()).hexdigest()[:16]
 
 

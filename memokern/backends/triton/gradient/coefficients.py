@@ -1,4 +1,8 @@
-"""Between the products of the backward sweep: from two products to coefficients, and the ends."""
+"""Between the products of the backward sweep: from two products to the coefficients of the pairs.
+
+With the weights w, the incoming gradients g of the mean and those of the other sums, the gradient is
+a sum over the rows of q times the derivative of the row's logit; q is the coefficient of a pair.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
-from memokern.backends.triton.core.common import (
+from memokern.backends.triton.core.exactness import LOG_THETA, THETA, error_of, exact_from
+from memokern.backends.triton.core.operands import operand_of, power_of_two, store_terms
+from memokern.backends.triton.core.query_table import (
     A1,
     A2,
     COMMON,
@@ -17,43 +23,38 @@ from memokern.backends.triton.core.common import (
     E3,
     HARD,
     INV_T,
-    LOG_THETA,
     LOST,
     MODE,
     SOFT,
-    THETA,
     XO,
-    error_of,
-    lowest_left,
-    operand,
-    power_of_two,
-    store_terms,
 )
 from memokern.backends.triton.core.variant import FLOAT_ROWS, POINTERS, ROW_TYPES, Variant, row_name
-from memokern.backends.triton.posterior.weigh import STRIPS, chunks, registers, warps
+from memokern.backends.triton.posterior.weigh import STRIPS, chunk_sizes, registers, warps
+from memokern.calls import WEIGHTINGS
 
-# Sums over the rows, [SUMS, b] float64; w: weights, h: what multiplies d w, q = w (...): what
-# multiplies d l, c: d l / d x = c (alpha y - x) / sigma^2. Of w, w <g, y - mean> / T (zero but for
-# rounding: what it is is subtracted at the end), q, q c (of rows not evaluated exactly),
-# q (l - b), q c <x - alpha y, yc>, w <x - alpha y, yc>, w (l - E) h.
+# The rows of a query's sums over the data, [SUMS, b] float64. w are the weights; h is what
+# multiplies d w; q = w (...) multiplies d l; and d l / d x = c (alpha y - x) / sigma^2. The sums are
+# W: of w. DRIFT: of w <g, y - mean> / T, which is zero but for rounding; what it is, is subtracted
+# at the end. Q: of q. QC: of q c, without the rows that are evaluated exactly. QL: of q (l - b).
+# QA: of q c <x - alpha y, yc>. WA: of w <x - alpha y, yc>. TEMP: of w (l - E) h.
 W, DRIFT, Q, QC, QL, QA, WA, TEMP = (tl.constexpr(i) for i in range(8))
 SUMS = 8
 
 
 @triton.jit
-def gradients_kernel(
+def split_gradients_kernel(
     grad_mean, mean,  # [B, D]
-    numbers,  # [2] scale, shift
+    scale_shift,  # [2]
     terms,  # [TERMS, B, D] out
-    pulls,  # [3, B] out
+    grad_table,  # [3, B] out
     B, D, offset,
     TERMS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The incoming gradients g of the mean as terms; with <g, u> their product with a stored row,
-    <g, y - mean> is pulls[0] <g, u> + pulls[1]. pulls[2] is for what the mean's rounding does to
-    it, which nobody knows yet. One program owns a query."""
+    """The incoming gradients g of the mean, split into terms as queries are. With <g, u> their
+    product with a stored row, <g, y - mean> is grad_table[0] <g, u> + grad_table[1]; grad_table[2]
+    is for what the mean's rounding does to it, which is not known yet. One program owns a query."""
     i_b = tl.program_id(0).to(tl.int64)
-    scale, shift = tl.load(numbers), tl.load(numbers + 1) - offset * tl.load(numbers)
+    scale, shift = tl.load(scale_shift), tl.load(scale_shift + 1) - offset * tl.load(scale_shift)
     top = tl.zeros([BLOCK_D], tl.float32)
     rest = tl.zeros([BLOCK_D], tl.float64)
     for d in range(0, D, BLOCK_D):
@@ -63,9 +64,9 @@ def gradients_kernel(
         top = tl.maximum(top, tl.abs(b_g))
         rest += b_g.to(tl.float64) * (shift - b_mean.to(tl.float64))
     p2 = power_of_two(tl.max(top, 0))
-    tl.store(pulls + i_b, scale * (p2.to(tl.float64) / 128.0))
-    tl.store(pulls + B + i_b, tl.sum(rest, 0))
-    tl.store(pulls + 2 * B + i_b, 0.0)
+    tl.store(grad_table + i_b, scale * (p2.to(tl.float64) / 128.0))
+    tl.store(grad_table + B + i_b, tl.sum(rest, 0))
+    tl.store(grad_table + 2 * B + i_b, 0.0)
     for d in range(0, D, BLOCK_D):
         o_d = d + tl.arange(0, BLOCK_D)
         b_g = tl.load(grad_mean + i_b * D + o_d, mask=o_d < D, other=0.0) * (128.0 / p2)
@@ -74,32 +75,33 @@ def gradients_kernel(
 
 @triton.jit
 def coefficients_kernel(
-    dots,  # [parts, b, n] <x, u>; the first part out: q c / unit, 0 for rows evaluated exactly;
-           # FOR_ROWS: q c of all rows
-    dots_g,  # [parts, b, n] <g, u>; the first part out: what moves the bias; FOR_ROWS: w
+    dots,  # [parts, b, n] in: parts of <x, u>; the first one out: q c / unit, 0 for rows that are
+           # evaluated exactly; FOR_ROWS: q c of all rows
+    dots_g,  # [parts, b, n] in: parts of <g, u>; the first one out: the pair's part of the bias's
+             # gradient; FOR_ROWS: w
     sq_norms,  # [N]
     bias,  # [N], read if has_bias
-    table,  # [NUMBERS, B]
-    pulls,  # [3, B]; the last is read FOR_ROWS
+    table,  # [TABLE, B]
+    grad_table,  # [3, B]; the last is read FOR_ROWS
     x, mean, grad_mean,  # [B, D]
     rows,  # [N, D]
     sigma, alpha, temperature,  # [B]
     center,  # [D]
-    numbers,  # [2] scale, shift
+    scale_shift,  # [2]
     stats,  # [4, B] log_z, mean_logit, mean_bias, weight_sq
     grads,  # [4, B] of these
     sums,  # [SUMS, b] in and out
-    near,  # [b, D] in and out: sum of q c (alpha y - x) of the rows evaluated exactly
+    near,  # [b, D] in and out: sum of q c (alpha y - x) of the rows that are evaluated exactly
     factor, unit,  # [b] out
     B, b0, b, n0, n, D, stride_n, parts, has_bias,
     FOR_ROWS: tl.constexpr, IS_LOG: tl.constexpr, STRIPS: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program owns a query and the chunk's rows, as STRIPS strips of WIDTH; it adds the chunk
+    """One program owns a query and the chunk's rows, as STRIPS strips of WIDTH. It adds the chunk
     to the query's sums, and writes coefficients. Rows whose weight the error of the products could
-    change are taken by direct differences in float64, one of each strip at a time, their part of
-    grad_x too: in a sum of products it would cancel where the row is near. FOR_ROWS: sums and near
-    are left alone, and coefficients and weights are written for `rows_kernel`."""
+    change are taken by direct differences in float64, one of each strip at a time; so is their part
+    of grad_x, which would cancel in a sum of products where the row is near. FOR_ROWS: sums and
+    near are left alone, and coefficients and weights are written for `row_gradient_kernel`."""
     i_b = tl.program_id(0).to(tl.int64)
     to = b0 + i_b
     p_t = table + to
@@ -115,9 +117,9 @@ def coefficients_kernel(
     g_l, g_e = tl.load(grads + to), tl.load(grads + B + to)
     g_b, g_s = tl.load(grads + 2 * B + to), tl.load(grads + 3 * B + to)
     inf = float("inf")
-    # At a limit nothing moves x; `ties_kernel` does the rest.
+    # At sigma = 0, or where the row is hit, nothing moves x; `tie_gradients_kernel` does the rest.
     moves = (mode != LOST) & (mode != HARD) & (log_z < inf)
-    shared = tl.where(mode == SOFT, common, 0.0)  # what t has beyond l / T
+    shared = tl.where(mode == SOFT, common, 0.0)  # t is l / T + shared
     tz, te = log_z * inv_t + shared, E * inv_t + shared
 
     # [STRIPS, WIDTH], as all that follows
@@ -154,7 +156,7 @@ def coefficients_kernel(
         gap_z, gap_e = (t64 - tz).to(tl.float32), (t64 - te).to(tl.float32)
         l_b = (t64 * T - b_b).to(tl.float32)
     else:
-        lo = lowest_left(tz.to(tl.float32), err, mode == HARD)
+        lo = exact_from(tz.to(tl.float32), err, mode == HARD)
         t_b = t + b_b * inv_t.to(tl.float32)
         exact = mask & (unknown | (t_b >= lo))
         t64 = t_b.to(tl.float64)
@@ -163,16 +165,19 @@ def coefficients_kernel(
     rest = mask & (exact == 0)
     w = tl.where(rest, tl.exp(tl.where(rest, tl.minimum(gap_z, 80.0), 0.0)), 0.0)
     it32 = inv_t.to(tl.float32)
-    pull, pulled = tl.load(pulls + to).to(tl.float32), tl.load(pulls + B + to).to(tl.float32)
-    lag = tl.load(pulls + 2 * B + to) if FOR_ROWS else tl.cast(0.0, tl.float64)
-    hg = (dot_g * pull + (pulled - lag.to(tl.float32))) * it32
+    g_scale, g_rest = (
+        tl.load(grad_table + to).to(tl.float32),
+        tl.load(grad_table + B + to).to(tl.float32),
+    )
+    drift = tl.load(grad_table + 2 * B + to) if FOR_ROWS else tl.cast(0.0, tl.float64)
+    hg = (dot_g * g_scale + (g_rest - drift.to(tl.float32))) * it32
     ho = g_e.to(tl.float32) * gap_e + (g_b * inv_t).to(tl.float32) * (b_b - Eb.to(tl.float32))
     ho += (2.0 * g_s * inv_t).to(tl.float32) * (w - S.to(tl.float32))
     q = tl.where(rest, w * ((g_l + g_e).to(tl.float32) + hg + ho), 0.0)
     qc = q * c
     p_near = near + i_b * D
     if FOR_ROWS:
-        # Of a query that is lost everything is.
+        # The rows' gradient is NaN where a query is lost.
         none = tl.where(mode == LOST, float("nan"), 0.0)
         tl.store(dots + i_b * n + o_j, qc, mask=(o_j < n) & (exact == 0))
         tl.store(dots_g + i_b * n + o_j, w + none, mask=(o_j < n) & (exact == 0))
@@ -200,7 +205,7 @@ def coefficients_kernel(
                 tl.store(p_near + o_f, tl.zeros([BLOCK_D], tl.float32), mask=o_f < D)
             tl.debug_barrier()
 
-    scale, shift = tl.load(numbers), tl.load(numbers + 1)
+    scale, shift = tl.load(scale_shift), tl.load(scale_shift + 1)
     o_w = tl.arange(0, WIDTH)[None, :]
     left = exact
     count = tl.max(tl.sum(left.to(tl.int32), 1), 0)
@@ -226,7 +231,7 @@ def coefficients_kernel(
             s_r += diff * diff
             s_a += diff * (v_y - v_c)
             s_g += tl.where(m_d, v_g * (v_y - v_m), 0.0)
-        x_r2, x_xy, x_hg = tl.sum(s_r, 1), tl.sum(s_a, 1), (tl.sum(s_g, 1) - lag) * inv_t
+        x_r2, x_xy, x_hg = tl.sum(s_r, 1), tl.sum(s_a, 1), (tl.sum(s_g, 1) - drift) * inv_t
         x_b = tl.load(bias + n0 + o_n, mask=found & (has_bias != 0), other=0.0)
         if IS_LOG:
             x_r2 = tl.where(found, x_r2, 1.0)
@@ -275,30 +280,30 @@ def coefficients_kernel(
         tl.store(p_z + TEMP * b, tl.load(p_z + TEMP * b, mask=later, other=0.0) + z_t)
 
 
-def gradients_variant(rows: torch.dtype) -> Variant:
-    """The incoming gradients, for products with rows of a type."""
-    how = operand(rows, "tf32x3")
+def split_gradients_variant(rows: torch.dtype) -> Variant:
+    """For products with rows of a type."""
+    operand = operand_of(rows, "tf32x3")
     return Variant(
-        name=f"gradients {row_name(rows)}",
-        kernel=gradients_kernel,
+        name=f"split_gradients {row_name(rows)}",
+        kernel=split_gradients_kernel,
         signature={
-            "grad_mean": "*fp32", "mean": "*fp32", "numbers": "*fp64",
-            "terms": POINTERS[how.dtype], "pulls": "*fp64", "B": "i32", "D": "i32",
+            "grad_mean": "*fp32", "mean": "*fp32", "scale_shift": "*fp64",
+            "terms": POINTERS[operand.dtype], "grad_table": "*fp64", "B": "i32", "D": "i32",
             "offset": "fp32",
         },
-        constexprs={"TERMS": how.terms, "BLOCK_D": 1024},
-        aligned=("grad_mean", "mean", "numbers", "terms", "pulls", "D"),
+        constexprs={"TERMS": operand.terms, "BLOCK_D": 1024},
+        aligned=("grad_mean", "mean", "scale_shift", "terms", "grad_table", "D"),
     )  # fmt: skip
 
 
 def coefficients_variant(
-    rows: torch.dtype, chunk: int, kernel: str, for_rows: bool = False
+    rows: torch.dtype, size: int, weighting: str, for_rows: bool = False
 ) -> Variant:
-    """For chunks of up to `chunk` rows."""
-    wide = ("sq_norms", "bias", "table", "pulls", "sigma", "alpha", "temperature", "center",
-            "numbers", "stats", "grads", "sums")  # fmt: skip
+    """For chunks of up to `size` rows."""
+    wide = ("sq_norms", "bias", "table", "grad_table", "sigma", "alpha", "temperature", "center",
+            "scale_shift", "stats", "grads", "sums")  # fmt: skip
     return Variant(
-        name=f"coefficients {row_name(rows)} N{chunk} {kernel}" + " for rows" * for_rows,
+        name=f"coefficients {row_name(rows)} N{size} {weighting}" + " for rows" * for_rows,
         kernel=coefficients_kernel,
         signature={
             "dots": "*fp32", "dots_g": "*fp32", **dict.fromkeys(wide, "*fp64"),
@@ -308,24 +313,23 @@ def coefficients_variant(
             "has_bias": "i32",
         },
         constexprs={
-            "FOR_ROWS": for_rows, "IS_LOG": kernel == "log", "STRIPS": STRIPS,
-            "WIDTH": chunk // STRIPS, "BLOCK_D": 32,
+            "FOR_ROWS": for_rows, "IS_LOG": weighting == "log", "STRIPS": STRIPS,
+            "WIDTH": size // STRIPS, "BLOCK_D": 32,
         },
-        num_warps=warps(chunk),
-        registers=registers(chunk),
+        num_warps=warps(size),
+        registers=registers(size),
         aligned=("dots", "dots_g", "sq_norms", "bias", "x", "mean", "grad_mean", "rows", "center",
                  "near", "n", "D", "stride_n"),
     )  # fmt: skip
 
 
 def variants() -> list[Variant]:
-    """Row types; and these by chunks, for both kernels of the posterior, and for what has a
-    gradient."""
-    return [gradients_variant(t) for t in ROW_TYPES] + [
-        coefficients_variant(t, chunk, kernel, for_rows)
+    """Row types; and these by weightings, by sizes of chunks, and by what has a gradient."""
+    return [split_gradients_variant(t) for t in ROW_TYPES] + [
+        coefficients_variant(t, size, weighting, for_rows)
         for t in ROW_TYPES
-        for kernel in ("gaussian", "log")
-        for chunk in chunks(kernel, products=2)
+        for weighting in WEIGHTINGS
+        for size in chunk_sizes(weighting, products=2)
         for for_rows in (False, True)
         if not for_rows or t in FLOAT_ROWS
     ]
