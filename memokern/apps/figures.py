@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from memokern.data import files
+from memokern.util import writing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -125,7 +125,7 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
     path = check_path(path)
     kind = path.suffix.lower()[1:]
     metadata = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(kind)
-    with style(), files.atomic(path) as temporary:
+    with style(), writing.atomic(path) as temporary:
         figure.savefig(temporary, format=kind, metadata=metadata)
     return path
 

@@ -18,7 +18,7 @@ from memokern.apps import figures
 from memokern.backends import protocol as backends
 from memokern.data import files
 from memokern.index import basis as bases
-from memokern.index.index import ANEW
+from memokern.index.index import REBUILD_HINT
 
 # Where an index is built unasked: the rows and features of which a sweep takes so long that bounds
 # save time, and the queries (samples times evaluations) after which it has paid for itself.
@@ -75,7 +75,7 @@ def wrong_input(about: str | None = None, key_option: str = "--key") -> Iterator
         # The library speaks of its arguments and methods; here they are options and commands.
         message = (str(error) or type(error).__name__).replace("with key=", f"with {key_option}")
         message = message.replace(
-            ANEW, "'memokern index' makes a new one, --method dense needs none"
+            REBUILD_HINT, "'memokern index' makes a new one, --method dense needs none"
         )
         raise WrongInput(f"{about}: {message}" if about else message) from error
 

@@ -11,8 +11,8 @@ from typing import Any
 import click
 
 from memokern.apps.cli import common
-from memokern.data import files
 from memokern.samplers import Evaluation
+from memokern.util import writing
 
 FORMATS = (".json", ".csv")
 COLUMNS = (
@@ -63,13 +63,13 @@ class Log:
     def write(self, path: Path) -> None:
         """All evaluations: a list of objects in JSON, or a table with a header in CSV."""
         if path.suffix.lower() == ".json":
-            files.write_json(path, self.records)
+            writing.write_json(path, self.records)
             return
         text = io.StringIO()
         table = csv.DictWriter(text, list(self.records[0]), lineterminator="\n")
         table.writeheader()
         table.writerows(self.records)
-        files.write_bytes(path, text.getvalue().encode())
+        writing.write_bytes(path, text.getvalue().encode())
 
 
 def line(record: dict[str, Any]) -> str:

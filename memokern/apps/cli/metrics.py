@@ -9,8 +9,8 @@ import torch
 
 from memokern import memorization as metrics
 from memokern.apps.cli import common
-from memokern.data import files
 from memokern.strategies.pruned_nearest import MOST_ASKED
+from memokern.util import writing
 
 
 @click.command(short_help="Measure how many samples are copies of rows.")
@@ -94,7 +94,7 @@ def memorization(
     )  # fmt: skip
     if report is not None:
         with common.failure("cannot write"):
-            files.write_json(
+            writing.write_json(
                 report,
                 {
                     "samples": samples,

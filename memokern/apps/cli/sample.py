@@ -13,6 +13,7 @@ from memokern import Denoiser, TrainingSet, memorization, processes, regularizer
 from memokern.apps import figures
 from memokern.apps.cli import common, log
 from memokern.data import files
+from memokern.util import writing
 
 SOLVERS = ("euler", "heun", "rk45", "sde")
 REGULARIZER_HELP = (
@@ -365,7 +366,7 @@ def _write(
                 memorized=memorized,
             )
         if report is not None:
-            files.write_json(report, facts)
+            writing.write_json(report, facts)
 
 
 def _title(facts: dict[str, Any]) -> str:

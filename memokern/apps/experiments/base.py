@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memokern.apps import figures
-from memokern.data import files
+from memokern.util import writing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -94,7 +94,7 @@ def reproduce(
     seconds = time.perf_counter() - started
     conclusions = experiment.conclude(numbers)
     figures.save(experiment.figure(numbers), picture)
-    files.write_json(
+    writing.write_json(
         table,
         {
             "experiment": experiment.name,

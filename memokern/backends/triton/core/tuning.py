@@ -13,7 +13,6 @@ import contextlib
 import functools
 import json
 import os
-import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +23,7 @@ import triton
 from triton.runtime.errors import OutOfResources
 
 from memokern.backends.triton.core.variant import Variant
-from memokern.util import env
+from memokern.util import env, writing
 from memokern.util.torch_internals import capturing
 
 
@@ -156,18 +155,6 @@ def keep(path: Path, key: str, choice: str) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # said when it was first read
             known = read(path)
-        _replace(path, json.dumps({**known, key: choice}, indent=2, ensure_ascii=False) + "\n")
-    except OSError as error:
+        writing.write_json(path, {**known, key: choice})
+    except (OSError, ValueError) as error:
         warnings.warn(f"{path} cannot be written: {error}", stacklevel=2)
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file that is never seen half written."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

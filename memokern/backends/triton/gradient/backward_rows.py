@@ -72,7 +72,9 @@ def factors(q: KernelQueries, rows: Rows) -> Tensor:
     scaled = q.alpha * rows.scale
     high = scaled.to(torch.float32)
     low = (scaled - high).to(torch.float32)
-    return torch.stack([high, low, (q.alpha * rows.shift).to(torch.float32), unit.to(torch.float32)])
+    return torch.stack(
+        [high, low, (q.alpha * rows.shift).to(torch.float32), unit.to(torch.float32)]
+    )
 
 
 def variant(rows: torch.dtype) -> Variant:

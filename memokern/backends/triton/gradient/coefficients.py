@@ -165,7 +165,10 @@ def coefficients_kernel(
     rest = mask & (exact == 0)
     w = tl.where(rest, tl.exp(tl.where(rest, tl.minimum(gap_z, 80.0), 0.0)), 0.0)
     it32 = inv_t.to(tl.float32)
-    g_scale, g_rest = tl.load(grad_table + to).to(tl.float32), tl.load(grad_table + B + to).to(tl.float32)
+    g_scale, g_rest = (
+        tl.load(grad_table + to).to(tl.float32),
+        tl.load(grad_table + B + to).to(tl.float32),
+    )
     drift = tl.load(grad_table + 2 * B + to) if FOR_ROWS else tl.cast(0.0, tl.float64)
     hg = (dot_g * g_scale + (g_rest - drift.to(tl.float32))) * it32
     ho = g_e.to(tl.float32) * gap_e + (g_b * inv_t).to(tl.float32) * (b_b - Eb.to(tl.float32))

@@ -78,9 +78,7 @@ class _Backward:
         )
         self.dot_rows = products.rows_for(self.dot_v, data)
         self.chunk = min(self.plan.rows, data.n)
-        self.part_d = planner.part_size(
-            self.d, self.plan.parts_d, self.dot_v.constexprs["BLOCK_D"]
-        )
+        self.part_d = planner.part_size(self.d, self.plan.parts_d, self.dot_v.constexprs["BLOCK_D"])
         self.parts_d = -(-self.d // self.part_d)
         pairs = self.parts_d * self.plan.queries * self.chunk
         self.dots, self.dots_g = self.floats(pairs), self.floats(pairs)

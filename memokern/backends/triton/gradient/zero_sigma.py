@@ -151,7 +151,17 @@ def tie_sums_variant(rows: torch.dtype) -> Variant:
 
 
 def tie_gradients_variant(rows: torch.dtype) -> Variant:
-    wide = ("bias", "table", "alpha", "temperature", "scale_shift", "stats", "grads", "ties", "sums")
+    wide = (
+        "bias",
+        "table",
+        "alpha",
+        "temperature",
+        "scale_shift",
+        "stats",
+        "grads",
+        "ties",
+        "sums",
+    )
     return Variant(
         name=f"tie_gradients {row_name(rows)}",
         kernel=tie_gradients_kernel,

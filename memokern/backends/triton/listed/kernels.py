@@ -21,6 +21,7 @@ import triton.language as tl
 from memokern.backends.triton.core.query_table import HARD
 from memokern.backends.triton.core.variant import POINTERS, ROW_TYPES, Variant, row_name
 
+
 @triton.jit
 def _bias_of(bias, index, o_i, mask, HAS_BIAS: tl.constexpr):
     """The bias of listed rows [BLOCK]; -inf where there is no row."""

@@ -152,7 +152,9 @@ def accumulate_kernel(
     mask = mask_b[:, None] & mask_d[None, :]
     f = tl.load(factor + o_b, mask=mask_b, other=0.0)
     f_new = tl.load(unit + o_b, mask=mask_b, other=0.0) / big
-    old = tl.load(p_acc, mask=mask & (f != 0.0)[:, None], other=0.0)  # factor 0: nothing is there yet
+    old = tl.load(
+        p_acc, mask=mask & (f != 0.0)[:, None], other=0.0
+    )  # factor 0: nothing is there yet
     tl.store(p_acc, old * f[:, None] + total * f_new[:, None], mask=mask)
 
 

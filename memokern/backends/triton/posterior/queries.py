@@ -181,9 +181,7 @@ class KernelQueries:
         self.operand, self.center = operand_of(rows.data.dtype, self.precision), center
         self.scale_shift = scale_shift(rows)
         (b, d), device = self.x.shape, self.x.device
-        self.terms = torch.empty(
-            self.operand.terms, b, d, dtype=self.operand.dtype, device=device
-        )
+        self.terms = torch.empty(self.operand.terms, b, d, dtype=self.operand.dtype, device=device)
         self.table = torch.empty(TABLE, b, dtype=torch.float64, device=device)
         likely, bound = product_errors(self.operand, d)
         variant(rows.data.dtype, self.weighting).launch(

@@ -81,7 +81,9 @@ def scan_first_level_kernel(
         b_bound = acc + bands
         b_least = tl.load(least + o_b, mask=mask_b, other=float("inf"))[:, None]
         # A query that is given up has least = inf and lists nothing, not even a NaN.
-        keep = (mask_n[None, :] & (b_least < float("inf")) & ((b_bound < b_least) == 0)).to(tl.int32)
+        keep = (mask_n[None, :] & (b_least < float("inf")) & ((b_bound < b_least) == 0)).to(
+            tl.int32
+        )
         if PASS == _COUNT:
             tl.store(place + to, tl.sum(keep, 1).to(tl.int64), mask=mask_b)
         else:

@@ -58,7 +58,7 @@ def digest(variants: list[Any]) -> str:
 
 
 def page(rows: list[dict[str, Any]], variants: list[Any], triton: str) -> str:
-    """rows: of bench.aot.table, without errors, for these variants."""
+    """rows: of tools.aot.table, without errors, for these variants."""
     options = {v.name: words(v) for v in variants}
     targets = list(dict.fromkeys(row["target"] for row in rows))
     lines = [

@@ -29,7 +29,7 @@ import memokern
 from bench import peers, roofline
 from bench.cases import queries
 from memokern.backends.reference import dense as reference
-from memokern.data import files
+from memokern.util import writing
 
 ROOT = Path(__file__).resolve().parent.parent
 NO_GPU = "There is no GPU here: the kernels are compiled ahead of time instead."
@@ -267,8 +267,8 @@ def check(rounds: int, out: Path, device: torch.device) -> int:
     wrong."""
 
     def tell(result: dict[str, Any]) -> None:
-        files.write_json(out.with_suffix(".json"), result)
-        files.write_bytes(out, f"{render(result)}\n".encode())
+        writing.write_json(out.with_suffix(".json"), result)
+        writing.write_bytes(out, f"{render(result)}\n".encode())
         first = heading(result) if len(result["cases"]) == 1 else []
         print(*first, *lines_of(result["cases"][-1]), sep="\n", flush=True)
 

@@ -6,8 +6,8 @@ the time that its products need at the tensor cores' rate and its bytes at the d
 from the data sheet; a problem takes the sum over its launches, without what it costs to make them.
 So a prediction is a bound from below: no kernel reaches either rate.
 
-    python -m bench.roofline                          # the table
-    python -m bench.roofline --markdown docs/triton.md
+    python -m tools.roofline                          # the table
+    python -m tools.roofline --markdown docs/triton.md
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from unittest import mock
 
 import torch
 
+from bench import report
 from memokern.backends.triton import dense as triton
 from memokern.backends.triton.core.common import operand
 from memokern.backends.triton.core.variant import Variant
@@ -208,7 +209,7 @@ PROBLEMS = [
 
 
 def measured_on_a_cpu(page: str) -> dict[str, tuple[float, str]]:
-    """The figures of the README, by the names of their cases, and what they were measured on."""
+    """The figures of a page, by the names of their cases, and what they were measured on."""
     machine = re.search(r"Measured on ([^,]+), (\d+) threads", page)
     where = f"{machine[1]}, {machine[2]} threads" if machine else ""
     rows = re.findall(r"^\| (mean [^|]+?) \| ([\d.]+) \|", page, re.MULTILINE)
@@ -222,13 +223,13 @@ def milliseconds(seconds: float) -> str:
 
 def table() -> str:
     """All problems, with what a CPU was measured to take beside."""
-    cpu = measured_on_a_cpu((ROOT / "README.md").read_text())
+    cpu = measured_on_a_cpu(report.PAGE.read_text())
     where = next((w for _, w in cpu.values()), "")
     lines = [
         "Predicted, never measured: milliseconds at least, from data sheets, without exponentials"
         " and the cost of launches. In brackets: how much of it waits for memory. Beside them what"
-        f" the CPU kernels were measured to take ({where}; README). Written by"
-        " `python -m bench.roofline --markdown docs/triton.md`.",
+        f" the CPU kernels were measured to take ({where}; docs/performance.md). Written by"
+        " `python -m tools.roofline --markdown docs/triton.md`.",
         "",
         "| operation | rows | "
         + " | ".join(g.name for g in GPUS)
@@ -247,7 +248,7 @@ def table() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.roofline", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.roofline", description=__doc__)
     parser.add_argument("--markdown", type=Path, help="write the table between the page's marks")
     args = parser.parse_args()
     text = table()

@@ -2,7 +2,7 @@
 
 Registers and spills are read from the machine code, shared memory is the compiler's word; occupancy
 is computed from them and from what a multiprocessor has. Needs Triton, and no GPU. Triton must not
-be interpreting: run it as a process of its own, ``python -m bench.aot --help``.
+be interpreting: run it as a process of its own, ``python -m tools.aot --help``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench.resources import page
+from tools.resources import page
 from memokern.backends.triton import variants as listing
 from memokern.backends.triton.core.variant import Variant
 
@@ -241,7 +241,7 @@ def problem(row: dict[str, Any], chosen: list[Variant]) -> str | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.aot", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.aot", description=__doc__)
     parser.add_argument("words", nargs="*", help="only variants whose name has all these words")
     parser.add_argument("--target", action="append", choices=list(TARGETS))
     parser.add_argument("--json", action="store_true")
