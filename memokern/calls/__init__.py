@@ -6,7 +6,7 @@ A new input of the sweep is a field of :class:`Query` or :class:`Rows`; a new ou
 
 from memokern.calls.arguments import WEIGHTINGS, LogitBounds, Query, RowLists, Rows
 from memokern.calls.results import Gradients, Scan, Sums
-from memokern.calls.state import State, empty_state, merge, settled, to_sums
+from memokern.calls.state import State, empty_state, merge, settled, to_sums, without
 
 __all__ = [
     "WEIGHTINGS",
@@ -22,4 +22,5 @@ __all__ = [
     "merge",
     "settled",
     "to_sums",
+    "without",
 ]

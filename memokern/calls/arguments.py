@@ -96,7 +96,7 @@ class RowLists(NamedTuple):
     """
 
     start: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
 
 
 class LogitBounds(NamedTuple):

@@ -52,7 +52,15 @@ def empty_state(b: int, center: Tensor, dtype: torch.dtype) -> State:
     zeros = [torch.zeros(b, dtype=_F64, device=center.device) for _ in range(4)]
     inf = torch.full((b,), torch.inf, dtype=_F64, device=center.device)
     acc = torch.zeros(b, len(center), dtype=dtype, device=center.device)
-    return State(inf, -inf, *zeros, acc, center.to(_F64))
+    return State._make([inf, -inf, *zeros, acc, center.to(_F64)])
+
+
+def without(state: State, lost: Tensor) -> State:
+    """The same state, where nothing is known of the queries in `lost` [B]: those not finite."""
+    key, m, *sums, acc, center = state
+    known = [*(torch.where(lost, 0.0, v) for v in (key, m))]
+    known += [torch.where(lost, torch.nan, v) for v in sums]
+    return State._make([*known, torch.where(lost[:, None], torch.nan, acc), center])
 
 
 def merge(a: State, b: State) -> State:

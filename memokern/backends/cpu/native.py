@@ -41,10 +41,10 @@ def described(*values: Any) -> Any:
     return module().Rows(*values)
 
 
-def native_rows(rows: Rows) -> tuple[Any, tuple[Tensor | None, Tensor | None]]:
+def native_rows(rows: Rows) -> tuple[Any, tuple[Tensor | None, ...]]:
     """The rows as the module takes them, and the tensors that must outlive the call."""
     check_rows(rows)
-    keep = (contiguous64(rows.center), contiguous64(rows.sq_norms))
+    keep = tuple(None if t is None else contiguous64(t) for t in (rows.center, rows.sq_norms))
     data, dim = rows.data, rows.dim
     stride = data.stride(0) if rows.n > 1 else dim
     args = described(

@@ -23,7 +23,7 @@ from memokern.backends.reference.blocks import (
     row_blocks,
     squared_distances,
 )
-from memokern.calls import Gradients, Query, Rows, State, Sums, empty_state, to_sums
+from memokern.calls import Gradients, Query, Rows, State, Sums, empty_state, to_sums, without
 from memokern.util.torch_internals import recording
 
 
@@ -98,10 +98,7 @@ def _block_state(query: Query, rows: Rows, center: Tensor) -> State:
         s_bias = (power * torch.where(torch.isneginf(query.bias), 0.0, query.bias)).sum(1)
     state = State(key, m, s, (power * below).sum(1), s_bias, power.square().sum(1), acc, center)
     # A query that is not finite knows nothing; without this, rules of 0 * NaN would decide.
-    lost = ~torch.isfinite(query.x).all(1)
-    sums = [torch.where(lost, torch.nan, v) for v in state[2:6]]
-    key, m = (torch.where(lost, 0.0, v) for v in (key, m))
-    return State(key, m, *sums, torch.where(lost[:, None], torch.nan, acc), center)
+    return without(state, ~torch.isfinite(query.x).all(1))
 
 
 def _wide(query: Query, at: slice) -> Query:
@@ -119,7 +116,8 @@ def posterior_state(query: Query, rows: Rows) -> State:
     ]
     if not parts:
         return empty_state(0, center, F64)
-    return State(*(torch.cat(column) for column in list(zip(*parts, strict=True))[:-1]), center)
+    columns = list(zip(*parts, strict=True))[:-1]
+    return State._make([*(torch.cat(column) for column in columns), center])
 
 
 def posterior(query: Query, rows: Rows) -> Sums:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from memokern.backends.reference import derivatives
 from memokern.backends.reference.blocks import ELEMENTS, F64, nan_for_inf, values
-from memokern.calls import Gradients, Query, RowLists, Rows, State, Sums, to_sums
+from memokern.calls import Gradients, Query, RowLists, Rows, State, Sums, to_sums, without
 
 _NOTHING = -800.0  # e^v is 0 in float64 below it, and the row's part in any sum or derivative
 
@@ -61,11 +61,8 @@ def _block_state(query: Query, rows: Rows, lists: RowLists) -> State:
     s_bias = torch.zeros_like(power) if kept is None else power * kept
     sums = [total(v) for v in (power, power * below, s_bias, power.square())]
     acc = total(power[:, None] * y)
-    lost = ~torch.isfinite(query.x).all(1)
-    sums = [torch.where(lost, torch.nan, v) for v in sums]
-    key, m = (torch.where(lost, 0.0, v) for v in (key, m))
-    acc = torch.where(lost[:, None], torch.nan, acc)
-    return State(key, m, *sums, acc, acc.new_zeros(rows.dim))
+    state = State._make([key, m, *sums, acc, acc.new_zeros(rows.dim)])
+    return without(state, ~torch.isfinite(query.x).all(1))
 
 
 def _blocks(query: Query, rows: Rows, lists: RowLists) -> Iterator[derivatives.Block]:
