@@ -242,6 +242,25 @@ def posterior(backend: str) -> Table:
     return {name: cases for table in tables for name, cases in table(backend).items()}
 
 
+def states(backend: str) -> Table:
+    """Every type, few features and many, every noise, a bias with rows left out, both weightings."""
+    if backend == "triton":
+        shapes = [(2, 40, 5, 0.7), (2, 40, 300, 0.7), (2, 20, 40, 1e-3), (2, 20, 40, 80.0)]
+        types = [(t, F32) for t in (F32, U8)]
+    else:
+        shapes = [(b, 70, d, s) for b in (2, 24) for d in (3, 300) for s in (1e-3, 0.1, 1.0, 80.0)]
+        types = [*((t, F32) for t in ROW_TYPES), (F32, F64), (F64, F64)]
+    cases = [
+        Case(b, n, d, t, x, s, 0.9, 1.3, bias, weighting)
+        for b, n, d, s in shapes
+        for t, x in types
+        for bias in (None, "holes")
+        for weighting in ("gaussian", "log")
+        if weighting == "gaussian" or s == 0.7 or s == 1.0
+    ]
+    return _grouped(cases, lambda c: f"{c.weighting}-{name_of(c.x)}-{name_of(c.rows)}")
+
+
 def contract(backend: str) -> dict[str, tuple[torch.dtype, float]]:
     """Row types that float32 queries are answered in float32 for, and every sigma."""
     sigmas = (1e-3, 2e-3, 0.05, 0.3, 1.0, 10.0, 80.0, 1e3)

@@ -24,7 +24,6 @@ BY_OPERATION = {
         "posterior_backward_rows": "the gradient for the rows is taken in plain PyTorch",
     },
     "triton": {
-        "posterior_state": "not written yet",
         "posterior_double_backward": "second derivatives are taken in plain PyTorch",
         "posterior_listed_double_backward": "second derivatives are taken in plain PyTorch",
     },
