@@ -85,12 +85,17 @@ def test_distance_to_the_end_point_shrinks_like_sigma(numbers, process) -> None:
     assert found["constant"].max() < 10
 
 
+def test_falling_allows_for_the_samples_noise_only() -> None:
+    assert sweeps.falling([1.0, 0.5, 0.0025, 0.005, 0.0], 400)
+    assert not sweeps.falling([0.1, 0.2], 400) and not sweeps.falling([0.0, 0.1], 400)
+
+
 @pytest.mark.parametrize("name", ["tikhonov-sweep", "empirical-bayes-sweep"])
 def test_all_collapse_without_regularisation_and_fewer_the_stronger_it_is(numbers, name) -> None:
     n = numbers(name)
     assert n["unregularised_fraction"] == 1.0
     by_strength = [f for _, f in sorted(zip(n["strengths"], n["fractions"], strict=True))]
-    assert by_strength == sorted(by_strength, reverse=True)
+    assert sweeps.falling(by_strength, n["starts"])
     assert by_strength[0] > 0.9 and by_strength[-1] < 0.02
 
 
