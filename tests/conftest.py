@@ -7,7 +7,8 @@ import importlib.util
 
 import pytest
 import torch
-import triton_interpreter
+
+from tests import triton_interpreter
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 triton_interpreter.choose()

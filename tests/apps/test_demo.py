@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cli_calls import process
 
 from memokern import TrainingSet, memorization
 from memokern.apps import demo
+from tests.apps.cli_calls import process
 
 
 def test_demo_shows_the_cure(tmp_path) -> None:

@@ -7,16 +7,16 @@ import math
 import numpy as np
 import pytest
 import torch
-from data_cases import DTYPES, Largest, rows_of
 
-from memokern.data import storage as rows_module
+from memokern.data import storage
 from memokern.data.training_set import TrainingSet
+from tests.data.rows import DTYPES, Largest, rows_of
 
 
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Sweeps in chunks of 4 rows of 30 features, so that 37 rows end in a ragged chunk."""
-    monkeypatch.setattr(rows_module, "CHUNK_ELEMENTS", 4 * 30)
+    monkeypatch.setattr(storage, "CHUNK_ELEMENTS", 4 * 30)
 
 
 # --- rows ---------------------------------------------------------------------------------------

@@ -11,14 +11,12 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from data_cases import DTYPES, Largest, rows_of
 
-from memokern.data import files
-from memokern.data import storage as rows_module
+from memokern.data import files, storage
 from memokern.data.training_set import TrainingSet
-from memokern.index import basis as bases
-from memokern.index import build as index_build
-from memokern.index.index import fingerprint, spread
+from memokern.index import build
+from memokern.index.index import evenly_spaced_rows, fingerprint
+from tests.data.rows import DTYPES, Largest, rows_of
 
 PARTS = ("coarse", "fine", "center")
 
@@ -100,11 +98,11 @@ def test_many_features_take_no_square_matrix():
 def test_building_makes_nothing_larger_than_a_chunk(monkeypatch, dtype, basis):
     rows = rows_of(dtype, n=1000, shape=(3, 8, 8))
     whole = TrainingSet(rows).build_index(basis, dims=(4, 8)).index
-    monkeypatch.setattr(rows_module, "CHUNK_ELEMENTS", 7 * 192)
-    monkeypatch.setattr(index_build, "CHUNK_ELEMENTS", 7 * 192)
-    monkeypatch.setattr(bases, "FIT_ROWS", 60)
-    monkeypatch.setattr(bases, "ORDER_ROWS", 60)
-    monkeypatch.setattr("memokern.index.index.SEEN_BYTES", 5 * 192)
+    monkeypatch.setattr(storage, "CHUNK_ELEMENTS", 7 * 192)
+    monkeypatch.setattr(build, "CHUNK_ELEMENTS", 7 * 192)
+    monkeypatch.setattr(build, "FIT_ROWS", 60)
+    monkeypatch.setattr(build, "ORDER_ROWS", 60)
+    monkeypatch.setattr("memokern.index.index.FINGERPRINT_BYTES", 5 * 192)
     with Largest(rows) as largest:
         data = TrainingSet(rows).build_index(basis, dims=(4, 8))
     # The index is 1000 x 12 numbers at most, the directions 192 x 192; the rows are 192,000.
@@ -115,7 +113,7 @@ def test_building_makes_nothing_larger_than_a_chunk(monkeypatch, dtype, basis):
 def test_pieces_make_the_same_index(monkeypatch):
     rows = rows_of(torch.uint8, n=50, shape=(3, 8, 8))
     whole = TrainingSet(rows).build_index().index
-    monkeypatch.setattr(index_build, "CHUNK_ELEMENTS", 7 * 192)
+    monkeypatch.setattr(build, "CHUNK_ELEMENTS", 7 * 192)
     pieces = TrainingSet(rows).build_index().index
     for part in PARTS:
         one, other = (getattr(index, part).double() for index in (whole, pieces))
@@ -273,7 +271,7 @@ def test_a_damaged_index_is_refused(tmp_path):
         metadata["index"] = "{"
 
     for basis, change, match in (
-        ("dct", described(version=2), "version 2, expected 1"),
+        ("dct", described(version=2), "expected version 1, got 2"),
         ("dct", described(basis="wavelets"), "the basis 'wavelets' of the index is damaged"),
         ("dct", described(dims=[32, 16]), "cannot be used"),
         ("dct", described(dims=[]), "cannot be used"),
@@ -337,10 +335,10 @@ def test_the_fingerprint_is_of_everything_that_counts():
     assert fingerprint(rows.clone(), 1.0, 0.0) == marks[0]
 
 
-def test_spread():
-    assert spread(5, 5).tolist() == [0, 1, 2, 3, 4]
+def test_evenly_spaced_rows():
+    assert evenly_spaced_rows(5, 5).tolist() == [0, 1, 2, 3, 4]
     for n in (6, 1000, 10**9):
-        chosen = spread(n, 5)
+        chosen = evenly_spaced_rows(n, 5)
         assert int(chosen.min()) >= 0 and int(chosen.max()) < n
         assert len(chosen.unique()) == 5
         # No gap much larger than the even one.

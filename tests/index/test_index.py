@@ -10,13 +10,13 @@ import math
 
 import pytest
 import torch
-from data_cases import DTYPES
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from index_cases import backend  # noqa: F401  # the compiled projection, and the one in PyTorch
 
 from memokern.data.training_set import TrainingSet
 from memokern.index.projection import Projected, rounded_up
+from tests.data.rows import DTYPES
+from tests.index_cases import backend  # noqa: F401  # the compiled projection, and the one in PyTorch
 
 KINDS = ["random", "clustered", "low rank", "duplicated", "constant", "far", "smooth"]
 

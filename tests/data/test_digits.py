@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from memokern.data import digits as datasets
+from memokern.data import digits
 
 
 def test_digits_are_the_uci_test_set():
-    images, labels = datasets.digits()
+    images, labels = digits.digits()
     assert images.shape == (1797, 8, 8)
     assert images.dtype == labels.dtype == np.uint8
     assert (images.min(), images.max()) == (0, 16)
@@ -25,5 +25,5 @@ def test_digits_are_the_uci_test_set():
 
 
 def test_scale_and_shift_take_ink_counts_to_minus_one_and_one():
-    assert 0 * datasets.DIGITS_SCALE + datasets.DIGITS_SHIFT == -1
-    assert 16 * datasets.DIGITS_SCALE + datasets.DIGITS_SHIFT == 1
+    assert 0 * digits.DIGITS_SCALE + digits.DIGITS_SHIFT == -1
+    assert 16 * digits.DIGITS_SCALE + digits.DIGITS_SHIFT == 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import zipfile
@@ -14,6 +13,7 @@ import safetensors.torch
 import torch
 
 from memokern.data import files
+from memokern.util import writing
 
 
 class Bomb:
@@ -199,50 +199,6 @@ def test_as_tensor_shares_memory_even_when_read_only():
 # --- writing ------------------------------------------------------------------------------------
 
 
-def leftovers(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
-def test_atomic_replaces_only_on_success(tmp_path):
-    target = tmp_path / "a.txt"
-    target.write_text("old")
-    with pytest.raises(KeyboardInterrupt), files.atomic(target) as temporary:
-        temporary.write_text("half")
-        raise KeyboardInterrupt
-    assert target.read_text() == "old"
-    with files.atomic(target) as temporary:
-        temporary.write_text("new")
-        assert temporary.parent == target.parent
-        assert temporary.suffix == ".txt"
-        assert target.read_text() == "old"
-    assert target.read_text() == "new"
-    assert leftovers(tmp_path) == ["a.txt"]
-
-
-def test_atomic_follows_links_and_respects_the_umask(tmp_path):
-    real = tmp_path / "real.txt"
-    link = tmp_path / "link.txt"
-    link.symlink_to(real)
-    previous = os.umask(0o027)
-    try:
-        files.write_bytes(link, b"x")
-    finally:
-        os.umask(previous)
-    assert link.is_symlink()
-    assert real.read_bytes() == b"x"
-    assert real.stat().st_mode & 0o777 == 0o640
-
-
-def test_atomic_refuses_folders_devices_and_missing_folders(tmp_path):
-    with pytest.raises(ValueError, match="exists and is not a file"):
-        files.write_bytes(tmp_path, b"")
-    with pytest.raises(ValueError, match="exists and is not a file"):
-        files.write_bytes(os.devnull, b"")
-    with pytest.raises(FileNotFoundError, match="no such folder"):
-        files.write_bytes(tmp_path / "none" / "a", b"")
-    assert leftovers(tmp_path) == []
-
-
 def test_write_npz_is_deterministic_and_readable(tmp_path):
     arrays = {"x": torch.arange(3.0, requires_grad=True), "y": np.ones((2, 2), np.uint8), "z": 3}
     files.write_npz(tmp_path / "a.npz", **arrays)
@@ -256,7 +212,7 @@ def test_write_npz_is_deterministic_and_readable(tmp_path):
         files.write_npz(tmp_path / "c.npz", x=np.array([{}], dtype=object))
     with pytest.raises(ValueError, match=r"ending in \.npz"):
         files.write_npz(tmp_path / "c.dat", x=np.zeros(1))
-    assert leftovers(tmp_path) == ["a.npz", "b.npz"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.npz", "b.npz"]
 
 
 def test_write_safetensors(tmp_path):
@@ -277,30 +233,7 @@ def test_every_writer_respects_the_umask(tmp_path):
     try:
         files.write_safetensors(tmp_path / "a.safetensors", {"rows": torch.zeros(2)})
         files.write_npz(tmp_path / "a.npz", rows=torch.zeros(2))
-        files.write_json(tmp_path / "a.json", {})
+        writing.write_json(tmp_path / "a.json", {})
     finally:
         os.umask(previous)
     assert {p.stat().st_mode & 0o777 for p in tmp_path.iterdir()} == {0o640}
-
-
-def test_write_json(tmp_path):
-    value = {
-        "fraction": np.float32(0.5),
-        "nan": float("nan"),
-        "inside": [np.array([1.0, np.inf]), (True, None)],
-        "tensor": torch.tensor([[1, 2]]),
-        "path": Path("a"),
-        3: "three",
-    }
-    files.write_json(tmp_path / "a.json", value)
-    assert json.loads((tmp_path / "a.json").read_text()) == {
-        "fraction": 0.5,
-        "nan": None,
-        "inside": [[1.0, None], [True, None]],
-        "tensor": [[1, 2]],
-        "path": "a",
-        "3": "three",
-    }
-    with pytest.raises(TypeError):
-        files.write_json(tmp_path / "b.json", object())
-    assert leftovers(tmp_path) == ["a.json"]

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from data_cases import rows_of
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from memokern.data.training_set import TrainingSet
+from tests.data.rows import rows_of
 
 
 def test_from_numpy_read_only_and_writable_share_memory():

@@ -8,11 +8,11 @@ import json
 import pytest
 import safetensors.torch
 import torch
-from cli_calls import call
 
 from memokern import TrainingSet
 from memokern.apps.cli import common
 from memokern.data import files
+from tests.apps.cli_calls import call
 
 STEPS = ["sample", "-n", 3, "--steps", 6, "--seed", 1]
 

@@ -120,7 +120,7 @@ def test_labels_restrict_to_their_rows(labelled):
     torch.testing.assert_close(square.x0.reshape(4, 2, 3), network(x, t, labels))
 
 
-def test_labels_with_a_regulariser_that_spreads(labelled):
+def test_labels_with_a_regulariser_that_replicates(labelled):
     network = Denoiser(labelled, regularizer=regularizers.GaussianSmoothing(0.2, 4))
     x, labels = normal(4, 2, 3), torch.tensor([2, 0, 2, 1])
     mixed = network.evaluate(x, 0.7, labels)

@@ -7,10 +7,10 @@ import json
 import numpy as np
 import pytest
 import torch
-from cli_calls import call, process
 
 from memokern import TrainingSet
 from memokern.data import files
+from tests.apps.cli_calls import call, process
 
 DIGIT_ROWS = 1797
 

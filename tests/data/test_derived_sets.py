@@ -9,10 +9,10 @@ import pickle
 import pytest
 import safetensors.torch
 import torch
-from data_cases import DTYPES, rows_of
 
 from memokern.data import sources
 from memokern.data.training_set import TrainingSet
+from tests.data.rows import DTYPES, rows_of
 
 
 def test_subset():

@@ -11,9 +11,9 @@ import time
 
 import numpy as np
 import pytest
-from cli_calls import call, process
 
 from memokern import TrainingSet
+from tests.apps.cli_calls import call, process
 
 
 def _files(folder) -> None:
