@@ -23,10 +23,10 @@ import triton
 import triton.language as tl
 from triton_interpreter import DEVICE
 
-from tools import aot, resources
 from memokern.backends.triton import variants as listing
 from memokern.backends.triton.core.variant import Variant
 from memokern.backends.triton.posterior import fused
+from tools import aot, resources
 
 ROOT = Path(__file__).resolve().parents[3]
 PAGE = resources.read(resources.PAGE.read_text())

@@ -39,20 +39,23 @@ F32, F64 = torch.float32, torch.float64
 LISTED = {v.name: v for v in listing.variants()}
 
 
-def driver(machine: str) -> dict:
-    env = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_INTERPRET")}
+def driver(machine: str, cache: Path) -> dict:
+    """What the fake driver was asked for, in a process whose Triton compiles into a cache of its
+    own."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_INTERPRET")}
     here = Path(__file__).resolve().parent
-    env["PYTHONPATH"] = os.pathsep.join([str(here.parents[2]), env.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(here.parents[2]), environment.get("PYTHONPATH", "")])
+    environment |= {"PYTHONPATH": path, "TRITON_CACHE_DIR": str(cache)}
     run = subprocess.run(
         [sys.executable, str(here / "fake_driver.py"), machine],
-        capture_output=True, text=True, env=env,
+        capture_output=True, text=True, env=environment,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout.splitlines()[-1])
 
 
-def test_streams_devices_options_and_no_compilation_that_is_not_needed() -> None:
-    facts = driver("hopper")
+def test_streams_devices_options_and_no_compilation_that_is_not_needed(tmp_path: Path) -> None:
+    facts = driver("hopper", tmp_path)
     assert facts["compiled at import"] == []
     compiled, launches = facts["sizes"]
     assert len(compiled) == 1  # for all sizes, multiples of 16 or not, and 1
@@ -73,9 +76,9 @@ def test_streams_devices_options_and_no_compilation_that_is_not_needed() -> None
     }
 
 
-def test_what_is_launched_is_what_was_compiled_ahead_of_time() -> None:
+def test_what_is_launched_is_what_was_compiled_ahead_of_time(tmp_path: Path) -> None:
     """Whatever the numbers and addresses: types, and what is taken for granted of the arguments."""
-    facts = driver("alignment")
+    facts = driver("alignment", tmp_path)
     assert facts.keys() == {"plain", "odd features", "odd stride", "odd address", "odd bias"}
     for layout, launches in facts.items():
         kernels = set()
@@ -88,18 +91,19 @@ def test_what_is_launched_is_what_was_compiled_ahead_of_time() -> None:
             if same[0].signature.get("rows"):
                 kernels.add((launch["kernel"], bool(launch["aligned"])))
         # Rows decide; other values that lie oddly are moved.
-        assert {"sweep_kernel", "exact_kernel", "dot_products_kernel"} <= {name for name, _ in kernels}
+        names = {name for name, _ in kernels}
+        assert {"sweep_kernel", "exact_kernel", "dot_products_kernel"} <= names
         assert {aligned for _, aligned in kernels} == {layout in ("plain", "odd bias")}
 
 
-def test_a_device_that_is_too_small_says_so_before_anything_runs() -> None:
-    facts = driver("small")
+def test_a_device_that_is_too_small_says_so_before_anything_runs(tmp_path: Path) -> None:
+    facts = driver("small", tmp_path)
     assert "shared memory" in facts["error"] and "8192" in facts["error"]
     assert facts["launches"] == []
 
 
-def test_amd_is_asked_for_nothing_that_is_nvidias() -> None:
-    launches = driver("amd")["nearest"]
+def test_amd_is_asked_for_nothing_that_is_nvidias(tmp_path: Path) -> None:
+    launches = driver("amd", tmp_path)["nearest"]
     assert [launch["maxnreg"] for launch in launches] == [None, None]
 
 
@@ -236,9 +240,7 @@ def test_the_gradient_for_rows_at_all_sizes(launched: Launched, b: int, n: int, 
     """Two sweeps; the gradient is written once for each row, by the last block of queries."""
     query, _ = problem(b, 1, d)
     rows, stat = torch.zeros(n, d, dtype=torch.bfloat16), torch.zeros(b, dtype=F64)
-    out = BACKEND.posterior_backward_rows(
-        query, Rows(rows), Sums(query.x, stat, stat, stat, stat)
-    )
+    out = BACKEND.posterior_backward_rows(query, Rows(rows), Sums(query.x, stat, stat, stat, stat))
     assert out.shape == rows.shape and out.dtype == rows.dtype
     last = [args for name, _, args in launched
             if name.startswith("row_gradient ") and args["is_last"]]  # fmt: skip

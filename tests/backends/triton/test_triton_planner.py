@@ -114,7 +114,7 @@ def test_who_runs_what_and_why_not(monkeypatch) -> None:
     call = Call("cpu", torch.float32, torch.float32, 1, 1, 1)
     monkeypatch.setenv(env.BACKEND, "triton")
     assert protocol.choose("posterior", call) is BACKEND
-    with pytest.raises(RuntimeError, match="triton does not: .* these are on meta.*unset it"):
+    with pytest.raises(RuntimeError, match=r"triton does not: .* these are on meta.*unset it"):
         protocol.choose("posterior", call._replace(device="meta"))
     for double in (call._replace(x=torch.float64), call._replace(rows=torch.float64)):
         with pytest.raises(RuntimeError, match="triton does not: it has no kernel for float64"):
