@@ -147,7 +147,7 @@ def faulty(tmp_path_factory) -> tuple[subprocess.CompletedProcess[str], Path]:
         "time: mean B=1 N=300 D=24 float32": "memory",
     }
     words = [word for name, kind in faults.items() for word in ("--fault", f"{name}={kind}")]
-    only = "float32 -compiled -state -rows' -pruned"
+    only = "float32 -compiled -state -rows' -pruned -bound_scan -listed -sigma -log -backward"
     run = gpu_check("--rehearse", "cpu", "--minutes", 4, "--out", out, f"--only={only}", *words)
     return run, out
 
@@ -199,7 +199,9 @@ def test_the_time_is_up_before_anything_is_known(tmp_path) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="not Linux")
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.long)]
+)
 def test_a_run_that_is_stopped_leaves_what_it_had(number: signal.Signals, tmp_path) -> None:
     """While a step hangs, too; and no process of it is left."""
     out = tmp_path / "page.md"
@@ -294,7 +296,7 @@ def test_what_pytest_says_is_kept(tmp_path, capfd) -> None:
     assert said.status == 0 and said.summary.startswith("the time was up: ")
 
 
-@pytest.mark.parametrize("wrong", [False, True])
+@pytest.mark.parametrize("wrong", [pytest.param(False, marks=pytest.mark.long), True])
 def test_the_status_is_that_of_the_tests_too(wrong: bool, tmp_path, monkeypatch) -> None:
     """With --tests, whatever time is left; the page says what they said."""
     tests, out = tmp_path / "test_it.py", tmp_path / "page.md"
@@ -309,6 +311,7 @@ def test_the_status_is_that_of_the_tests_too(wrong: bool, tmp_path, monkeypatch)
     assert result_of(out)["tests"]["status"] == int(wrong)
 
 
+@pytest.mark.long
 def test_what_needs_no_device_passes_on_a_machine_with_a_gpu_too() -> None:
     """`make gpu-check` may run these there; here they are told that there is a GPU."""
     code = (
