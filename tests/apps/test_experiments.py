@@ -14,6 +14,8 @@ import torch
 from memokern.apps import experiments
 from memokern.apps.experiments import planar, squares, structured, sweeps
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(scope="module")
 def numbers():

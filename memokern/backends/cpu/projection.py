@@ -20,15 +20,15 @@ class CosineProjection:
     SIDE = 16  # to whose multiples the kernel pads a box
 
     def __init__(
-        self, axes: tuple[int, int, int], channels_last: bool, turn: Tensor, down: Tensor,
-        across: Tensor, box: Tensor, boxes: int, place: Tensor, kept: int, edges: Tensor,
+        self, *, axes: tuple[int, int, int], channels_last: bool, turn: Tensor, down: Tensor,
+        across: Tensor, box: Tensor, size: int, place: Tensor, kept: int, edges: Tensor,
         center: Tensor, worth: Tensor, largest: float,
     ) -> None:  # fmt: skip
         self._held = (turn, down, across, box, place, edges, center, worth)
         self._kept, self._bands = kept, len(edges) - 1
         self._basis = module().Cosine(
             *axes, channels_last, turn.data_ptr(), down.data_ptr(), across.data_ptr(),
-            box.data_ptr(), boxes, place.data_ptr(), len(place), kept, edges.data_ptr(),
+            box.data_ptr(), size, place.data_ptr(), len(place), kept, edges.data_ptr(),
             self._bands, center.data_ptr(), worth.data_ptr(), largest,
         )  # fmt: skip
 
