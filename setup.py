@@ -4,6 +4,7 @@ import os
 import platform
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import setup
@@ -12,12 +13,12 @@ X86 = platform.machine().lower() in ("x86_64", "amd64")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]  # every processor with AVX2 has F16C
 AVX512 = [*AVX2, "-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mprefer-vector-width=512"]
 # One source for each instruction set, with the flags that only it may have.
-ISA_FLAGS = {"csrc/isa_baseline.cpp": []}
+ISA_FLAGS = {"csrc/cpu/isa/baseline.cpp": []}
 if X86:
     ISA_FLAGS |= {
-        "csrc/isa_avx2.cpp": AVX2,
-        "csrc/isa_avx2w16.cpp": [*AVX2, "-O1"],  # for tests only: half the time to compile
-        "csrc/isa_avx512.cpp": AVX512,
+        "csrc/cpu/isa/avx2.cpp": AVX2,
+        "csrc/testing/avx2w16.cpp": [*AVX2, "-O1"],  # for tests only: half the time to compile
+        "csrc/cpu/isa/avx512.cpp": AVX512,
     }
 # Apple's compiler has no OpenMP of its own; without it the kernels run on one thread.
 OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]
@@ -60,15 +61,13 @@ setup(
     ext_modules=[
         Pybind11Extension(
             "memokern._C",
-            ["csrc/bind.cpp", *ISA_FLAGS],
+            ["csrc/bind/module.cpp", *ISA_FLAGS],
             cxx_std=17,
             define_macros=[("MEMOKERN_HAVE_X86", "1")] if X86 else [],
             extra_compile_args=FLAGS + OPENMP,
             extra_link_args=OPENMP,
-            depends=[
-                "csrc/kernels.h",
-                *sorted(f"csrc/{n}" for n in os.listdir("csrc") if "-inl" in n),
-            ],
+            include_dirs=["csrc/include", "csrc"],
+            depends=sorted(str(path) for path in Path("csrc").rglob("*.h")),
         )
     ],
     cmdclass={"build_ext": BuildExt},

@@ -9,7 +9,7 @@
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
-#include "kernels.h"
+#include "memokern/abi.h"
 
 namespace memokern { namespace MEMOKERN_ISA_NS {
 

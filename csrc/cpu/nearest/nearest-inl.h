@@ -4,7 +4,7 @@
 // could be among the k best is evaluated by direct differences in double. Each part keeps k (distance, index) pairs per query, ascending, the
 // lower index first; parts are joined by inserting one list into the other.
 #pragma once
-#include "posterior-inl.h"
+#include "cpu/posterior/posterior-inl.h"
 
 namespace memokern { namespace MEMOKERN_ISA_NS {
 

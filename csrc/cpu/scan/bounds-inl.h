@@ -6,7 +6,7 @@
 // s_n - |xc|^2 / 2 of rows evaluated by direct differences: proven. A row is dropped when its bound, widened by all
 // that rounding can do (slack), is below best + |xc|^2 / 2 - sigma^2 T log(N / eps).
 #pragma once
-#include "whole-inl.h"
+#include "cpu/scan/full_product-inl.h"
 
 namespace memokern { namespace MEMOKERN_ISA_NS {
 

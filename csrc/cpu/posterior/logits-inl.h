@@ -5,7 +5,7 @@
 // `err` (query-inl.h), and every row whose weight that error could change by more than THETA is evaluated again by direct
 // differences in double. Queries lie side by side in P [NT][Ps], W to a vector.
 #pragma once
-#include "query-inl.h"
+#include "cpu/core/query-inl.h"
 
 namespace memokern { namespace MEMOKERN_ISA_NS {
 

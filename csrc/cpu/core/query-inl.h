@@ -1,6 +1,6 @@
 // What is known of a query, the error of its logits, and its running state with the merge that joins parts.
 #pragma once
-#include "few-inl.h"
+#include "cpu/core/direct-inl.h"
 
 namespace memokern { namespace MEMOKERN_ISA_NS {
 

@@ -4,7 +4,7 @@
 // incoming gradients of the mean, the coefficient q of every (query, row), and acc += q yc. In words: grad_x is
 // sum q d l/dx, and so on for sigma, alpha, bias (see the formulas in memokern/ops.py). Three products to the forward's two.
 #pragma once
-#include "posterior-inl.h"
+#include "cpu/posterior/posterior-inl.h"
 
 namespace memokern { namespace MEMOKERN_ISA_NS {
 

@@ -1,7 +1,7 @@
 // The last level of the ladder: the product over all features, for the rows left of all queries together, which leaves few.
 // Row by row: a row comes from memory once for all the queries that have it, and meets theirs, 2 or 4 bytes a feature, in L2.
 #pragma once
-#include "bounds-inl.h"
+#include "cpu/scan/bounds-inl.h"
 
 namespace memokern { namespace MEMOKERN_ISA_NS {
 

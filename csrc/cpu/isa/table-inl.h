@@ -1,11 +1,11 @@
 // The table of one instruction set. Included last, by each isa_*.cpp.
 #pragma once
-#include "backward-inl.h"
-#include "nearest-inl.h"
-#include "project-inl.h"
-#include "scan-inl.h"
-#include "small-inl.h"
-#include "support-inl.h"
+#include "cpu/posterior/backward-inl.h"
+#include "cpu/nearest/nearest-inl.h"
+#include "cpu/project/project-inl.h"
+#include "cpu/scan/scan-inl.h"
+#include "cpu/posterior/small-inl.h"
+#include "cpu/listed/listed-inl.h"
 
 namespace memokern { namespace MEMOKERN_ISA_NS {
 

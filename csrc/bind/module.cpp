@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "kernels.h"
+#include "memokern/abi.h"
 
 namespace py = pybind11;
 namespace memokern {

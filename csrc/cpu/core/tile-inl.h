@@ -6,7 +6,7 @@
 //                feature is a broadcast.
 //   accumulate:  ACC [Dp/NR][B][NR] += P' Y. Features lie across the lanes; a weight is a broadcast.
 #pragma once
-#include "vec-inl.h"
+#include "cpu/core/vec-inl.h"
 
 namespace memokern { namespace MEMOKERN_ISA_NS {
 

@@ -6,7 +6,7 @@
 // differences of opposite values halve the products. (The stored cosines are symmetric to 2^-52 only, far within what
 // Cosine.error grants; that counts n + 1 roundings of a product, here it is one for the sum, one for the cosine, n / 2.)
 #pragma once
-#include "tile-inl.h"
+#include "cpu/core/tile-inl.h"
 
 namespace memokern { namespace MEMOKERN_ISA_NS {
 

@@ -1,6 +1,6 @@
 // The products for few queries, and the choice between these and the packed ones.
 #pragma once
-#include "tile-inl.h"
+#include "cpu/core/tile-inl.h"
 
 namespace memokern { namespace MEMOKERN_ISA_NS {
 

@@ -6,7 +6,7 @@
 // sum x raw is a sum of integers; the part of the offset is a number per query. Where that is not sharp enough, the rest is
 // q2 lo + less, |less| <= q2 / 2: twice the work, still faster and sharper than float.
 #pragma once
-#include "posterior-inl.h"
+#include "cpu/posterior/posterior-inl.h"
 
 namespace memokern { namespace MEMOKERN_ISA_NS {
 

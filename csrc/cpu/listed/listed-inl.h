@@ -4,7 +4,7 @@
 // A query's list is cut into pieces where there are fewer queries than threads could share evenly; each piece is a State and
 // an accumulator, joined by merge(). A piece goes over its rows twice: for their logits, then to add up those with weight.
 #pragma once
-#include "posterior-inl.h"
+#include "cpu/posterior/posterior-inl.h"
 
 namespace memokern { namespace MEMOKERN_ISA_NS {
 

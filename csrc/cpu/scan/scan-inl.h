@@ -7,7 +7,7 @@
 // most promising row of each query evaluated; further levels of the whole chunk while many rows are left, else the rows
 // left go to a list for each query, which climbs the rest of the ladder row by row, and then the last level (last-inl.h).
 #pragma once
-#include "last-inl.h"
+#include "cpu/scan/full_level-inl.h"
 
 namespace memokern { namespace MEMOKERN_ISA_NS {
 

@@ -5,7 +5,7 @@
 // on nothing but the rows: not on the threads, nor on how the batch is split. Queries whose logits float cannot hold
 // (small sigma, large bias), or at a limit, are handed back for the general sweep, which evaluates exactly.
 #pragma once
-#include "posterior-inl.h"
+#include "cpu/posterior/posterior-inl.h"
 
 namespace memokern { namespace MEMOKERN_ISA_NS {
 

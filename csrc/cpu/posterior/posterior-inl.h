@@ -4,7 +4,7 @@
 // m is the largest logit seen, s the sum of e^(t-m), acc the sum of e^(t-m) yc, so center + acc / s is the mean so far.
 // Parts that own rows are joined by merge(). Reads the rows once for each block of queries; never an N x B array.
 #pragma once
-#include "logits-inl.h"
+#include "cpu/posterior/logits-inl.h"
 
 namespace memokern { namespace MEMOKERN_ISA_NS {
 
