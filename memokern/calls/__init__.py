@@ -4,12 +4,20 @@ A new input of the sweep is a field of :class:`Query` or :class:`Rows`; a new ou
 :class:`Sums` or :class:`State`.
 """
 
-from memokern.calls.arguments import WEIGHTINGS, LogitBounds, Query, RowLists, Rows
+from memokern.calls.arguments import (
+    WEIGHTINGS,
+    CosineTransform,
+    LogitBounds,
+    Query,
+    RowLists,
+    Rows,
+)
 from memokern.calls.results import Gradients, Scan, Sums
 from memokern.calls.state import State, empty_state, merge, settled, to_sums
 
 __all__ = [
     "WEIGHTINGS",
+    "CosineTransform",
     "Gradients",
     "LogitBounds",
     "Query",

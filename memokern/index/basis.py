@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from memokern.calls import CosineTransform
 
 # Rows that a basis is fitted on, at most: the directions of 4096 rows, the variances of 1024.
 FIT_ROWS = 4096
@@ -60,20 +61,6 @@ def _defect(matrix: Tensor) -> float:
     gram.diagonal().sub_(1)
     size = float(torch.linalg.matrix_norm(matrix)) ** 2  # sum of |q_i|^2
     return 1.001 * (float(torch.linalg.matrix_norm(gram)) + gamma(n + 2, torch.float64) * size)
-
-
-class Boxes(NamedTuple):
-    """A cosine transform as the compiled kernel takes it (``csrc/project-inl.h``): float32 matrices
-    of the three axes, and for each rotated channel a box of the frequencies that are computed,
-    [across, down], the latter padded; place says where in the boxes the coordinates are.
-    """
-
-    turn: Tensor  # [C, C]
-    down: Tensor  # [H, H], one frequency per row
-    across: Tensor  # [W, W]
-    box: Tensor  # [C, 2] int64, frequencies down and across
-    numbers: int  # in all boxes
-    place: Tensor  # [M] int32
 
 
 class Cosine:
@@ -145,8 +132,8 @@ class Cosine:
     def channels_last(self) -> bool:
         return len(self.shape) == 3 and self.axes[0] != self.shape[0]
 
-    def boxes(self, side: int) -> Boxes:
-        """The transform for the compiled kernel, which pads to multiples of `side`."""
+    def transform(self, side: int) -> CosineTransform:
+        """The transform as a kernel takes it, whose boxes are padded to multiples of `side`."""
         channel, row, column = torch.unravel_index(self.order, self.axes)
         box = torch.zeros(self.axes[0], 2, dtype=torch.int64)
         place = torch.empty_like(channel)
@@ -160,7 +147,16 @@ class Cosine:
                 place[here] = count + column[here] * tall + row[here]
                 count += across * tall
         turn, down_all, across_all = (cosines(n).to(torch.float32) for n in self.axes)
-        return Boxes(turn, down_all, across_all, box, count, place.to(torch.int32))
+        return CosineTransform(
+            self.axes,
+            self.channels_last,
+            turn,
+            down_all,
+            across_all,
+            box,
+            count,
+            place.to(torch.int32),
+        )
 
     def error(self, dtype: torch.dtype) -> float:
         """Coordinates computed in this type from v are within error * |v| of the exact ones.

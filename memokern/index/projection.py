@@ -101,9 +101,7 @@ class Projector:
         if self._compiled is None:
             weights, constants = self._margins(U32, torch.float32)
             self._compiled = make(
-                self._basis.axes,
-                self._basis.channels_last,
-                *self._basis.boxes(make.SIDE),
+                self._basis.transform(make.side()),
                 self._kept,
                 torch.tensor(self._edges),
                 self._center.contiguous(),

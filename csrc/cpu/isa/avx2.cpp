@@ -4,4 +4,4 @@
 
 namespace memokern {
 const Table* table_avx2() { return &avx2::kTable; }
-}
+}  // namespace memokern

@@ -4,4 +4,4 @@
 
 namespace memokern {
 const Table* table_avx512() { return &avx512::kTable; }
-}
+}  // namespace memokern

@@ -4,4 +4,4 @@
 
 namespace memokern {
 const Table* table_baseline() { return &baseline::kTable; }
-}
+}  // namespace memokern

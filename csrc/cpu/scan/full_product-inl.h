@@ -1,14 +1,17 @@
-// <xc, yc> over all features of one row and one query, with a proven error: what a scan knows of a row at last.
+// <xc, yc> over all features of one row and one query, with a proven error: the last bound of a scan.
 //
-// With x = scale xc and u = 2^-24. In float: x is rounded once, raw + offset four times (raw, which is its part of
-// |yc| + pad; offset; their sum), and a sum goes through WHOLE / 4W additions and a few more before it is double.
-// uint8 rows in integers, where the instruction set multiplies pairs of 16 bits: x = q1 hi + rest, |rest| <= q1 / 2, and
-// sum x raw is a sum of integers; the part of the offset is a number per query. Where that is not sharp enough, the rest is
-// q2 lo + less, |less| <= q2 / 2: twice the work, still faster and sharper than float.
+// With x = scale xc and u = 2^-24, the parts of the error in float are: x is rounded once, raw + offset four times (raw,
+// as its part of |yc| + center_norms; the offset; their sum), and a sum goes through FULL_SUM / 4W additions and a few
+// more before it becomes double.
+//
+// Rows of uint8 are multiplied as integers where the instruction set multiplies pairs of 16 bits: x = q1 hi + rest with
+// |rest| <= q1 / 2, so that <x, raw> is a sum of integers and the part of the offset a number per query. Where that is
+// not sharp enough the rest is q2 lo + less, |less| <= q2 / 2: twice the work, and still faster and sharper than float.
 #pragma once
-#include "cpu/posterior/posterior-inl.h"
+#include "cpu/core/source-inl.h"
 
-namespace memokern { namespace MEMOKERN_ISA_NS {
+namespace memokern {
+namespace MEMOKERN_ISA_NS {
 
 #ifdef __AVX2__
 #define MK_PAIRS 1
@@ -17,20 +20,21 @@ namespace memokern { namespace MEMOKERN_ISA_NS {
 #endif
 
 enum {
-  WHOLE = 2048,  // features of a product that are added up in float
-  PAIRS = 1024   // features of a sum of 32-bit integers: 16 lanes of 255 * 2^15 each, 64 times
+  FULL_SUM = 2048,  // features of a product that are added up in float
+  PAIR_SUM = 1024   // features of a sum of 32-bit integers: 64 times 16 lanes of at most 255 * 2^15 each
 };
 
-struct WholeQuery {
+struct FullProductQuery {
   float* x;          // [D, padded with zeros] scale xc
-  int16_t *hi, *lo;  // [D, the same]; lo null: hi is enough
+  int16_t *hi, *lo;  // [D, padded with zeros]; lo is null where hi is enough
   double q1, q2;
-  double offset;     // <x, (shift - center) / scale>
-  double error;
+  double offset;  // <x, (shift - center) / scale>
+  double error;   // of the product
   Arena arena;
 
-  // enough: an error that is as good as none.
-  template <class X> bool prepare(const Source<float>& src, const X* from, double alpha, double size, double y_max, double enough) {
+  // from: the query; size: |xc|, at most; enough: an error that is as good as none. Returns false without memory.
+  template <class X>
+  bool prepare(const Source<float>& src, const X* from, double alpha, double size, double y_max, double enough) {
     const int64_t D = src.rows.d, Dp = round_up(D, (int64_t)64);
     const bool integers = MK_PAIRS && src.rows.type == kU8;
     if (!arena.reserve(Arena::bytes<float>(Dp) + 2 * Arena::bytes<int16_t>(integers ? Dp : 0))) return false;
@@ -39,7 +43,8 @@ struct WholeQuery {
     double largest[L] = {}, sums[L] = {};
     int64_t d = 0;
     const auto take = [&](int64_t i) {
-      const double v = src.rows.scale * ((double)from[d + i] - alpha * src.center[d + i]), size_v = __builtin_fabs(v);
+      const double v = src.rows.scale * ((double)from[d + i] - alpha * src.center[d + i]);
+      const double size_v = __builtin_fabs(v);
       x[d + i] = (float)v;
       largest[i] = size_v > largest[i] ? size_v : largest[i];
       sums[i] += v * (src.rows.shift - src.center[d + i]);
@@ -48,8 +53,8 @@ struct WholeQuery {
 #pragma GCC unroll 8
       for (int i = 0; i < L; i++) take(i);
     for (int i = 0; d + i < D; i++) take(i);
-    const double u = 1.01 * 0x1p-24;
-    error = u * size * ((WHOLE / (4 * Vec<float>::W) + 16) * y_max + 4 * src.pad) + 1e-12 * size * (y_max + src.pad);
+    const double u = 1.01 * 0x1p-24, C = src.center_norms;
+    error = u * size * ((FULL_SUM / (4 * Vec<float>::W) + 16) * y_max + 4 * C) + 1e-12 * size * (y_max + C);
     if (!integers) return true;
     hi = arena.take<int16_t>(Dp);
     lo = nullptr;
@@ -58,8 +63,9 @@ struct WholeQuery {
       most = dmax(most, largest[i]);
       offset += sums[i] / src.rows.scale;
     }
-    const double raw = (y_max + src.pad) / __builtin_fabs(src.rows.scale), root = __builtin_sqrt((double)D);  // no row of raw numbers is longer
-    const double rounded = u * size * y_max + 1e-12 * size * (y_max + src.pad);
+    // No row of raw numbers is longer than `raw`.
+    const double raw = (y_max + C) / __builtin_fabs(src.rows.scale), root = __builtin_sqrt((double)D);
+    const double rounded = u * size * y_max + 1e-12 * size * (y_max + C);
     q1 = most / 32760.0 + 1e-30;
     const float r1 = (float)(1 / q1);
     // The rounding of the quotient to float moves the integer by less than 0.01.
@@ -75,7 +81,9 @@ struct WholeQuery {
   static int nearest_integer(float v) { return (int)(v + (v < 0 ? -0.5f : 0.5f)); }
 };
 
-template <class S> static double whole_one(const Source<float>& src, int64_t n, const WholeQuery& q) {
+// One row and one query.
+template <class S>
+static double full_product_of(const Source<float>& src, int64_t n, const FullProductQuery& q) {
   enum { W = Vec<float>::W };
   typedef Vec<float>::T V;
   const S* raw = (const S*)src.rows.data + n * src.rows.stride;
@@ -83,11 +91,12 @@ template <class S> static double whole_one(const Source<float>& src, int64_t n, 
   const int64_t D = src.rows.d;
   double sum = 0;
   for (int64_t d = 0; d < D;) {
-    const int64_t end = imin(D, d + WHOLE);
+    const int64_t end = imin(D, d + FULL_SUM);
     V s[4] = {};
     for (; d + 4 * W <= end; d += 4 * W)
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; i++) s[i] += (Convert<float, S>::vec(raw + d + i * W) + load(off + d + i * W)) * load(x + d + i * W);
+      for (int i = 0; i < 4; i++)
+        s[i] += (Convert<float, S>::vec(raw + d + i * W) + load(off + d + i * W)) * load(x + d + i * W);
     for (; d + W <= end; d += W) s[0] += (Convert<float, S>::vec(raw + d) + load(off + d)) * load(x + d);
     if (d < end) {
       S tail[W];
@@ -100,12 +109,17 @@ template <class S> static double whole_one(const Source<float>& src, int64_t n, 
   }
   return sum;
 }
-template <class S> static void whole_typed(const Source<float>& src, int64_t n, const WholeQuery* const* qs, int64_t count, double* out) {
-  for (int64_t i = 0; i < count; i++) out[i] = whole_one<S>(src, n, *qs[i]);
+
+// One row and `count` queries.
+template <class S>
+static void full_product_typed(const Source<float>& src, int64_t n, const FullProductQuery* const* qs, int64_t count,
+                               double* out) {
+  for (int64_t i = 0; i < count; i++) out[i] = full_product_of<S>(src, n, *qs[i]);
 }
 #if MK_PAIRS
-// One row, Q queries.
-template <bool LOW, int Q> static void pairs(const Source<float>& src, int64_t n, const WholeQuery* const* qs, double* out) {
+// One row of uint8 and Q queries. LOW: their `lo` is there too.
+template <bool LOW, int Q>
+static void pairs(const Source<float>& src, int64_t n, const FullProductQuery* const* qs, double* out) {
   enum { STEP = 16, P = LOW ? 2 : 1 };
   const uint8_t* raw = (const uint8_t*)src.rows.data + n * src.rows.stride;
   const int64_t D = src.rows.d;
@@ -116,14 +130,17 @@ template <bool LOW, int Q> static void pairs(const Source<float>& src, int64_t n
   }
   __m256i sum[Q][P] = {};  // of 64 bits
   for (int64_t d = 0; d < D;) {
-    const int64_t end = imin(D, d + PAIRS);
+    const int64_t end = imin(D, d + PAIR_SUM);
     __m256i part[Q][P] = {};
     const auto add = [&](__m128i bytes, int64_t at) {
       const __m256i v = _mm256_cvtepu8_epi16(bytes);
 #pragma GCC unroll 4
       for (int i = 0; i < Q; i++)
 #pragma GCC unroll 2
-        for (int j = 0; j < P; j++) part[i][j] = _mm256_add_epi32(part[i][j], _mm256_madd_epi16(v, _mm256_loadu_si256((const __m256i*)(x[i][j] + at))));
+        for (int j = 0; j < P; j++) {
+          const __m256i w = _mm256_loadu_si256((const __m256i*)(x[i][j] + at));
+          part[i][j] = _mm256_add_epi32(part[i][j], _mm256_madd_epi16(v, w));
+        }
     };
     for (; d + 2 * STEP <= end; d += 2 * STEP) {
       add(_mm_loadu_si128((const __m128i*)(raw + d)), d);
@@ -138,7 +155,8 @@ template <bool LOW, int Q> static void pairs(const Source<float>& src, int64_t n
     for (int i = 0; i < Q; i++)
 #pragma GCC unroll 2
       for (int j = 0; j < P; j++) {
-        const __m256i low = _mm256_cvtepi32_epi64(_mm256_castsi256_si128(part[i][j])), high = _mm256_cvtepi32_epi64(_mm256_extracti128_si256(part[i][j], 1));
+        const __m256i low = _mm256_cvtepi32_epi64(_mm256_castsi256_si128(part[i][j]));
+        const __m256i high = _mm256_cvtepi32_epi64(_mm256_extracti128_si256(part[i][j], 1));
         sum[i][j] = _mm256_add_epi64(sum[i][j], _mm256_add_epi64(low, high));
       }
   }
@@ -146,10 +164,12 @@ template <bool LOW, int Q> static void pairs(const Source<float>& src, int64_t n
     int64_t lanes[2][4] = {};
     for (int j = 0; j < P; j++) _mm256_storeu_si256((__m256i*)lanes[j], sum[i][j]);
     const int64_t *h = lanes[0], *l = lanes[1];
-    out[i] = qs[i]->q1 * (double)(h[0] + h[1] + h[2] + h[3]) + (LOW ? qs[i]->q2 * (double)(l[0] + l[1] + l[2] + l[3]) : 0) + qs[i]->offset;
+    out[i] = qs[i]->q1 * (double)(h[0] + h[1] + h[2] + h[3]) +
+             (LOW ? qs[i]->q2 * (double)(l[0] + l[1] + l[2] + l[3]) : 0) + qs[i]->offset;
   }
 }
-static void whole_pairs(const Source<float>& src, int64_t n, const WholeQuery* const* qs, int64_t count, double* out) {
+static void full_product_pairs(const Source<float>& src, int64_t n, const FullProductQuery* const* qs, int64_t count,
+                               double* out) {
   int64_t i = 0;
   const auto high_only = [&](int64_t to) {
     for (int64_t j = i; j < to; j++)
@@ -158,24 +178,28 @@ static void whole_pairs(const Source<float>& src, int64_t n, const WholeQuery* c
   };
   for (; i + 4 <= count && high_only(i + 4); i += 4) pairs<false, 4>(src, n, qs + i, out + i);
   for (; i < count; i++)
-    if (qs[i]->lo) pairs<true, 1>(src, n, qs + i, out + i);
-    else pairs<false, 1>(src, n, qs + i, out + i);
+    if (qs[i]->lo)
+      pairs<true, 1>(src, n, qs + i, out + i);
+    else
+      pairs<false, 1>(src, n, qs + i, out + i);
 }
 #endif
-// One row, `count` queries.
-struct Whole { typedef void (*F)(const Source<float>&, int64_t, const WholeQuery* const*, int64_t, double*); };
-static Whole::F whole_for(int type) {
+struct FullProduct {
+  typedef void (*F)(const Source<float>&, int64_t, const FullProductQuery* const*, int64_t, double*);
+};
+static FullProduct::F full_product_for(int type) {
   switch (type) {
-    case kF32: return whole_typed<float>;
-    case kBF16: return whole_typed<BF16>;
-    case kF16: return whole_typed<F16>;
+    case kF32: return full_product_typed<float>;
+    case kBF16: return full_product_typed<BF16>;
+    case kF16: return full_product_typed<F16>;
 #if MK_PAIRS
-    case kU8: return whole_pairs;
+    case kU8: return full_product_pairs;
 #else
-    case kU8: return whole_typed<uint8_t>;
+    case kU8: return full_product_typed<uint8_t>;
 #endif
-    default: return whole_typed<double>;
+    default: return full_product_typed<double>;
   }
 }
 
-} }  // namespace
+}  // namespace MEMOKERN_ISA_NS
+}  // namespace memokern
