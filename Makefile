@@ -56,7 +56,7 @@ gpu-check: $(if $(shell command -v nvidia-smi || command -v rocm-smi),peers,$(VE
 	$(BIN)/python -m bench.gpu $(ARGS)
 
 kernels: $(VENV)/.dev-installed
-	$(BIN)/python -m bench.aot --markdown docs/triton-kernels.md
+	$(BIN)/python -m tools.aot --markdown docs/triton-kernels.md
 
 # It says that it wants a newer Python than it needs, and is kept out of the environment of the tests.
 sanitize: $(VENV)/.dev-installed

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import memokern
-from bench import images, report
+from bench import images, machine, report
 
 HERE = Path(__file__).resolve().parent
 RAN = (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.INTERRUPTED)
@@ -29,8 +29,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--update", type=Path, metavar="FILE",
                         help="only what FILE lacks, or what others disturbed")  # fmt: skip
     parser.add_argument("--load", type=Path, help="print figures already taken, run nothing")
-    parser.add_argument("--markdown", nargs="?", const="-", metavar="FILE",
-                        help="the README's table, into FILE (between its marks)")  # fmt: skip
+    parser.add_argument("--markdown", nargs="?", const=str(report.PAGE), metavar="FILE",
+                        help="the table into FILE, between its marks (docs/performance.md; - prints"
+                             " it)")  # fmt: skip
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="two files")
     return parser.parse_args()
 
@@ -61,6 +62,7 @@ def _run(args: argparse.Namespace) -> int:
     options += ["-k", args.k] if args.k else []
     options += [f"--data={Path(args.data).resolve()}"] if args.data else []
     options += [f"--images={Path(args.images).resolve()}"] if args.images else []
+    print(report.on(machine.describe()), flush=True)
     started = time.time()
     status = int(pytest.main(options))
     if status in RAN and out.exists() and out.stat().st_mtime >= started:

@@ -44,7 +44,7 @@ class Target:
 class Case:
     """B queries, N rows of D features, timed on each of `runs`, in turns."""
 
-    op: str  # mean | threads | types | backward | nearest: see runs.py; those in PRUNED: pruned.py
+    op: str  # see runs.py; those in PRUNED: pruned.py
     b: int
     d: int
     runs: tuple[str, ...]
@@ -129,7 +129,9 @@ def _few_features() -> list[Case]:
         low.append(Case("mean", 4096, d, runs, targets, quick=d == 2))
     runs = (OURS, *MEAN_PEERS, "ideal", "keops")
     small = [(100_000, 20), (1, 100)]
-    return low + [Case("mean", b, 2, runs, (FASTEST,), n=n, quick=True) for b, n in small]
+    low += [Case("mean", b, 2, runs, (FASTEST,), n=n, quick=True) for b, n in small]
+    # The smallest call again, which shows what a call costs however little it computes.
+    return [*low, Case("posterior", 1, 2, (OURS, "denoise"), n=100, quick=True)]
 
 
 def _pruned() -> list[Case]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from bench import cases, machine, table
-from memokern.data import files
+from memokern.util import writing
 
 RESULT = pytest.StashKey[dict[str, Any]]()
 
@@ -61,7 +61,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         result = session.config.stash[RESULT]
         order = [case.name for case in cases.select()]
         result["cases"].sort(key=lambda c: order.index(c["name"]) if c["name"] in order else -1)
-        files.write_json(Path(out), result)
+        writing.write_json(Path(out), result)
 
 
 @pytest.fixture

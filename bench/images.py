@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import memokern
-from memokern.data.training_set import UINT8_SCALE, UINT8_SHIFT
+from memokern.data.storage import UINT8_SCALE, UINT8_SHIFT
 
 HELD_OUT = 500  # images that are not among the rows: the last ones
 SIDE = 32

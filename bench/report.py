@@ -1,4 +1,4 @@
-"""The table in print: text for a terminal, Markdown for the README, and comparisons."""
+"""The table in print: text for a terminal, Markdown for docs/performance.md, and comparisons."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from typing import Any
 from bench import table
 from bench.cases import OURS, TINY
 
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
+# Cases that are timed beside other calls of ours, so that no column of peers is theirs.
+BESIDE_OURS = ("backward", "posterior")
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 
 
@@ -46,9 +49,14 @@ def text(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", *_notes(result)])
 
 
+def on(machine: dict[str, Any]) -> str:
+    """The machine in words, with the instruction set of its kernels."""
+    isa = machine["isa"] or "no compiled kernels"
+    return f"{machine['cpu']}, {machine['threads']} threads, {isa}, torch {machine['torch']}"
+
+
 def _machine(result: dict[str, Any]) -> str:
-    m = result["machine"]
-    parts = [f"{m['cpu']}, {m['threads']} threads, {m['isa']}, torch {m['torch']}"]
+    parts = [on(result["machine"])]
     for key, unit in (("sgemm", "GFLOP/s"), ("read", "GB/s")):
         found = sorted(case[key] / 1e9 for case in result["cases"] if key in case)
         if found:
@@ -76,9 +84,9 @@ def _notes(result: dict[str, Any]) -> list[str]:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The README's table: each case with its targets, and how many times longer peers take."""
+    """The page's table: each case with its targets, and how many times longer peers take."""
     n = max((case["n"] for case in result["cases"]), default=0)
-    columns = [c for c in result["cases"] if OURS in c["runs"] and c["op"] != "backward"]
+    columns = [c for c in result["cases"] if OURS in c["runs"] and c["op"] not in BESIDE_OURS]
     names = list(dict.fromkeys(k for c in columns for k in c["runs"] if k != OURS))
     lines = [
         f"Measured on {_machine(result)} (lowest and highest over the run). N = {n:,} where "

@@ -12,7 +12,7 @@ from torch import Tensor
 import memokern
 from bench import peers
 from bench.cases import DTYPES, OURS, Case, K, queries
-from memokern.data.training_set import UINT8_SCALE, UINT8_SHIFT
+from memokern.data.storage import UINT8_SCALE, UINT8_SHIFT
 
 CHECKED = 4  # queries compared with the float64 reference, which is slow
 
@@ -47,6 +47,21 @@ def _mean(case: Case, rows: Tensor) -> Make:
     def make(name: str) -> Run:
         mean = peers.MEAN[name](rows)
         return Run(lambda: mean(x, case.noise), truth)
+
+    return make
+
+
+def _posterior(case: Case, rows: Tensor) -> Make:
+    """All the sums of a sweep; beside it the call that returns the mean alone."""
+    x = queries(rows, case.b, case.noise)
+    truth = peers.reference(_checked(x), rows, case.noise)
+    data = memokern.TrainingSet(rows)
+    _ = data.sq_norms
+
+    def make(name: str) -> Run:
+        if name == "denoise":
+            return Run(lambda: memokern.denoise(x, data, case.noise), truth)
+        return Run(lambda: memokern.posterior(x, data, case.noise).mean, truth)
 
     return make
 
@@ -112,8 +127,13 @@ def _nearest(case: Case, rows: Tensor) -> Make:
 
 
 _MAKERS = {
-    "mean": _mean, "threads": _threads, "types": _types, "backward": _backward, "nearest": _nearest
-}  # fmt: skip
+    "mean": _mean,
+    "posterior": _posterior,
+    "threads": _threads,
+    "types": _types,
+    "backward": _backward,
+    "nearest": _nearest,
+}
 
 
 def maker(case: Case, rows: Tensor) -> Make:

@@ -19,7 +19,7 @@ import torch
 import memokern
 from bench import images, machine, pruned, timing
 from bench.images import Images
-from memokern.data import files
+from memokern.util import writing
 
 COUNTS = (1_000, 3_000, 10_000, 30_000, 100_000, 200_000)
 ROUNDS = {"pruned": 9, "dense": 3, "read": 5}
@@ -111,7 +111,7 @@ def main() -> int:
         else:
             result = measure(args.data, args.counts, args.batch, args.sigma, args.patience)
             args.json.parent.mkdir(parents=True, exist_ok=True)
-            files.write_json(args.json, result)
+            writing.write_json(args.json, result)
     except (OSError, ValueError) as error:
         print(f"bench.scaling: {error}", file=sys.stderr)
         return 2

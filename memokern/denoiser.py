@@ -22,28 +22,30 @@ BOUNDS = [field.name for field in fields(Certificate)]
 class Denoiser(nn.Module):
     r"""The minimiser of the denoising loss on a training set, regularised, at a process's times.
 
-    Buffers: `rows` [N, \*shape] (the training set's own memory), `affine` (scale, shift), `labels`
-    and `log_weights` where the set has them. `state_dict` holds these, not the process and the
-    regulariser, which are code; loading needs a set of the same shape and row type. `.to()` moves
-    the buffers; to another floating-point type it converts floating-point rows and nothing else.
-    `.to("meta")` keeps shapes and scale and lets the values go; loading a state brings them back.
-    The data's index is used as it is, and by its part for a label; rows that were moved, converted
-    or loaded have none until `data.build_index()`.
+    Buffers: `rows` [N, \*shape] (the training set's own memory), `affine` (scale, shift), and
+    `labels` and `log_weights` where the set has them. `state_dict` has these, but not the process
+    and the regulariser, which are code; loading needs a set of the same shape and row type. `.to()`
+    moves the buffers; to another floating-point type it converts floating-point rows and nothing
+    else. `.to("meta")` keeps shapes and scale but no values, which loading a state brings back. The
+    data's index is used, for a label the part of it that belongs to the label's rows; rows that
+    were moved, converted or loaded have no index until `data.build_index()`.
 
     Args:
         data: a TrainingSet, or rows [N, \*shape].
-        process: what t means; default EDM, where t = sigma.
+        process: gives t its meaning; by default EDM, where t = sigma.
         regularizer: from memokern.regularizers; None for the score that memorises.
-        prediction: what `forward` returns. "x0": the denoised x; "eps": the noise, -sigma score;
-            "v": alpha eps - sigma x0; "score"; "velocity": dx/dt of the probability flow. At
-            sigma = 0 only x0 is finite.
+        prediction: what `forward` returns. "x0" is the denoised x; "eps" the noise, -sigma score;
+            "v" alpha eps - sigma x0; "score" the score; "velocity" dx/dt of the probability flow.
+            At sigma = 0 only x0 is finite.
         method: as :func:`memokern.posterior`.
 
     Raises:
-        TypeError, ValueError: wrong types, an unknown prediction.
+        TypeError, ValueError: wrong types, an unknown prediction or method.
 
-    Gradients: through x, t and bias. Cost: one sweep over the rows per call (with labels, over the
-    rows that have them, of which a copy is kept).
+    Numerics: as :func:`memokern.posterior`. Gradients: through x, t and bias.
+
+    Cost: one sweep over the rows per call; with labels over the rows that have them, of which a
+    copy is kept.
 
     Source: Baptista et al., arXiv 2501.15785; as a network for the samplers of Karras et al.,
     arXiv 2206.00364, which call net(x, sigma) and read sigma_min, sigma_max and round_sigma.
@@ -98,6 +100,7 @@ class Denoiser(nn.Module):
         self.register_buffer("labels", data.labels)
         self.register_buffer("log_weights", data.log_weights)
         self._data = data
+        # For labels that were asked for: which rows have them, and these rows.
         self._classes: dict[int, tuple[Tensor, TrainingSet]] = {}
 
     # --- the data ---------------------------------------------------------------------------
@@ -109,11 +112,11 @@ class Denoiser(nn.Module):
 
     @staticmethod
     def _affine(data: TrainingSet) -> Tensor:
-        """[scale, shift], made on the CPU whatever torch.device() context this is called in."""
+        """[scale, shift] on the CPU, whatever torch.device() context this is called in."""
         return torch.tensor([data.scale, data.shift], dtype=torch.float64, device="cpu")
 
     def _renew(self, scale: float, shift: float) -> None:
-        """The training set on the buffers as they are now."""
+        """Makes the training set anew from the buffers as they are now."""
         self._data = TrainingSet(
             self.rows,
             labels=self.labels,
@@ -132,10 +135,10 @@ class Denoiser(nn.Module):
         for name, value in exact.items():
             if value is None:
                 continue
-            if value.is_meta and device.type != "meta":  # to_empty(): there is nothing to copy
+            if value.is_meta and device.type != "meta":  # to_empty() has no values to copy
                 zeros = torch.zeros_like(value, device="cpu")
                 value = self._affine(self._data) if name == "affine" else zeros
-            self._buffers[name] = value.to(device)  # moved, but float64 in any case
+            self._buffers[name] = value.to(device)  # moved, but float64 whatever the type asked for
         if self.rows is not rows:
             self._renew(self._data.scale, self._data.shift)
         return self
@@ -150,8 +153,8 @@ class Denoiser(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Takes the tensors as new buffers: copying into the old ones would write into the caller's
-        training set."""
+        """Takes the tensors as new buffers, because copying into the old ones would write into the
+        caller's training set."""
         found = {k: v for k, v in state_dict.items() if k.startswith(prefix)}
         names = {prefix + k for k, v in self._buffers.items() if v is not None}
         missing_keys.extend(sorted(names - found.keys()))
@@ -170,7 +173,7 @@ class Denoiser(nn.Module):
                     " shape and type first"
                 )
             else:
-                # A Denoiser on the meta device has nothing to keep: it goes where the values are.
+                # A Denoiser on the meta device has no values to keep, and moves to where these are.
                 value = new.detach().to(new.device if old.is_meta else old.device, copy=True)
                 unchecked = value.is_meta or not value.is_floating_point()
                 may_be_infinite = unchecked or key.endswith("log_weights")
@@ -197,20 +200,7 @@ class Denoiser(nn.Module):
 
     def _time(self, x: Tensor, t: float | Tensor) -> Tensor:
         r"""t as scalar or [\*batch] float64; other samplers give it as [\*batch, 1, ..., 1]."""
-        if isinstance(t, float | int):  # filled in there: a CUDA graph has no copies from the host
-            time = torch.full((), t, dtype=torch.float64, device=x.device)
-        else:
-            time = torch.as_tensor(t, dtype=torch.float64, device=x.device)
-        batch = validate.batch_shape(x, self._data)
-        if time.dim() > len(batch):
-            extra = time.shape[len(batch) :]
-            if any(size != 1 for size in extra):
-                raise ValueError(
-                    f"expected t as a number or a tensor that broadcasts to the batch"
-                    f" {tuple(batch)}, got {tuple(time.shape)}"
-                )
-            time = time.reshape(time.shape[: len(batch)])
-        return time
+        return validate.broadcastable("t", t, validate.batch_shape(x, self._data), x.device)
 
     def evaluate(
         self,
@@ -226,9 +216,20 @@ class Denoiser(nn.Module):
         Args:
             x: [\*batch, \*shape] float32 or float64. t: process time, a number or a tensor that
                 broadcasts to the batch.
-            label: use only the rows with this label: one for all queries, or [\*batch] integers.
-            bias: [N] added to the rows' logits.
-            certificate: as :func:`memokern.posterior`, into the result's posterior.
+            label: which rows to use: those with this label, one for all queries or [\*batch]
+                integers. None uses all rows.
+            bias: [N], added to the rows' logits.
+            certificate: as :func:`memokern.posterior`; it is in the result's posterior.
+
+        Raises: TypeError, ValueError as :func:`memokern.posterior`, and for labels that no row has;
+        RuntimeError for labels on the meta device, which has no values.
+
+        Example:
+            >>> import torch
+            >>> from memokern import Denoiser, TrainingSet
+            >>> found = Denoiser(TrainingSet.digits()).evaluate(torch.zeros(2, 8, 8), 1.0, label=3)
+            >>> found.posterior.n, found.x0.shape
+            (183, torch.Size([2, 8, 8]))
         """
         time = self._time(x, t)
         sigma, alpha = self.process.sigma(time), self.process.alpha(time)
@@ -264,6 +265,7 @@ class Denoiser(nn.Module):
         bias: Tensor | None,
         certificate: bool,
     ) -> Prediction:
+        """The evaluation over these rows, at levels instead of times."""
         return regularizers.evaluate(
             x, data, sigma, alpha, regularizer=self.regularizer, bias=bias, method=self.method,
             certificate=certificate,
@@ -278,7 +280,7 @@ class Denoiser(nn.Module):
         bias: Tensor | None,
         certificate: bool,
     ) -> Prediction:
-        """One evaluation per label that occurs, put together in the queries' order."""
+        """One evaluation per label that occurs, joined in the queries' order."""
         batch = labels.shape
         flat = x.reshape(-1, *self._data.shape)
         sigmas, alphas, wanted = sigma.reshape(-1), alpha.reshape(-1), labels.reshape(-1)
@@ -297,13 +299,13 @@ class Denoiser(nn.Module):
             whole = torch.cat(values, axis).index_select(axis, back)
             return whole.reshape(*whole.shape[:axis], *batch, *whole.shape[axis + 1 :])
 
-        # A regulariser may have spread the queries: their own axis is the last per-query one.
+        # A regulariser may have replicated the queries along first axes; their own axis comes last.
         axis = parts[0].posterior.sigma.dim() - 1
 
         def joined(values: list[Any], *fields: str) -> dict[str, Any]:
             return {name: join([getattr(v, name) for v in values], axis) for name in fields}
 
-        numbers = ("x", "sigma", "alpha", "temperature")
+        asked = ("x", "sigma", "alpha", "temperature")
         sums = ("mean", "log_z", "mean_logit", "mean_bias", "weight_sq")
         posteriors = [part.posterior for part in parts]
         bounds = [p.certificate for p in posteriors if p.certificate is not None]
@@ -313,11 +315,11 @@ class Denoiser(nn.Module):
             n=self._data.n,
             certificate=Certificate(**joined(bounds, *BOUNDS)) if bounds else None,
             log_weight_total=join(
-                [p.log_weight_total.expand(p.sigma.shape) for p in posteriors], axis
+                [torch.zeros_like(p.sigma) + p.log_weight_total for p in posteriors], axis
             ),
-            **joined(posteriors, *numbers, *sums),
+            **joined(posteriors, *asked, *sums),
         )
-        query = replace(queries[0], bias=bias, **joined(queries, *numbers))
+        query = replace(queries[0], bias=bias, **joined(queries, *asked))
         return replace(
             parts[0],
             x=x,
@@ -337,7 +339,8 @@ class Denoiser(nn.Module):
         *,
         bias: Tensor | None = None,
     ) -> Tensor:
-        r"""The chosen prediction [\*batch, \*shape] in x's type; arguments as `evaluate`."""
+        r"""The chosen prediction [\*batch, \*shape] in x's type. Arguments, errors: as
+        `evaluate`."""
         found = self.evaluate(x, t, label, bias=bias)
         if self.prediction == "velocity":
             time = self._time(x, t)
@@ -349,7 +352,7 @@ class Denoiser(nn.Module):
 
     @property
     def sigma_min(self) -> float:
-        """The least level > 0 of the process's grid."""
+        """The lowest level > 0 of the process's grid."""
         return self.process.sigma_min
 
     @property
@@ -358,7 +361,7 @@ class Denoiser(nn.Module):
         return float(self.process.sigma(torch.tensor(self.process.t_noise, dtype=torch.float64)))
 
     def round_sigma(self, sigma: float | Tensor) -> Tensor:
-        """sigma itself, as a tensor: every level is possible."""
+        """sigma as a tensor, not rounded, because every level is possible."""
         return torch.as_tensor(sigma)
 
     def extra_repr(self) -> str:

@@ -53,12 +53,13 @@ def posterior(
         x: [\*batch, \*shape] float32 or float64, any strides.
         data: N rows of that shape: a TrainingSet, or a tensor [N, \*shape] of float64, float32,
             bfloat16, float16 or uint8 (then y = 2/255 u - 1).
-        sigma: noise level >= 0. 0 is the limit: the nearest row, ties share.
+        sigma: noise level >= 0. 0 is the limit: the nearest of the rows that are not left out;
+            rows that are equally near share in proportion to exp(bias / T).
         alpha: signal scale, any finite number. temperature: T > 0.
         bias: [N] floating point, finite or -inf (the row is left out); a TrainingSet's
             `log_weights` are added to it.
-        weighting: "gaussian" as above, or "log" for l_n = -(D/2) log(\|x - alpha y_n\|^2 / D) + b_n,
-            which doesn't know sigma (arXiv 2601.19285).
+        weighting: "gaussian" as above, or "log", which does not know sigma (arXiv 2601.19285):
+            l_n = -(D/2) log(\|x - alpha y_n\|^2 / D) + b_n.
         method: "dense" sweeps over all rows. "pruned" sweeps over those that the data's index (see
             `TrainingSet.build_index`) cannot prove negligible: together they weigh less than 1e-6
             (float64: 1e-14) of the total. "auto", where there is an index, chooses for each query
@@ -142,7 +143,7 @@ def posterior(
         temperature=asked.temperature,
         n=rows.n,
         dim=rows.dim,
-        log_weight_total=log_total(query.bias, rows.n, x.device),
+        log_weight_total=log_total(query.bias, rows.n),
         certificate=bounds,
     )
 
@@ -191,7 +192,9 @@ def posterior_state(
         weighting=weighting,
         state=ops.posterior_state(query, rows),
         n=rows.n,
-        log_weight_total=log_total(query.bias, rows.n, x.device),
+        log_weight_total=torch.as_tensor(
+            log_total(query.bias, rows.n), dtype=torch.float64, device=x.device
+        ),
     )
 
 
@@ -262,7 +265,8 @@ def score(
         return posterior(
             x, data, sigma, alpha, temperature, bias=bias, method=method, precision=precision
         ).score
-    return mean.mul_(alpha).sub_(x).div_(sigma).div_(sigma)  # the same, in place
+    s, a = float(sigma), float(alpha)  # what small_mean has taken are single numbers
+    return mean.mul_(a).sub_(x).div_(s).div_(s)  # the same, in place
 
 
 def denoise(
@@ -329,7 +333,8 @@ def nearest(x: Tensor, data: TrainingSet | Tensor, k: int = 1, *, method: str = 
 
     Returns:
         distance [\*batch, k] float64 (not squared), ascending; index [\*batch, k] int64. Ties go to
-        the lower index; a query with NaN has NaN distances. Differentiable in x where distance > 0.
+        the lower index; a query with NaN has NaN distances. Differentiable in x, at a row itself
+        with derivative 0.
 
     Raises: TypeError, ValueError as :func:`posterior`; ValueError for k out of range.
 
@@ -353,7 +358,10 @@ def nearest(x: Tensor, data: TrainingSet | Tensor, k: int = 1, *, method: str = 
     else:
         measured = costs.costs_of(x, rows.data) if method == "auto" else None
         sq, row = pruned_nearest.nearest(flat, rows, index, k, measured)
-    return Nearest(sq.sqrt().reshape(*batch, k), row.reshape(*batch, k))
+    # The distance to a row that is hit has no derivative; 0 is one of its subgradients.
+    hit = sq == 0
+    distance = torch.where(hit, 0.0, torch.where(hit, 1.0, sq).sqrt())
+    return Nearest(distance.reshape(*batch, k), row.reshape(*batch, k))
 
 
 def _check_k(k: int, rows: Rows) -> None:

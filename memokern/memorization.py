@@ -1,7 +1,7 @@
 """How many samples are copies of training rows.
 
-Every criterion is a function of the exact distances to the nearest rows, so all of them work in
-pixel space and equally on embeddings: pass embedded samples and embedded rows.
+Every criterion is a function of the exact distances to the nearest rows, so that all of them work
+on pixels and on embeddings alike: for the latter, give embedded samples and embedded rows.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from memokern.data import files
 from memokern.data.storage import chunks
 from memokern.data.training_set import TrainingSet
 
-# Samples of one nearest-row search: the progress bar moves in these steps.
+# One search for nearest rows takes this many samples, after which the progress bar moves.
 CHUNK = 1024
 
 
 @dataclass(frozen=True, eq=False)
 class Memorization:
-    """What one criterion says of S samples.
+    """What one criterion finds in S samples.
 
     Attributes:
-        criterion: its name. threshold: a sample counts as memorised when value < threshold.
-        fraction: share of memorised samples, 0..1.
+        criterion: its name. threshold: a sample counts as memorised where value < threshold.
+        fraction: the share of memorised samples, 0..1.
         memorized: [S] bool.
-        value: [S] float64, the criterion's statistic; smaller is closer to a copy. NaN for a sample
-            that holds NaN, which counts as not memorised.
-        index: [S] int64, the matched (nearest) row.
+        value: [S] float64, the criterion's statistic; smaller is closer to a copy. A sample with
+            NaN has value NaN and counts as not memorised.
+        index: [S] int64, the nearest row.
         distance: [S] float64, L2 distance to that row, in the data's units.
     """
 
@@ -64,12 +64,12 @@ def collapse(
     Args:
         samples: [S, *shape] floating point, in the data's units; S >= 1.
         data: the TrainingSet, or its rows as a tensor [N, *shape].
-        tol: L2 distance > 0 in the data's units, all features together. Usual: 1e-2 in the plane
-            and for closed-form scores, up to 0.5 for networks.
-        method: as :func:`memokern.nearest`: "auto" uses the data's index where that is faster.
-        progress: show a progress bar.
+        tol: L2 distance > 0 in the data's units, all features together. Usual values are 1e-2 in
+            the plane and for closed-form scores, up to 0.5 for networks.
+        method: as :func:`memokern.nearest`; "auto" uses the data's index where that is faster.
+        progress: whether to show a progress bar.
 
-    Returns: a Memorization whose value is the distance.
+    Returns: a :class:`Memorization` whose value is the distance.
 
     Raises:
         TypeError: samples that are not floating point.
@@ -102,10 +102,10 @@ def ratio(
     method: str = "auto",
     progress: bool = False,
 ) -> Memorization:
-    """Ratio criterion: value = d1/d2 of the nearest and second nearest row; < threshold is a copy.
+    """Ratio criterion: value = d1 / d2, the distances of the nearest and the second nearest row.
 
-    It needs no scale of distances. A row that occurs twice hides its copies (d1 = d2), except exact
-    ones: d1 = 0 has value 0.
+    A sample is memorised where value < threshold, which needs no scale of distances. A row that
+    occurs twice hides its copies (d1 = d2), except exact ones, whose value is 0.
 
     Args, Raises, Numerics, Cost: as `collapse`; threshold > 0; the data need at least 2 rows.
 
@@ -136,8 +136,8 @@ def carlini(
 ) -> Memorization:
     """Normalised distance: value = d1 / mean(d1, ..., dk) over the k nearest rows, in [0, 1].
 
-    Carlini et al. divide by alpha times that mean: with their alpha = 0.5, their distance below 1
-    is value < 0.5, the default here.
+    Carlini et al. divide by alpha times that mean. With their alpha = 0.5, a distance below 1 means
+    value < 0.5, which is the default here.
 
     Args, Raises, Numerics, Cost: as `collapse`; threshold > 0; 2 <= k <= N.
 
@@ -166,11 +166,12 @@ def exact_match(
 ) -> Memorization:
     """Binary images: a sample is memorised if, thresholded, it equals a thresholded training row.
 
-    value is the number of differing features, |[x > threshold] - [y > threshold]|_1, of the row
-    that differs least; distance is its square root, the L2 distance of the thresholded images.
+    value is the number of features, |[x > threshold] - [y > threshold]|_1, in which the sample
+    differs from the row that differs least; distance is its square root, the L2 distance of the
+    thresholded images.
 
-    Args, Raises: as `collapse`, without method; threshold is the level between the two values, in
-        the data's units.
+    Args, Raises: as `collapse`, without method. threshold: the level between the two values, in the
+        data's units; ValueError unless it is finite.
 
     Numerics: exact. Cost: as `collapse`, and N D bytes for the thresholded rows.
 
@@ -190,7 +191,7 @@ def exact_match(
     bits = torch.cat(
         [(data.dequantize(chunk) > threshold).to(torch.uint8) for chunk in chunks(data.rows)]
     )
-    # A comparison makes a number of NaN; put it back, so that such a sample matches nothing.
+    # A comparison turns NaN into a number. NaN is put back, so that such a sample matches nothing.
     sample_bits = (samples > threshold).to(samples.dtype).masked_fill_(samples.isnan(), torch.nan)
     binary = TrainingSet(bits.reshape(data.n, *data.shape), scale=1, shift=0)
     distance, index = _nearest(sample_bits, binary, 1, "dense", progress)
@@ -209,14 +210,17 @@ def report(
     method: str = "auto",
     progress: bool = False,
 ) -> dict[str, Memorization]:
-    """All criteria that apply, by name, from one nearest-row search.
+    """All criteria that apply, by name, from one search for the nearest rows.
 
     Args:
-        tol, threshold: of `collapse` and `ratio`. k: of `carlini`, at most N is used.
+        samples, data, method, progress: as `collapse`.
+        tol, threshold: of `collapse` and `ratio`. k: of `carlini`; at most N is used.
         level: the threshold of `exact_match`, which is left out without it.
-        method: as `collapse`.
 
-    With one training row only "collapse" (and "exact") are given. Otherwise as the functions above.
+    Returns: {"collapse": ..., "ratio": ..., "carlini": ..., "exact": ...}, as the functions above
+    give them. With one training row there is no "ratio" and no "carlini".
+
+    Raises, Numerics: as the functions above. Cost: that of one search with k neighbours.
 
     Example:
         >>> import torch
@@ -240,7 +244,7 @@ def report(
     return found
 
 
-# --- the criteria on given distances, [S, k] ascending ----------------------------------------
+# --- the criteria, given distances [S, k] ascending -------------------------------------------
 
 
 def _collapse(distance: torch.Tensor, index: torch.Tensor, tol: float) -> Memorization:
@@ -258,7 +262,7 @@ def _carlini(distance: torch.Tensor, index: torch.Tensor, threshold: float) -> M
 
 
 def _over(nearest: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """nearest / other, and 0 for an exact copy, also of a row that occurs several times (0 / 0)."""
+    """nearest / other; 0 for an exact copy, also of a row that occurs several times (0 / 0)."""
     return torch.where(nearest == 0, 0.0, nearest / other)
 
 
@@ -269,6 +273,7 @@ def _result(
     distance: torch.Tensor,
     index: torch.Tensor,
 ) -> Memorization:
+    """The result, whose tensors share no memory with what they were taken from."""
     memorized = value < threshold
     fraction = float(memorized.double().mean())
     nearest = (index[:, 0].clone(), distance[:, 0].clone())
@@ -281,6 +286,7 @@ def _result(
 def _checked(
     samples: torch.Tensor | np.ndarray, data: TrainingSet | torch.Tensor
 ) -> tuple[torch.Tensor, TrainingSet]:
+    """Samples and data as the search takes them, checked."""
     if not isinstance(data, TrainingSet):
         data = TrainingSet(data)
     if isinstance(samples, np.ndarray):
@@ -305,7 +311,7 @@ def _checked(
 def _nearest(
     samples: torch.Tensor, data: TrainingSet, k: int, method: str, progress: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Distances [S, k] float64, ascending, and rows [S, k] of the k nearest training rows."""
+    """The distances [S, k] float64, ascending, and the indices [S, k] of the k nearest rows."""
 
     def parts() -> Iterator[functional.Nearest]:
         for chunk in tqdm(samples.split(CHUNK), desc="nearest rows", disable=not progress):

@@ -28,7 +28,8 @@ class Posterior:
         log_z: T logsumexp(l / T); mean_logit: sum w l; mean_bias: sum w b; weight_sq: sum w^2;
             each [\*batch] float64.
         sigma, alpha, temperature: as used, [\*batch] float64.
-        n: the number of rows N. log_weight_total: log sum_n exp(b_n), log N without a bias.
+        n: the number of rows N.
+        log_weight_total: log sum_n exp(b_n), [] float64; without a bias log N, a float.
         dim: D.
         certificate: bounds on what pruning changed, where they were asked for.
     """
@@ -44,7 +45,7 @@ class Posterior:
     temperature: Tensor
     n: int
     dim: int
-    log_weight_total: Tensor
+    log_weight_total: Tensor | float
     certificate: Certificate | None = None
 
     def _wide(self, value: Tensor) -> Tensor:
@@ -71,12 +72,12 @@ class Posterior:
         return self._wide(self.alpha) * self.eps - self._wide(self.sigma) * self.mean
 
     def velocity(self, d_alpha: PerQuery = 1.0, d_sigma: PerQuery = -1.0) -> Tensor:
-        """(sigma'/sigma) x + (alpha' - alpha sigma'/sigma) mean: that of the probability flow.
+        """alpha' mean + sigma' eps: dx/dt of the probability flow.
 
         The default derivatives are those of flow matching's straight path, alpha = t,
         sigma = 1 - t, where it is (mean - x) / (1 - t) (arXiv 2506.03719).
         """
-        return flow_velocity(self.x, self.mean, self.sigma, self.alpha, d_alpha, d_sigma)
+        return flow_velocity(self.mean, self.eps, self.sigma.shape, d_alpha, d_sigma)
 
     @property
     def log_density(self) -> Tensor:
@@ -128,7 +129,7 @@ class PosteriorState:
         x: the queries [\*batch, \*shape]. sigma, alpha, temperature: as used, [\*batch] float64.
         weighting: as asked for.
         state: the sums, of the queries as [B], B their number: see :class:`memokern.calls.State`.
-        n: how many rows were swept. log_weight_total: log sum_n exp(b_n) over them.
+        n: how many rows were swept. log_weight_total: log sum_n exp(b_n) over them, [] float64.
 
     Example:
         >>> import torch, memokern
@@ -151,9 +152,14 @@ class PosteriorState:
     @property
     def query(self) -> Query:
         """The queries as the operations take them; the bias is in the state."""
-        columns = (v.reshape(-1) for v in (self.sigma, self.alpha, self.temperature))
         b, dim = self.state.acc.shape
-        return Query(self.x.reshape(b, dim), *columns, weighting=self.weighting)
+        return Query(
+            self.x.reshape(b, dim),
+            self.sigma.reshape(-1),
+            self.alpha.reshape(-1),
+            self.temperature.reshape(-1),
+            weighting=self.weighting,
+        )
 
     def posterior(self) -> Posterior:
         """The posterior over the rows swept so far. Without rows that have weight: log_z -inf, the
@@ -235,9 +241,9 @@ class Nearest(NamedTuple):
 
 
 def flow_velocity(
-    x: Tensor, x0: Tensor, sigma: Tensor, alpha: Tensor, d_alpha: PerQuery, d_sigma: PerQuery
+    x0: Tensor, eps: Tensor, batch: torch.Size, d_alpha: PerQuery, d_sigma: PerQuery
 ) -> Tensor:
-    """(sigma'/sigma) x + (alpha' - alpha sigma'/sigma) x0, the probability flow's dx/dt."""
-    da = per_query("d_alpha", d_alpha, sigma.shape, x.device)
-    rate = per_query("d_sigma", d_sigma, sigma.shape, x.device) / sigma
-    return wide(rate, x) * x + wide(da - alpha * rate, x) * x0
+    """alpha' x0 + sigma' eps, the probability flow's dx/dt: it is finite wherever eps is."""
+    da = per_query("d_alpha", d_alpha, batch, x0.device)
+    ds = per_query("d_sigma", d_sigma, batch, x0.device)
+    return wide(da, x0) * x0 + wide(ds, x0) * eps

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
@@ -16,7 +18,8 @@ from memokern.data.training_set import TrainingSet
 from memokern.util import env
 from memokern.util.torch_internals import is_plain, traced
 
-PerQuery = float | int | Tensor
+# A number, or one for each query.
+PerQuery = float | int | np.number | np.ndarray | Tensor
 
 
 class Data(NamedTuple):
@@ -87,21 +90,38 @@ def batch_shape(x: Tensor, data: Data | TrainingSet | Tensor) -> torch.Size:
     return x.shape[: x.dim() - k]
 
 
-def per_query(name: str, value: PerQuery, batch: Sequence[int], device: torch.device) -> Tensor:
-    """A float or a tensor that broadcasts to the batch -> [*batch] float64."""
-    if isinstance(value, bool) or not isinstance(value, float | int | Tensor):
-        raise TypeError(f"expected {name} as a number or a tensor, got {type(value).__name__}")
+def broadcastable(name: str, value: PerQuery, batch: Sequence[int], device: torch.device) -> Tensor:
+    """A number, or one for each query, as float64 that broadcasts to the batch.
+
+    Numbers are Python's or numpy's; arrays and tensors may have axes of size 1 after the batch's,
+    [*batch, 1, ..., 1], as samplers give them.
+    """
     if isinstance(value, Tensor):
         tensor = value.to(device, torch.float64)
+    elif isinstance(value, np.ndarray):
+        tensor = torch.as_tensor(value).to(device, torch.float64)
+    elif isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"expected {name} as a number or a tensor, got {type(value).__name__}")
+    elif is_compiling():
+        # torch.full would bake the first values of a symbolic float into the graph, without a word.
+        return torch.zeros((), dtype=torch.float64, device=device) + value
     else:  # filled in there: a copy from the host would wait for the device
-        tensor = torch.full((), value, dtype=torch.float64, device=device)
-    try:
-        return tensor.expand(tuple(batch))
-    except RuntimeError:
-        raise ValueError(
-            f"expected {name} as a number or a tensor that broadcasts to the batch"
-            f" {tuple(batch)}, got {tuple(tensor.shape)}"
-        ) from None
+        return torch.full((), value, dtype=torch.float64, device=device)
+    extra = tensor.shape[len(batch) :]
+    if all(size == 1 for size in extra):
+        tensor = tensor.reshape(tensor.shape[: len(batch)])
+        sizes = zip(reversed(tensor.shape), reversed(batch), strict=False)
+        if all(n in (1, size) for n, size in sizes):
+            return tensor
+    raise ValueError(
+        f"expected {name} as a number or a tensor that broadcasts to the batch {tuple(batch)}, got"
+        f" {tuple(value.shape)}"
+    )
+
+
+def per_query(name: str, value: PerQuery, batch: Sequence[int], device: torch.device) -> Tensor:
+    """The same, expanded to [*batch]."""
+    return broadcastable(name, value, batch, device).expand(tuple(batch))
 
 
 def require(name: str, value: PerQuery, tensor: Tensor, ok: Tensor, what: str) -> None:
@@ -146,11 +166,9 @@ def _bias(bias: Tensor | None, data: Data) -> Tensor | None:
     return bias
 
 
-def log_total(bias: Tensor | None, n: int, device: torch.device) -> Tensor:
+def log_total(bias: Tensor | None, n: int) -> Tensor | float:
     """log sum exp of the bias []; log N without one."""
-    if bias is not None:
-        return torch.logsumexp(bias, 0)
-    return torch.full((), math.log(n), dtype=torch.float64, device=device)
+    return math.log(n) if bias is None else torch.logsumexp(bias, 0)
 
 
 # What each must be, said of a float or of every entry of a tensor. NaN is never in a range.
@@ -170,8 +188,9 @@ def _number(name: str, value: PerQuery, batch: Sequence[int], device: torch.devi
         return torch.full(batch, value, dtype=torch.float64, device=device)
     tensor = per_query(name, value, batch, device)
     # Of one number Python sees as much as four kernels do.
-    if not (tensor.numel() == 1 and is_plain(tensor) and good(tensor.item())):
-        require(name, value, tensor, good(tensor), what)
+    if is_compiling() or (tensor.numel() == 1 and is_plain(tensor) and good(tensor.item())):
+        return tensor
+    require(name, value, tensor, good(tensor), what)
     return tensor
 
 

@@ -6,9 +6,68 @@ import pytest
 import torch
 from torch import Tensor
 
-cpu = pytest.importorskip("memokern.backends.cpu.dense")
-if cpu.unavailable() is not None:
-    pytest.skip(cpu.unavailable(), allow_module_level=True)
+from memokern.backends import protocol
+from memokern.calls import LogitBounds, Query, RowLists, Rows, Sums
+
+
+class Flat:
+    """A backend's operations with their arguments one by one."""
+
+    def __init__(self, name: str) -> None:
+        self.backend = protocol.get(name)
+
+    def posterior(self, *args):
+        query, rows, _ = self._call(args)
+        return self.backend.posterior(query, rows)
+
+    def posterior_backward(self, *args):
+        query, rows, given = self._call(args)
+        return self.backend.posterior_backward(query, rows, Sums(*given[:5]), Sums(*given[5:]))
+
+    def posterior_backward_rows(self, *args):
+        x, rows, sigma, alpha, temperature, bias, _, grads, scale, shift, *how = args
+        query = Query(x, sigma, alpha, temperature, bias, *how)
+        return self.backend.posterior_backward_rows(query, Rows(rows, scale, shift), Sums(*grads))
+
+    def nearest(self, x, rows, k, center, sq_norms, scale, shift):
+        return self.backend.nearest(x, Rows(rows, scale, shift, center, sq_norms), k)
+
+    def posterior_listed(self, *args):
+        query, rows, lists, _ = self._listed(args)
+        return self.backend.posterior_listed(query, rows, lists)
+
+    def posterior_listed_backward(self, *args):
+        query, rows, lists, given = self._listed(args)
+        back = self.backend.posterior_listed_backward
+        return back(query, rows, lists, Sums(*given[:5]), Sums(*given[5:]))
+
+    def bound_scan(self, *args):
+        x, rows, sigma, alpha, temperature, bias, center, sq_norms, scale, shift, *bounds = args
+        *tensors, dims, first_band, eps, most_listed = bounds
+        bounds = LogitBounds(*tensors, tuple(dims), tuple(first_band), eps, most_listed)
+        query = Query(x, sigma, alpha, temperature, bias)
+        found = self.backend.bound_scan(query, Rows(rows, scale, shift, center, sq_norms), bounds)
+        return (*found.lists, found.threshold, found.level)
+
+    @staticmethod
+    def _call(args):
+        """Query, rows, and what lies between the eighth argument and the units."""
+        x, rows, sigma, alpha, temperature, bias, center, sq_norms, *rest = args
+        i = next(i for i, v in enumerate(rest) if isinstance(v, float))
+        given, (scale, shift, *how) = rest[:i], rest[i:]
+        query = Query(x, sigma, alpha, temperature, bias, *how)
+        return query, Rows(rows, scale, shift, center, sq_norms), given
+
+    @staticmethod
+    def _listed(args):
+        x, rows, sigma, alpha, temperature, bias, start, index, *given, scale, shift = args
+        query = Query(x, sigma, alpha, temperature, bias)
+        return query, Rows(rows, scale, shift), RowLists(start, index), given
+
+
+cpu = Flat("cpu")
+if cpu.backend.unavailable() is not None:
+    pytest.skip(cpu.backend.unavailable(), allow_module_level=True)
 
 F32, F64 = torch.float32, torch.float64
 ROW_TYPES = [F64, F32, torch.bfloat16, torch.float16, torch.uint8]

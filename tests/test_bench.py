@@ -35,10 +35,22 @@ def test_a_small_run_through_the_entry_point(tmp_path):
     result = json.loads(out.read_text())
     assert [line["sigma"] for line in result["accuracy"]] == [80.0, 1.0, 0.1, 0.01, 0.002]
     assert {case["op"] for case in result["cases"]} == {"nearest", "types"}
+    assert run.stdout.startswith(report.on(result["machine"]) + "\n")
     assert " targets: " in run.stdout and "float32 / uint8" in run.stdout
     text = page.read_text()
     assert text == f"before\n{report.BEGIN}\n{report.markdown(result)}\n{report.END}\nafter\n"
-    assert bench("--load", out, "--markdown").stdout == report.markdown(result) + "\n"
+    assert bench("--load", out, "--markdown", "-").stdout == report.markdown(result) + "\n"
+
+
+def test_the_page_of_figures_has_the_marks_of_its_table():
+    """Where a bare --markdown writes to."""
+    head, tail = report.PAGE.read_text().split(report.BEGIN)
+    assert head and "Measured on" in tail.split(report.END)[0]
+
+
+@pytest.mark.parametrize("isa, said", [("avx2", "avx2"), (None, "no compiled kernels")])
+def test_the_machine_is_named_with_its_instruction_set(isa, said):
+    assert report.on({**MACHINE, "isa": isa}) == f"C, 2 threads, {said}, torch 2"
 
 
 def test_pruning_is_measured_on_images(tmp_path):
@@ -129,7 +141,7 @@ def test_the_references_gradient_is_that_of_its_mean():
 
 
 def test_every_case_names_what_can_be_built_and_its_targets_name_its_runs():
-    own = {"forward", "1 thread", "2 threads", "dense", "pruned", *cases.DTYPES}
+    own = {"forward", "denoise", "1 thread", "2 threads", "dense", "pruned", *cases.DTYPES}
     for case in cases.select():
         assert set(case.runs) <= peers.ALL | own, case
         for target in case.targets:

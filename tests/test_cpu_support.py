@@ -129,7 +129,7 @@ def test_no_queries() -> None:
     start, listed, threshold, level = scan(*none[0], index, *none[1], None, 1.0, 0.0)
     assert start.tolist() == [0]
     assert len(listed) == len(threshold) == len(level) == 0
-    out = cpu.posterior_on_support(*none[0], *none[1], None, start, listed, 1.0, 0.0)
+    out = cpu.posterior_listed(*none[0], *none[1], None, start, listed, 1.0, 0.0)
     assert out[0].shape == (0, 40) and all(v.shape == (0,) for v in out[1:])
 
 
@@ -149,7 +149,7 @@ def test_scan_threads(b: int) -> None:
             check_lists(found, t, 1e-6)
             for one, two in zip(found, scan(x, rows, index, *how, None, 1.0, 0.0), strict=True):
                 assert torch.equal(one, two)
-            sums.append(cpu.posterior_on_support(x, rows, *how, None, *found[:2], 1.0, 0.0))
+            sums.append(cpu.posterior_listed(x, rows, *how, None, *found[:2], 1.0, 0.0))
     finally:
         torch.set_num_threads(threads)
     for other in sums[1:]:  # lists may differ by rows that carry 1e-6 of the weight together
@@ -172,7 +172,7 @@ def test_sums_and_their_gradient(dtype: torch.dtype) -> None:
             leaves = [v.to(F64).requires_grad_() for v in (x, *how)]
             with_grad = None if with_bias is None else with_bias.clone().requires_grad_()
             want = on_lists(leaves[0], rows, *leaves[1:], with_grad, *rest)
-            got = cpu.posterior_on_support(x, rows, *how, with_bias, *rest)
+            got = cpu.posterior_listed(x, rows, *how, with_bias, *rest)
             assert got[0].dtype == x_dtype
             for i, (a, e) in enumerate(zip(got, want, strict=True)):
                 # All in float64, whatever x is; the mean is then rounded to its type. The oracle's
@@ -182,7 +182,7 @@ def test_sums_and_their_gradient(dtype: torch.dtype) -> None:
                 assert (a.to(F64) - e).abs().max() <= tol * (1 + e.abs().max()), (i, b, d)
             g = torch.Generator().manual_seed(b)
             grads = [torch.randn(v.shape, dtype=v.dtype, generator=g) for v in got]
-            back = cpu.posterior_on_support_backward(
+            back = cpu.posterior_listed_backward(
                 x, rows, *how, with_bias, start, index, *got, *grads, scale, shift
             )
             total = sum((v * u).sum() for v, u in zip(want, grads, strict=True))
@@ -202,12 +202,12 @@ def test_support_exact_hits_ties_and_limits() -> None:
     start, index = torch.tensor([0, 3, 6, 8, 8]), torch.tensor([0, 1, 2, 0, 1, 2, 0, 3])
     bias = torch.tensor([0.0, 0.0, math.log(3), 0.0], dtype=F64)
     how = (torch.tensor([1e-5, 0.0, 1.0, 1.0], dtype=F64), column(1.0, 4), column(1.0, 4))
-    got = cpu.posterior_on_support(x, rows, *how, bias, start, index, 1.0, 0.0)
+    got = cpu.posterior_listed(x, rows, *how, bias, start, index, 1.0, 0.0)
     assert torch.equal(got[0][:2], rows[[1, 1]]) and bool(got[0][2:].isnan().all())
     assert abs(got[1][0].item() - math.log(4)) < 1e-15 and got[1][3].item() == -math.inf
     torch.testing.assert_close(got[4][:2], column(0.0625 + 0.5625, 2))  # 1/4 and 3/4
     ones = [torch.ones_like(v) for v in got]
-    back = cpu.posterior_on_support_backward(
+    back = cpu.posterior_listed_backward(
         x, rows, *how, bias, start, index, *got, *ones, 1.0, 0.0
     )
     assert torch.equal(back[0][1], torch.zeros(2)) and back[1][1].item() == 0
@@ -225,9 +225,9 @@ def test_support_threads() -> None:
         try:
             for count in (1, 2, 5):
                 torch.set_num_threads(count)
-                got = cpu.posterior_on_support(x, rows, *how, bias, start, index, scale, shift)
+                got = cpu.posterior_listed(x, rows, *how, bias, start, index, scale, shift)
                 grads = [torch.ones_like(v) for v in got]
-                results.append([*got, *cpu.posterior_on_support_backward(
+                results.append([*got, *cpu.posterior_listed_backward(
                     x, rows, *how, bias, start, index, *got, *grads, scale, shift)])  # fmt: skip
         finally:
             torch.set_num_threads(threads)
@@ -250,7 +250,7 @@ def test_arguments_are_checked() -> None:
         scan(x, rows, index, *how, None, 1.0, 0.0)
     for start, listed in (([0, 2, 1], [0]), ([0, 1, 2], [0, 30]), ([0, 1, 2], [0, -1])):
         with pytest.raises(ValueError, match=r"start|index"):
-            cpu.posterior_on_support(
+            cpu.posterior_listed(
                 x, rows, *how, None, torch.tensor(start), torch.tensor(listed), 1.0, 0.0
             )
 

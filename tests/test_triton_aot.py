@@ -22,10 +22,10 @@ import triton
 import triton.language as tl
 from triton_interpreter import DEVICE
 
-from bench import aot, resources
 from memokern.backends.triton import variants as listing
 from memokern.backends.triton.core.variant import Variant
 from memokern.backends.triton.listed import kernels as support
+from tools import aot, resources
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = resources.read(resources.PAGE.read_text())
@@ -157,7 +157,7 @@ def test_a_few_compiled_again() -> None:
         targets = [t for t in aot.TARGETS if VARIANTS[name].is_for(t)]
         pairs.append((name, targets[i % len(targets)]))
     rows = json.loads(compiling(
-        f"import json; from bench import aot; print(json.dumps(aot.table({pairs!r}, 2)))"
+        f"import json; from tools import aot; print(json.dumps(aot.table({pairs!r}, 2)))"
     ))  # fmt: skip
     for row in rows:
         assert aot.problem(row, list(VARIANTS.values())) is None, row
@@ -173,7 +173,7 @@ def test_described_rows_are_copied_by_the_device() -> None:
     """Whole tiles, not row by row; and the result of it still goes to the tensor cores."""
     counts = json.loads(compiling(
         "import json, torch\n"
-        "from bench import aot\n"
+        "from tools import aot\n"
         "from memokern.kernels import products\n"
         "found = []\n"
         "for described in (False, True):\n"
@@ -191,7 +191,7 @@ def test_what_is_no_good_is_noticed() -> None:
     """A product of float32 in too few threads spills, and is not on the matrix cores."""
     row = json.loads(compiling(
         "import dataclasses, json\n"
-        "from bench import aot\n"
+        "from tools import aot\n"
         "from memokern.kernels import scan\n"
         "v = scan.level0_variant(scan.LIST, True, False)._replace(num_warps=2)\n"
         "print(json.dumps(dataclasses.asdict(aot.resources(v, aot.TARGETS['sm_80']))))"

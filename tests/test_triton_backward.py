@@ -6,18 +6,20 @@ import math
 
 import pytest
 import torch
-from kernel_cases import F32, F64, column, cpu, far, gradients, make
-from test_triton_posterior import ROW_TYPES, on_device, run
+from kernel_cases import F32, F64, Flat, column, cpu, far, gradients, make
+from test_triton_posterior import ROW_TYPES, on_device, run, triton
 from triton_interpreter import DEVICE
 
 pytest.importorskip("triton")
 
-from memokern.backends import protocol as backends
-from memokern.backends.reference import dense as reference
-from memokern.backends.triton import dense as triton
+from memokern.backends.protocol import Call, choose
+from memokern.backends.triton.core import machine
 from memokern.backends.triton.posterior import planner
-from memokern.ops import dense as ops
+from memokern.calls import Query, Rows
+from memokern import ops
 from memokern.util import env
+
+reference = Flat("reference")
 
 
 def backward(x, rows, columns, bias, got, grads, scale=1.0, shift=0.0, kernel="gaussian"):
@@ -69,12 +71,12 @@ def test_far_offsets(d: int) -> None:
 def test_several_blocks_and_chunks(monkeypatch) -> None:
     """Two blocks of queries, chunks and parts; the bias's sums run over all of them."""
     x, rows, _, _ = make(18, 300, 20, torch.bfloat16, 3.0)
-    monkeypatch.setattr(planner, "FEW", 18)  # low tiles: 16 queries, then the last two
+    monkeypatch.setattr(planner, "FEW_QUERIES", 18)  # low tiles: 16 queries, then the last two
     bias = torch.linspace(-1, 1, 300, dtype=F64)
     got, columns = run(x, rows, 3.0, bias=bias)
     grads = random_like(got, 1)
     monkeypatch.setattr(planner, "WORKSPACE", 1)
-    monkeypatch.setattr(triton, "machine", lambda _: planner.Machine(4, 1 << 15))
+    monkeypatch.setattr(machine, "of", lambda _: machine.Machine(4, 1 << 15))
     back = backward(x, rows, columns, bias, got, grads)
     want = gradients(x, rows, *columns, bias, 1.0, 0.0, "gaussian", grads)
     for a, e in zip(back, want, strict=True):
@@ -169,9 +171,9 @@ def test_rows_in_blocks_and_chunks(monkeypatch) -> None:
     rows = torch.cat([rows, rows], 1)[:, 7:27]
     columns = [column(v, 17) for v in (3.0, 0.8, 1.0)]
     grads = random_like([x, *columns, columns[0]], 1)
-    monkeypatch.setattr(planner, "FEW", 17)
+    monkeypatch.setattr(planner, "FEW_QUERIES", 17)
     monkeypatch.setattr(planner, "WORKSPACE", 1)
-    monkeypatch.setattr(triton, "machine", lambda _: planner.Machine(4, 1 << 15))
+    monkeypatch.setattr(machine, "of", lambda _: machine.Machine(4, 1 << 15))
     got = backward_rows(x, rows, columns, None, grads, scale=0.7, shift=0.2)
     want = want_rows(x, rows, columns, None, grads, scale=0.7, shift=0.2)
     assert (got.to(F64) - want).abs().max() <= 1e-3 * want.abs().max()
@@ -231,28 +233,19 @@ def test_rows_of_exact_hits(kernel: str, sigma: float) -> None:
 def test_through_the_operation(monkeypatch) -> None:
     """The registered operation, float32, all inputs."""
     monkeypatch.setenv(env.BACKEND, "triton")
-    assert backends.choose(DEVICE) is triton
+    assert choose("posterior", Call(DEVICE.type, F32, F32, 2, 12, 5)) is triton.backend
     x, rows, _, _ = make(2, 12, 5, F32, 0.7)
     columns = [column(v, 2) for v in (0.7, 0.9, 1.2)]
     bias = torch.linspace(-1, 1, 12, dtype=F64)
     leaves = [v.to(DEVICE).requires_grad_() for v in (x, rows, *columns, bias)]
-    out = ops.posterior(*leaves, None, None, 1.0, 0.0, "gaussian")
+    x, rows, *rest = leaves
+    out = ops.posterior(Query(x, *rest), Rows(rows))
     weights = random_like([v.cpu() for v in out], 4)
     total = sum((v * w.to(DEVICE)).sum() for v, w in zip(out, weights, strict=True))
     got = torch.autograd.grad(total, leaves)
     monkeypatch.setenv(env.BACKEND, "reference")
-    out = ops.posterior(*leaves, None, None, 1.0, 0.0, "gaussian")
+    x, rows, *rest = leaves
+    out = ops.posterior(Query(x, *rest), Rows(rows))
     total = sum((v * w.to(DEVICE)).sum() for v, w in zip(out, weights, strict=True))
     for a, e in zip(got, torch.autograd.grad(total, leaves), strict=True):
         assert (a - e).abs().max() <= 1e-4 * (e.abs().max() + 1e-2)
-
-
-def test_float64_is_the_references() -> None:
-    x, rows, _, _ = make(2, 9, 3, F64, 0.7, x_dtype=F64)
-    got, columns = run(x, rows, 0.7)
-    want = reference.posterior(x, rows, *columns, None, None, None, 1.0, 0.0, "gaussian")
-    grads = random_like(got, 0)
-    back = backward(x, rows, columns, None, got, grads)
-    args = (x, rows, *columns, None, None, None, *got, *grads, 1.0, 0.0, "gaussian")
-    for a, e in zip([*got, *back], [*want, *reference.posterior_backward(*args)], strict=True):
-        torch.testing.assert_close(a, e)

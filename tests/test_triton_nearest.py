@@ -6,14 +6,18 @@ import math
 
 import pytest
 import torch
-from kernel_cases import F32, F64, far, make
+from kernel_cases import F32, F64, Flat, far, make
 from triton_interpreter import DEVICE
 
 pytest.importorskip("triton")
 
-from memokern.backends.triton.core.inputs import centred
-from memokern.backends.triton.listed import launch as triton_select
-from memokern.backends.triton.nearest import kernels
+from memokern.backends.protocol import Call
+from memokern.backends.triton.core import machine
+from memokern.backends.triton.core.centering import centred
+from memokern.backends.triton.nearest import kernels, launch
+from memokern.calls import Rows
+
+triton = Flat("triton")
 
 ROW_TYPES = [F32, torch.bfloat16, torch.float16, torch.uint8]
 
@@ -21,7 +25,7 @@ ROW_TYPES = [F32, torch.bfloat16, torch.float16, torch.uint8]
 def nearest(x, rows, k, center=None, sq_norms=None, scale=1.0, shift=0.0):
     args = (v if v is None else v.to(DEVICE) for v in (x, rows, center, sq_norms))
     x, rows, center, sq_norms = args
-    dist, index = triton_select.nearest(x, rows, k, center, sq_norms, scale, shift)
+    dist, index = triton.nearest(x, rows, k, center, sq_norms, scale, shift)
     return dist.cpu(), index.cpu()
 
 
@@ -62,17 +66,17 @@ def test_few_groups_are_looked_at(monkeypatch) -> None:
     """The bound rules out nearly all groups; a limit that ruled out more would lose rows."""
     x, rows, *_ = make(3, 2000, 64, F32, 0.2)
     seen = []
-    launch = kernels.Variant.launch
+    run = kernels.Variant.launch
 
     def spy(self, grid, device, **args):
-        launch(self, grid, device, **args)
-        if "limit" in args:
-            seen.append((args["least"] <= args["limit"][:, None]).sum(1))
+        run(self, grid, device, **args)
+        if "most" in args:
+            seen.append((args["least"] <= args["most"][:, None]).sum(1))
 
     monkeypatch.setattr(kernels.Variant, "launch", spy)
     check(nearest(x, rows, 1), truth(x, rows, 1))
     assert seen[0].max() <= 2  # of 32
-    monkeypatch.setattr(triton_select, "key_error", lambda size, *_: 0 * size - 1.0)
+    monkeypatch.setattr(launch, "key_error", lambda size, *_: 0 * size - 1.0)
     assert not torch.equal(nearest(x, rows, 1)[1], truth(x, rows, 1)[1])
 
 
@@ -80,7 +84,7 @@ def test_keys_err_less_than_they_are_allowed_to() -> None:
     """The least keys against float64, and the proven bound above their errors by a good factor."""
     x, rows, *_ = make(20, 500, 300, F32, 1.0, offset=3.0)
     x, rows = x.to(DEVICE), rows.to(DEVICE)
-    c = centred(rows, None, None, 1.0, 0.0)
+    c = centred(Rows(rows))
     xc = x.to(F64) - c.center
     key = 0.5 * c.sq_norms - xc @ (rows.to(F64) - c.center).T
     want = torch.stack([part.amin(1) for part in key.split(kernels.GROUP, 1)], 1)
@@ -94,7 +98,7 @@ def test_keys_err_less_than_they_are_allowed_to() -> None:
             B=20, N=500, D=300, stride_n=300, scale=1.0,
         )  # fmt: skip
         size = xc.square().sum(1).sqrt()
-        allowed = triton_select.key_error(size, c, 300, 1.0, precision)
+        allowed = launch.key_error(size, c, 300, 1.0, precision)
         assert ((least.to(F64) - want).abs() <= 0.2 * allowed[:, None]).all()
 
 
@@ -135,7 +139,7 @@ def test_many_ties_and_queries_that_are_lost() -> None:
 
 
 def test_shapes_that_are_ragged_and_rows_that_are_strided(monkeypatch) -> None:
-    monkeypatch.setattr(triton_select, "_WORKSPACE", 4 * 5 * 7)  # seven queries at a time
+    monkeypatch.setattr(launch, "_WORKSPACE", 4 * 5 * 7)  # seven queries at a time
     x, rows, *_ = make(17, 290, 37, F32, 0.5)
     wide = torch.full((290, 48), math.nan)
     wide[:, :37] = rows
@@ -145,9 +149,11 @@ def test_shapes_that_are_ragged_and_rows_that_are_strided(monkeypatch) -> None:
 
 
 def test_what_the_kernels_do_not_take_and_what_nobody_does() -> None:
-    x, rows, *_ = make(2, 80, 4, F64, 0.3, x_dtype=F64)
-    check(nearest(x, rows, 2), truth(x, rows, 2))
-    check(nearest(x.to(F32), rows.to(F32), 70), truth(x.to(F32), rows.to(F32), 70))
+    x, rows, *_ = make(2, 80, 4, F32, 0.3)
+    usual = Call(DEVICE.type, F32, F32, 2, 80, 4, 64)
+    assert triton.backend.refuses("nearest", usual) is None
+    many = triton.backend.refuses("nearest", usual._replace(k=70))
+    assert many == "it finds at most 64 neighbours, and 70 are asked for"
     with pytest.raises(ValueError, match="k must lie between 1 and the number of rows, 80"):
         nearest(x, rows, 81)
     with pytest.raises(ValueError, match="expected x"):

@@ -6,17 +6,19 @@ import math
 
 import pytest
 import torch
-from kernel_cases import F32, F64, column, compare, far, make, oracle
+from kernel_cases import F32, F64, Flat, column, compare, far, make, oracle
 from triton_interpreter import DEVICE
 
 pytest.importorskip("triton")
 
 import memokern
-from memokern.backends.triton import dense as triton
+from memokern.backends.protocol import Call
+from memokern.backends.triton.core import machine
 from memokern.backends.triton.core import rows as stored
-from memokern.backends.triton.posterior import planner, sweep
+from memokern.backends.triton.posterior import finish, planner
 from memokern.util import env
 
+triton = Flat("triton")
 ROW_TYPES = [F32, torch.bfloat16, torch.float16, torch.uint8]
 
 
@@ -239,10 +241,19 @@ def test_refusals() -> None:
         run(x, torch.randn(4, 5), 1.0)
     with pytest.raises(ValueError, match="sigma"):
         run(x, rows, column(1.0, 3))
-    many = torch.empty(2**27 + 1, 3, device="meta")
-    args = (many, rows.to("meta"), *[torch.empty(len(many), dtype=F64, device="meta")] * 3)
-    with pytest.raises(ValueError, match=r"at most 134,217,728 queries.*got 134,217,729"):
-        triton.posterior(*args, None, None, None, 1.0, 0.0, "gaussian")
+    for x_dtype, dtype in ((F64, F32), (F32, F64)):
+        with pytest.raises(TypeError, match="take float32 queries and rows of float32, bfloat16"):
+            run(x.to(x_dtype), rows.to(dtype), 1.0)
+    usual = Call(DEVICE.type, F32, F32, 2, 4, 3)
+    refuses = triton.backend.refuses
+    assert refuses("posterior", usual) is None
+    assert refuses("posterior", usual._replace(x=F64)) == "it has no kernel for float64"
+    assert refuses("posterior", usual._replace(rows=F64)) == "it has no kernel for float64"
+    assert "rows of float32, bfloat16" in refuses("posterior", usual._replace(rows=torch.int32))
+    assert "at most 134,217,728 queries" in refuses("posterior", usual._replace(b=2**27 + 1))
+    assert "at most 2,147,467,264 rows" in refuses("posterior", usual._replace(n=2**31 - 1))
+    assert "no torch.func transforms" in refuses("posterior", usual._replace(transform=True))
+    assert "second derivatives" in refuses("posterior_double_backward", usual)
 
 
 @pytest.mark.parametrize("dtype", ROW_TYPES)
@@ -297,9 +308,9 @@ def test_plans_change_only_the_order_of_sums(d: int, monkeypatch) -> None:
     """Other parts of rows, features and queries: the same results within rounding."""
     x, rows, _, _ = make(16, 150, d, torch.bfloat16, 3.0)
     x = torch.cat([x, x[:1]])
-    monkeypatch.setattr(planner, "FEW", 17)  # low tiles: 16 queries, then the last
+    monkeypatch.setattr(planner, "FEW_QUERIES", 17)  # low tiles: 16 queries, then the last
     whole, _ = run(x, rows, 3.0)
-    monkeypatch.setattr(triton, "machine", lambda _: planner.Machine(4, 1 << 18))
+    monkeypatch.setattr(machine, "of", lambda _: machine.Machine(4, 1 << 18))
     monkeypatch.setattr(planner, "WORKSPACE", 1)
     other, _ = run(x, rows, 3.0)
     for a, e in zip(other, whole, strict=True):
@@ -326,15 +337,15 @@ def test_rows_are_marked_only_where_rounding_matters(monkeypatch) -> None:
     """At large sigma no row is evaluated again; at small sigma few are. If none ever were, the
     weights of near rows would be wrong, which test_every_noise_level finds."""
     marks = []
-    finish = sweep.finish.launch
+    launch = finish.launch
 
-    def spy(q, b0, b, state, states, acc, parts, out):
-        # Of the parts that exact_kernel wrote: the last ones. s is the sum of at most `rows` ones.
-        shaped = state.view(-1)[: states * 6 * b].view(states, 6, b)
-        marks.append(shaped[-1, 2].clone())
-        finish(q, b0, b, state, states, acc, parts, out)
+    def spy(q, b0, b, parts, into):
+        # exact_kernel wrote the last parts. s is the sum of at most `rows` ones.
+        states = parts.states.view(-1)[: parts.n_states * 6 * b].view(-1, 6, b)
+        marks.append(states[-1, 2].clone())
+        launch(q, b0, b, parts, into)
 
-    monkeypatch.setattr(sweep.finish, "launch", spy)
+    monkeypatch.setattr(finish, "launch", spy)
     for sigma in (30.0, 1.0):
         x, rows, _, _ = make(2, 100, 10, F32, sigma)
         run(x, rows, sigma)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from kernel_cases import F64, column
+from kernel_cases import F32, F64, Flat, column
 from support_cases import (
     DIMS,
     EDGES,
@@ -23,12 +23,14 @@ from triton_interpreter import DEVICE
 
 pytest.importorskip("triton")
 
+from memokern.backends import triton
+from memokern.backends.protocol import Call
 from memokern.backends.triton.scan import launch as triton_scan
 
 
 def bound_scan(*args):
     args = [v.to(DEVICE) if isinstance(v, torch.Tensor) else v for v in args]
-    return tuple(v.cpu() for v in triton_scan.bound_scan(*args))
+    return tuple(v.cpu() for v in Flat("triton").bound_scan(*args))
 
 
 TRITON = SimpleNamespace(bound_scan=bound_scan)
@@ -36,14 +38,12 @@ TRITON = SimpleNamespace(bound_scan=bound_scan)
 
 def test_a_capture_is_refused(monkeypatch) -> None:
     """It waits for the device: in a CUDA graph CUDA's own error would say less."""
-    monkeypatch.setattr(triton_scan, "capturing", lambda device: True)
-    one = torch.ones(1, dtype=F64)
-    with pytest.raises(RuntimeError, match="cannot be captured in a CUDA graph: sweep densely"):
-        bound_scan(
-            torch.zeros(1, 3), torch.zeros(4, 3), one, one, one, None, torch.zeros(3),
-            torch.ones(4, dtype=F64), 1.0, 0.0, torch.zeros(4, 5), torch.zeros(4, 0),
-            torch.zeros(1, 3), torch.zeros(1, 2), one, one, [3], [0], 1e-6, 4,
-        )  # fmt: skip
+    call = Call(DEVICE.type, F32, F32, 1, 4, 3)
+    assert triton.BACKEND.refuses("bound_scan", call) is None
+    monkeypatch.setattr(triton, "capturing", lambda device: device == torch.device(DEVICE.type))
+    refused = triton.BACKEND.refuses("bound_scan", call)
+    assert "cannot be captured in a CUDA graph: sweep densely" in refused
+    assert triton.BACKEND.refuses("posterior", call) is None
 
 
 @pytest.mark.parametrize("half", [True, False], ids=["float16", "float32"])
@@ -125,13 +125,9 @@ def test_uint8_rows_no_queries_and_what_is_refused() -> None:
     found = scan(x, rows, index, *how, None, 2 / 255, -1.0, backend=TRITON)
     check_lists(found, logits(x, y, *how, None), 1e-6)
     assert len(found[1]) < 200
-    # float64 rows go through the reference, which keeps the same promise.
-    check_lists(
-        scan(x, y, index, *how, None, 1.0, 0.0, backend=TRITON), logits(x, y, *how, None), 1e-6
-    )
     none = scan(x[:0], rows, index, *(v[:0] for v in how), None, 2 / 255, -1.0, backend=TRITON)
     assert none[0].tolist() == [0] and all(len(v) == 0 for v in none[1:])
-    for bad, words in (({"eps": 0.0}, "eps"), ({"cap": 0}, "cap"),
+    for bad, words in (({"eps": 0.0}, "eps"), ({"cap": 0}, "most_listed"),
                        ({"coarse": index.coarse.to(F64)}, "coarse must be float32")):  # fmt: skip
         with pytest.raises(ValueError, match=words):
             scan(x, rows, index, *how, None, 1.0, 0.0, backend=TRITON, **bad)

@@ -6,13 +6,15 @@ import math
 
 import pytest
 import torch
-from kernel_cases import F32, F64, column, cpu, far, make
+from kernel_cases import F32, F64, Flat, column, cpu, far, make
 from support_cases import lists, on_lists
 from triton_interpreter import DEVICE
 
 pytest.importorskip("triton")
 
-from memokern.backends.triton.listed import launch as triton_select
+from memokern.calls import Query, RowLists, Rows
+
+triton = Flat("triton")
 
 ROW_TYPES = [F32, torch.bfloat16, torch.float16, torch.uint8]
 
@@ -22,11 +24,11 @@ def on_device(args):
 
 
 def sums(*args):
-    return [v.cpu() for v in triton_select.posterior_on_support(*on_device(args))]
+    return [v.cpu() for v in triton.posterior_listed(*on_device(args))]
 
 
 def backward(*args):
-    return [v.cpu() for v in triton_select.posterior_on_support_backward(*on_device(args))]
+    return [v.cpu() for v in triton.posterior_listed_backward(*on_device(args))]
 
 
 @pytest.mark.parametrize("dtype", ROW_TYPES)
@@ -87,7 +89,7 @@ def test_exact_hits_ties_limits_and_lost_queries() -> None:
     torch.testing.assert_close(got[4][:2], column(0.0625 + 0.5625, 2))  # 1/4 and 3/4
     ones = [torch.ones_like(v) for v in got]
     back = backward(x, rows, *how, bias, start, index, *got, *ones, 1.0, 0.0)
-    want = cpu.posterior_on_support_backward(
+    want = cpu.posterior_listed_backward(
         x, rows, *how, bias, start, index, *got, *ones, 1.0, 0.0
     )
     assert torch.equal(back[0][1], torch.zeros(2)) and back[1][1].item() == 0
@@ -123,17 +125,18 @@ def test_no_queries_and_empty_lists() -> None:
     assert back[0].shape == (0, 4) and back[4].shape == (0,)
 
 
-def test_arguments_are_checked_and_float64_goes_through_the_reference() -> None:
+def test_arguments_are_checked() -> None:
     x, rows, *_ = make(2, 10, 4, F64, 1.0, x_dtype=F64)
     how = [column(1.0, 2) for _ in range(3)]
     args = (torch.tensor([0, 2, 4]), torch.tensor([0, 1, 2, 3]), 1.0, 0.0)
-    got = sums(x, rows, *how, None, *args)
-    assert got[0].dtype == F64
-    for a, e in zip(got, on_lists(x, rows, *how, None, *args), strict=True):
-        torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-12)
+    with pytest.raises(TypeError, match="take float32 queries and rows of"):
+        sums(x, rows, *how, None, *args)
+    log = Query(x.to(F32), *how, weighting="log")
+    with pytest.raises(ValueError, match="has the weighting \"gaussian\" only, not 'log'"):
+        triton.backend.posterior_listed(log, Rows(rows.to(F32)), RowLists(*args[:2]))
     for start, index in (([0, 2, 1], [0]), ([0, 1, 2], [0, 10]), ([0, 1, 2], [0, -1])):
         with pytest.raises(ValueError, match="start must go from 0"):
             sums(x.to(F32), rows.to(F32), *how, None, torch.tensor(start), torch.tensor(index),
                  1.0, 0.0)  # fmt: skip
-    with pytest.raises(ValueError, match=r"sigma must be float64 \[2\]"):
+    with pytest.raises(ValueError, match=r"sigma must have shape \[2\]"):
         sums(x.to(F32), rows.to(F32), how[0][:1], *how[1:], None, *args)

@@ -169,6 +169,22 @@ def _candidates(device: str, _raw: object) -> tuple[Backend, ...]:
     return tuple(get(name) for name in names)
 
 
+@functools.cache
+def _preferred(device: str, raw: object) -> Backend | None:
+    return next((b for b in _candidates(device, raw) if b.unavailable() is None), None)
+
+
+def preferred(device: str) -> Backend | None:
+    """Who is asked first for tensors on a device, whatever the call."""
+    return _preferred(device, env.raw_backend())
+
+
+def require(device: str) -> None:
+    """Raises RuntimeError where MEMOKERN_BACKEND names a backend that cannot run here, or that does
+    not run tensors on this device, for a plain call in float32."""
+    choose("posterior", Call(device, torch.float32, torch.float32, 1, 1, 1))
+
+
 def choose(operation: str, call: Call) -> Backend:
     """The backend that runs the call: the first on its device's list that does not refuse it.
 

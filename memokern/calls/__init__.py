@@ -4,20 +4,12 @@ A new input of the sweep is a field of :class:`Query` or :class:`Rows`; a new ou
 :class:`Sums` or :class:`State`.
 """
 
-from memokern.calls.arguments import (
-    WEIGHTINGS,
-    CosineTransform,
-    LogitBounds,
-    Query,
-    RowLists,
-    Rows,
-)
+from memokern.calls.arguments import WEIGHTINGS, LogitBounds, Query, RowLists, Rows
 from memokern.calls.results import Gradients, Scan, Sums
-from memokern.calls.state import State, empty_state, merge, settled, to_sums
+from memokern.calls.state import State, empty_state, merge, settled, to_sums, without
 
 __all__ = [
     "WEIGHTINGS",
-    "CosineTransform",
     "Gradients",
     "LogitBounds",
     "Query",
@@ -30,4 +22,5 @@ __all__ = [
     "merge",
     "settled",
     "to_sums",
+    "without",
 ]

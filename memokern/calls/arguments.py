@@ -1,7 +1,4 @@
-"""What an operation is asked: queries, rows, lists of rows, and bounds on their logits.
-
-And what a backend is told of an index's basis, so that it can project queries by itself.
-"""
+"""What an operation is asked: queries, rows, lists of rows, and bounds on their logits."""
 
 from __future__ import annotations
 
@@ -99,7 +96,7 @@ class RowLists(NamedTuple):
     """
 
     start: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
 
 
 class LogitBounds(NamedTuple):
@@ -122,25 +119,3 @@ class LogitBounds(NamedTuple):
     first_band: tuple[int, ...]
     eps: float
     most_listed: int
-
-
-class CosineTransform(NamedTuple):
-    """A cosine transform along the axes of a row, as a kernel that projects queries takes it.
-
-    Each channel is a rotation of the row's channels, and has a box of the frequencies that are
-    computed, [across, down], the latter padded to a multiple of what the kernel asks for.
-
-    axes: C, H, W. channels_last: a row is [H, W, C]. turn: [C, C], down: [H, H] and across: [W, W]
-    float32, the transforms along the three axes, one frequency per row. box: [C, 2] int64,
-    frequencies down and across. numbers: in all boxes. place: [M] int32, where in the boxes the
-    coordinates are.
-    """
-
-    axes: tuple[int, int, int]
-    channels_last: bool
-    turn: Tensor
-    down: Tensor
-    across: Tensor
-    box: Tensor
-    numbers: int
-    place: Tensor

@@ -65,9 +65,15 @@ def check_weighting(weighting: str) -> None:
         raise ValueError(f"weighting must be {' or '.join(WEIGHTINGS)}, not {weighting!r}")
 
 
-def contiguous64(tensor: Tensor | None) -> Tensor | None:
+def check_gaussian(weighting: str, operation: str) -> None:
+    """ValueError for a weighting that an operation on selected rows does not have."""
+    if weighting != "gaussian":
+        raise ValueError(f'{operation} has the weighting "gaussian" only, not {weighting!r}')
+
+
+def contiguous64(tensor: Tensor) -> Tensor:
     """The tensor as contiguous float64, the same one where it is that."""
-    if tensor is None or (tensor.dtype == F64 and tensor.is_contiguous()):
+    if tensor.dtype == F64 and tensor.is_contiguous():
         return tensor
     return tensor.to(F64).contiguous()
 
@@ -86,23 +92,27 @@ def shaped(name: str, tensor: Tensor, shape: tuple[int, ...], *dtypes: torch.dty
 def prepared(query: Query, rows: Rows) -> Query:
     """The query as kernels take it: x contiguous in the type that the sweep accumulates in, the
     rest contiguous float64. Errors name what does not fit."""
-    check_fit(query.x, rows.data)
+    x = prepared_x(query.x, rows)
     check_weighting(query.weighting)
-    b = query.x.shape[0]
-    columns = [t.to(F64).contiguous() for t in (query.sigma, query.alpha, query.temperature)]
-    for name, t in zip(("sigma", "alpha", "temperature"), columns, strict=True):
-        if t.shape != (b,):
-            raise ValueError(f"{name} must have shape [{b}], not {list(t.shape)}")
-    bias = contiguous64(query.bias)
-    if bias is not None and bias.shape != (rows.n,):
-        raise ValueError(f"bias must have shape [{rows.n}], not {list(bias.shape)}")
-    return Query(prepared_x(query.x, rows), *columns, bias, query.weighting, query.precision)
+    sigma, alpha = contiguous64(query.sigma), contiguous64(query.alpha)
+    temperature, bias = contiguous64(query.temperature), query.bias
+    each = (x.shape[0],)
+    if not (sigma.shape == alpha.shape == temperature.shape == each):
+        for name, t in (("sigma", sigma), ("alpha", alpha), ("temperature", temperature)):
+            if t.shape != each:
+                raise ValueError(f"{name} must have shape {list(each)}, not {list(t.shape)}")
+    if bias is not None:
+        bias = contiguous64(bias)
+        if bias.shape != (rows.n,):
+            raise ValueError(f"bias must have shape [{rows.n}], not {list(bias.shape)}")
+    return Query(x, sigma, alpha, temperature, bias, query.weighting, query.precision)
 
 
 def prepared_x(x: Tensor, rows: Rows) -> Tensor:
     """x, contiguous, in the type that a sweep over these rows accumulates in."""
     check_fit(x, rows.data)
-    return x.to(F64 if F64 in (x.dtype, rows.data.dtype) else torch.float32).contiguous()
+    compute = F64 if rows.data.dtype == F64 or x.dtype == F64 else torch.float32
+    return x if x.dtype == compute and x.is_contiguous() else x.to(compute).contiguous()
 
 
 def prepared_lists(lists: RowLists, b: int) -> RowLists:

@@ -1,11 +1,11 @@
-"""Small real data sets that travel with the package, so that examples, tests and the demo need no
+"""The handwritten digits that travel with the package, so that examples, tests and the demo need no
 download.
 
-`digits.npz`: images uint8 [1797, 8, 8] (0..16 ink counts), labels uint8 [1797] (0..9). It is the
-test part of "Optical Recognition of Handwritten Digits" by E. Alpaydin and C. Kaynak (1998), UCI
-Machine Learning Repository, https://doi.org/10.24432/C50P49, licensed CC BY 4.0
+`digits.npz` has images uint8 [1797, 8, 8] (0..16 ink counts) and labels uint8 [1797] (0..9). It is
+the test part of "Optical Recognition of Handwritten Digits" by E. Alpaydin and C. Kaynak (1998),
+UCI Machine Learning Repository, https://doi.org/10.24432/C50P49, licensed CC BY 4.0
 (https://creativecommons.org/licenses/by/4.0/), in the order in which scikit-learn's `load_digits`
-gives it. Changes: none but the container and the type. Made with
+gives it. Nothing but the container and the type was changed. It was made with
 
     d = sklearn.datasets.load_digits()
     memokern.data.files.write_npz("digits.npz", images=d.images.astype("uint8"),
@@ -20,7 +20,7 @@ import numpy as np
 
 from memokern.data import files
 
-# Pixels count the ink in a 4 x 4 block, 0..16: y = r / 8 - 1 lies in [-1, 1], exactly.
+# A pixel counts the ink in a 4 x 4 block, 0..16, so that y = r / 8 - 1 lies in [-1, 1], exactly.
 DIGITS_SCALE = 1 / 8
 DIGITS_SHIFT = -1.0
 

@@ -1,21 +1,19 @@
-"""Reading arrays and writing results.
+"""Reading and writing files of arrays.
 
-A leaf of the package: it imports nothing of memokern. Readers map the file into memory where its
-format allows that, and refuse what could run code (object arrays, pickles). Writers go through
-`atomic`: whoever reads the target sees the old file or the complete new one.
+Readers map the file into memory where its format allows that, and refuse what could run code
+(object arrays, pickles). Writers go through :func:`memokern.util.writing.atomic`: whoever reads the
+target sees the old file or the complete new one.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
-import secrets
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +22,10 @@ import safetensors
 import safetensors.torch
 import torch
 
+from memokern.util.writing import atomic
+
 FORMATS = (".npy", ".npz", ".safetensors")
-# Of a file with several arrays, none asked for by name, the first of these that it has is read.
+# Where a file has several arrays and none is asked for by name, the first of these names is read.
 USUAL_KEYS = ("rows", "images", "samples", "data", "x", "arr_0")
 
 
@@ -38,8 +38,8 @@ def read_tensor(path: str | os.PathLike[str], key: str | None = None) -> torch.T
     Args:
         path: the file. `.npy` and `.safetensors` are memory-mapped copy-on-write: nothing is read
             until it is used, and writing to the tensor changes neither the file nor other
-            processes. So are the members of an uncompressed `.npz` that happen to be aligned to
-            their item size (uint8 always is); others are read.
+            processes. The members of an uncompressed `.npz` that happen to be aligned to their item
+            size (uint8 always is) are mapped too; others are read.
         key: which array of an `.npz` or `.safetensors`. By default the only one, or the first of
             "rows", "images", "samples", "data", "x", "arr_0" that the file has.
 
@@ -64,7 +64,7 @@ def read_tensor(path: str | os.PathLike[str], key: str | None = None) -> torch.T
 
 
 def read_array(path: str | os.PathLike[str], key: str | None = None) -> np.ndarray:
-    """As `read_tensor`, but a numpy array. TypeError for bfloat16, which numpy lacks."""
+    """As `read_tensor`, but a numpy array; TypeError for bfloat16, which numpy lacks."""
     path = _existing(path)
     if path.suffix.lower() != ".safetensors":
         return _read_numpy(path, key)
@@ -72,7 +72,7 @@ def read_array(path: str | os.PathLike[str], key: str | None = None) -> np.ndarr
 
 
 def read_table(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """All arrays of a file by name; that of a `.npy` is called "arr_0". Errors as `read_array`."""
+    """All arrays of a file by name; the array of a `.npy` is "arr_0". Errors as `read_array`."""
     path = _existing(path)
     suffix = path.suffix.lower()
     if suffix == ".safetensors":
@@ -107,10 +107,11 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
 
 
 def as_tensor(array: np.ndarray, what: str = "array") -> torch.Tensor:
-    """A tensor on the memory of a numpy array; a copy only for negative strides or foreign bytes.
+    """A tensor that shares the memory of a numpy array. It is a copy only where strides are
+    negative or the bytes are in the other order.
 
-    A read-only array is shared too: do not write to the tensor. torch.from_numpy would warn of
-    that; the view taken through the array interface does not.
+    The memory of a read-only array is shared too, so do not write to the tensor. torch.from_numpy
+    would warn of such an array; it does not of a view taken through the array interface.
     """
     if array.dtype.hasobject:
         raise ValueError(_pickled(what))
@@ -140,6 +141,7 @@ class _Shared:
 
 
 def _existing(path: str | os.PathLike[str]) -> Path:
+    """The path of a file that is there and has a suffix that can be read."""
     path = Path(path)
     if path.suffix.lower() not in FORMATS:
         hint = (
@@ -183,6 +185,7 @@ def _members(archive: zipfile.ZipFile) -> list[str]:
 
 
 def _choose(path: Path, known: list[str], key: str | None) -> str:
+    """The name of the array asked for, or of the one to read where none is asked for."""
     if key is not None:
         if key in known:
             return key
@@ -228,7 +231,8 @@ def _map_member(path: Path, info: zipfile.ZipInfo) -> np.ndarray | None:
     with open(path, "rb") as file:
         file.seek(info.header_offset)
         header = file.read(30)
-        # The lengths in the local header count: the central directory may have others.
+        # The central directory may state other lengths than the local header, which is the one
+        # here.
         name, extra = struct.unpack("<HH", header[26:30])
         file.seek(info.header_offset + 30 + name + extra)
         version = np.lib.format.read_magic(file)
@@ -248,11 +252,12 @@ def _map_member(path: Path, info: zipfile.ZipInfo) -> np.ndarray | None:
     return np.memmap(path, dtype=dtype, mode="c", offset=offset, shape=shape, order=order)
 
 
-def _guarded(path: Path, read: Any) -> np.ndarray:
+def _guarded(path: Path, read: Callable[[], np.ndarray]) -> np.ndarray:
+    """What `read` returns; ValueError with the path for whatever numpy raises."""
     try:
         return read()
     except (ValueError, EOFError, OSError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-        # numpy's words for an object array: read, and mapped.
+        # These are numpy's words for an object array that is read, and for one that is mapped.
         if "allow_pickle" in str(error) or "Python objects" in str(error):
             raise ValueError(_pickled(repr(str(path)))) from None
         raise ValueError(f"{str(path)!r} cannot be read ({error})") from error
@@ -272,61 +277,6 @@ def _to_numpy(tensor: torch.Tensor, path: Path) -> np.ndarray:
 
 
 # --- writing ----------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary path beside `path`; on a clean exit it is synced and takes the target's place.
-
-    On an exception the temporary file is removed and the target is as it was. The temporary name
-    keeps the suffix, which np.savez and matplotlib look at. A symbolic link is followed.
-
-    Raises:
-        FileNotFoundError: the folder does not exist.
-        ValueError: the target is a folder or a device.
-
-    Example:
-        >>> import tempfile, pathlib
-        >>> from memokern.data.files import atomic
-        >>> target = pathlib.Path(tempfile.mkdtemp()) / "a.txt"
-        >>> with atomic(target) as temporary:
-        ...     _ = temporary.write_text("whole")
-        >>> target.read_text()
-        'whole'
-    """
-    target = Path(os.path.realpath(path))
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"no such folder: {str(target.parent)!r}; make it first")
-    if target.exists() and not target.is_file():
-        raise ValueError(f"cannot write to {str(path)!r}: it exists and is not a file")
-    temporary = target.with_name(f".{target.stem[:100]}.{secrets.token_hex(6)}.tmp{target.suffix}")
-    # Made here, not by tempfile, whose files only the owner may read. O_EXCL: never another's file.
-    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-    mode = temporary.stat().st_mode
-    try:
-        yield temporary
-        temporary.chmod(mode)  # safetensors puts a file of its own there, again for the owner only
-        _sync(temporary, os.O_RDWR)
-        os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    if os.name == "posix":
-        _sync(target.parent, os.O_RDONLY)
-
-
-def _sync(path: Path, flags: int) -> None:
-    handle = os.open(path, flags)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
-    """Write bytes (a rendered picture, say) whole or not at all. Errors as `atomic`."""
-    with atomic(path) as temporary:
-        temporary.write_bytes(content)
 
 
 def write_npz(path: str | os.PathLike[str], **arrays: np.ndarray | torch.Tensor) -> None:
@@ -361,28 +311,3 @@ def write_safetensors(
     contiguous = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     with atomic(path) as temporary:
         safetensors.torch.save_file(contiguous, temporary, dict(metadata or {}))
-
-
-def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Write indented JSON. Arrays and tensors become lists; NaN and infinities become null.
-
-    Raises TypeError for what JSON cannot hold, and as `atomic`.
-    """
-    text = json.dumps(_plain(value), indent=2, allow_nan=False, ensure_ascii=False)
-    write_bytes(path, (text + "\n").encode())
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        value = value.detach().cpu().tolist()
-    elif isinstance(value, (np.ndarray, np.generic)):
-        value = value.tolist()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,19 @@ from tqdm import tqdm
 
 from memokern.data import files
 
-# How TrainingSet.save marks its files.
+# TrainingSet.save marks its files with these.
 FORMAT = "memokern.TrainingSet"
 FORMAT_VERSION = 1
-# The tensors of an index in such a file; its version is its own (`memokern.index.index`).
+# Starts the names of an index's tensors in such a file. The index has a version of its own, in
+# `memokern.index.index`.
 INDEX_PREFIX = "index."
 
 
 def read(
     rows: torch.Tensor | np.ndarray | str | os.PathLike[str] | Dataset, key: str | None
 ) -> dict[str, Any]:
-    """What `rows`, in any of these forms, brings: rows as a tensor, and what `from_file` says."""
+    """What a data source in any of these forms holds: at least "rows", a tensor, and of a file or a
+    Dataset what :func:`from_file` or :func:`from_dataset` finds."""
     if isinstance(rows, (str, os.PathLike)):
         return from_file(rows, key)
     if key is not None:
@@ -43,8 +46,9 @@ def read(
 
 
 def from_file(path: str | os.PathLike[str], key: str | None) -> dict[str, Any]:
-    """What a file says: rows, name, and any of labels, log_weights, scale, shift, and index (its
-    description and its tensors, as written; of the file's own rows only)."""
+    """What a file holds: rows and name, and of labels, log_weights, scale, shift and index those
+    that are there. An index comes as its description and its tensors, as they were written, and
+    only with the file's own rows."""
     found: dict[str, Any] = {"rows": files.read_tensor(path, key), "name": Path(path).stem}
     names = files.keys(path)
     metadata = files.read_metadata(path)
@@ -53,7 +57,7 @@ def from_file(path: str | os.PathLike[str], key: str | None) -> dict[str, Any]:
         if version != str(FORMAT_VERSION):
             raise ValueError(
                 f"{str(path)!r} has version {version!r} of the format, "
-                f"expected {FORMAT_VERSION}: it was written by another memokern"
+                f"expected {FORMAT_VERSION}: another memokern wrote it"
             )
         found["name"] = metadata.get("name")
         found["scale"] = float(metadata["scale"])
@@ -66,14 +70,37 @@ def from_file(path: str | os.PathLike[str], key: str | None) -> dict[str, Any]:
             found["index"] = (metadata["index"], tensors)
     if "labels" in names and key != "labels":
         labels = files.read_tensor(path, "labels")
-        # One-hot labels, or those of another array, are not ours to interpret: there is labels=.
+        # Nothing is guessed from one-hot labels, or labels of another array: labels= takes those.
         if labels.shape == found["rows"].shape[:1] and is_integer(labels.dtype):
             found["labels"] = labels
     return found
 
 
+def write(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, torch.Tensor | None],
+    metadata: Mapping[str, str | None],
+    index: tuple[str, Mapping[str, torch.Tensor]] | None,
+) -> None:
+    """Write a file that :func:`from_file` reads; None stands for what a training set does not have.
+
+    Errors: as :func:`memokern.data.files.write_safetensors`.
+    """
+    parts = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    known = {"format": FORMAT, "version": str(FORMAT_VERSION)}
+    known |= {name: text for name, text in metadata.items() if text is not None}
+    if index is not None:
+        known["index"], described = index
+        parts |= {INDEX_PREFIX + name: tensor for name, tensor in described.items()}
+    files.write_safetensors(path, parts, known)
+
+
 def from_dataset(dataset: Dataset) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """All items of a map-style Dataset in one allocation; their labels if every item has one."""
+    """All items of a map-style Dataset as one tensor, and their labels [N] if every item has one.
+
+    Raises: TypeError for items that are not tensors, ValueError for items of different shapes or
+    types, and for none.
+    """
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise TypeError(
             f"expected a map-style Dataset with a length, got {type(dataset).__name__}: "
@@ -108,10 +135,12 @@ def from_dataset(dataset: Dataset) -> tuple[torch.Tensor, torch.Tensor | None]:
 
 
 def _is_label(value: Any) -> bool:
+    """Whether this is one integer."""
     if isinstance(value, torch.Tensor):
         return value.ndim == 0 and is_integer(value.dtype)
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
 def is_integer(dtype: torch.dtype) -> bool:
+    """Whether it is a type of integers; bool is none."""
     return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)

@@ -1,4 +1,5 @@
-"""Rows as they are stored: their types, what comes with them, and sweeps over them in chunks."""
+"""Rows as they are stored: checks of rows and of what comes with them, and passes over them in
+chunks."""
 
 from __future__ import annotations
 
@@ -12,14 +13,16 @@ import torch
 from memokern.data import files, sources
 
 ROW_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.uint8)
-# uint8 images: 0..255 -> [-1, 1], the convention of diffusion models.
+# uint8 images are taken from 0..255 to [-1, 1], as diffusion models take them.
 UINT8_SCALE, UINT8_SHIFT = 2 / 255, -1.0
-# Elements of a chunk in the sweeps below: 32 MiB as float64, never a float copy of all rows.
+# A pass over the rows takes chunks of at most this many numbers (32 MiB as float64), so that there
+# is never a floating-point copy of all rows.
 CHUNK_ELEMENTS = 1 << 22
 
 
 def check_rows(rows: torch.Tensor) -> None:
-    """Refuse rows of a type that is not stored, sparse ones, and none at all."""
+    """TypeError or ValueError unless these are rows that can be stored: dense, of a type in
+    `ROW_DTYPES`, and at least one number."""
     if rows.dtype not in ROW_DTYPES:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in ROW_DTYPES)
         raise TypeError(
@@ -34,7 +37,7 @@ def check_rows(rows: torch.Tensor) -> None:
 
 
 def _vector(name: str, value: Any, n: int) -> torch.Tensor:
-    """[n] values of the caller's own: a copy, so that what was checked stays true."""
+    """A copy of the caller's [n] values, so that what is checked of them stays true."""
     if isinstance(value, np.ndarray):
         value = files.as_tensor(value, name)
     try:
@@ -55,7 +58,7 @@ def _vector(name: str, value: Any, n: int) -> torch.Tensor:
 
 
 def checked_labels(labels: Any, n: int, device: torch.device) -> torch.Tensor | None:
-    """[n] int64 on the device."""
+    """The labels as [n] int64 on the device, or None; TypeError or ValueError for anything else."""
     if labels is None:
         return None
     tensor = _vector("labels", labels, n)
@@ -65,11 +68,12 @@ def checked_labels(labels: Any, n: int, device: torch.device) -> torch.Tensor | 
 
 
 def checked_log_weights(log_weights: Any, n: int, device: torch.device) -> torch.Tensor | None:
-    """[n] float64 on the device, finite or -inf, not all -inf."""
+    """The log weights as [n] float64 on the device, or None; ValueError unless they are finite or
+    -inf, and not all -inf."""
     if log_weights is None:
         return None
     tensor = _vector("log_weights", log_weights, n).to(device, torch.float64)
-    if tensor.is_meta:  # shapes without values
+    if tensor.is_meta:  # there are no values to check
         return tensor
     bad = torch.isnan(tensor) | (tensor == math.inf)
     if bad.any():
@@ -85,7 +89,8 @@ def checked_log_weights(log_weights: Any, n: int, device: torch.device) -> torch
 def checked_choice(
     index: torch.Tensor | np.ndarray | Sequence[int] | slice, n: int, device: torch.device
 ) -> torch.Tensor | slice:
-    """What chooses rows: a slice, an index [k] int64 or a mask [n]."""
+    """What chooses some of n rows: a slice, an index [k] int64 or a mask [n] bool. TypeError or
+    ValueError for anything else, and for nothing at all."""
     if isinstance(index, slice):
         return index
     index = torch.as_tensor(index, device=device)
@@ -104,7 +109,7 @@ def checked_choice(
 
 
 def checked_index(index: torch.Tensor, n: int, device: torch.device) -> torch.Tensor:
-    """Row numbers in 0..n-1, of any shape, int64."""
+    """Row numbers in 0..n-1, of any shape, as int64; TypeError or IndexError otherwise."""
     index = torch.as_tensor(index)
     if index.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"expected an index of int64, got {index.dtype}")
@@ -116,24 +121,30 @@ def checked_index(index: torch.Tensor, n: int, device: torch.device) -> torch.Te
     return index
 
 
-def checked_wanted(label: int | Sequence[int], device: torch.device) -> torch.Tensor:
-    """Labels asked for, [k] of an integer type."""
+def rows_of_label(labels: torch.Tensor, label: int | Sequence[int]) -> torch.Tensor:
+    """A mask [n] of the rows with this label, or one of these labels. TypeError for anything but
+    integers, ValueError where no row has one."""
     try:
-        wanted = torch.as_tensor(label, device=device).reshape(-1)
+        wanted = torch.as_tensor(label, device=labels.device).reshape(-1)
     except (TypeError, ValueError, RuntimeError):  # no number, or beyond int64
         wanted = torch.empty(0)
     if not sources.is_integer(wanted.dtype):
         raise TypeError(f"expected a label, or several, of integers (int64), got {label!r}")
-    return wanted
+    mask = torch.isin(labels, wanted)
+    if not mask.any():
+        known = labels.unique().tolist()
+        shown = f"{known[:20]}{' ...' if len(known) > 20 else ''}"
+        raise ValueError(f"no row has the label {label}; the labels are {shown}")
+    return mask
 
 
 def chunks(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Rows [N, D] in pieces of at most `CHUNK_ELEMENTS` numbers, or of one row; views."""
+    """Views of rows [N, D] that have at most `CHUNK_ELEMENTS` numbers each, or one row."""
     return rows.split(max(1, CHUNK_ELEMENTS // rows.shape[1]))
 
 
-# What the next two compute is kept, also for calls that record a gradient, which could not save
-# what torch.inference_mode has made.
+# A training set keeps what the next two functions compute. Calls that record a gradient use it too,
+# and autograd cannot save tensors that were made under torch.inference_mode.
 @torch.inference_mode(False)
 def mean(rows: torch.Tensor, scale: float, shift: float, dtype: torch.dtype) -> torch.Tensor:
     """The mean of the rows' values, [D], accumulated in float64 and rounded to `dtype`."""
@@ -145,8 +156,8 @@ def mean(rows: torch.Tensor, scale: float, shift: float, dtype: torch.dtype) -> 
 
 @torch.inference_mode(False)
 def sq_norms(rows: torch.Tensor, scale: float, shift: float, center: torch.Tensor) -> torch.Tensor:
-    """|y_n - center|^2 of the rows' values for this very center, [N] float64."""
-    # row * scale + (shift - center), in place: one temporary per chunk.
+    """|y_n - center|^2 [N] float64, y_n = row * scale + shift, for the center as it is stored."""
+    # row * scale + (shift - center) is formed in place, so that a chunk needs one temporary.
     offset = shift - center.to(torch.float64)
     norms = torch.empty(len(rows), dtype=torch.float64, device=rows.device)
     start = 0
@@ -158,23 +169,14 @@ def sq_norms(rows: torch.Tensor, scale: float, shift: float, center: torch.Tenso
     return norms
 
 
-def readable(nbytes: int) -> str:
-    """A number of bytes in words: "129.4 kB"."""
-    size = float(nbytes)
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.4g} {unit}"
-        size /= 1000
-    return f"{size:.4g} TB"
-
-
 def require_finite(rows: torch.Tensor) -> None:
-    """Refuse rows [N, D] with NaN or inf, naming the first such row."""
+    """ValueError that names the first row of [N, D] with NaN or inf, if there is one."""
     if rows.is_meta or not rows.dtype.is_floating_point:
         return
     start = 0
     for chunk in chunks(rows):
-        # NaN comes through min and max, so one pass without a temporary decides.
+        # The minimum and maximum are NaN where a value is, so that one pass without a temporary
+        # decides.
         if not torch.isfinite(torch.stack(chunk.aminmax())).all():
             bad = (~torch.isfinite(chunk)).any(dim=1).nonzero()
             raise ValueError(

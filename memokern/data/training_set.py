@@ -1,7 +1,7 @@
-"""The training set: its rows as stored, and what every query needs of them, computed once.
+"""The training set: its rows as they are stored, and what every query needs of them.
 
-Images stay uint8, half-precision rows stay half: a row's value is y = row * scale + shift, applied
-inside the kernels. A data set on disk stays there, memory-mapped.
+Images stay uint8 and half-precision rows stay half: a row's value is y = row * scale + shift, which
+the kernels apply. A data set on disk stays there, memory-mapped.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ import torch
 from torch.utils.data import Dataset
 
 from memokern.calls import Rows
-from memokern.data import digits as datasets
-from memokern.data import files, sources
+from memokern.data import digits, files, sources
 from memokern.data.storage import (
     UINT8_SCALE,
     UINT8_SHIFT,
@@ -25,15 +24,15 @@ from memokern.data.storage import (
     checked_index,
     checked_labels,
     checked_log_weights,
-    checked_wanted,
     mean,
-    readable,
     require_finite,
+    rows_of_label,
     sq_norms,
 )
-from memokern.index import build as index_build
+from memokern.index.build import build
 from memokern.index.index import Index, fingerprint, restored
 from memokern.util import checks
+from memokern.util.text import byte_size
 
 
 class TrainingSet:
@@ -42,30 +41,33 @@ class TrainingSet:
     Args:
         rows: [N, *shape] float64, float32, bfloat16, float16 or uint8, kept in that type; one of
             - a tensor or numpy array, whose memory is shared, not copied, where it is contiguous:
-              do not change it afterwards (norms and mean are cached);
-            - a path: `.npy` or `.safetensors`, memory-mapped; `.npz`, mapped where uncompressed and
-              aligned. Pickles are never loaded. A file written by `save` brings everything else;
-            - a torch map-style Dataset of tensors or (tensor, label) items, each read once into
-              one allocation.
-        labels: [N] integers. None: those of the Dataset, or the file's array "labels" if it holds
-            N integers.
+              do not change it afterwards, since norms and mean are cached;
+            - a path: `.npy` and `.safetensors` are memory-mapped, and so is `.npz` where it is
+              uncompressed and aligned. Pickles are never loaded. A file that `save` wrote brings
+              everything else with it;
+            - a torch map-style Dataset of tensors or (tensor, label) items, each of which is read
+              once, into one allocation.
+        labels: [N] integers. None takes those of the Dataset, or the file's array "labels" if it
+            holds N integers.
         log_weights: [N] log prior weights of the rows, finite or -inf (weight 0), not all -inf,
-            kept as float64; they need not be normalised. None: all rows weigh the same.
-        scale, shift: finite numbers, scale not 0. Default 1 and 0; for uint8 rows 2/255 and -1,
-            which takes pixels to [-1, 1].
-        name: shown by repr.
-        key: which array of a `.npz` or `.safetensors` file holds the rows (default: see
-            `memokern.data.files.read_tensor`).
-        check: False skips the search for NaN and infinite rows, which reads every float row once
-            (so, for a memory-mapped file, the whole file).
-        index: False leaves out the index that a file written by `save` has. It is left out too
-            if scale or shift differ from the file's.
+            kept as float64; they need not be normalised. None gives all rows the same weight.
+        scale, shift: finite numbers, scale not 0. The default is 1 and 0, for uint8 rows 2/255 and
+            -1, which takes pixels to [-1, 1].
+        name: what repr shows.
+        key: which array of a `.npz` or `.safetensors` file holds the rows; for the default see
+            `memokern.data.files.read_tensor`.
+        check: False skips the search for NaN and infinite values, which reads floating-point rows
+            once (so, of a memory-mapped file, the whole file).
+        index: False leaves out the index that a file written by `save` may have. It is left out too
+            where scale or shift differ from the file's.
 
     Attributes:
-        rows: [N, D] as stored, contiguous. shape: of one row. n, dim: N and D. dtype, device.
-        scale, shift. labels: [N] int64 or None. log_weights: [N] float64 or None. nbytes.
-        center: [D] the mean row (of a subset with an index, the whole set's), float32 or float64.
-        sq_norms: [N] float64, |y_n - center|^2.
+        rows: [N, D] as stored, contiguous. shape: of one row. n, dim: N and D. dtype, device: of
+            the rows. nbytes: of rows, labels, weights and caches.
+        scale, shift: y = row * scale + shift. labels: [N] int64 or None. log_weights: [N] float64
+            or None.
+        center: [D] float32 or float64, the mean row (of a subset with an index, the mean of the
+            whole set). sq_norms: [N] float64, |y_n - center|^2.
 
     Raises:
         TypeError: rows of another type (other integers, bool, complex); labels not integers.
@@ -73,11 +75,11 @@ class TrainingSet:
             wrong lengths; a pickle; an index of other rows; rows that require a gradient, which
             the cached norms would not follow (pass the tensor itself to memokern's functions).
 
-    Numerics: center and sq_norms are accumulated in float64 from the dequantised values; sq_norms
-    belongs to the center exactly as stored (rounded).
+    Numerics: center and sq_norms are accumulated in float64 from the values y; sq_norms belongs to
+    the center exactly as it is stored, rounded.
 
-    Cost: one read of float rows for the check, one read each for center and sq_norms when first
-    used; 8 N + 8 D bytes beside the rows, and 32 MiB while sweeping.
+    Cost: the check reads floating-point rows once; center and sq_norms, at first use, read the rows
+    once each. They take 8 N + 8 D bytes beside the rows, and 32 MiB while they are computed.
 
     Example:
         >>> from memokern.data.training_set import TrainingSet
@@ -146,12 +148,10 @@ class TrainingSet:
 
     @classmethod
     def digits(cls) -> TrainingSet:
-        """The 1797 handwritten digits that come with memokern: uint8 [8, 8] in [-1, 1], labels.
-
-        Source and licence: `memokern.data.digits`.
-        """
-        images, labels = datasets.digits()
-        scale, shift = datasets.DIGITS_SCALE, datasets.DIGITS_SHIFT
+        """1797 handwritten digits, uint8 [8, 8] in [-1, 1], with labels; `memokern.data.digits` has
+        their source and licence."""
+        images, labels = digits.digits()
+        scale, shift = digits.DIGITS_SCALE, digits.DIGITS_SHIFT
         return cls(images, labels=labels, scale=scale, shift=shift, name="digits")
 
     # --- sizes --------------------------------------------------------------------------------
@@ -183,7 +183,7 @@ class TrainingSet:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the rows (in memory or mapped), labels, weights and caches."""
+        """How many bytes the rows (in memory or mapped), labels, weights and caches take."""
         held = (self.rows, self.labels, self.log_weights, self._center, self._sq_norms, self._index)
         return sum(part.nbytes for part in held if part is not None)
 
@@ -195,7 +195,7 @@ class TrainingSet:
         if (self.scale, self.shift) != (1.0, 0.0):
             sign = "-" if self.shift < 0 else "+"
             parts.append(f"y = {self.scale:.6g} r {sign} {abs(self.shift):.6g}")
-        parts.append(readable(self.nbytes))
+        parts.append(byte_size(self.nbytes))
         parts += ["labels"] * (self.labels is not None)
         parts += ["log_weights"] * (self.log_weights is not None)
         parts += [] if self._index is None else [f"{self._index.basis} index"]
@@ -206,14 +206,14 @@ class TrainingSet:
 
     @property
     def center(self) -> torch.Tensor:
-        """The mean of the rows, [D] float32 (float64 for float64 rows). Computed at first use."""
+        """The mean of the rows, [D] float32 (float64 for float64 rows); computed at first use."""
         if self._center is None:
             self._center = mean(self.rows, self.scale, self.shift, self.compute_dtype)
         return self._center
 
     @property
     def center64(self) -> torch.Tensor:
-        """`center` as float64, which the operations take."""
+        """`center` as float64, as the operations take it."""
         if self._center64 is None:
             with torch.inference_mode(False):
                 self._center64 = self.center.to(torch.float64)
@@ -221,7 +221,7 @@ class TrainingSet:
 
     @property
     def sq_norms(self) -> torch.Tensor:
-        """|y_n - center|^2 for the center as stored, [N] float64. Computed at first use."""
+        """|y_n - center|^2 for the center as stored, [N] float64; computed at first use."""
         if self._sq_norms is None:
             self._sq_norms = sq_norms(self.rows, self.scale, self.shift, self.center64)
         return self._sq_norms
@@ -242,33 +242,36 @@ class TrainingSet:
         storage: str = "float16",
         progress: bool | None = None,
     ) -> TrainingSet:
-        """Make `index`: for every row its leading coordinates in an orthonormal basis and the norms
-        of what is left, from which rows are proven to have no weight. Returns the set itself.
+        """Make `index`, from which rows are proven to have no weight, and return the set itself.
+
+        The index holds, for every row, its leading coordinates in an orthonormal basis, and the
+        norms of the others.
 
         Args:
-            basis: "dct", the cosine transform of rows [H, W], [C, H, W] or [H, W, C], ordered by
-                variance; "pca", the principal directions of up to 4096 rows (D <= 4096). "auto":
-                dct for images (H, W >= 8, C <= 4), else pca.
-            dims: the ladder, ascending, of how many coordinates are used. None: 32, 64, 128, 256
+            basis: "dct" is the cosine transform of rows [H, W], [C, H, W] or [H, W, C], its
+                coordinates ordered by variance. "pca" is the principal directions of up to 4096
+                rows (D <= 4096). "auto" takes dct for images (H, W >= 8, C <= 4), else pca.
+            dims: how many coordinates each level uses, ascending. None stands for 32, 64, 128, 256
                 and 512, as far as D allows.
-            storage: of the coordinates beyond the first dims[0], "float16" (float32 is taken where
-                the rows' norms, above 6e4 or below 0.01, do not suit it) or "float32". Each row's
-                rounding is measured and allowed for.
-            progress: a progress bar; None: on a terminal, if it takes more than two seconds.
+            storage: type of the coordinates beyond the first dims[0], "float16" or "float32".
+                Float32 is taken in any case where the rows' norms, above 6e4 or below 0.01, do not
+                suit float16. The rounding of each row is measured and allowed for.
+            progress: whether to show a progress bar. None shows it on a terminal, after two
+            seconds.
 
-        Raises ValueError for D <= 16, rows for which there is no such basis, other choices.
+        Raises: ValueError for D <= 16, for rows that do not suit the basis, for unknown choices.
 
-        Cost: for dct two products per axis, for pca D max(dims) multiplications for each row, in
-        float64, 2 MiB at a time; center and sq_norms if they were not known. Kept: 4 (dims[0] +
-        bands + 1) + 2 (max(dims) - dims[0]) bytes per row.
+        Cost: per row, a matrix product along each axis for dct, D max(dims) multiplications for
+        pca, in float64, 2 MiB at a time; center and sq_norms if they were not known. 4 (dims[0] +
+        bands + 1) + 2 (max(dims) - dims[0]) bytes per row are kept.
 
         Example:
             >>> from memokern.data.training_set import TrainingSet
             >>> TrainingSet.digits().build_index(dims=(8, 16)).index.dims
             (8, 16)
         """
-        self._index = index_build.build(
-            self.rows, self.shape, self.scale, self.shift, self.center, self.sq_norms,
+        self._index = build(
+            self.as_rows(), self.center, self.shape,
             basis=basis, dims=dims, storage=storage, progress=progress,
         )  # fmt: skip
         return self
@@ -276,7 +279,7 @@ class TrainingSet:
     # --- rows as values -----------------------------------------------------------------------
 
     def dequantize(self, rows: torch.Tensor) -> torch.Tensor:
-        """Stored rows, of any shape, as values row * scale + shift in `compute_dtype`."""
+        """The values row * scale + shift of stored rows of any shape, in `compute_dtype`."""
         value = rows.to(self.compute_dtype)
         plain = (self.scale, self.shift) == (1.0, 0.0)
         return value if plain else value * self.scale + self.shift
@@ -294,7 +297,7 @@ class TrainingSet:
         """The values of one row [*shape], or of a slice, index or mask [k, *shape]."""
         if isinstance(item, tuple):
             raise TypeError("expected one index, for the rows; index the result for the rest")
-        # Past the last row torch raises IndexError, which is what ends `for row in data`.
+        # torch raises IndexError past the last row, which ends `for row in data`.
         picked = self.rows[item]
         return self.dequantize(picked).reshape((*picked.shape[:-1], *self.shape))
 
@@ -303,8 +306,10 @@ class TrainingSet:
     def subset(self, index: torch.Tensor | np.ndarray | Sequence[int] | slice) -> TrainingSet:
         """The rows chosen by an index, a mask [N] or a slice, with their labels and weights.
 
-        A slice shares memory. The log weights are not renormalised. With an index comes its part of
-        that, and the center remains. ValueError if nothing is chosen, or only rows of weight 0.
+        A slice shares memory. The log weights are not renormalised. The subset of a set with an
+        index has the rows' part of it, and the center of the whole set.
+
+        Raises: ValueError if nothing is chosen, or only rows of weight 0.
         """
         index = checked_choice(index, self.n, self.device)
         rows = self.rows[index]
@@ -328,7 +333,7 @@ class TrainingSet:
     def where(self, label: int | Sequence[int]) -> TrainingSet:
         """The rows with this label, or one of these labels: the empirical p(y | label).
 
-        ValueError if there are none; TypeError for labels that are not integers.
+        Raises: ValueError if there are none; TypeError for labels that are not integers.
 
         Example:
             >>> from memokern.data.training_set import TrainingSet
@@ -337,13 +342,7 @@ class TrainingSet:
         """
         if self.labels is None:
             raise ValueError("this training set has no labels: give labels= when making it")
-        wanted = checked_wanted(label, self.device)
-        mask = torch.isin(self.labels, wanted)
-        if not mask.any():
-            known = self.labels.unique().tolist()
-            shown = f"{known[:20]}{' ...' if len(known) > 20 else ''}"
-            raise ValueError(f"no row has the label {label}; the labels are {shown}")
-        return self.subset(mask)
+        return self.subset(rows_of_label(self.labels, label))
 
     def to(self, device: torch.device | str) -> TrainingSet:
         """The same set on another device, caches included; itself if it is there already."""
@@ -355,7 +354,8 @@ class TrainingSet:
         for cache in ("_center", "_center64", "_sq_norms"):
             value = getattr(self, cache)
             setattr(moved, cache, None if value is None else value.to(device))
-        if self._index is not None and device.type != "meta":  # it has no shapes without values
+        # An index on the meta device could not prove anything.
+        if self._index is not None and device.type != "meta":
             moved._index = self._index.to(device)
             moved._center = moved._index.center
         return moved
@@ -363,35 +363,28 @@ class TrainingSet:
     # --- files --------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write everything to a `.safetensors` file, whole or not at all; the caches with an index.
+        """Write the set to a `.safetensors` file, whole or not at all; with an index, its caches
+        too.
 
         The rows are stored as they are, called "rows"; scale, shift and name are metadata.
-        Raises ValueError for another suffix, FileNotFoundError for a folder that does not exist.
+
+        Raises: ValueError for another suffix, FileNotFoundError for a folder that does not exist.
         """
-        tensors = {"rows": self.rows.reshape((self.n, *self.shape))}
-        if self.labels is not None:
-            tensors["labels"] = self.labels
-        if self.log_weights is not None:
-            tensors["log_weights"] = self.log_weights
-        metadata = {
-            "format": sources.FORMAT,
-            "version": str(sources.FORMAT_VERSION),
-            "scale": repr(self.scale),  # which reads back as the same float
-            "shift": repr(self.shift),
-        }
-        if self.name is not None:
-            metadata["name"] = self.name
-        if self._index is not None:
-            metadata["index"], parts = self._index.state(self.sq_norms)
-            tensors |= {sources.INDEX_PREFIX + name: tensor for name, tensor in parts.items()}
-        files.write_safetensors(path, tensors, metadata)
+        rows = self.rows.reshape((self.n, *self.shape))
+        tensors = {"rows": rows, "labels": self.labels, "log_weights": self.log_weights}
+        # The repr of a float reads back as the same float.
+        metadata = {"scale": repr(self.scale), "shift": repr(self.shift), "name": self.name}
+        index = None if self._index is None else self._index.state(self.sq_norms)
+        sources.write(path, tensors, metadata, index)
 
     @classmethod
     def load(
         cls, path: str | os.PathLike[str], *, check: bool = True, index: bool = True
     ) -> TrainingSet:
-        """Read a file written by `save`; rows and index stay memory-mapped. ValueError for other
-        files, and if the index is not of the rows there (index=False leaves it out).
+        """Read a file written by `save`; rows and index stay memory-mapped.
+
+        Raises: ValueError for other files, and if the index does not belong to the rows there
+        (index=False leaves it out).
 
         Example:
             >>> from memokern.data.training_set import TrainingSet

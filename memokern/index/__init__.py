@@ -1,1 +1,1 @@
-"""The index of a training set: what certified pruning knows of the rows."""
+"""The index of a training set: what certified pruning knows about the rows."""

@@ -1,25 +1,26 @@
 """Orthonormal bases whose first coordinates hold most of the variance of a set of rows.
 
-Two of them: the principal directions of the rows (`Principal`), fitted, a matrix; and for images
-the discrete cosine transform (`Cosine`), a product along each axis, which needs no fit but the
-order of its coordinates and no D x D matrix. Each says how far the coordinates it computes can be
-from those in an exactly orthonormal basis, so that what is built on them stays proven.
+There are two. :class:`Principal` has the principal directions of the rows, a matrix that has to be
+fitted. :class:`Cosine` is the discrete cosine transform of images, a product along each axis, which
+needs no D x D matrix; only the order of its coordinates is fitted. Each basis bounds the distance
+between the coordinates it computes and those in an exactly orthonormal basis, so that bounds built
+on these coordinates stay proven.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from memokern.calls import CosineTransform
-
-# Rows that a basis is fitted on, at most: the directions of 4096 rows, the variances of 1024.
+# A basis is fitted on at most this many rows: the first number is for principal directions, the
+# second for the variances that order the coordinates of a cosine transform.
 FIT_ROWS = 4096
 ORDER_ROWS = 1024
-# From this many features on the principal directions come from products with the sample (subspace
+# Above this many features the principal directions come from products with the sample (subspace
 # iteration), because all eigenvectors of a [D, D] matrix would take longer than everything else.
 FULL_EIGEN = 1024
 
@@ -49,12 +50,12 @@ def gamma(n: int, dtype: torch.dtype) -> float:
     return nu / (1 - nu) if nu < 1 else math.inf
 
 
-def _defect(matrix: Tensor) -> float:
-    """A bound on ||Q Q^T - I||_2, and with it on the distance to an orthonormal matrix.
+def defect(matrix: Tensor) -> float:
+    """A bound d on ||Q Q^T - I||_2, which also bounds the distance to an orthonormal matrix.
 
-    If the singular values s of Q have |s^2 - 1| <= d then |s - 1| <= d: the polar factor of Q,
-    which is orthonormal, is no farther than d from it. The Frobenius norm bounds the 2-norm; the
-    product itself is rounded by at most gamma |q_i| |q_j| in each entry.
+    If the singular values s of Q have |s^2 - 1| <= d, then |s - 1| <= d, so that the polar factor
+    of Q, which is orthonormal, is no farther than d from Q. The Frobenius norm bounds the 2-norm;
+    the product itself is rounded by at most gamma |q_i| |q_j| in each entry.
     """
     n = matrix.shape[1]
     gram = matrix @ matrix.T
@@ -63,17 +64,32 @@ def _defect(matrix: Tensor) -> float:
     return 1.001 * (float(torch.linalg.matrix_norm(gram)) + gamma(n + 2, torch.float64) * size)
 
 
+class Boxes(NamedTuple):
+    """A cosine transform as the compiled projection takes it.
+
+    For each rotated channel the kernel computes a box of frequencies, stored as [across, down] with
+    `down` padded, and then picks the coordinates that are kept out of all boxes.
+    """
+
+    turn: Tensor  # [C, C] float32, rotates the channels
+    down: Tensor  # [H, H] float32, one frequency per row
+    across: Tensor  # [W, W] float32
+    box: Tensor  # [C, 2] int64, how many frequencies down and across
+    size: int  # of all boxes together, in numbers
+    place: Tensor  # [M] int32, where in the boxes each coordinate is
+
+
 class Cosine:
-    """The orthonormal DCT-II along every axis of a row, channels included (for three channels that
-    is the rotation to grey, red against blue, and green against both).
+    """The orthonormal DCT-II along every axis of a row, the channels included. Of three channels it
+    makes grey, red against blue, and green against both.
 
     Args:
-        shape: of a row, [H, W], [C, H, W] or [H, W, C] (C <= 4 tells which axis has the channels;
-            of [64, 32, 32] the first).
+        shape: of a row, [H, W], [C, H, W] or [H, W, C]. The axis with at most 4 entries has the
+            channels; where there is none, as in [64, 32, 32], the first axis has them.
         order: [M] int64, which coordinates of the flattened transform are kept, in which order.
 
-    The rotation of the channels comes first, because in each of the rotated ones only the
-    frequencies up to the largest one kept have to be computed: few for colours.
+    The channels are rotated first, because each rotated channel then needs only the frequencies up
+    to the largest that is kept, and these are few for the colours.
     """
 
     name = "dct"
@@ -88,7 +104,7 @@ class Cosine:
         turn, down, across = (cosines(n) for n in self.axes)
         self._parts: list[tuple[Tensor, ...]] = []
         offset = 0
-        # The first (grey), which needs most frequencies, and all others.
+        # The first rotated channel (grey) needs most frequencies, so it is computed by itself.
         for first, end in ((0, 1), (1, self.axes[0])):
             here = (channel >= first) & (channel < end)
             if here.any():
@@ -99,7 +115,7 @@ class Cosine:
                 part = (turn[first:end], down[:height], across[:width].T.contiguous())
                 self._parts.append(tuple(matrix.to(order.device) for matrix in part))
         self._place = place.to(order.device)
-        self._defects = [_defect(cosines(n)) for n in self.axes]
+        self._defects = [defect(cosines(n)) for n in self.axes]
         self._typed: dict[torch.dtype, list[tuple[Tensor, ...]]] = {}
 
     @classmethod
@@ -111,7 +127,7 @@ class Cosine:
         return cls(shape, order.contiguous())
 
     def coordinates(self, value: Tensor) -> Tensor:
-        """[m, D] float64 or float32, centred rows -> their coordinates [m, M], in that type."""
+        """The coordinates [m, M] of centred rows [m, D] float64 or float32, in their type."""
         parts = self._typed.get(value.dtype)
         if parts is None:
             parts = [tuple(m.to(value.dtype) for m in part) for part in self._parts]
@@ -130,10 +146,11 @@ class Cosine:
 
     @property
     def channels_last(self) -> bool:
+        """Whether rows are [H, W, C]."""
         return len(self.shape) == 3 and self.axes[0] != self.shape[0]
 
-    def transform(self, side: int) -> CosineTransform:
-        """The transform as a kernel takes it, whose boxes are padded to multiples of `side`."""
+    def boxes(self, side: int) -> Boxes:
+        """The transform for a kernel that pads the frequencies down to multiples of `side`."""
         channel, row, column = torch.unravel_index(self.order, self.axes)
         box = torch.zeros(self.axes[0], 2, dtype=torch.int64)
         place = torch.empty_like(channel)
@@ -147,22 +164,14 @@ class Cosine:
                 place[here] = count + column[here] * tall + row[here]
                 count += across * tall
         turn, down_all, across_all = (cosines(n).to(torch.float32) for n in self.axes)
-        return CosineTransform(
-            self.axes,
-            self.channels_last,
-            turn,
-            down_all,
-            across_all,
-            box,
-            count,
-            place.to(torch.int32),
-        )
+        return Boxes(turn, down_all, across_all, box, count, place.to(torch.int32))
 
     def error(self, dtype: torch.dtype) -> float:
-        """Coordinates computed in this type from v are within error * |v| of the exact ones.
+        """e such that the coordinates of v, computed in this type, are within e |v| of exact ones.
 
-        Along an axis of n entries a coordinate is a sum of n products with a matrix rounded once:
-        gamma(n + 1) |C| |v|, and the 2-norm of |C| is at most its Frobenius norm, sqrt(n).
+        Along an axis of n entries a coordinate is a sum of n products with entries of a matrix C
+        that were rounded once, so its error is at most gamma(n + 1) |C| |v|. The 2-norm of |C| is
+        at most its Frobenius norm, sqrt(n).
         """
         total = 1.0
         for n, defect in zip(self.axes, self._defects, strict=True):
@@ -171,9 +180,11 @@ class Cosine:
         return total - 1
 
     def state(self) -> dict[str, Tensor]:
+        """What :func:`from_state` needs besides the rows' shape."""
         return {"order": self.order}
 
     def to(self, device: torch.device) -> Cosine:
+        """The same basis on another device."""
         return Cosine(self.shape, self.order.to(device))
 
 
@@ -185,15 +196,15 @@ class Principal:
     def __init__(self, matrix: Tensor) -> None:
         self.matrix = matrix
         self.size, self.dim = matrix.shape
-        self._defect = _defect(matrix)
+        self._defect = defect(matrix)
 
     @classmethod
     def fit(cls, sample: Tensor, shape: Sequence[int], size: int) -> Principal:
         """The `size` leading principal directions of a centred sample [m, D] float64.
 
-        All eigenvectors of the covariance up to `FULL_EIGEN` features. Beyond, subspace
-        iteration from a fixed start: its directions are close to the principal ones, and being
-        orthonormal is all that a bound needs.
+        Up to `FULL_EIGEN` features these are eigenvectors of the covariance. Beyond, subspace
+        iteration from a fixed start finds directions that are close to the principal ones; a bound
+        needs no more than that they are orthonormal.
         """
         dim = sample.shape[1]
         if dim <= FULL_EIGEN:
@@ -201,8 +212,8 @@ class Principal:
             return cls(vectors.flip(1)[:, :size].T.contiguous())
         generator = torch.Generator().manual_seed(0)
         start = torch.randn(dim, min(dim, size + 32), generator=generator, dtype=torch.float32)
-        # The products may be rounded: the directions only have to be good. They are made
-        # orthonormal in float64 at the end.
+        # float32 is enough for these products, since the directions only have to be good; they are
+        # made orthonormal in float64 at the end.
         scale = float(sample.abs().amax()) or 1.0
         rows = (sample / scale).to(torch.float32)
         found = start.to(sample.device)
@@ -214,23 +225,27 @@ class Principal:
         return cls(torch.linalg.qr(leading).Q.T.contiguous())
 
     def coordinates(self, value: Tensor) -> Tensor:
-        """[m, D] centred rows -> [m, M] float64."""
+        """The coordinates [m, M] float64 of centred rows [m, D]."""
         return value.to(torch.float64) @ self.matrix.T
 
     def error(self, dtype: torch.dtype) -> float:
-        """As for `Cosine`; always float64 here, where a sum over all features loses nothing."""
+        """As :meth:`Cosine.error`. The type is ignored: coordinates are always computed in float64,
+        because a float32 sum over all features would lose too much."""
         rounding = gamma(self.dim + 1, torch.float64) * math.sqrt(self.size)
         return self._defect + 1.001 * rounding
 
     def state(self) -> dict[str, Tensor]:
+        """What :func:`from_state` needs besides the rows' shape."""
         return {"matrix": self.matrix}
 
     def to(self, device: torch.device) -> Principal:
+        """The same basis on another device."""
         return Principal(self.matrix.to(device))
 
 
 def from_state(name: str, state: Mapping[str, Tensor], shape: Sequence[int]) -> Cosine | Principal:
-    """The basis that `state()` described. ValueError for what is none."""
+    """The basis of rows of this shape from what its `state()` gave; ValueError if that is
+    damaged."""
     dim = math.prod(shape)
     if name == "dct" and len(shape) in (2, 3):
         order = state.get("order")
@@ -260,7 +275,8 @@ def cosines(n: int) -> Tensor:
                 [ 0.7071, -0.7071]], dtype=torch.float64)
     """
     place, frequency = torch.arange(n), torch.arange(n)[:, None]
-    # The angle's multiple of pi / 2n, modulo one turn, is exact; a large angle would not be.
+    # The angle is a whole multiple of pi / 2n, and is reduced to one turn while it is an integer:
+    # the cosine of a large float angle would be less exact.
     turn = ((2 * place + 1) * frequency) % (4 * n)
     matrix = torch.cos(turn.to(torch.float64) * (math.pi / (2 * n))) * math.sqrt(2 / n)
     matrix[0] = math.sqrt(1 / n)
@@ -268,8 +284,8 @@ def cosines(n: int) -> Tensor:
 
 
 def is_image(shape: Sequence[int]) -> bool:
-    """Whether the cosine transform is meant for rows of this shape: [H, W], [C, H, W] or
-    [H, W, C] with at least 8 x 8 pixels and 1 to 4 channels.
+    """Whether rows of this shape are images: [H, W], [C, H, W] or [H, W, C] with at least 8 x 8
+    pixels and 1 to 4 channels.
 
     Example:
         >>> from memokern.index.basis import is_image

@@ -1,4 +1,4 @@
-"""Building an `Index`: the choice of basis and ladder, and one sweep over the rows."""
+"""Building an `Index`: the choice of basis and levels, and one pass over the rows."""
 
 from __future__ import annotations
 
@@ -10,41 +10,48 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from memokern.index import basis as bases
-from memokern.index.index import STORAGES, Index, fingerprint, spread
-from memokern.index.projection import U64, band_norms, cuts_of, rounded_up
+from memokern.calls import Rows
+from memokern.index.basis import FIT_ROWS, ORDER_ROWS, Cosine, Principal, is_image
+from memokern.index.index import STORAGES, Index, evenly_spaced_rows, fingerprint
+from memokern.index.projection import U64, band_indicator, band_norms, rounded_up
 from memokern.util import checks
 
 BASES = ("auto", "pca", "dct")
-LADDER = (32, 64, 128, 256, 512)
-# Up to here the dense sweep reads as little as an index would.
+# How many coordinates the levels use unless the caller says so.
+DEFAULT_DIMS = (32, 64, 128, 256, 512)
+# With at most this many features, the dense sweep reads as little as an index would.
 SMALL_DIM = 16
-# Directions of more features than this take minutes.
+# Principal directions of more features than this take minutes.
 PCA_DIM = 4096
-# Numbers in a chunk of rows: 2 MiB as float64, which stays in the cache.
+# A chunk of rows has at most this many numbers: 2 MiB as float64, which stays in the cache.
 CHUNK_ELEMENTS = 1 << 18
-# float16 holds the coordinates of rows of such norms with its full precision, float32 all others.
+# float16 has its full precision for the coordinates of rows whose norms lie in this range.
 HALF_RANGE = (1e-2, 6e4)
 
 
 @torch.no_grad()
 def build(
-    rows: Tensor,
-    shape: Sequence[int],
-    scale: float,
-    shift: float,
+    rows: Rows,
     center: Tensor,
-    sq_norms: Tensor,
+    shape: Sequence[int],
+    *,
     basis: str = "auto",
     dims: Sequence[int] | None = None,
     storage: str = "float16",
     progress: bool | None = None,
 ) -> Index:
-    """The index of rows [N, D] as stored; arguments and errors as `TrainingSet.build_index`."""
-    n, dim = rows.shape
+    """The index of rows that know their sq_norms.
+
+    Args:
+        center: as a TrainingSet keeps it, float32 or float64. shape: of one row.
+
+    The other arguments, and errors: as `TrainingSet.build_index`.
+    """
+    assert rows.sq_norms is not None
+    n, dim, device, sq_norms = rows.n, rows.dim, rows.data.device, rows.sq_norms
     kind = _kind(basis, shape, dim)
-    ladder = _ladder(dims, dim)
-    edges = _edges(ladder, dim)
+    levels = _levels(dims, dim)
+    edges = _edges(levels, dim)
     if storage not in STORAGES:
         raise ValueError(f"expected storage 'float16' or 'float32', got {storage!r}")
     y_max = float(sq_norms.max().sqrt()) * (1 + (dim + 8) * U64)
@@ -54,32 +61,33 @@ def build(
         )
     if not HALF_RANGE[0] <= y_max <= HALF_RANGE[1]:
         storage = "float32"
-    offset = shift - center.to(torch.float64)
+    offset = rows.shift - center.to(torch.float64)
 
     def centred(chunk: Tensor) -> Tensor:
-        return chunk.to(torch.float64, copy=True).mul_(scale).add_(offset)
+        return chunk.to(torch.float64, copy=True).mul_(rows.scale).add_(offset)
 
-    # The last band is what the norm leaves, so its coordinates need not be computed.
-    size = dim if ladder[-1] == dim else edges[-2]
-    if kind is bases.Principal:
-        size = ladder[-1]
+    # The norm in the last band follows from |y_n| and the other coordinates, so that its own
+    # coordinates need not be computed.
+    size = dim if levels[-1] == dim else edges[-2]
+    if kind is Principal:
+        size = levels[-1]
         edges = [edge for edge in edges if edge <= size] + [dim] * (size < dim)
-    with torch.autocast(rows.device.type, enabled=False):
-        limit = bases.FIT_ROWS if kind is bases.Principal else bases.ORDER_ROWS
-        sample = centred(rows.index_select(0, spread(n, limit).to(rows.device)))
+    with torch.autocast(device.type, enabled=False):
+        limit = FIT_ROWS if kind is Principal else ORDER_ROWS
+        sample = centred(rows.data.index_select(0, evenly_spaced_rows(n, limit).to(device)))
         fitted = kind.fit(sample, shape, size)
         del sample
-        k0, last, bands = ladder[0], ladder[-1], len(edges) - 1
-        coarse = torch.empty(n, k0 + bands + 1, dtype=torch.float32, device=rows.device)
-        fine = torch.empty(n, last - k0, dtype=STORAGES[storage], device=rows.device)
-        cuts = cuts_of(edges, size, rows.device)
-        # The values: raw * scale, shift - center and their sum are each rounded once; and so is
-        # y = raw * scale + shift wherever it is made, far from zero more than y - center here.
-        far = float(center.to(torch.float64).norm()) + abs(shift) * math.sqrt(dim)
+        k0, last, bands = levels[0], levels[-1], len(edges) - 1
+        coarse = torch.empty(n, k0 + bands + 1, dtype=torch.float32, device=device)
+        fine = torch.empty(n, last - k0, dtype=STORAGES[storage], device=device)
+        indicator = band_indicator(edges, size, device)
+        # data * scale, shift - center and their sum are each rounded once. So is data * scale +
+        # shift wherever a sweep computes it, by more where the rows are far from zero.
+        far = float(center.to(torch.float64).norm()) + abs(rows.shift) * math.sqrt(dim)
         value_error = 3 * U64 * (float(offset.norm()) + far)
         relative = (size + 16) * U64 + 1.01 * fitted.error(torch.float64)
         step = max(1, CHUNK_ELEMENTS // dim)
-        # Without a wish the bar appears only after two seconds, and only on a terminal.
+        # Unless the caller decides, the bar appears after two seconds, and only on a terminal.
         with tqdm(
             total=n,
             desc="building the index",
@@ -90,10 +98,10 @@ def build(
         ) as bar:
             for start in range(0, n, step):
                 part = slice(start, min(start + step, n))
-                coordinates = fitted.coordinates(centred(rows[part]))
+                coordinates = fitted.coordinates(centred(rows.data[part]))
                 high = sq_norms[part].sqrt() * (1 + (dim + 8) * U64) + value_error
                 error = relative * high + value_error
-                norms = band_norms(coordinates, cuts, bands, high, error)
+                norms = band_norms(coordinates, indicator, bands, high, error)
                 norms[0] += error[:, None]
                 head, tail = coarse[part], fine[part]
                 head[:, :k0] = coordinates[:, :k0]
@@ -107,18 +115,19 @@ def build(
                 bar.update(part.stop - part.start)
     return Index(
         fitted,
-        ladder,
+        levels,
         edges,
         coarse,
         fine,
         center,
-        y_max + value_error,
-        relative * (y_max + value_error) + value_error,
-        fingerprint(rows, scale, shift),
+        y_max=y_max + value_error,
+        row_error=relative * (y_max + value_error) + value_error,
+        fingerprint=fingerprint(rows.data, rows.scale, rows.shift),
     )
 
 
-def _kind(basis: str, shape: Sequence[int], dim: int) -> type[bases.Cosine] | type[bases.Principal]:
+def _kind(basis: str, shape: Sequence[int], dim: int) -> type[Cosine] | type[Principal]:
+    """The basis asked for, or the one that suits the rows."""
     if basis not in BASES:
         raise ValueError(f"expected basis one of {', '.join(map(repr, BASES))}, got {basis!r}")
     if dim <= SMALL_DIM:
@@ -127,7 +136,7 @@ def _kind(basis: str, shape: Sequence[int], dim: int) -> type[bases.Cosine] | ty
             "sweep needs none there"
         )
     if basis == "auto":
-        if bases.is_image(shape):
+        if is_image(shape):
             basis = "dct"
         elif dim <= PCA_DIM:
             basis = "pca"
@@ -146,31 +155,31 @@ def _kind(basis: str, shape: Sequence[int], dim: int) -> type[bases.Cosine] | ty
             f"expected rows of at most {PCA_DIM} features for basis='pca', got {dim}: use "
             "basis='dct', for rows reshaped to [C, H, W] or [H, W] if they are not"
         )
-    return bases.Cosine if basis == "dct" else bases.Principal
+    return Cosine if basis == "dct" else Principal
 
 
-def _ladder(dims: Sequence[int] | None, dim: int) -> list[int]:
-    """The dimensions of each level, ascending, at most D."""
+def _levels(dims: Sequence[int] | None, dim: int) -> list[int]:
+    """How many coordinates each level uses, ascending, at most D."""
     if dims is None:
-        if dim <= LADDER[0]:
+        if dim <= DEFAULT_DIMS[0]:
             return [dim // 2, dim]
-        ladder = [k for k in LADDER if k < dim]
-        return ladder if len(ladder) == len(LADDER) else [*ladder, dim]
-    ladder = [checks.integer("dims", k, 1, dim, hint=": numbers of dimensions") for k in dims]
-    if not ladder or any(b <= a for a, b in pairwise(ladder)):
+        levels = [k for k in DEFAULT_DIMS if k < dim]
+        return levels if len(levels) == len(DEFAULT_DIMS) else [*levels, dim]
+    levels = [checks.integer("dims", k, 1, dim, hint=": numbers of dimensions") for k in dims]
+    if not levels or any(b <= a for a, b in pairwise(levels)):
         raise ValueError(f"expected dims ascending, such as (32, 64, 128), got {tuple(dims)}")
-    return ladder
+    return levels
 
 
-def _edges(ladder: Sequence[int], dim: int) -> list[int]:
-    """Where the bands are cut: at the ladder, and beyond it at 3/2, 2, 8, 32, ... of its end.
+def _edges(levels: Sequence[int], dim: int) -> list[int]:
+    """Where the bands are cut: where each level ends, and at 3/2, 2, 8, 32, ... times the last.
 
-    Measured on CIFAR-10 (D = 3072): a cut half-way up each step of the ladder drops 2 % more rows
-    at the first level, which costs the scan as much; the two beyond it drop half of what is left
-    at the last level.
+    As measured on CIFAR-10 (D = 3072), the first two cuts beyond the last level halve the rows that
+    are left at it. A cut between every two levels would drop 2 % more rows at the first level, but
+    the scan would take as much longer.
     """
-    edges = set(ladder)
-    last = ladder[-1]
+    edges = set(levels)
+    last = levels[-1]
     edge = 3 * last // 2
     while 4 * edge <= 3 * dim:
         edges.add(edge)

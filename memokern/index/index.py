@@ -1,14 +1,15 @@
 """What is kept of a training set to prove, cheaply, which rows have no weight.
 
-In an orthonormal basis whose first coordinates hold most of the variance, with x and y taken about
-the center, the coordinates from k on cut into bands b,
+In an orthonormal basis whose first coordinates hold most of the variance, let x and y be taken
+about the center, and their coordinates from k on be cut into bands b. Then, by the Cauchy-Schwarz
+inequality in each band,
 
     | <x, y> - <x[:k], y[:k]> |  <=  sum over the bands b beyond k of |x_b| |y_b|
 
-by Cauchy and Schwarz in each band. The `Index` holds the first coordinates of every row, in a
-ladder of more and more, and the norms of its bands; `Index.project` gives the same of queries.
-Every number is rounded so that the inequality holds for what is stored, not only in exact
-arithmetic: `Projected` says what has to be added.
+The `Index` holds the norms of every row in the bands, and its first coordinates, of which each
+level of the index uses more than the one before. `Index.project` gives the same numbers for
+queries. All are rounded so that the inequality holds for what is stored, not only in exact
+arithmetic; `Projected` says what has to be added for that.
 """
 
 from __future__ import annotations
@@ -24,32 +25,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memokern.data.storage import readable
-from memokern.index import basis as bases
+from memokern.index.basis import Cosine, Principal, from_state
 from memokern.index.projection import Projected, Projector
+from memokern.util.text import byte_size
 
 VERSION = 1
 # What to do with an index that cannot be used.
-ANEW = "load with index=False, then build_index() anew"
+REBUILD_HINT = "load with index=False, then build_index() anew"
 STORAGES = {"float16": torch.float16, "float32": torch.float32}
-# Of the rows that a fingerprint looks at.
-SEEN_BYTES = 1 << 22
+# A fingerprint looks at rows of at most this many bytes together.
+FINGERPRINT_BYTES = 1 << 22
 
 
 class Index:
     """The coordinates and band norms of all rows of a training set. Immutable.
 
-    Made by `TrainingSet.build_index`, which says what the choices are.
+    `TrainingSet.build_index` makes it, and says what the choices are.
 
     Attributes:
-        basis: "dct" or "pca". dims: the ladder k0 < k1 < ... = K. bands: how many bands the
-            coordinates beyond k0 are cut into, edges: where, from k0 to D. first_band: for each
-            level, the first band beyond its coordinates.
-        coarse: [N, k0 + bands + 1] float32: the first k0 coordinates, the norms of the bands,
-            rounded up, and the pad: a bound on |z_n as stored - z_n|.
+        basis: "dct" or "pca". dims: how many coordinates each level uses, k0 < k1 < ... = K.
+        bands: how many bands the coordinates beyond k0 are cut into. edges: where they are cut,
+            from k0 to D. first_band: for each level, the first band beyond its coordinates.
+        coarse: [N, k0 + bands + 1] float32: the first k0 coordinates; the norms of the bands,
+            rounded up; and the pad, a bound on the distance between the stored and the true
+            coordinates.
         fine: [N, K - k0] float16 or float32, the other coordinates.
-        center: [D], what was subtracted. y_max: the largest |y_n - center|, rounded up.
-        n, dim, nbytes, device.
+        center: [D] float32 or float64, what was subtracted from the rows.
+        y_max: the largest |y_n - center|, rounded up. row_error: a bound on the distance between
+            the computed coordinates of a row, before they are stored, and the true ones.
+        fingerprint: a hash that tells whether the index belongs to given rows.
+        n: N. dim: D. nbytes: of all that is kept. device: where the tensors are.
 
     Example:
         >>> from memokern.data.training_set import TrainingSet
@@ -62,12 +67,13 @@ class Index:
 
     def __init__(
         self,
-        basis: bases.Cosine | bases.Principal,
+        basis: Cosine | Principal,
         dims: Sequence[int],
         edges: Sequence[int],
         coarse: Tensor,
         fine: Tensor,
         center: Tensor,
+        *,
         y_max: float,
         row_error: float,
         fingerprint: str,
@@ -84,20 +90,23 @@ class Index:
 
     @property
     def n(self) -> int:
+        """N, the number of rows."""
         return self.coarse.shape[0]
 
     @property
     def dim(self) -> int:
+        """D, the number of features."""
         return self.center.shape[0]
 
     @property
     def device(self) -> torch.device:
+        """Where the tensors are."""
         return self.coarse.device
 
     @functools.cached_property
     def mean_square(self) -> float:
-        """The mean square of y - center, about: half the mean squared distance of two rows."""
-        held = self.coarse[:, :-1]  # the coordinates, and the norms of the bands of all others
+        """About the mean of |y - center|^2, which is half the mean squared distance of two rows."""
+        held = self.coarse[:, :-1]  # k0 coordinates, and norms of bands that have all the others
         return float(torch.linalg.vector_norm(held, dtype=torch.float64)) ** 2 / max(1, self.n)
 
     @property
@@ -111,7 +120,7 @@ class Index:
         bands = f"{self.bands} band{'s' * (self.bands != 1)}"
         return (
             f"Index({self.basis}: {self.n} rows, {self.dims[0]} to {self.dims[-1]} of {self.dim} "
-            f"dimensions, {bands}, {stored}, {readable(self.nbytes)}, {self.device})"
+            f"dimensions, {bands}, {stored}, {byte_size(self.nbytes)}, {self.device})"
         )
 
     def to(self, device: torch.device | str) -> Index:
@@ -124,13 +133,14 @@ class Index:
             self.coarse.to(device),
             self.fine.to(device),
             self.center.to(device),
-            self.y_max,
-            self.row_error,
-            self.fingerprint,
+            y_max=self.y_max,
+            row_error=self.row_error,
+            fingerprint=self.fingerprint,
         )
 
     def take(self, rows: Tensor | slice, fingerprint: str) -> Index:
-        """The index of some of the rows, by their numbers; the bounds are about the same center."""
+        """The index of some of the rows, chosen by index or slice. Its center stays that of all
+        rows: the bounds hold for any center."""
         part = copy.copy(self)
         part.coarse, part.fine = (v[rows].contiguous() for v in (self.coarse, self.fine))
         part.fingerprint = fingerprint
@@ -138,15 +148,19 @@ class Index:
 
     @torch.no_grad()
     def project(self, x: Tensor, alpha: Tensor) -> Projected:
-        """What `Projected` says, of queries x [B, D] float32 or float64 with alpha [B] float64.
+        """The projection of queries x [B, D] float32 or float64 with alpha [B] float64.
 
-        Raises ValueError for wrong shapes. No gradient flows.
+        No gradient flows through it.
 
-        Numerics: the coordinates of float32 queries on the CPU are computed in float32 with the
-        DCT, whose sums are short, in float64 otherwise, and the margin is for that. float64 is
-        used too where the products of float32 are allowed to be less than that (TF32, bfloat16).
+        Raises: ValueError for wrong shapes.
 
-        Cost: two products per axis of the image for the DCT, B D K multiplications for PCA.
+        Numerics: with the DCT, whose sums are short, the coordinates of float32 queries on the CPU
+        are computed in float32, unless PyTorch may multiply float32 matrices in a shorter type
+        (TF32, bfloat16). All others are computed in float64. The margin is for the type that was
+        used.
+
+        Cost: a matrix product along each axis of the image for the DCT, B D K multiplications for
+        PCA.
         """
         if x.dim() != 2 or x.shape[1] != self.dim or alpha.shape != x.shape[:1]:
             raise ValueError(
@@ -158,8 +172,11 @@ class Index:
     # --- files --------------------------------------------------------------------------------
 
     def state(self, sq_norms: Tensor) -> tuple[str, dict[str, Tensor]]:
-        """What `restored` needs, for a file: JSON, and tensors by name. With what the index was
-        built about: computed anew the last bits could differ."""
+        """What `restored` needs, for a file: JSON, and tensors by name.
+
+        The rows' sq_norms and the center go with it, since the bounds are for these very numbers,
+        and computing them again could change the last bits.
+        """
         described = {
             "version": VERSION,
             "basis": self.basis,
@@ -198,68 +215,75 @@ class Index:
             raise ValueError("its parts do not fit each other, or the rows")
 
     def require_match(self, rows: Tensor, scale: float, shift: float) -> None:
-        """ValueError unless this index is of these rows [N, D], by their number, type, scale and
-        shift, and the bytes of some 256 of them."""
+        """ValueError unless the index was built on these rows [N, D]: their number, type, scale and
+        shift, and the bytes of up to 256 of them, are compared."""
         if self.fingerprint != fingerprint(rows, scale, shift) or self.n != len(rows):
             raise ValueError(
                 f"the index does not belong to these {len(rows)} rows [{rows.shape[1]}] with scale "
                 f"{scale!r} and shift {shift!r}: they changed after it was built; "
-                f"{ANEW}"
+                f"{REBUILD_HINT}"
             )
 
 
 def restored(
     described: str, tensors: Mapping[str, Tensor], shape: Sequence[int]
 ) -> tuple[Index, Tensor]:
-    """The index that `Index.state` described, of rows of this shape, and the rows' sq_norms.
-    ValueError if it is none: of another version, or damaged."""
+    """The index that `Index.state` described, for rows of this shape, and the rows' sq_norms.
+
+    Raises: ValueError for an index of another version, or a damaged one.
+    """
     try:
         found: dict[str, Any] = json.loads(described)
         version = found["version"]
         if version != VERSION:
-            raise ValueError(f"it has version {version!r}, expected {VERSION}: of another memokern")
+            raise ValueError(
+                f"expected version {VERSION}, got {version!r}: another memokern wrote it"
+            )
         state = {name[6:]: part for name, part in tensors.items() if name.startswith("basis.")}
         index = Index(
-            bases.from_state(found["basis"], state, shape),
+            from_state(found["basis"], state, shape),
             [int(k) for k in found["dims"]],
             [int(k) for k in found["edges"]],
             tensors["coarse"],
             tensors["fine"],
             tensors["center"],
-            float(found["y_max"]),
-            float(found["row_error"]),
-            str(found["fingerprint"]),
+            y_max=float(found["y_max"]),
+            row_error=float(found["row_error"]),
+            fingerprint=str(found["fingerprint"]),
         )
         index._require_consistent(math.prod(shape))
         sq_norms = tensors["sq_norms"]
         if (tuple(sq_norms.shape), sq_norms.dtype) != ((index.n,), torch.float64):
             raise ValueError("its sq_norms do not fit it")
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"the index in the file cannot be used ({error}); {ANEW}") from error
+        raise ValueError(
+            f"the index in the file cannot be used ({error}); {REBUILD_HINT}"
+        ) from error
     return index, sq_norms
 
 
-# --- bands, rounding, which rows ---------------------------------------------------------------
+# --- which rows --------------------------------------------------------------------------------
 
 
-def spread(n: int, most: int) -> Tensor:
-    """At most `most` row numbers of n, spread evenly, the same ones always; all of them if few.
+def evenly_spaced_rows(n: int, most: int) -> Tensor:
+    """At most `most` of n row numbers, spaced evenly, the same ones in every call.
 
     Example:
-        >>> from memokern.index.index import spread
-        >>> spread(3, 5).tolist(), spread(1000, 4).tolist()
+        >>> from memokern.index.index import evenly_spaced_rows
+        >>> evenly_spaced_rows(3, 5).tolist(), evenly_spaced_rows(1000, 4).tolist()
         ([0, 1, 2], [0, 236, 618, 854])
     """
     if n <= most:
         return torch.arange(n)
-    # Multiples of the golden ratio modulo 1 leave no large gap, and no period of the rows shows.
+    # Multiples of the golden ratio modulo 1 leave no large gap, and rows that repeat with any
+    # period are not all hit alike.
     golden = 0x9E3779B97F4A7C15
     return torch.tensor(sorted({(i * golden % 2**64) * n >> 64 for i in range(most)}))
 
 
 def fingerprint(rows: Tensor, scale: float, shift: float) -> str:
-    """A hash of what the rows are: number, type, scale, shift, and the bytes of some of them."""
-    most = min(256, max(1, SEEN_BYTES // (rows.shape[1] * rows.element_size())))
-    some = rows.index_select(0, spread(len(rows), most).to(rows.device)).cpu()
+    """A hash of the rows' number, type, scale and shift, and of the bytes of some of them."""
+    most = min(256, max(1, FINGERPRINT_BYTES // (rows.shape[1] * rows.element_size())))
+    some = rows.index_select(0, evenly_spaced_rows(len(rows), most).to(rows.device)).cpu()
     said = f"{tuple(rows.shape)} {rows.dtype} {scale!r} {shift!r}"
     return hashlib.sha256(said.encode() + some.view(torch.uint8).numpy().tobytes()).hexdigest()

@@ -32,7 +32,7 @@ _AFTER_LISTS = WIDTH + 2
 
 def _bound_scan(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *tensors, dims, first_band, eps, most_listed = args[WIDTH:]
-    bounds = LogitBounds(*tensors, tuple(dims), tuple(first_band), eps, most_listed)
+    bounds = LogitBounds._make([*tensors, tuple(dims), tuple(first_band), eps, most_listed])
     backend = choose("bound_scan", Call.of(args[0], args[1]))
     scan = backend.bound_scan(query_of(args), rows_of(args), bounds)
     return scan.lists.start, scan.lists.index, scan.threshold, scan.level

@@ -1,9 +1,9 @@
 r"""Diffusion processes: x_t = alpha(t) y + sigma(t) z, y a row, z standard normal.
 
-A process is alpha(t) and sigma(t) on float64 tensors, and the times where it begins and ends; the
-linear SDE dx = f x dt + g dW with those marginals, its derivatives and time grids follow.
+A process gives alpha(t) and sigma(t) on float64 tensors, and the times where it begins and ends.
+The linear SDE dx = f x dt + g dW with those marginals, the derivatives and the time grids follow.
 
-Your own, here a straight path on the unit circle:
+A process of your own, here with (alpha, sigma) on the unit circle:
 
 >>> import torch
 >>> from memokern.processes import Process
@@ -56,7 +56,9 @@ NAMES = tuple(_KNOWN)
 
 
 def get(name: str) -> Process:
-    """The process of that name with its default constants; ValueError lists `NAMES`.
+    """The process of that name with its default constants.
+
+    Raises: ValueError, which lists `NAMES`, for an unknown name.
 
     Example:
         >>> from memokern import processes

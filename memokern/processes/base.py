@@ -1,4 +1,4 @@
-"""What every process is, and the grid of noise levels that most of them use."""
+"""The base class of all processes, and the grid of noise levels that most of them use."""
 
 from __future__ import annotations
 
@@ -10,26 +10,27 @@ from torch import Tensor
 
 from memokern.util import checks
 
-# Karras et al., arXiv 2206.00364: the exponent of the grid of noise levels, and its lowest level.
+# The exponent of the grid of noise levels, and its lowest level (Karras et al., arXiv 2206.00364).
 RHO = 7.0
 SIGMA_MIN = 0.002
-# Halvings of an interval of floats until it is one spacing wide, with some to spare.
+# So many halvings make an interval of floats one spacing wide, with some to spare.
 BISECTIONS = 70
 
 
 class Process(ABC):
     r"""x_t = alpha(t) y + sigma(t) z. A subclass gives `alpha` and `sigma`; the rest follows.
 
-    Both take and return float64 tensors of any shape and must be differentiable by autograd;
-    sigma / alpha must grow strictly from t_data to t_noise, whichever is larger.
+    Both take and return float64 tensors of any shape and must be differentiable by autograd.
+    sigma / alpha must grow strictly from t_data to t_noise, whichever of the two times is larger.
 
     Attributes:
-        t_noise: where sampling starts. t_data: where it ends, with sigma = 0 or the least there is.
-        sigma_min: the least level > 0 on the process's own grid, and where adaptive solvers stop
+        t_noise: where sampling starts. t_data: where it ends, at sigma = 0 or the lowest level.
+        sigma_min: the lowest level > 0 on the process's own grid, where adaptive solvers stop
             before the last step.
 
-    Singular ends: where sigma = 0, `d_sigma` may be infinite (VE and VP: sigma is like sqrt(t));
-    where alpha = 0, `drift` and `diffusion` are infinite. The samplers never use them there.
+    Singular ends: where sigma = 0, `d_sigma` may be infinite (in VE and VP sigma behaves like
+    sqrt(t)); where alpha = 0, `drift` and `diffusion` are infinite. The samplers never use them
+    there.
     """
 
     t_noise: float = 1.0
@@ -59,8 +60,8 @@ class Process(ABC):
     def diffusion(self, t: Tensor) -> Tensor:
         r"""g(t) >= 0, g^2 = \|d sigma^2 / dt - 2 f sigma^2\|.
 
-        The absolute value is for processes whose data are at the later time (flow matching): there
-        the noising runs backwards in t, and g belongs to it.
+        The absolute value is for processes whose data are at the later time (flow matching). Their
+        noising, to which g belongs, runs backwards in t.
         """
         sigma = self.sigma(t)
         squared = 2 * sigma * (self.d_sigma(t) - self.drift(t) * sigma)
@@ -71,10 +72,12 @@ class Process(ABC):
         return self.sigma(t) / self.alpha(t)
 
     def time_of_sigma(self, sigma: float | Tensor) -> Tensor:
-        """The time at which the noise level is sigma, between t_data and t_noise; float64.
+        """The time [*sigma.shape] float64 between t_data and t_noise at which the noise level is
+        sigma.
 
-        By bisection, to the last bit or so, where the process has no closed form. Raises ValueError
-        for a level that the process does not reach.
+        Processes without a closed form find it by bisection, to about the last bit.
+
+        Raises: ValueError for a level that the process does not reach.
         """
         level = level_of("sigma", sigma)
         low, high = (float(self.sigma(scalar(t))) for t in (self.t_data, self.t_noise))
@@ -87,29 +90,33 @@ class Process(ABC):
         return self._time_of_sigma(level)
 
     def time_of_ratio(self, ratio: float | Tensor) -> Tensor:
-        """The time at which sigma / alpha is `ratio`; by bisection the nearer end for one that is
-        not reached, by a closed form the time outside that has it."""
+        """The time [*ratio.shape] float64 at which sigma / alpha is `ratio`.
+
+        For a ratio that is not reached, bisection gives the nearer end, and a closed form a time
+        beyond it.
+        """
         return self._solve(self.ratio, level_of("ratio", ratio))
 
     def _time_of_sigma(self, sigma: Tensor) -> Tensor:
         return self._solve(self.sigma, sigma)
 
     def _solve(self, increasing: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:
-        """The t with increasing(t) = value, increasing from t_data to t_noise."""
+        """The t with increasing(t) = value, for a function that grows from t_data to t_noise."""
         low, high = torch.full_like(value, self.t_data), torch.full_like(value, self.t_noise)
         with torch.no_grad():
             for _ in range(BISECTIONS):
                 middle = (low + high) / 2
                 below = increasing(middle) < value
                 low, high = torch.where(below, middle, low), torch.where(below, high, middle)
-            # Exactly the end, where the value is the end's: sigma = 0 must be reached, not nearly.
+            # A value that is taken at t_data gives t_data itself: sigma = 0 must be reached
+            # exactly.
             end = increasing(torch.full_like(value, self.t_data)) >= value
             return torch.where(end, self.t_data, high)
 
     def times(self, n: int, sigma_min: float | None = None) -> Tensor:
-        """n times [n] float64 from t_noise to t_data, or to the time of sigma_min; n >= 2.
+        """n >= 2 times [n] float64 on the CPU, from t_noise to t_data or to the time of sigma_min.
 
-        Here evenly spaced in t; some processes have a grid of their own.
+        They are evenly spaced in t, unless a process has a grid of its own.
         """
         n = checks.integer("n", n, 2, hint="; the first and the last time are two")
         last = self.t_data if sigma_min is None else float(self.time_of_sigma(sigma_min))
@@ -122,7 +129,7 @@ class Process(ABC):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> Tensor:
-        """sigma(t_noise) z: the starts of sampling; what is left of the data there is neglected."""
+        """Starts of sampling: sigma(t_noise) z, which neglects what is left of the data there."""
         place = device if generator is None else generator.device
         noise = torch.randn(tuple(shape), generator=generator, dtype=dtype, device=place)
         return noise.to(device) * float(self.sigma(scalar(self.t_noise)))
@@ -133,14 +140,18 @@ class Process(ABC):
 
 
 class RatioGrid(Process):
-    """A process whose time grid is the one of Karras et al. in sigma / alpha; rho None: even."""
+    """A process whose time grid is that of Karras et al. in sigma / alpha.
+
+    Attributes:
+        rho: the exponent of the grid; None for times evenly spaced in t.
+    """
 
     rho: float | None = RHO
 
     def times(self, n: int, sigma_min: float | None = None) -> Tensor:
-        """n times [n] float64: the rho = 7 grid in sigma / alpha from t_noise to the time of
-        sigma_min (arXiv 2206.00364, eq. 5); without it n - 1 such times, to the process's own
-        sigma_min, then t_data, where sigma = 0."""
+        """n >= 2 times [n] float64 on the CPU: the grid in sigma / alpha (arXiv 2206.00364, eq. 5)
+        from t_noise to the time of sigma_min. By default n - 1 such times go to the process's own
+        sigma_min, and the last is t_data, where sigma = 0."""
         if self.rho is None:
             return super().times(n, sigma_min)
         n = checks.integer("n", n, 2, hint="; the first and the last time are two")
@@ -153,18 +164,20 @@ class RatioGrid(Process):
         else:
             roots = torch.linspace(high, low, count, dtype=torch.float64, device="cpu")
             inner = self.time_of_ratio(roots**self.rho)
-            # As they are, not through their levels and back.
+            # The ends are put in as they are, free of the rounding of the way through their levels.
             inner[0], inner[-1] = start, last
         return inner if sigma_min is not None else torch.cat([inner, scalar(self.t_data)[None]])
 
 
 def scalar(value: float) -> Tensor:
-    """On the CPU, whatever torch.device() context this is called in."""
+    """A number as a float64 tensor on the CPU, whatever torch.device() context this is called
+    in."""
     return torch.tensor(value, dtype=torch.float64, device="cpu")
 
 
 def level_of(name: str, value: float | Tensor) -> Tensor:
-    """A noise level >= 0, or a tensor of them, as float64."""
+    """A noise level >= 0, or a tensor of such levels, as float64; TypeError or ValueError for
+    anything else."""
     if not isinstance(value, Tensor):
         return scalar(checks.number(name, value, 0.0, infinite=True))
     level = value.to(torch.float64)
@@ -175,12 +188,12 @@ def level_of(name: str, value: float | Tensor) -> Tensor:
 
 
 def _derivative(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
-    """function'(t) for an elementwise function; with a graph where t has one."""
+    """function'(t) for an elementwise function, differentiable again if t requires a gradient."""
     again = t.requires_grad and torch.is_grad_enabled()
     with torch.enable_grad():
         point = t if again else t.detach().requires_grad_()
         value = function(point)
-        if not value.requires_grad:  # does not depend on t
+        if not value.requires_grad:  # the function does not depend on t
             return torch.zeros_like(t)
         (slope,) = torch.autograd.grad(value.sum(), point, create_graph=again, allow_unused=True)
     return torch.zeros_like(t) if slope is None else slope

@@ -12,9 +12,13 @@ from memokern.util import checks
 
 
 class VE(RatioGrid):
-    """Variance exploding: alpha = 1, sigma^2 = (s0^(2t) - 1) / (2 ln s0), f = 0, g = s0^t.
+    """Variance exploding: alpha = 1, sigma^2 = (s0^(2t) - 1) / (2 ln s0), f = 0, g = s0^t, t in [0,
+    1].
 
-    t in [0, 1]; with s0 = 10 the process of the released code of arXiv 2501.15785.
+    Args:
+        s0: > 1. The default 10 gives the process of the code released with arXiv 2501.15785.
+
+    Raises: TypeError, ValueError for s0 out of range.
 
     Example:
         >>> import torch
@@ -55,9 +59,14 @@ class VE(RatioGrid):
 class VP(RatioGrid):
     """Variance preserving: alpha = exp(-A/2), sigma^2 = 1 - exp(-A), A the integral of beta.
 
-    beta(t) = beta_min + t (beta_max - beta_min), t in [0, 1], f = -beta/2, g = sqrt(beta). The
-    defaults 0.001 and 3 are those of the released code of arXiv 2501.15785. alpha is 0.47 at t = 1
-    with them: the start of sampling neglects a good part of the data.
+    beta(t) = beta_min + t (beta_max - beta_min), t in [0, 1], f = -beta/2, g = sqrt(beta).
+
+    Args:
+        beta_min, beta_max: 0 < beta_min < beta_max. The defaults 0.001 and 3 are those of the code
+            released with arXiv 2501.15785. With them alpha is 0.47 at t = 1, so that the start of
+            sampling neglects a good part of the data.
+
+    Raises: TypeError, ValueError for parameters out of range.
 
     Example:
         >>> import torch
@@ -78,13 +87,14 @@ class VP(RatioGrid):
         return self.beta_min + t * (self.beta_max - self.beta_min)
 
     def _area(self, t: Tensor) -> Tensor:
+        """A(t), the integral of beta."""
         return t * (self.beta_min + t * ((self.beta_max - self.beta_min) / 2))
 
     def alpha(self, t: Tensor) -> Tensor:
         return torch.exp(-self._area(t) / 2)
 
     def sigma(self, t: Tensor) -> Tensor:
-        return (0.0 - torch.expm1(-self._area(t))).sqrt()  # 0 at 0, not -0
+        return (0.0 - torch.expm1(-self._area(t))).sqrt()  # at t = 0 this is 0, not -0
 
     def d_alpha(self, t: Tensor) -> Tensor:
         return -self.beta(t) / 2 * self.alpha(t)
@@ -101,7 +111,7 @@ class VP(RatioGrid):
     def _time_of_area(self, area: Tensor) -> Tensor:
         slope = self.beta_max - self.beta_min
         root = (self.beta_min**2 + 2 * slope * area).sqrt()
-        return 2 * area / (self.beta_min + root)  # not (root - beta_min) / slope: it cancels
+        return 2 * area / (self.beta_min + root)  # (root - beta_min) / slope would cancel
 
     def _time_of_sigma(self, sigma: Tensor) -> Tensor:
         return self._time_of_area(-torch.log1p(-sigma.square().clamp(max=1.0)))
@@ -111,7 +121,8 @@ class VP(RatioGrid):
 
 
 class ScoreSDEVP(VP):
-    """VP with beta from 0.1 to 20, as DDPM in continuous time (Song et al., arXiv 2011.13456).
+    """VP with beta from 0.1 to 20, which is DDPM in continuous time (Song et al., arXiv
+    2011.13456).
 
     Example:
         >>> import torch
@@ -127,11 +138,14 @@ class ScoreSDEVP(VP):
 class EDM(RatioGrid):
     """alpha = 1, sigma = t, f = 0, g = sqrt(2t) (Karras et al., arXiv 2206.00364).
 
-    Its grid is (sigma_max^(1/rho) + i/(n-1) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho, then 0.
+    With a = sigma_max^(1/rho) and b = sigma_min^(1/rho), its grid has the levels
+    (a + i / (n - 1) (b - a))^rho, i = 0..n-1, and then 0.
 
     Args:
         sigma_min, sigma_max: the lowest level > 0 and the highest, in units of the data.
-        rho: 7 in the paper; larger puts more levels near sigma_min.
+        rho: > 0, in the paper 7. A larger one puts more levels near sigma_min.
+
+    Raises: TypeError, ValueError for parameters out of range.
 
     Example:
         >>> from memokern.processes import EDM
@@ -179,8 +193,8 @@ class EDM(RatioGrid):
 class FlowMatching(Process):
     """alpha = t, sigma = 1 - t: noise at t = 0, data at t = 1, velocity (x0 - x) / (1 - t).
 
-    The straight path of flow matching (Lipman et al., arXiv 2210.02747; its closed form in
-    arXiv 2506.03719). Evenly spaced times. At t = 0 drift and diffusion are infinite.
+    This is the straight path of flow matching (Lipman et al., arXiv 2210.02747; its closed form is
+    in arXiv 2506.03719). Times are evenly spaced. At t = 0 drift and diffusion are infinite.
 
     Example:
         >>> from memokern.processes import FlowMatching

@@ -1,4 +1,4 @@
-"""The noise schedules of DDPM networks: one given step by step, and the cosine."""
+"""The noise schedules of DDPM networks: a schedule given step by step, and the cosine schedule."""
 
 from __future__ import annotations
 
@@ -15,17 +15,19 @@ from memokern.util import checks
 class DDPM(RatioGrid):
     """A discrete schedule: alpha^2 = alphas_cumprod[t], sigma^2 = 1 - alpha^2 (arXiv 2006.11239).
 
-    t is the index 0 .. T-1 that a DDPM network takes, and any number between: log alpha^2 is
+    t is the index 0 .. T-1 that a DDPM network takes, or any number between: log alpha^2 is
     interpolated linearly, to 0 at t = -1, where the data are.
 
     Args:
-        alphas_cumprod: [T], strictly decreasing, in (0, 1); None for Ho et al.'s 1000 steps with
-            beta from 1e-4 to 0.02.
-        rho: of the grid of sigma / alpha, as :class:`EDM`'s. None: evenly spaced t, as DDPM's and
-            DDIM's samplers go. On the probability flow of 2000 photographs (SmoothedBank, Heun)
-            the median distance from the exact end was 2.07 in 18 even steps and 0.41 on the grid,
-            1.43 and 0.07 in 40. The reverse SDE is better served by even steps: 200 of them left
-            0.4 % too much variance, 200 of the grid 2 %.
+        alphas_cumprod: [T], strictly decreasing, in (0, 1). None stands for Ho et al.'s 1000 steps
+            with beta from 1e-4 to 0.02.
+        rho: exponent of the grid in sigma / alpha, as of :class:`EDM`. None gives evenly spaced t,
+            as DDPM's and DDIM's samplers have it. On the probability flow of 2000 photographs
+            (SmoothedBank, Heun) the median distance from the exact end was 2.07 in 18 even steps
+            and 0.41 on the grid, 1.43 and 0.07 in 40. The reverse SDE is better served by even
+            steps: 200 of them left 0.4 % too much variance, 200 of the grid 2 %.
+
+    Raises: TypeError, ValueError for a schedule that is not as above, or rho out of range.
 
     Example:
         >>> import torch
@@ -63,7 +65,7 @@ class DDPM(RatioGrid):
         return float(len(self._log) - 2)
 
     def _log_square(self, t: Tensor) -> Tensor:
-        """log alpha^2, extended along the first and last piece beyond the ends."""
+        """log alpha^2; beyond the ends the first and the last piece are continued."""
         log = self._log.to(t.device)
         piece = (t.detach() + 1).floor().long().clamp(0, len(log) - 2)
         return torch.lerp(log.take(piece), log.take(piece + 1), t + 1 - piece)
@@ -72,11 +74,12 @@ class DDPM(RatioGrid):
         return torch.exp(self._log_square(t) / 2)
 
     def sigma(self, t: Tensor) -> Tensor:
-        return (0.0 - torch.expm1(self._log_square(t))).sqrt()  # 0 at -1, not -0
+        return (0.0 - torch.expm1(self._log_square(t))).sqrt()  # at t = -1 this is 0, not -0
 
     def _time_of_log(self, value: Tensor) -> Tensor:
+        """The t at which log alpha^2 is `value`."""
         log = self._log.to(value.device)
-        # The piece that holds the value: log falls, so its negative is sorted.
+        # searchsorted finds the piece that has the value. It needs rising numbers, and log falls.
         above = torch.searchsorted(-log, -value.contiguous()).clamp(1, len(log) - 1)
         first, second = log[above - 1], log[above]
         return above - 2 + (value - first) / (second - first)
@@ -96,8 +99,12 @@ class DDPM(RatioGrid):
 class Cosine(Process):
     """alpha = cos(a(t)) / cos(a(0)), a(t) = (pi/2) (t + s) / (1 + s), sigma^2 = 1 - alpha^2.
 
-    Nichol & Dhariwal, arXiv 2102.09672, with s = 0.008; t in [0, 1], alpha(1) = 0. Evenly spaced
-    times.
+    t in [0, 1], alpha(1) = 0. Times are evenly spaced (Nichol & Dhariwal, arXiv 2102.09672).
+
+    Args:
+        s: > 0, in the paper 0.008.
+
+    Raises: TypeError, ValueError for s out of range.
 
     Example:
         >>> import torch
@@ -115,13 +122,14 @@ class Cosine(Process):
         return torch.cos(self._scale * t + self._first) / math.cos(self._first)
 
     def sigma(self, t: Tensor) -> Tensor:
-        # cos(b)^2 - cos(a)^2 = sin(a - b) sin(a + b): 1 - alpha^2 would cancel near t = 0.
+        # cos(b)^2 - cos(a)^2 = sin(a - b) sin(a + b). 1 - alpha^2 would cancel near t = 0.
         step = self._scale * t
         product = torch.sin(step) * torch.sin(step + 2 * self._first)
         return product.clamp(min=0.0).sqrt() / math.cos(self._first)
 
     def _time(self, square: Tensor, alpha: Tensor) -> Tensor:
-        """From sigma^2 and alpha: the same identity the other way, right at both ends."""
+        """The time with these sigma^2 and alpha, which is exact at both ends: the identity in
+        `sigma`, solved for the angle."""
         b, c = self._first, math.cos(self._first)
         a = torch.atan2((math.sin(b) ** 2 + square * c**2).sqrt(), alpha * c)
         step = torch.atan2(square * c**2 / torch.sin(a + b), torch.cos(a - b))

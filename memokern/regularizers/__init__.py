@@ -1,8 +1,8 @@
 r"""Regularised scores: small classes that change the logits before the sweep, or gate its result.
 
-The residual R = alpha mean - x is what is gated: with R' the gated one, score = R' / sigma^2 and
-x0 = mean + (R' - R) / alpha, both as the unregularised ones when R' = R. Composed regularisers
-change the logits in their order, then gate in their order.
+A gate takes the residual R = alpha mean - x to R'. Then score = R' / sigma^2 and
+x0 = mean + (R' - R) / alpha, which are the unregularised ones where R' = R. Composed regularisers
+first change the logits, in their order, and then gate, in the same order.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""What a regulariser may change, composition, and the numbers or functions of sigma they take."""
+"""What a regulariser may change, how regularisers are composed, and parameters that may depend on
+sigma."""
 
 from __future__ import annotations
 
@@ -20,21 +21,22 @@ Level = float | int | Callable[[Tensor], Tensor]
 
 
 def check_level(name: str, value: Level, low: float, *, strict: bool = False) -> Level:
-    """Checks a number; a function of sigma is checked where it is used."""
+    """The value, a number checked; what a function of sigma returns is checked where it is used."""
     if callable(value):
         return value
     return checks.number(name, value, low, strict=strict, hint="; or a function of sigma")
 
 
 def show(value: object) -> str:
-    """A parameter as repr shows it: a function by its name."""
+    """A parameter as repr shows it; a function is shown by its name."""
     if callable(value):
         return getattr(value, "__name__", type(value).__name__)
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def level_at(name: str, level: Level, sigma: Tensor, low: float, *, strict: bool = False) -> Tensor:
-    """The level at these noise levels [*batch] float64; what a function returned is checked."""
+    """The parameter at these noise levels, [*batch] float64; ValueError if a function of sigma
+    returned something out of range."""
     value = level(sigma) if callable(level) else level
     out = validate.per_query(f"{name}(sigma)", value, sigma.shape, sigma.device)
     if callable(level):
@@ -50,8 +52,12 @@ def shrink(s2: Tensor, c: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Query:
-    r"""What the sweep is asked: x [\*batch, \*shape]; sigma, alpha, temperature [\*batch] float64;
-    bias [N] or None; weighting "gaussian" or "log"."""
+    r"""The arguments of one sweep.
+
+    Attributes:
+        x: [\*batch, \*shape]. sigma, alpha, temperature: [\*batch] float64.
+        bias: [N], added to the logits, or None. weighting: "gaussian" or "log".
+    """
 
     x: Tensor
     sigma: Tensor
@@ -62,7 +68,10 @@ class Query:
 
 
 class Regularizer:
-    """The protocol: override what the variant changes. Combine two with ``a & b``.
+    """The base class: override what a variant changes. ``a & b`` composes two of them.
+
+    :func:`memokern.regularizers.evaluate` calls, in this order, `replicate` and `prepare`, then
+    sweeps, then calls `gate` and `gather`.
 
     Example:
         >>> import torch
@@ -75,27 +84,29 @@ class Regularizer:
         [[-1.0]]
     """
 
-    # What to do instead, for a class of which a composition may hold one only.
+    # For a class that a composition may hold only once: what to do instead of composing two.
     once: ClassVar[str] = ""
 
-    def prepare(self, query: Query, data: Data) -> Query:
-        """Before the sweep: the query it runs with."""
+    def replicate(self, query: Query) -> Query:
+        """Makes M queries of each, along a new first axis of every tensor that is given per query;
+        :meth:`gather` takes that axis away again."""
         return query
 
-    def spread(self, query: Query) -> Query:
-        """Before the sweep: one query as M, along a new first axis of every tensor per query."""
+    def prepare(self, query: Query, data: Data) -> Query:
+        """Changes what the sweep is asked: sigma, temperature, bias or weighting."""
         return query
 
     def gate(self, residual: Tensor, query: Query, posterior: Posterior) -> Tensor:
-        """After the sweep: the gated residual. `query` is the one asked, before `prepare`."""
+        """The gated residual, after the sweep. `query` is as `prepare` was given it."""
         return residual
 
     def gather(self, residual: Tensor) -> Tensor:
-        """After the gates: undoes `spread`."""
+        """One result from the M that `replicate` asked for, after all gates."""
         return residual
 
     def log_potential(self, posterior: Posterior, query: Query) -> Tensor | None:
-        r"""phi [\*batch] with regularised score = grad_x phi; None where there is none."""
+        r"""phi [\*batch] such that the regularised score is grad_x phi; None where there is
+        none."""
         return None
 
     def __and__(self, other: Regularizer) -> Compose:
@@ -108,7 +119,7 @@ class Regularizer:
 
 
 class Compose(Regularizer):
-    """Several regularisers: their changes of the logits in order, then their gates in order.
+    """Several regularisers in one: they change the logits in their order, then gate in their order.
 
     Example:
         >>> from memokern.regularizers import Temperature, Tikhonov
@@ -131,9 +142,9 @@ class Compose(Regularizer):
             query = part.prepare(query, data)
         return query
 
-    def spread(self, query: Query) -> Query:
+    def replicate(self, query: Query) -> Query:
         for part in self._parts:
-            query = part.spread(query)
+            query = part.replicate(query)
         return query
 
     def gate(self, residual: Tensor, query: Query, posterior: Posterior) -> Tensor:

@@ -22,23 +22,29 @@ from memokern.regularizers.base import (
 from memokern.results import Posterior
 from memokern.util import checks
 
-# fit(): directions beyond the rank, and the largest |Sigma v - lambda v| / lambda.
+# fit() iterates on this many directions beyond the rank, until |Sigma v - lambda v| / lambda is
+# below the tolerance for each direction that it returns.
 OVERSAMPLING, TOLERANCE = 8, 1e-2
 
 
 class CovarianceTikhonov(Regularizer):
     r"""score_k = (alpha mean - x)_k / (sigma^2 + c / lambda_k) in the data covariance's eigenbasis.
 
-    The minimiser with the penalty (c / sigma^2) s^T Sigma^{-1} s: directions in which the data vary
-    little are damped most (arXiv 2501.15785, theorem 5.1). Directions outside the basis count as
-    lambda = `rest`. Its field has no potential in general.
+    It is the minimiser with the penalty (c / sigma^2) s^T Sigma^{-1} s, which damps most the
+    directions in which the data vary least. Directions outside the basis have lambda = `rest`. The
+    field has no potential in general.
 
     Args:
-        c: >= 0, in units of sigma^2 times those of the variances; number or function of sigma.
+        c: >= 0, in units of sigma^2 times those of the variances; a number or a function of sigma.
         eigenvalues: [K] > 0. eigenvectors: [K, D], orthonormal rows.
-        rest: > 0, the variance of every direction outside; default the smallest eigenvalue.
+        rest: > 0, the variance of every direction outside; by default the smallest eigenvalue.
 
-    Cost: 4 B K D beyond the sweep.
+    Raises: TypeError, ValueError for wrong types or shapes, eigenvalues that are not positive,
+    eigenvectors that are not orthonormal.
+
+    Cost: 4 B K D operations beyond the sweep.
+
+    Source: arXiv 2501.15785, theorem 5.1.
 
     Example:
         >>> import torch
@@ -77,19 +83,20 @@ class CovarianceTikhonov(Regularizer):
 
     @classmethod
     def fit(cls, c: Level, data: Data, rank: int = 64) -> CovarianceTikhonov:
-        r"""The leading `rank` directions of the data's covariance; directions outside get the mean
-        of the variance left over. All rows count alike.
+        r"""The regulariser with the leading `rank` directions of the data's covariance.
 
-        Block Krylov iteration in float64 from seeded noise, until every direction has
-        \|Sigma v - lambda v\| <= 0.01 lambda: each lambda is then within 1 % of an eigenvalue (as
-        a rule far nearer), and never above the one that it stands for.
+        All rows count alike. Directions outside get the mean of the variance that is left.
 
         Args: c: as above. data: N >= 2 rows. rank: 1 <= rank <= min(N - 1, D).
 
-        Raises: TypeError, ValueError: a rank that is no int or out of range, or more than the data
-            span.
+        Raises: TypeError for a rank that is no int; ValueError for one that is out of range, or
+        larger than what the data span.
 
-        Cost: a pass over the rows is 4 N D (rank + 8) operations, in chunks of 32 MiB, and keeps
+        Numerics: block Krylov iteration in float64, from seeded noise, until every direction has
+        \|Sigma v - lambda v\| <= 0.01 lambda. Then each lambda is within 1 % of an eigenvalue, as a
+        rule far nearer, and never above the one that it stands for.
+
+        Cost: a pass over the rows takes 4 N D (rank + 8) operations, in chunks of 32 MiB, and keeps
         16 D (rank + 8) bytes. Photographs take about five passes (50,000 of 3072 bytes: 6 to 10 s
         on 2 cores), data without leading directions up to about twenty.
 
@@ -104,7 +111,8 @@ class CovarianceTikhonov(Regularizer):
         values, vectors, total = _leading_directions(rows, rank)
         outside = rows.dim - rank
         rest = (total - float(values.sum())) / outside if outside else 0.0
-        # Data inside the basis have no variance left: the smallest one stands for it.
+        # Where the data lie inside the basis no variance is left, and the smallest eigenvalue is
+        # taken.
         floor = float(values[-1])
         return cls(c, values, vectors, rest if rest > 1e-6 * floor else floor)
 
@@ -128,7 +136,8 @@ class CovarianceTikhonov(Regularizer):
 
 
 def _leading_directions(rows: TrainingSet, rank: int) -> tuple[Tensor, Tensor, float]:
-    """The leading eigenvalues [rank], eigenvectors [rank, D] and the trace of the covariance."""
+    """The leading eigenvalues [rank] and eigenvectors [rank, D] of the covariance, and its
+    trace."""
 
     def parts() -> Iterator[Tensor]:
         return (rows.dequantize(chunk).to(torch.float64) for chunk in chunks(rows.rows))
@@ -139,7 +148,7 @@ def _leading_directions(rows: TrainingSet, rank: int) -> tuple[Tensor, Tensor, f
     def covariance(vectors: Tensor) -> Tensor:
         image = torch.zeros_like(vectors)
         for part in parts():
-            offset = part - center  # not in place: float64 rows are not copied
+            offset = part - center  # not in place: float64 rows were not copied
             image += offset.T @ (offset @ vectors)
         return image / (rows.n - 1)
 
@@ -150,7 +159,7 @@ def _leading_directions(rows: TrainingSet, rank: int) -> tuple[Tensor, Tensor, f
     basis, _ = torch.linalg.qr(start.to(rows.device))
     image = covariance(basis)
     while True:
-        # Rayleigh-Ritz in the whole basis, whose image is known.
+        # The Rayleigh-Ritz method in the whole basis, whose image under the covariance is known.
         ritz = basis.T @ image
         values, turn = torch.linalg.eigh((ritz + ritz.T) / 2)
         values, turn = values.flip(0)[:rank], turn.flip(1)[:, :rank]
@@ -158,12 +167,14 @@ def _leading_directions(rows: TrainingSet, rank: int) -> tuple[Tensor, Tensor, f
         gap = (image @ turn - vectors * values).norm(dim=0)
         converged = bool((gap <= TOLERANCE * values).all())
         spanned = bool(values[-1] > 1e-12 * values[0])
-        again = basis.shape[1] > start.shape[1]  # noise alone shows the small ones too small
+        # The first basis is noise alone, in which small eigenvalues appear too small to judge.
+        again = basis.shape[1] > start.shape[1]
         if converged or (again and not spanned) or basis.shape[1] == rows.dim:
             if not spanned:
                 raise ValueError(f"the data span fewer than rank = {rank} directions; lower it")
             return values, vectors.T, trace
-        # What the last image adds to the basis, orthonormal even where that is nothing.
+        # `fresh` is what the last image adds to the basis; QR makes it orthonormal even where the
+        # image adds nothing.
         width = min(basis.shape[1] + start.shape[1], rows.dim)
         whole, _ = torch.linalg.qr(torch.cat([basis, image[:, -start.shape[1] :]], 1)[:, :width])
         fresh = whole[:, basis.shape[1] :]

@@ -15,16 +15,19 @@ from memokern.validate import wide
 class EmpiricalBayes(Regularizer):
     r"""Weights exp(l_n) / max(Z, tau): score = (alpha mean - x) / sigma^2 min(1, Z / tau).
 
-    The asymptotically consistent regulariser (arXiv 2501.15785, section 5.2; Wibisono et al.,
-    arXiv 2402.07747): far from the data, where the density is not known, the score fades.
-    Potential: log Z where Z > tau, else Z / tau + log tau - 1.
+    This regulariser is asymptotically consistent. Far from the data, where the density is not
+    known, the score fades. Potential: log Z where Z > tau, else Z / tau + log tau - 1.
 
     Args:
-        log_tau: log tau, since Z underflows in high dimension (Z is about N exp(-D/2) at a typical
-            x); a number or a function of sigma.
-        normalized: the floor is on the density p(x) instead of on Z.
+        log_tau: log tau, a number or a function of sigma. The logarithm is given because Z is about
+            N exp(-D/2) at a typical x, which underflows in high dimension.
+        normalized: True puts the floor on the density p(x) instead of on Z.
 
-    At sigma = 0 the score fades everywhere but on the rows: x0 = x / alpha.
+    Raises: TypeError, ValueError for log_tau out of range.
+
+    Numerics: at sigma = 0 the score fades everywhere but on the rows: x0 = x / alpha.
+
+    Source: arXiv 2501.15785, section 5.2; Wibisono et al., arXiv 2402.07747.
 
     Example:
         >>> import torch
@@ -40,10 +43,10 @@ class EmpiricalBayes(Regularizer):
         self.normalized = bool(normalized)
 
     def _excess(self, posterior: Posterior, query: Query) -> Tensor:
-        """log(Z / tau), with p(x) for Z if normalized."""
+        """log(Z / tau), or log(p(x) / tau) if normalized."""
         log_p = posterior.log_z
         if self.normalized:
-            # At sigma = 0 the limit of the density: infinite on a row, 0 elsewhere.
+            # At sigma = 0 the density becomes infinite on a row and 0 elsewhere.
             spike = torch.where(torch.isneginf(log_p), log_p, torch.inf)
             log_p = torch.where(posterior.sigma == 0, spike, posterior.log_density)
         return log_p - level_at("log_tau", self.log_tau, query.sigma, -math.inf)

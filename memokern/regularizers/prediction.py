@@ -1,8 +1,8 @@
-"""A regularised evaluation, and what follows from it."""
+"""The regularised evaluation, and what follows from it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -10,17 +10,22 @@ from torch import Tensor
 from memokern import functional, results, validate
 from memokern.regularizers.base import Data, Query, Regularizer
 from memokern.results import Posterior
+from memokern.util.torch_internals import traced
 from memokern.validate import PerQuery, wide
+
+SMALLEST = 1e-150
 
 
 @dataclass(frozen=True)
 class Prediction:
-    r"""A regularised evaluation: residual R' [\*batch, \*shape] and what follows from it.
+    r"""The result of a regularised evaluation.
 
     Attributes:
-        x, sigma, alpha: as asked. x0: mean + (R' - R) / alpha. residual: R' = sigma^2 score.
-        posterior: of the sweep behind it (with the regulariser's sigma and temperature).
-        query, regularizer: what `log_potential` is computed from.
+        x: the queries [\*batch, \*shape]. sigma, alpha: as asked, [\*batch] float64.
+        x0: mean + (R' - R) / alpha. residual: R' = sigma^2 score. Both [\*batch, \*shape], in x's
+            type.
+        posterior: of the sweep behind it, with the sigma and temperature that the regulariser
+        chose. query, regularizer: what `log_potential` is computed from.
     """
 
     x: Tensor
@@ -34,19 +39,42 @@ class Prediction:
 
     @property
     def log_potential(self) -> Tensor | None:
-        r"""phi [\*batch] with score = grad_x phi, None where there is none. Computed when asked."""
+        r"""phi [\*batch] such that score = grad_x phi, None where there is none. It is computed at
+        each access."""
         return self.regularizer.log_potential(self.posterior, self.query)
 
     @property
     def score(self) -> Tensor:
-        """R' / sigma^2."""
+        """R' / sigma^2 [*batch, *shape]. At sigma = 0 the limit, which is finite where the
+        regulariser's gate falls like sigma^2: (mean - x) / c for `Tikhonov(c)`."""
         sigma = wide(self.sigma, self.x)
-        return self.residual / sigma / sigma
+        value = self.residual / sigma / sigma
+        if self._gated_at_zero():
+            value = torch.where(sigma == 0, self._score_near_zero(), value)
+        return value
 
     @property
     def eps(self) -> Tensor:
         """-sigma score."""
-        return -self.residual / wide(self.sigma, self.x)
+        sigma = wide(self.sigma, self.x)
+        value = -self.residual / sigma
+        if self._gated_at_zero():
+            value = torch.where(sigma == 0, -sigma * self._score_near_zero(), value)
+        return value
+
+    def _gated_at_zero(self) -> bool:
+        """Whether some sigma is 0 and a gate may keep the score finite there. Under a compiler or a
+        transform, which have no values, it is not looked for."""
+        gates = type(self.regularizer) is not Regularizer
+        return gates and not traced(self.sigma) and bool((self.sigma == 0).any())
+
+    def _score_near_zero(self) -> Tensor:
+        """The score at SMALLEST in place of sigma = 0, in float64, whose range holds its square."""
+        s = self.query.sigma
+        near = replace(self.query, sigma=torch.where(s == 0, SMALLEST, s))
+        plain = self.posterior.residual.to(torch.float64)
+        gated = self.regularizer.gather(self.regularizer.gate(plain, near, self.posterior))
+        return (gated / SMALLEST / SMALLEST).to(self.x.dtype)
 
     @property
     def v(self) -> Tensor:
@@ -54,8 +82,8 @@ class Prediction:
         return wide(self.alpha, self.x) * self.eps - wide(self.sigma, self.x) * self.x0
 
     def velocity(self, d_alpha: PerQuery = 1.0, d_sigma: PerQuery = -1.0) -> Tensor:
-        """(sigma'/sigma) x + (alpha' - alpha sigma'/sigma) x0, of the probability flow."""
-        return results.flow_velocity(self.x, self.x0, self.sigma, self.alpha, d_alpha, d_sigma)
+        """alpha' x0 + sigma' eps, dx/dt of the probability flow."""
+        return results.flow_velocity(self.x0, self.eps, self.sigma.shape, d_alpha, d_sigma)
 
 
 def evaluate(
@@ -71,11 +99,16 @@ def evaluate(
 ) -> Prediction:
     r"""The regularised score at x, and x0, eps, v and velocity from it.
 
-    Args: as :func:`memokern.posterior`; regularizer: None for the score that memorises.
+    Args: as :func:`memokern.posterior`. regularizer: None gives the score that memorises.
 
-    With alpha = 0 and a regulariser x0 is the mean, ungated: x says nothing about the data. Near it
-    a gated x0 grows like x / alpha, so that the probability flow of a process that starts at
-    alpha = 0 (flow matching, cosine) is singular there and what it ends in depends on the steps.
+    Raises, Numerics, Gradients: as :func:`memokern.posterior`; TypeError for what is no
+    regulariser.
+
+    Where alpha = 0, x says nothing about the data, and x0 is the mean, ungated. For alpha near 0 a
+    gated x0 grows like x / alpha: the probability flow of a process that starts at alpha = 0 (flow
+    matching, cosine) is singular there with such a regulariser, and its end depends on the steps.
+
+    Cost: one sweep, times the queries that the regulariser makes of one.
 
     Example:
         >>> import torch
@@ -89,26 +122,27 @@ def evaluate(
             f"expected regularizer as a memokern.regularizers.Regularizer, got"
             f" {type(regularizer).__name__}; parse('tikhonov:c=0.01') makes one from text"
         )
-    asked = _ask(x, data, sigma, alpha, bias)
-    spread = reg.spread(asked)
-    query = reg.prepare(spread, data)
+    asked = _query(x, data, sigma, alpha, bias)
+    replicated = reg.replicate(asked)
+    query = reg.prepare(replicated, data)
     posterior = functional.posterior(
         query.x, data, query.sigma, query.alpha, query.temperature,
         bias=query.bias, weighting=query.weighting, method=method, certificate=certificate,
     )  # fmt: skip
     plain = posterior.residual
-    gated = reg.gate(plain, spread, posterior)
+    gated = reg.gate(plain, replicated, posterior)
     residual = reg.gather(gated)
     back = posterior.mean
     if gated is not plain:
-        # That is x0 = (x + R') / alpha, written so that nothing cancels.
-        a = wide(spread.alpha, spread.x)
+        # This is x0 = (x + R') / alpha, written so that nothing cancels.
+        a = wide(replicated.alpha, replicated.x)
         back = back + torch.where(a == 0, 0.0, (gated - plain) / torch.where(a == 0, 1.0, a))
     x0 = reg.gather(back)
-    return Prediction(x, asked.sigma, asked.alpha, x0, residual, posterior, spread, reg)
+    return Prediction(x, asked.sigma, asked.alpha, x0, residual, posterior, replicated, reg)
 
 
-def _ask(x: Tensor, data: Data, sigma: PerQuery, alpha: PerQuery, bias: Tensor | None) -> Query:
+def _query(x: Tensor, data: Data, sigma: PerQuery, alpha: PerQuery, bias: Tensor | None) -> Query:
+    """The query that was asked; sigma and alpha checked, and broadcast to the batch."""
     batch = validate.batch_shape(x, data)
     s = validate.per_query("sigma", sigma, batch, x.device)
     a = validate.per_query("alpha", alpha, batch, x.device)

@@ -1,4 +1,4 @@
-"""Smoothing of the score, and of the data."""
+"""Smoothing of the score, and of the training rows."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from memokern.results import Posterior
 from memokern.util import checks
 from memokern.validate import wide
 
-# Of two, since shifts and bandwidths add as variances do.
+# What to use instead of two: the variances of shifts, and of bandwidths, add.
 INSTEAD = "use h = sqrt(h1^2 + h2^2)"
 
 
 class GaussianSmoothing(Regularizer):
-    r"""The score averaged over M shifted queries x + h eps_m (Scarvelis et al., arXiv 2310.12395;
-    Gabriel et al., arXiv 2505.22841), the same eps_m for every query.
+    r"""The score averaged over M shifted queries x + h eps_m, with the same standard normal eps_m
+    for every query.
 
     A shift by h eps_m is the row bias h alpha <eps_m, y_n> / sigma^2, up to a constant. The shifts
     come in pairs eps, -eps, so that they average to zero. Potential: mean_m log Z(x + h eps_m).
@@ -35,7 +35,11 @@ class GaussianSmoothing(Regularizer):
         h: > 0, in units of x; a number or a function of sigma. samples: M, even.
         seed: of the eps_m, which are the same at every call.
 
+    Raises: TypeError, ValueError for parameters out of range.
+
     Cost: M times the sweep. torch.compile breaks the graph where the eps_m are drawn.
+
+    Source: Scarvelis et al., arXiv 2310.12395; Gabriel et al., arXiv 2505.22841.
 
     Example:
         >>> import torch
@@ -55,13 +59,13 @@ class GaussianSmoothing(Regularizer):
         self.seed = checks.integer("seed", seed, -(2**63), 2**64 - 1)
 
     def shifts(self, query: Query) -> Tensor:
-        r"""eps_m [M, \*shape], antithetic."""
+        r"""eps_m [M, \*shape] in x's type, in antithetic pairs."""
         shape = query.x.shape[query.sigma.dim() :]
         generator = torch.Generator().manual_seed(self.seed)
         half = torch.randn(self.samples // 2, *shape, generator=generator, dtype=torch.float64)
         return torch.cat([half, -half]).to(query.x)
 
-    def spread(self, query: Query) -> Query:
+    def replicate(self, query: Query) -> Query:
         eps = self.shifts(query)
         batch = query.sigma.dim()
         eps = eps.reshape(eps.shape[:1] + (1,) * batch + eps.shape[1:])
@@ -83,13 +87,15 @@ class GaussianSmoothing(Regularizer):
 
 
 class SmoothedBank(Regularizer):
-    r"""Rows replaced by N(y_n, h^2 I): sigma^2 -> sigma^2 + alpha^2 h^2 in weights and score.
+    r"""Each row becomes N(y_n, h^2 I): sigma^2 + alpha^2 h^2 replaces sigma^2 in weights and score.
 
-    The exact score of the kernel density estimate of bandwidth h, diffused to sigma. Potential:
-    log Z at the wider sigma.
+    This is the exact score of the kernel density estimate of bandwidth h, diffused to sigma.
+    Potential: log Z at the wider sigma.
 
     Args:
         h: >= 0, in the rows' units; a number or a function of sigma.
+
+    Raises: TypeError, ValueError for h out of range.
 
     Example:
         >>> import torch
@@ -104,16 +110,17 @@ class SmoothedBank(Regularizer):
     def __init__(self, h: Level) -> None:
         self.h = check_level("h", h, 0.0)
 
-    def _spread2(self, query: Query) -> Tensor:
+    def _added_variance(self, query: Query) -> Tensor:
+        """alpha^2 h^2."""
         return (query.alpha * level_at("h", self.h, query.sigma, 0.0)).square()
 
     def prepare(self, query: Query, data: Data) -> Query:
-        h2 = self._spread2(query)
+        h2 = self._added_variance(query)
         wider = (query.sigma.square() + h2).sqrt()
         return replace(query, sigma=torch.where(h2 == 0, query.sigma, wider))
 
     def gate(self, residual: Tensor, query: Query, posterior: Posterior) -> Tensor:
-        factor = shrink(query.sigma.square(), self._spread2(query))
+        factor = shrink(query.sigma.square(), self._added_variance(query))
         return wide(factor, residual) * residual
 
     def log_potential(self, posterior: Posterior, query: Query) -> Tensor:

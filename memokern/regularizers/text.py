@@ -12,11 +12,13 @@ from memokern.regularizers.weights import NoiseUnconditioned, Temperature
 
 
 def _flag(text: str) -> bool:
+    """True or False from text; KeyError for anything else."""
     known = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
     return known[text.lower()]
 
 
-# What parse() knows: name -> (class, the type of each parameter; the first is required).
+# What parse() knows: name -> (class, what makes each parameter from text). The first parameter is
+# required, but for NoiseUnconditioned, which has a default.
 _KNOWN: dict[str, tuple[Callable[..., Regularizer], dict[str, Callable[[str], object]]]] = {
     "tikhonov": (Tikhonov, {"c": float}),
     "empirical-bayes": (EmpiricalBayes, {"log_tau": float, "normalized": _flag}),
@@ -28,9 +30,10 @@ _KNOWN: dict[str, tuple[Callable[..., Regularizer], dict[str, Callable[[str], ob
 
 
 def parse(text: str) -> Regularizer | None:
-    """A regulariser from text: ``name:key=value,key=value``, several joined with ``+``.
+    """A regulariser from text: ``name:key=value,key=value``, several joined with ``+``; None for
+    "none".
 
-    None for "none". Raises ValueError that lists what is known.
+    Raises: ValueError that lists the names and parameters that are known.
 
     Example:
         >>> from memokern.regularizers import parse
@@ -46,7 +49,7 @@ def parse(text: str) -> Regularizer | None:
 
 
 def _split(text: str) -> list[str]:
-    """At each "+" that starts a name: 1e+2 stays whole."""
+    """Splits at each "+" that a name follows, so that 1e+2 stays whole."""
     parts: list[str] = []
     for piece in text.split("+"):
         if parts and not piece.strip()[:1].isalpha():
@@ -57,6 +60,7 @@ def _split(text: str) -> list[str]:
 
 
 def _parse_one(text: str) -> Regularizer:
+    """One regulariser from ``name:key=value,key=value``."""
     name, _, arguments = text.partition(":")
     forms = ", ".join(
         f"{known}:{','.join(k + '=...' for k in keys)}" for known, (_, keys) in _KNOWN.items()

@@ -10,13 +10,17 @@ from memokern.validate import wide
 
 
 class Tikhonov(Regularizer):
-    r"""score = (alpha mean - x) / (sigma^2 + c): the weights keep sigma^2.
+    r"""score = (alpha mean - x) / (sigma^2 + c), while the weights keep sigma^2.
 
-    The minimiser of E\|s - s_target\|^2 + (c / sigma^2) \|s\|^2 (arXiv 2501.15785, eq. 5.7).
-    Potential: sigma^2 / (sigma^2 + c) log Z.
+    It is the minimiser of E\|s - s_target\|^2 + (c / sigma^2) \|s\|^2. Potential:
+    sigma^2 / (sigma^2 + c) log Z.
 
     Args:
         c: >= 0, in units of sigma^2; a number or a function of sigma [\*batch].
+
+    Raises: TypeError, ValueError for c out of range.
+
+    Source: arXiv 2501.15785, eq. 5.7.
 
     Example:
         >>> import torch

@@ -12,7 +12,7 @@ from memokern.util import checks
 
 
 class Temperature(Regularizer):
-    r"""w = softmax(l / T), T(sigma) = max(sigma_c / sigma, 1) (Zhou et al., arXiv 2601.19285).
+    r"""w = softmax(l / T), T(sigma) = max(sigma_c / sigma, 1).
 
     Several rows share the weight at small noise. Potential: T logsumexp(l / T).
 
@@ -20,7 +20,11 @@ class Temperature(Regularizer):
         sigma_c: > 0, the noise level below which the weights are flattened; or a function that
             gives T itself from sigma.
 
-    At sigma = 0 T would be infinite; it is held at 1e300 there, where the nearest row still wins.
+    Raises: TypeError, ValueError for sigma_c out of range.
+
+    Numerics: T is at most 1e300, which it reaches at sigma = 0; the nearest row takes all there.
+
+    Source: Zhou et al., arXiv 2601.19285.
 
     Example:
         >>> import torch
@@ -45,13 +49,17 @@ class Temperature(Regularizer):
 
 
 class NoiseUnconditioned(Regularizer):
-    r"""Weights that don't know sigma: l_n = -(D / 2) log(\|x - alpha y_n\|^2 / D),
-    w = softmax(l / T) (Zhou et al., arXiv 2601.19285): the distance itself tells the noise level.
+    r"""Weights that do not use sigma: l_n = -(D / 2) log(\|x - alpha y_n\|^2 / D),
+    w = softmax(l / T). The distance itself tells the noise level.
 
-    No potential is offered: its score divides by sigma^2, which its weights ignore.
+    There is no potential, because the score divides by sigma^2, which the weights ignore.
 
     Args:
         temperature: T > 0.
+
+    Raises: TypeError, ValueError for T out of range.
+
+    Source: Zhou et al., arXiv 2601.19285.
 
     Example:
         >>> import torch

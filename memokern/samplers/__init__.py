@@ -1,8 +1,8 @@
 r"""Samplers: the probability-flow ODE and the reverse SDE of a :class:`memokern.Denoiser`.
 
-With x0 and eps the denoiser's predictions, x = alpha x0 + sigma eps, the flow is
-d(x / alpha) = eps d(sigma / alpha). Steps in these variables end exactly at alpha x0 when sigma
-becomes 0, for every process.
+With the denoiser's predictions x0 and eps, x = alpha x0 + sigma eps, and the flow is
+d(x / alpha) = eps d(sigma / alpha). For every process, steps in these variables end exactly at
+alpha x0 when sigma becomes 0.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the samplers share: a run, its levels of noise, and what it returns."""
+"""What the samplers share: the state of a run, its noise levels, and what it returns."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from memokern.results import Certificate
 from memokern.util import checks
 
 DTYPES = (torch.float32, torch.float64)
-# Where alpha / sigma is less, x says nothing about the data, and 1 / alpha is not used.
+# Where alpha / sigma is less than this, x says nothing about the data, and 1 / alpha is not used.
 NO_SIGNAL = 1e-4
 
 
@@ -28,8 +28,8 @@ class Samples:
     Attributes:
         x: the samples [S, \*shape]. trajectory: [K, S, \*shape], the start included; or None.
         times, sigmas: [K] float64, the process times and noise levels of the trajectory's states
-            (rk45 without trajectory: the first and the last).
-        nfe: evaluations of the denoiser, each of all S queries.
+            (for rk45 without a trajectory, of the first and the last state).
+        nfe: how often the denoiser was evaluated, each time at all S queries.
     """
 
     x: Tensor
@@ -41,13 +41,14 @@ class Samples:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluation of the denoiser in a run, as `watch` is told.
+    """One evaluation of the denoiser in a run; `watch` is called with it.
 
     Attributes:
-        step: the solver's step that it belongs to, from 1; None for rk45, which may take a step
-            back. count: of the run's evaluations so far. t, alpha, sigma: of the queries.
-        seconds: it took, with what the certificate costs.
-        certificate: what was swept for each query, and how far off that can be.
+        step: the solver's step that it belongs to, from 1; None for rk45, which may reject a step.
+        count: how many evaluations the run has made, this one included.
+        t, alpha, sigma: where the queries are.
+        seconds: how long it took, the certificate included.
+        certificate: which rows were swept for each query, and bounds on the error.
     """
 
     step: int | None
@@ -64,7 +65,7 @@ Watch = Callable[[Evaluation], None]
 
 @dataclass(frozen=True)
 class Level:
-    """A time of a process, and what it means there."""
+    """A time of a process, with its signal scale and noise level."""
 
     t: float
     alpha: float
@@ -72,7 +73,7 @@ class Level:
 
     @property
     def signal(self) -> bool:
-        """Whether x still says something about the data."""
+        """Whether x depends on the data by more than `NO_SIGNAL` of its noise."""
         return self.alpha > NO_SIGNAL * self.sigma
 
 
@@ -83,12 +84,17 @@ def level_of(process: Process, t: float | Tensor) -> Level:
 
 
 class Run:
-    """One run: what is evaluated, the noise, the count and the record."""
+    """The state of one run: x, the source of noise, how often the denoiser was evaluated, and the
+    record of states.
+
+    Args: as :func:`memokern.samplers.ode`.
+    """
 
     def __init__(
         self,
         denoiser: Denoiser,
         start: int | Tensor,
+        *,
         label: int | Tensor | None,
         bias: Tensor | None,
         seed: int | None,
@@ -111,7 +117,7 @@ class Run:
             seed = checks.integer("seed", seed, -(2**63), 2**64 - 1, hint)
         if dtype not in (None, *DTYPES):
             raise TypeError(f"expected dtype torch.float32 or torch.float64, got {dtype}")
-        # From a seed on the CPU, so that it means the same noise on every device.
+        # A seeded generator is on the CPU, so that a seed means the same noise on every device.
         self.generator = torch.Generator().manual_seed(seed) if seed is not None else generator
         self.denoiser, self.process = denoiser, denoiser.process
         self.label, self.bias, self.nfe = label, bias, 0
@@ -121,10 +127,11 @@ class Run:
         self.record: list[Tensor] | None = [self.x] if trajectory else None
 
     def _start(self, start: int | Tensor, dtype: torch.dtype | None) -> Tensor:
+        """The first x: the starts given, or so many draws from the prior."""
         data = self.denoiser.data
         if isinstance(start, Tensor):
             x = start if dtype is None else start.to(dtype)
-            validate.batch_shape(x, data)  # type, device and shape
+            validate.batch_shape(x, data)  # checks type, device and shape
             if not bool(torch.isfinite(x).all()):
                 raise ValueError("expected finite starts, got NaN or inf")
             return x
@@ -135,7 +142,7 @@ class Run:
         return self.process.prior((count, *data.shape), self.generator, kind, data.device)
 
     def evaluate(self, x: Tensor, t: float) -> tuple[Tensor, Tensor]:
-        """x0 and eps."""
+        """The denoiser's x0 and eps at x and time t; counts the evaluation, and tells `watch`."""
         self.nfe += 1
         if self.watch is None:
             found = self.denoiser.evaluate(x, t, self.label, bias=self.bias)
@@ -153,13 +160,13 @@ class Run:
         return found.x0, found.eps
 
     def noise(self) -> Tensor:
-        """Standard normal, like x."""
+        """Standard normal noise of x's shape and type."""
         place = self.x.device if self.generator is None else self.generator.device
         z = torch.randn(self.x.shape, generator=self.generator, dtype=self.x.dtype, device=place)
         return z.to(self.x.device)
 
     def keep(self) -> None:
-        """The end of a step: records x, where a trajectory is wanted."""
+        """Ends a step: records x where a trajectory is wanted."""
         if self.step is not None:
             self.step += 1
         if self.record is not None:
@@ -172,7 +179,8 @@ class Run:
 
     @contextmanager
     def gradients(self) -> Iterator[None]:
-        """Only for starts that ask for them: a graph over all steps is large."""
+        """Records gradients only if the starts require them, because a graph over all steps is
+        large."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.x.requires_grad):
             yield
 
@@ -180,7 +188,10 @@ class Run:
 def levels_of(
     process: Process, steps: int, sigma_min: float | None, denoise_last: bool
 ) -> list[Level]:
-    """The steps' levels, from t_noise to the end asked for; wrong steps or ends are refused."""
+    """The levels of the steps, from t_noise to the end asked for.
+
+    Raises: TypeError, ValueError for wrong steps or ends.
+    """
     count = checks.integer("steps", steps, 1)
     check_stop(process, sigma_min, denoise_last)
     times = process.times(count + 1, sigma_min).tolist()
@@ -188,7 +199,7 @@ def levels_of(
 
 
 def check_stop(process: Process, sigma_min: float | None, denoise_last: bool) -> None:
-    """Refuse an early stop outside the process's levels, or its denoising without one."""
+    """ValueError for an early stop outside the process's levels, or `denoise_last` without one."""
     if sigma_min is None:
         if denoise_last:
             raise ValueError("denoise_last goes with sigma_min: without it the end is denoised")
@@ -203,5 +214,5 @@ def check_stop(process: Process, sigma_min: float | None, denoise_last: bool) ->
 
 
 def held(x0: Tensor, eps: Tensor, to: Level) -> Tensor:
-    """x0 and eps held: exact while they do not change, and alpha x0 where sigma is 0."""
+    """x at another level if x0 and eps stay what they are: exactly alpha x0 where sigma is 0."""
     return to.alpha * x0 if to.sigma == 0 else to.alpha * x0 + to.sigma * eps

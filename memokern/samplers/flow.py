@@ -25,7 +25,7 @@ from memokern.util import checks
 
 SOLVERS = ("euler", "heun", "rk45")
 ODE_STEPS = 18
-# Relative and absolute tolerance of rk45: float32 evaluations cannot serve finer ones.
+# The relative and absolute tolerance of rk45. Float32 evaluations are too coarse for finer ones.
 TOLERANCES = {torch.float32: (1e-4, 1e-6), torch.float64: (1e-6, 1e-9)}
 
 
@@ -55,26 +55,28 @@ def ode(
     r"""Samples of the probability-flow ODE, d(x / alpha) = eps d(sigma / alpha).
 
     Args:
-        denoiser: its process gives the times, whatever its `prediction`.
-        start: how many samples, from the process's prior; or starts [S, \*shape] at t_noise.
-        steps: for euler and heun, default 18, on the process's grid. rk45 chooses its own.
-        solver: "euler" (x <- alpha' x0 + sigma' eps, DDIM's step), "heun" (the same with the mean
-            of eps at both ends; arXiv 2206.00364, algorithms 1 and 2), "rk45" (scipy's adaptive
-            solve_ivp, in the angle atan2(sigma, alpha)).
-        sigma_min: stop early, at this noise level; default: go to the data. rk45 stops at the
-            process's own sigma_min and takes the last step there with x0 held.
-        denoise_last: after an early stop, one more step to the data with x0 held.
-        churn, churn_min, churn_max, churn_noise: EDM's S_churn, S_tmin, S_tmax, S_noise: before a
-            step, raise sigma / alpha in [churn_min, churn_max] by min(churn / steps, sqrt(2) - 1)
-            of itself with fresh noise. Not for rk45.
-        rtol, atol: of rk45; default 1e-6 and 1e-9, for float32 1e-4 and 1e-6. The norm is over all
-            samples together.
+        denoiser: its process gives the times; its `prediction` is not used.
+        start: the number of samples, whose starts are drawn from the process's prior; or the starts
+            [S, \*shape] at t_noise.
+        steps: of euler and heun, on the process's grid, 18 by default. rk45 chooses its own.
+        solver: "euler" takes x to alpha' x0 + sigma' eps, which is DDIM's step. "heun" does the
+            same with the mean of eps at both ends (arXiv 2206.00364, algorithms 1 and 2). "rk45" is
+            scipy's adaptive solve_ivp, in the angle atan2(sigma, alpha).
+        sigma_min: the noise level > 0 to stop at. By default the samplers go to the data; rk45
+            stops at the process's own sigma_min and takes the last step from there with x0 held.
+        denoise_last: whether an early stop is followed by one more step, to the data with x0 held.
+        churn, churn_min, churn_max, churn_noise: EDM's S_churn, S_tmin, S_tmax, S_noise. Before a
+            step at sigma / alpha in [churn_min, churn_max], fresh noise raises sigma / alpha by
+            min(churn / steps, sqrt(2) - 1) of itself. Not for rk45.
+        rtol, atol: tolerances of rk45, by default 1e-6 and 1e-9, for float32 1e-4 and 1e-6. The
+            norm is over all samples together.
         label, bias: as :meth:`Denoiser.evaluate`.
-        seed, generator: of the starts and of churn; neither: PyTorch's own generator.
-        dtype: float32 or float64; default that of the starts, else float64 for float64 rows.
-        progress: show a bar. trajectory: keep all states.
-        watch: called after each evaluation with an :class:`Evaluation`: the rows that were swept
-            and the proven error.
+        seed, generator: of the starts' and churn's noise. Without either, PyTorch's own generator.
+        dtype: float32 or float64, by default that of the starts; of drawn starts float64 for
+            float64 rows, else float32.
+        progress: whether to show a progress bar. trajectory: whether to keep all states.
+        watch: called after each evaluation with an :class:`Evaluation`, which has the rows that
+            were swept and the proven error.
 
     Returns:
         :class:`Samples`.
@@ -103,7 +105,10 @@ def ode(
     churn_min = checks.number("churn_min", churn_min, 0.0)
     hint = f"; churn_min is {churn_min:g}"
     churn_max = checks.number("churn_max", churn_max, churn_min, infinite=True, hint=hint)
-    run = Run(denoiser, start, label, bias, seed, generator, dtype, trajectory, watch)
+    run = Run(
+        denoiser, start, label=label, bias=bias, seed=seed, generator=generator, dtype=dtype,
+        trajectory=trajectory, watch=watch,
+    )  # fmt: skip
     if solver == "rk45":
         if steps is not None or churn != 0:
             raise ValueError("rk45 chooses its own steps and has no churn: leave both out")
@@ -125,8 +130,8 @@ def ode(
                 now = _churn(run, now, gain, churn_noise)
             x0, eps = run.evaluate(run.x, now.t)
             ahead = held(x0, eps, to)
-            # Ends without signal or without noise have no second slope: one step of first order,
-            # which leaves the order of the whole.
+            # There is no second slope at an end without signal or without noise. One step of first
+            # order does not change the order of the whole run.
             if solver == "heun" and now.signal and to.sigma > 0:
                 _, eps_ahead = run.evaluate(ahead, to.t)
                 scale = to.alpha / now.alpha
@@ -137,12 +142,13 @@ def ode(
 
 
 def _churn(run: Run, now: Level, gain: float, scale: float) -> Level:
-    """Noise added to x, in sigma / alpha from r to r (1 + gain), and the level then."""
+    """Adds noise to x, which raises r = sigma / alpha to r (1 + gain), and returns the new
+    level."""
     ratio = now.sigma / now.alpha
     up = level_of(run.process, run.process.time_of_ratio(ratio * (1 + gain)))
     grown = up.alpha / now.alpha
     added = math.sqrt(max(0.0, up.sigma**2 - (grown * now.sigma) ** 2))
-    if added == 0:  # a process that cannot go beyond its start
+    if added == 0:  # the process has no level beyond its start
         return now
     run.x = grown * run.x + added * scale * run.noise()
     return up
@@ -156,8 +162,11 @@ def _rk45(
     atol: float,
     progress: bool,
 ) -> Samples:
-    """x = r (x0 cos a + eps sin a), r = hypot(alpha, sigma): d(x / r) / da = eps cos a - x0 sin a,
-    finite at both ends."""
+    """The adaptive solver, in the angle a = atan2(sigma, alpha).
+
+    With r = hypot(alpha, sigma), x = r (x0 cos a + eps sin a), and the flow is
+    d(x / r) / da = eps cos a - x0 sin a, which is finite at both ends.
+    """
     run.step = None
     process, kind, shape, device = run.process, run.x.dtype, run.x.shape, run.x.device
     first, end = level_of(process, process.t_noise), level_of(process, process.t_data)

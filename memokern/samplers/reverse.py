@@ -31,17 +31,19 @@ def sde(
     trajectory: bool = False,
     watch: Watch | None = None,
 ) -> Samples:
-    r"""Samples of the reverse SDE by Euler-Maruyama, dx = (f x - g^2 score) dt + g dW, t running
-    from noise to data (Anderson 1982; Song et al., arXiv 2011.13456).
+    r"""Samples of the reverse SDE, dx = (f x - g^2 score) dt + g dW with t from noise to data, by
+    the Euler-Maruyama scheme (Anderson 1982; Song et al., arXiv 2011.13456).
 
     A step into sigma = 0 or out of alpha = 0, where its coefficients are infinite or overshoot, is
     taken with x0 held instead: x = alpha' x0 + sigma' z.
 
-    Args: as :func:`ode`. Each step leaves noise of variance g^2 \|dt\|, which after an early stop
-        should be small beside sigma_min^2: take steps enough, several hundred on even grids.
+    Args: as :func:`ode`. A step leaves noise of variance g^2 \|dt\|, which should be small beside
+        sigma_min^2 where the run stops early: this takes several hundred steps on even grids.
 
     Returns:
         :class:`Samples`; nfe = steps.
+
+    Raises, Gradients: as :func:`ode`. Cost: one sweep per step.
 
     Example:
         >>> import torch
@@ -50,7 +52,10 @@ def sde(
         >>> samplers.sde(Denoiser(rows), 2, seed=0).x.abs().tolist()
         [[1.0, 0.0], [1.0, 0.0]]
     """
-    run = Run(denoiser, start, label, bias, seed, generator, dtype, trajectory, watch)
+    run = Run(
+        denoiser, start, label=label, bias=bias, seed=seed, generator=generator, dtype=dtype,
+        trajectory=trajectory, watch=watch,
+    )  # fmt: skip
     process = run.process
     levels = levels_of(process, steps, sigma_min, denoise_last)
     with run.gradients():
@@ -63,10 +68,11 @@ def sde(
             else:
                 time = torch.tensor(now.t, dtype=torch.float64)
                 dt = to.t - now.t
-                # score = -eps / sigma; |dt| since g belongs to the noising, whichever way t runs.
-                spread = float(process.diffusion(time).square()) * abs(dt)
+                # score = -eps / sigma. |dt|, because g belongs to the noising, whichever way t
+                # runs.
+                variance = float(process.diffusion(time).square()) * abs(dt)
                 drift = float(process.drift(time)) * dt
-                run.x = (1 + drift) * run.x - (spread / now.sigma) * eps
-                run.x = run.x + math.sqrt(spread) * run.noise()
+                run.x = (1 + drift) * run.x - (variance / now.sigma) * eps
+                run.x = run.x + math.sqrt(variance) * run.noise()
             run.keep()
     return run.samples(torch.tensor([level.t for level in levels], dtype=torch.float64))

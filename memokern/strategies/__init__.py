@@ -1,1 +1,1 @@
-"""How a call is answered: densely, from a proven list of rows, or by the short way of small calls."""
+"""How a call is answered: by a dense sweep, over a proven list of rows, or by a shorter way."""

@@ -11,14 +11,23 @@ import math
 import torch
 from torch import Tensor
 
-from memokern.backends import protocol
-from memokern.backends.protocol import Call
+from memokern.backends.protocol import preferred
 from memokern.data.training_set import TrainingSet
 from memokern.util.torch_internals import undispatched
 from memokern.validate import PerQuery
 
 # Numbers in the queries of a small call: beyond, the 30 us that the short way saves count little.
 SMALL = 1 << 11
+
+
+def _single(value: PerQuery) -> float:
+    """A float, or the one number of a tensor that the dispatcher would have nothing to do with; NaN
+    for anything else."""
+    if type(value) is float:
+        return value
+    if isinstance(value, Tensor) and value.numel() == 1 and undispatched(value):
+        return float(value)
+    return math.nan
 
 
 def small_mean(
@@ -35,23 +44,25 @@ def small_mean(
     if not (
         type(data) is TrainingSet
         and data.index is None
-        and type(sigma) is type(alpha) is type(temperature) is float
         and bias is None
         and method in ("auto", "dense")
         and undispatched(x, data.rows)
-        and 0 <= sigma < math.inf
-        and -math.inf < alpha < math.inf
-        and 0 < temperature < math.inf
+    ):
+        return None
+    s, a, t = _single(sigma), _single(alpha), _single(temperature)
+    # NaN, which stands for what is no single number, is in no range.
+    if not (
+        0 <= s < math.inf
+        and -math.inf < a < math.inf
+        and 0 < t < math.inf
         and x.dtype == (torch.float64 if data.rows.dtype == torch.float64 else torch.float32)
         and x.shape[x.dim() - len(data.shape) :] == data.shape
         and x.numel() <= SMALL
         and x.is_contiguous()
     ):
         return None
-    rows = data.as_rows()
-    backend = protocol.choose("posterior", Call.of(x, rows.data))
-    run = getattr(backend, "small_mean", None)
+    run = getattr(preferred("cpu"), "small_mean", None)
     if run is None:
         return None
-    mean: Tensor = run(x, rows, (sigma, alpha, temperature), data.log_weights)
+    mean: Tensor = run(x, data.as_rows(), (s, a, t), data.log_weights)
     return mean

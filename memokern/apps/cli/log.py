@@ -1,4 +1,4 @@
-"""What `memokern sample` did, evaluation by evaluation: lines to read, and a file."""
+"""The record that `memokern sample` keeps of its evaluations: lines to read, and a file."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 import click
 
 from memokern.apps.cli import common
-from memokern.data import files
 from memokern.samplers import Evaluation
+from memokern.util import writing
 
 FORMATS = (".json", ".csv")
 COLUMNS = (
@@ -22,10 +22,11 @@ COLUMNS = (
 
 
 class Log:
-    """Told of every evaluation (`watch` of the samplers); says what was done on stderr if `show`.
+    """A record of every evaluation, as a sampler's `watch`.
 
     Args:
-        dims: the index's ladder; empty without an index.
+        dims: how many coordinates each level of the index uses; empty without an index.
+        show: whether to print each evaluation on stderr.
     """
 
     def __init__(self, dims: Sequence[int], show: bool) -> None:
@@ -42,7 +43,7 @@ class Log:
                 "t": done.t,
                 "alpha": done.alpha,
                 "sigma": done.sigma,
-                # With a smoothing regulariser a sample is several queries.
+                # A smoothing regulariser makes several queries of one sample.
                 "queries": bounds.levels.numel(),
                 "queries_dense": int((bounds.levels == 0).sum()),
                 "rows_kept_mean": float(bounds.rows_kept.double().mean()),
@@ -63,17 +64,17 @@ class Log:
     def write(self, path: Path) -> None:
         """All evaluations: a list of objects in JSON, or a table with a header in CSV."""
         if path.suffix.lower() == ".json":
-            files.write_json(path, self.records)
+            writing.write_json(path, self.records)
             return
         text = io.StringIO()
         table = csv.DictWriter(text, list(self.records[0]), lineterminator="\n")
         table.writeheader()
         table.writerows(self.records)
-        files.write_bytes(path, text.getvalue().encode())
+        writing.write_bytes(path, text.getvalue().encode())
 
 
 def line(record: dict[str, Any]) -> str:
-    """One evaluation under `COLUMNS`: the largest of each bound, '-' for what does not apply."""
+    """One evaluation under the heads of `COLUMNS`, with '-' for what does not apply."""
     step, dims = (record[name] if record[name] is not None else "-" for name in ("step", "dims"))
     return (
         f"{step:>5} {record['evaluation']:>5} {record['sigma']:>9.4g} "

@@ -9,8 +9,8 @@ import torch
 
 from memokern import memorization as metrics
 from memokern.apps.cli import common
-from memokern.data import files
 from memokern.strategies.pruned_nearest import MOST_ASKED
+from memokern.util import writing
 
 
 @click.command(short_help="Measure how many samples are copies of rows.")
@@ -79,7 +79,7 @@ def memorization(
     training = common.load(data, data_key, "DATA", "--data-key", index=method != "dense")
     rows = common.load_rows(samples, samples_key, training, "SAMPLES")
     common.check_two_rows(training, "DATA")
-    # For many neighbours of few rows all rows are swept, with an index too.
+    # Where many neighbours of few rows are wanted, all rows are swept even with an index.
     few = min(neighbours, training.n) <= MOST_ASKED * training.n
     common.index_for(training, method, few * len(rows), progress=common.progress_wanted())
     meanings = {
@@ -94,7 +94,7 @@ def memorization(
     )  # fmt: skip
     if report is not None:
         with common.failure("cannot write"):
-            files.write_json(
+            writing.write_json(
                 report,
                 {
                     "samples": samples,

@@ -1,8 +1,8 @@
 """Unregularised dynamics in the plane: trajectories over the Voronoi diagram, weights against time,
-rate of convergence.
+and the rate of convergence.
 
-20 standard normal points, 30 starts, the probability-flow ODE of the variance-exploding (VE) and
-variance-preserving (VP) processes of the paper, solved by adaptive Runge-Kutta. Without
+There are 20 standard normal points and 30 starts. Adaptive Runge-Kutta solves the probability-flow
+ODE of the paper's variance-exploding (VE) and variance-preserving (VP) processes. Without
 regularisation every trajectory ends at a training point.
 """
 
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-TOLERANCE = 1e-2  # the paper's: a sample closer than this to a training point has collapsed onto it
+# In the paper, a sample closer than this to a training point has collapsed onto it.
+TOLERANCE = 1e-2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,8 +87,8 @@ def run_trajectories(p: Planar) -> Numbers:
     )
     end = memokern.nearest(path.x, data)
     moved = (cells != cells[-1]).int()
-    # The last step at which the cell was another one; its sigma bounds the level of settling from
-    # above.
+    # The last step at which the cell was another one. Its sigma is an upper bound on the level
+    # below which the cell stays the same.
     last = torch.where(moved.any(0), len(cells) - 1 - moved.flip(0).argmax(0), 0)
     return {
         "process": p.process,
@@ -204,8 +205,8 @@ def draw_weights(n: Numbers) -> Figure:
                 continue
             weights = n["weights"][:, i]
             winner = int(weights[-1].argmax())
-            # The rest first, so that the winner lies on top; those that ever mattered get a colour
-            # of their own.
+            # The winner is drawn last, on top. The points that had most weight get a colour of
+            # their own.
             order = [k for k in np.argsort(weights.max(0)) if k != winner]
             colours = dict(zip(order[::-1], figures.PALETTE[1:], strict=False))
             for k in order:

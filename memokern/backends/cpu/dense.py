@@ -91,7 +91,7 @@ def empty_gradients(query: Query) -> Gradients:
     """Room for the gradients of a query, that of x in its type."""
     each = [torch.empty_like(query.sigma) for _ in range(3)]
     bias = torch.empty(0, dtype=_F64) if query.bias is None else torch.empty_like(query.bias)
-    return Gradients(torch.empty_like(query.x), *each, bias)
+    return Gradients._make([torch.empty_like(query.x), *each, bias])
 
 
 def native_gradients(out: Gradients, query: Query) -> tuple[int, ...]:

@@ -47,10 +47,10 @@ def weightings() -> dict[str, int]:
     return codes
 
 
-def native_rows(rows: Rows) -> tuple[tuple[Any, ...], tuple[Tensor | None, Tensor | None]]:
+def native_rows(rows: Rows) -> tuple[tuple[Any, ...], tuple[Tensor | None, ...]]:
     """struct Rows, and the tensors that must outlive the call beside those of the rows."""
     check_rows(rows)
-    keep = (contiguous64(rows.center), contiguous64(rows.sq_norms))
+    keep = tuple(None if t is None else contiguous64(t) for t in (rows.center, rows.sq_norms))
     data, dim = rows.data, rows.dim
     stride = data.stride(0) if rows.n > 1 else dim
     fields = (

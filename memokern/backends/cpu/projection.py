@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from memokern.backends.cpu.native import addresses, module
-from memokern.calls import CosineTransform
 
 _F64 = torch.float64
 
@@ -16,9 +15,12 @@ class CosineProjection:
     `memokern.index.projection.Projected`, computed in one pass over the queries.
 
     Args:
-        transform: padded to multiples of :meth:`side`.
-        kept: how many of its coordinates are handed out.
-        edges: [bands + 1] int64, of the bands.
+        axes: C, H, W. channels_last: whether x is [H, W, C].
+        turn: [C, C], down: [H, H], across: [W, W] float32, the transforms along the three axes.
+        box: [C, 2] int64, how many frequencies down and across are computed of each channel.
+        size: numbers of all boxes together, each [across, down], the latter padded to multiples of
+            :meth:`side`. place: [M] int32, where in the boxes each coordinate is.
+        kept: how many coordinates are handed out. edges: [bands + 1] int64, of the bands.
         center: [D] float32.
         bound_weights: [3, 4] float64, what |xc|, |alpha| and 1 count in four bounds: |xc| from
             above, |xc| from below, the error of the coordinates, the margin.
@@ -27,20 +29,29 @@ class CosineProjection:
 
     def __init__(
         self,
-        transform: CosineTransform,
+        *,
+        axes: tuple[int, int, int],
+        channels_last: bool,
+        turn: Tensor,
+        down: Tensor,
+        across: Tensor,
+        box: Tensor,
+        size: int,
+        place: Tensor,
         kept: int,
         edges: Tensor,
         center: Tensor,
         bound_weights: Tensor,
         largest: float,
     ) -> None:
-        t, self._kept, self._bands = transform, kept, len(edges) - 1
-        self._held = (transform, edges, center, bound_weights)  # the kernel has only addresses
+        self._kept, self._bands = kept, len(edges) - 1
+        # The kernel has only the addresses.
+        self._held = (turn, down, across, box, place, edges, center, bound_weights)
         # struct CosineTransform of csrc/include/memokern/abi.h
         self._native = (
-            *t.axes, t.channels_last, *addresses((t.turn, t.down, t.across, t.box)), t.numbers,
-            t.place.data_ptr(), len(t.place), kept, edges.data_ptr(), self._bands,
-            center.data_ptr(), bound_weights.data_ptr(), largest,
+            *axes, channels_last, *addresses((turn, down, across, box)), size, place.data_ptr(),
+            len(place), kept, edges.data_ptr(), self._bands, center.data_ptr(),
+            bound_weights.data_ptr(), largest,
         )  # fmt: skip
 
     @staticmethod

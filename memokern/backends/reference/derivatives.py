@@ -69,7 +69,7 @@ def _zeros(query: Query) -> Gradients:
     """Zeros for every gradient, that of x in float64."""
     bias = query.sigma.new_zeros(0) if query.bias is None else torch.zeros_like(query.bias)
     each = [torch.zeros_like(query.sigma) for _ in range(3)]
-    return Gradients(torch.zeros_like(query.x, dtype=_F64), *each, bias)
+    return Gradients._make([torch.zeros_like(query.x, dtype=_F64), *each, bias])
 
 
 def _put(out: Gradients, at: slice, parts: list[Tensor]) -> None:

@@ -11,17 +11,21 @@ import functools
 import importlib.util
 
 import torch
+from torch import Tensor
 
-from memokern.backends.protocol import Backend, Call
+from memokern.backends.protocol import Backend, Call, name_of
+from memokern.calls import Gradients, LogitBounds, Query, RowLists, Rows, Scan, State, Sums
+from memokern.util.torch_internals import capturing
 
 ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
 MOST_NEIGHBOURS = 64
-# Kernels keep up to 10 numbers for each query, addressed with 32 bits.
+# Kernels address the numbers that they keep for each query, up to 11, with 32 bits.
 MOST_QUERIES = 1 << 27
+# Kernels count rows with 32 bits, and some round the count up to 8,192.
+MOST_ROWS = (1 << 31) - (1 << 14)
 _REFERENCE_ONLY = {
     "posterior_double_backward": "second derivatives are taken in plain PyTorch",
     "posterior_listed_double_backward": "second derivatives are taken in plain PyTorch",
-    "posterior_state": "not written yet",
 }
 
 
@@ -34,7 +38,8 @@ def interpreted() -> bool:
 
 
 class Triton(Backend):
-    """Tensors on a GPU."""
+    """Tensors on a GPU. The launchers of :mod:`memokern.backends.triton` import Triton, so each
+    operation imports its own when it is called."""
 
     name = "triton"
 
@@ -58,8 +63,20 @@ class Triton(Backend):
             return "it has no torch.func transforms and no forward mode"
         if torch.float64 in (call.x, call.rows):
             return "it has no kernel for float64"
+        if call.rows not in ROW_DTYPES:
+            known = ", ".join(name_of(t) for t in ROW_DTYPES)
+            return f"it reads rows of {known}, not {name_of(call.rows)}"
+        if call.b > MOST_QUERIES:
+            return f"it takes at most {MOST_QUERIES:,} queries in a call, not {call.b:,}"
+        if call.n > MOST_ROWS:
+            return f"it takes at most {MOST_ROWS:,} rows in a call, not {call.n:,}"
         if call.k > MOST_NEIGHBOURS:
             return f"it finds at most {MOST_NEIGHBOURS} neighbours, and {call.k} are asked for"
+        if operation == "bound_scan" and capturing(torch.device(call.device)):
+            return (
+                "it waits for the device to count rows, which cannot be captured in a CUDA graph:"
+                " sweep densely there (method='dense')"
+            )
         return _REFERENCE_ONLY.get(operation)
 
     def detail(self) -> str:
@@ -68,6 +85,48 @@ class Triton(Backend):
         where = "interpreted on the CPU" if interpreted() else torch.cuda.get_device_name()
         rest = f"float64, and more than {MOST_NEIGHBOURS} neighbours, go to the reference"
         return f"Triton {triton.__version__}, {where}; {rest}"
+
+    def posterior_state(self, query: Query, rows: Rows) -> State:
+        from memokern.backends.triton.posterior import launch
+
+        return launch.posterior_state(query, rows)
+
+    def posterior(self, query: Query, rows: Rows) -> Sums:
+        from memokern.backends.triton.posterior import launch
+
+        return launch.posterior(query, rows)
+
+    def posterior_backward(self, query: Query, rows: Rows, sums: Sums, grads: Sums) -> Gradients:
+        from memokern.backends.triton.gradient import launch
+
+        return launch.posterior_backward(query, rows, sums, grads)
+
+    def posterior_backward_rows(self, query: Query, rows: Rows, grads: Sums) -> Tensor:
+        from memokern.backends.triton.gradient import launch
+
+        return launch.posterior_backward_rows(query, rows, grads)
+
+    def nearest(self, x: Tensor, rows: Rows, k: int) -> tuple[Tensor, Tensor]:
+        from memokern.backends.triton.nearest import launch
+
+        return launch.nearest(x, rows, k)
+
+    def bound_scan(self, query: Query, rows: Rows, bounds: LogitBounds) -> Scan:
+        from memokern.backends.triton.scan import launch
+
+        return launch.bound_scan(query, rows, bounds)
+
+    def posterior_listed(self, query: Query, rows: Rows, lists: RowLists) -> Sums:
+        from memokern.backends.triton.listed import launch
+
+        return launch.posterior_listed(query, rows, lists)
+
+    def posterior_listed_backward(
+        self, query: Query, rows: Rows, lists: RowLists, sums: Sums, grads: Sums
+    ) -> Gradients:
+        from memokern.backends.triton.listed import launch
+
+        return launch.posterior_listed_backward(query, rows, lists, grads)
 
 
 BACKEND = Triton()

@@ -1,9 +1,10 @@
-"""Configurations to choose from where a kernel's speed cannot be foreseen: the default, always, or,
-with MEMOKERN_AUTOTUNE=1, whichever was fastest on this device, measured once and remembered.
+"""Configurations to choose from where a kernel's speed cannot be foreseen. The default is always
+taken, unless MEMOKERN_AUTOTUNE=1 asks for whichever is fastest on this device, which is measured
+once and remembered.
 
 What a tile holds is no choice: the planner and the registers decide it. What cannot be foreseen
-without the device is how far to load ahead. So choices differ in stages alone: the grid, the work
-space and what is computed stay the same.
+without the device is how far to load ahead. So choices differ in stages alone, and the grid, the
+work space and what is computed stay the same.
 """
 
 from __future__ import annotations
@@ -22,21 +23,21 @@ import triton
 from triton.runtime.errors import OutOfResources
 
 from memokern.backends.triton.core.variant import Variant
-from memokern.data import files
-from memokern.util import env
+from memokern.util import env, writing
+from memokern.util.torch_internals import capturing
 
 
 def choices(variant: Variant) -> tuple[Variant, ...]:
     """The configurations of a kernel, the default first. Each compiles without a spill."""
     kernel = variant.name.split()[0]
-    if kernel not in ("sweep", "dots", "accumulate"):
-        return (variant,)  # they take little of the time
+    if kernel not in ("sweep", "dot_products", "accumulate"):
+        return (variant,)  # the others take little of the time
     if variant.num_stages == 1 or not variant.matrix or not variant.aligned:
-        return (variant,)  # nothing can be loaded ahead, or arithmetic is what is waited for
-    if kernel == "sweep" and variant.constexprs["BLOCK_B"] > 16 and not _held(variant):
+        return (variant,)  # nothing can be loaded ahead, or it waits for arithmetic anyway
+    if kernel == "sweep" and variant.constexprs["BLOCK_B"] > 16 and not _holds_terms(variant):
         return (variant,)  # its registers are full: another depth spills some
-    # Loading far ahead hides what memory takes; a stage less leaves shared memory to other blocks,
-    # which hide it too. More stages than the default would exceed an A100's shared memory soonest.
+    # Loading far ahead hides the time that memory takes. A stage less leaves shared memory to other
+    # blocks, which hide it too. More stages than the default would exceed an A100's shared memory.
     stages = variant.num_stages - 1
     other = variant._replace(
         name=f"{variant.name} S{stages}", num_stages=stages, registers=variant.registers or 255
@@ -44,7 +45,8 @@ def choices(variant: Variant) -> tuple[Variant, ...]:
     return variant, other
 
 
-def _held(variant: Variant) -> bool:
+def _holds_terms(variant: Variant) -> bool:
+    """Whether the sweep holds its queries' terms in registers."""
     return bool(variant.constexprs["BLOCK_K"] == variant.constexprs["BLOCK_D"])
 
 
@@ -52,8 +54,8 @@ def launch(
     variant: Variant, grid: tuple[int, ...], device: torch.device, changes: tuple[str, ...] = (),
     **args: Any,
 ) -> None:  # fmt: skip
-    """Launch the choice for this kernel. changes: the arguments that a launch reads and writes,
-    which measuring must leave alone."""
+    """Launch the choice for this kernel. changes: the arguments that a launch both reads and
+    writes; measuring changes copies of them instead."""
     if env.autotune() and 0 not in grid and variant.fits(args):
         variant = _chosen(variant, grid, device, changes, args)
     variant.launch(grid, device, **args)
@@ -69,12 +71,12 @@ def _chosen(
     key = f"{device_name(device)}, Triton {triton.__version__}, {variant.name}"
     known = remembered(cache_file())
     if known.get(key) not in options:
-        if capturing(device):
+        if _captures(device):
             return variant
         trial = {**args, **{name: args[name].clone() for name in changes}}
         times = {}
         for name, option in options.items():
-            # A device may have less of something than those that were compiled for.
+            # A device may have less shared memory than those that kernels were compiled for.
             with contextlib.suppress(OutOfResources):
                 times[name] = timer(functools.partial(option.launch, grid, device, **trial), device)
         if not times:
@@ -85,14 +87,14 @@ def _chosen(
 
 
 def has_clock(device: torch.device) -> bool:
-    """Not where kernels are interpreted."""
+    """Whether kernels can be timed, which they cannot where they are interpreted."""
     return device.type == "cuda"
 
 
-def capturing(device: torch.device) -> bool:
+def _captures(device: torch.device) -> bool:
     """Whether a CUDA graph is captured on the device, in which nothing can be measured."""
     with torch.cuda.device(device):
-        return torch.cuda.is_current_stream_capturing()
+        return capturing(device)
 
 
 def device_name(device: torch.device) -> str:
@@ -120,15 +122,15 @@ def timer(call: Callable[[], None], device: torch.device) -> float:
 
 
 def cache_file() -> Path:
-    """In the user's cache folder: a JSON object of strings."""
+    """The file in the user's cache folder: a JSON object of strings."""
     folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(folder) / "memokern" / "triton-tuning.json"
 
 
 def read(path: Path) -> dict[str, str]:
-    """What the file says, or nothing: what is no such file is left out, with a warning."""
+    """What the file says; nothing where it is missing or says something else, with a warning."""
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError):
@@ -146,13 +148,13 @@ def remembered(path: Path) -> dict[str, str]:
 
 
 def keep(path: Path, key: str, choice: str) -> None:
-    """Add to the file as it is now, for another process may have written meanwhile; it is replaced
-    when it is whole. Where it cannot be written, the choice lasts as long as the process."""
+    """Add to the file as it is now, since another process may have written meanwhile. Where it
+    cannot be written, the choice lasts as long as the process."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # said when it was first read
             known = read(path)
-        files.write_json(path, {**known, key: choice})
+        writing.write_json(path, {**known, key: choice})
     except (OSError, ValueError) as error:
         warnings.warn(f"{path} cannot be written: {error}", stacklevel=2)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-# As Triton's signatures name them; [0] of a name is that of a pointer to it.
+# The names that Triton's signatures have for pointers to these types.
 POINTERS = {
     torch.float64: "*fp64",
     torch.float32: "*fp32",
@@ -24,9 +24,8 @@ POINTERS = {
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
-# What the kernels read rows from; float64 rows go through the reference.
-DESCRIBED = ("sm_90", "sm_100")  # targets that read through tensor descriptors
-FLOAT_ROWS = (torch.float32, torch.bfloat16, torch.float16)  # which can have a gradient
+DESCRIBED = ("sm_90", "sm_100")  # the targets that read rows through tensor descriptors
+FLOAT_ROWS = (torch.float32, torch.bfloat16, torch.float16)  # the row types that have a gradient
 ROW_TYPES = (*FLOAT_ROWS, torch.uint8)
 
 
@@ -34,13 +33,14 @@ class Variant(NamedTuple):
     """A kernel, with all that its machine code depends on.
 
     name: unique among all variants. signature: the Triton type of every argument that is not in
-    constexprs, by name. aligned: the arguments that are divisible by 16 (pointers: their address).
-    A launch in which one of them is not gets the variant `unaligned` instead, whose loads are of
-    single numbers; of the other arguments the machine code knows nothing. loose: the fields that
-    differ there, for numbers on their way take registers. matrix: whether its products must be on
-    the tensor cores. registers: how many a thread may use on NVIDIA, where the assembler, left
-    alone, would rather spill a few bytes than pass its next step of occupancy. targets: the only
-    ones that it is launched on, of those it is compiled for ahead of time; empty: all.
+    constexprs, by name. aligned: the arguments that are multiples of 16 (of a pointer, its
+    address). A launch with an argument that is not is one of the variant `unaligned` instead, which
+    loads numbers one by one; of all other arguments the machine code takes nothing for granted.
+    unaligned_fields: the fields that differ there, because numbers that pass through registers take
+    some. matrix: whether its products must run on the matrix cores. registers: how many a thread
+    may use on NVIDIA, where the assembler, left alone, would rather spill a few bytes than pass its
+    next step of occupancy. targets: the only ones that it is launched on, of those that it is
+    compiled for ahead of time; empty: all of them.
     """
 
     name: str
@@ -53,14 +53,14 @@ class Variant(NamedTuple):
     matrix: bool = False
     registers: int | None = None
     targets: tuple[str, ...] = ()
-    loose: dict[str, Any] | None = None
+    unaligned_fields: dict[str, Any] | None = None
 
     def launch(self, grid: tuple[int, ...], device: torch.device, **args: Any) -> None:
         """Run on the device's current stream; nothing is compiled before the first launch."""
         if 0 in grid:
             return
         variant = self if self.fits(args) else self.unaligned()
-        # Triton launches on the current device, which need not be the tensors'.
+        # Triton launches on the current device, which may be another one than the tensors'.
         guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
         vendor = "hip" if torch.version.hip else "cuda"
         with guard:
@@ -76,13 +76,14 @@ class Variant(NamedTuple):
         if not self.aligned:
             return self
         name = f"{self.name} unaligned"
-        return self._replace(name=name, aligned=(), loose=None, **(self.loose or {}))
+        changed = self.unaligned_fields or {}
+        return self._replace(name=name, aligned=(), unaligned_fields=None, **changed)
 
     def options(self, vendor: str) -> dict[str, int]:
         """How the compiler is called, for ``"cuda"`` or ``"hip"``."""
         # Triton 3.6 cannot compile four stages of bytes for AMD.
         stages = min(self.num_stages, 3) if vendor == "hip" else self.num_stages
-        # A multiply and an add as one instruction: the default, which Triton 3.10 changes.
+        # A multiply and an add become one instruction: the default, which Triton 3.10 changes.
         options = {"num_warps": self.num_warps, "num_stages": stages, "enable_fp_fusion": True}
         if self.registers is not None and vendor == "cuda":
             options["maxnreg"] = self.registers
@@ -93,7 +94,7 @@ class Variant(NamedTuple):
         return not self.targets or target in self.targets
 
     def on(self, vendor: str) -> Variant:
-        """The variant as ``"cuda"`` or ``"hip"`` takes it: tf32x3 is NVIDIA's, and AMD's matrix
+        """The variant as ``"cuda"`` or ``"hip"`` takes it: only NVIDIA has tf32x3, and AMD's matrix
         cores multiply float32."""
         if vendor == "hip" and self.constexprs.get("PRECISION") == "tf32x3":
             return self._replace(constexprs={**self.constexprs, "PRECISION": "ieee"})
@@ -106,7 +107,7 @@ def _is_aligned(value: Any) -> bool:
     return bool(value.data_ptr() % 16 == 0)
 
 
-# Kernels by what Triton takes for granted of their arguments.
+# Kernels, by what Triton takes for granted of their arguments.
 _KERNELS: dict[tuple[str, tuple[str, ...]], Any] = {}
 
 

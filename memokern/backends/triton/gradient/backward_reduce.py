@@ -1,45 +1,46 @@
-"""The ends of the backward sweep: sums over queries, and sums to gradients."""
+"""The last steps of the backward sweep: sums over the queries for the bias, and sums over the rows to
+gradients for the queries."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from memokern.backends.triton.core.common import HARD, LOST, MODE, SOFT
+from memokern.backends.triton.core.query_table import HARD, LOST, MODE, SOFT
 from memokern.backends.triton.core.variant import Variant
-from memokern.backends.triton.gradient.backward import DRIFT, QA, QC, QL, TEMP, WA, W
+from memokern.backends.triton.gradient.coefficients import DRIFT, QA, QC, QL, TEMP, WA, W
 
 
 @triton.jit
-def columns_kernel(
-    moved,  # [b, n]
+def bias_gradient_kernel(
+    pairs,  # [b, n]
     grad_bias,  # [N] in and out
     b, n0, n,
     BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """grad_bias += the sum of moved over the queries. One program owns BLOCK_N rows, so that the
-    order of the sums is always the same."""
+    """grad_bias += the sum over the queries of `pairs`, each pair's part. One program owns BLOCK_N
+    rows and streams the queries, so that the order of the sums is always the same."""
     o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     total = tl.zeros([BLOCK_N], tl.float64)
     for i in range(0, b, BLOCK_B):
         o_b = (i + tl.arange(0, BLOCK_B)).to(tl.int64)
         mask = (o_b < b)[:, None] & (o_n < n)[None, :]
-        part = tl.load(moved + o_b[:, None] * n + o_n[None, :], mask=mask, other=0.0)
+        part = tl.load(pairs + o_b[:, None] * n + o_n[None, :], mask=mask, other=0.0)
         total += tl.sum(part.to(tl.float64), 0)
     old = tl.load(grad_bias + n0 + o_n, mask=o_n < n, other=0.0)
     tl.store(grad_bias + n0 + o_n, old + total, mask=o_n < n)
 
 
 @triton.jit
-def grads_kernel(
+def query_gradients_kernel(
     sums,  # [SUMS, b]
     acc,  # [parts, b, D] sum of q c u
     near,  # [b, D]
-    table,  # [NUMBERS, B]
+    table,  # [TABLE, B]
     x, mean,  # [B, D]
     sigma, alpha, temperature,  # [B]
     center,  # [D]
-    numbers,  # [2] scale, shift
+    scale_shift,  # [2]
     stats,  # [4, B] log_z, mean_logit, mean_bias, weight_sq
     grads,  # [4, B] of these
     grad_x,  # [B, D] out
@@ -47,7 +48,7 @@ def grads_kernel(
     B, b0, b, D, parts, offset,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Sums to gradients. One program owns a query and streams its features."""
+    """The gradients of a query from its sums. One program owns a query and streams its features."""
     i_b = tl.program_id(0).to(tl.int64)
     to = b0 + i_b
     mode = tl.load(table + MODE * B + to).to(tl.int32)
@@ -57,11 +58,11 @@ def grads_kernel(
     inf = float("inf")
     moves = (lost | (mode == HARD) | (log_z == inf)) == 0
     still = tl.where(lost, float("nan"), 0.0)
-    scale, shift = tl.load(numbers), tl.load(numbers + 1) - offset * tl.load(numbers)
+    scale, shift = tl.load(scale_shift), tl.load(scale_shift + 1) - offset * tl.load(scale_shift)
     b_sigma, b_alpha = tl.load(sigma + to), tl.load(alpha + to)
     p_z = sums + i_b
     w, qc = tl.load(p_z + W * b), tl.load(p_z + QC * b)
-    # Zero but for the rounding of the mean and of the weights.
+    # This would be zero without the rounding of the mean and of the weights.
     drift = tl.where(soft & (w > 0.0), tl.load(p_z + DRIFT * b), 0.0)
     drifts = tl.where(w > 0.0, drift / w, 0.0)
     unit = tl.where(soft, 1.0 / b_sigma / b_sigma, 1.0)
@@ -92,22 +93,22 @@ def grads_kernel(
     tl.store(grad_temperature + to, tl.where(lost, still, by_t))
 
 
-def columns_variant() -> Variant:
+def bias_gradient_variant() -> Variant:
     return Variant(
-        name="columns",
-        kernel=columns_kernel,
-        signature={"moved": "*fp32", "grad_bias": "*fp64", "b": "i32", "n0": "i64", "n": "i32"},
+        name="bias_gradient",
+        kernel=bias_gradient_kernel,
+        signature={"pairs": "*fp32", "grad_bias": "*fp64", "b": "i32", "n0": "i64", "n": "i32"},
         constexprs={"BLOCK_B": 32, "BLOCK_N": 64},
-        aligned=("moved", "grad_bias", "n0", "n"),
+        aligned=("pairs", "grad_bias", "n0", "n"),
     )
 
 
-def grads_variant() -> Variant:
-    wide = ("sums", "table", "sigma", "alpha", "temperature", "center", "numbers", "stats", "grads",
+def query_gradients_variant() -> Variant:
+    wide = ("sums", "table", "sigma", "alpha", "temperature", "center", "scale_shift", "stats", "grads",
             "grad_sigma", "grad_alpha", "grad_temperature")  # fmt: skip
     return Variant(
-        name="grads",
-        kernel=grads_kernel,
+        name="query_gradients",
+        kernel=query_gradients_kernel,
         signature={
             **dict.fromkeys(wide, "*fp64"), "acc": "*fp32", "near": "*fp32", "x": "*fp32",
             "mean": "*fp32", "grad_x": "*fp32", "B": "i32", "b0": "i32", "b": "i32", "D": "i32",
@@ -119,4 +120,4 @@ def grads_variant() -> Variant:
 
 
 def variants() -> list[Variant]:
-    return [columns_variant(), grads_variant()]
+    return [bias_gradient_variant(), query_gradients_variant()]

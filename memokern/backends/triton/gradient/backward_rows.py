@@ -1,4 +1,4 @@
-"""The gradient for the rows: of every pair its direct difference, since near rows have the most."""
+"""The gradient for the rows: a sum of direct differences, since it is largest where a row is near."""
 
 from __future__ import annotations
 
@@ -7,31 +7,32 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from memokern.backends.triton.core.common import MODE, SOFT
+from memokern.backends.triton.core.query_table import MODE, SOFT
 from memokern.backends.triton.core.variant import FLOAT_ROWS, POINTERS, Variant, row_name
-from memokern.backends.triton.posterior.queries import Queries
+from memokern.backends.triton.posterior.queries import KernelQueries
+from memokern.calls import Rows
 
-# Rows of the table of queries that `factors` makes, [FACTORS, B] float32: alpha scale as two terms,
-# alpha shift, and alpha / sigma^2 (alpha in the log kernel, whose coefficients have the rest).
+# The rows of what `factors` makes for each query, [4, B] float32: alpha scale as two terms, alpha
+# shift, and alpha / sigma^2 (alpha with weighting "log", whose coefficients have the rest).
 _HIGH, _LOW, _SHIFT, _UNIT = (tl.constexpr(i) for i in range(4))
 
 
 @triton.jit
-def rows_kernel(
+def row_gradient_kernel(
     coefficients,  # [b, n] q c
     weights,  # [b, n]
-    factors,  # [FACTORS, B]
+    factors,  # [4, B]
     x, grad_mean,  # [B, D]
     rows,  # [N, D]
-    acc,  # [n, D] in and out: what there is of blocks of queries so far
+    acc,  # [n, D] in and out: the sum over the blocks of queries so far
     grad_rows,  # [N, D] out, with the last block
     B, b0, b, n0, n, D, stride_n, is_last, scale,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """grad_rows = scale sum_b (w g + q c alpha / sigma^2 (x - alpha y)). One program owns BLOCK_N
-    rows and BLOCK_D features, and streams the queries, in order. Each difference is rounded once,
-    as a multiply-add. No tensor core: a sum of q c x, less y times the sum of q c alpha, would
-    cancel where a row is near."""
+    rows and BLOCK_D features, and streams the queries in order. Each difference is rounded once, as
+    a multiply-add. Tensor cores are of no use: a sum of q c x, less y times the sum of q c alpha,
+    would cancel where a row is near."""
     n_d = tl.cdiv(D, BLOCK_D)
     i_d, i_n = tl.program_id(0) % n_d, tl.program_id(0) // n_d
     o_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -64,21 +65,23 @@ def rows_kernel(
         tl.store(acc + o_n[:, None] * D + o_d[None, :], total, mask=mask)
 
 
-def factors(q: Queries, scale: float, shift: float, kernel: str) -> Tensor:
-    """What `rows_kernel` needs of each query, [FACTORS, B]; nothing is lost of alpha."""
+def factors(q: KernelQueries, rows: Rows) -> Tensor:
+    """What `row_gradient_kernel` needs of each query, [4, B]; two terms lose nothing of alpha."""
     soft = q.table[MODE.value] == SOFT.value
     unit = torch.where(soft, q.alpha / q.sigma / q.sigma, q.alpha)
-    scaled = q.alpha * scale
+    scaled = q.alpha * rows.scale
     high = scaled.to(torch.float32)
     low = (scaled - high).to(torch.float32)
-    return torch.stack([high, low, (q.alpha * shift).to(torch.float32), unit.to(torch.float32)])
+    return torch.stack(
+        [high, low, (q.alpha * rows.shift).to(torch.float32), unit.to(torch.float32)]
+    )
 
 
 def variant(rows: torch.dtype) -> Variant:
     """For rows of a type."""
     return Variant(
-        name=f"rows {row_name(rows)}",
-        kernel=rows_kernel,
+        name=f"row_gradient {row_name(rows)}",
+        kernel=row_gradient_kernel,
         signature={
             "coefficients": "*fp32", "weights": "*fp32", "factors": "*fp32", "x": "*fp32",
             "grad_mean": "*fp32", "rows": POINTERS[rows], "acc": "*fp32",
@@ -86,7 +89,7 @@ def variant(rows: torch.dtype) -> Variant:
             "n": "i32", "D": "i32", "stride_n": "i64", "is_last": "i32", "scale": "fp32",
         },
         constexprs={"BLOCK_N": 32, "BLOCK_D": 128},
-        num_warps=4, loose={"num_warps": 8},
+        num_warps=4, unaligned_fields={"num_warps": 8},
         aligned=("coefficients", "weights", "x", "grad_mean", "rows", "acc", "grad_rows", "n", "D",
                  "stride_n"),
     )  # fmt: skip

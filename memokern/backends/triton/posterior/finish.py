@@ -1,186 +1,184 @@
-"""The ends of a sweep: what centres the rows where their owner has not, and parts to results."""
+"""The last step of a sweep: the parts of its sums are joined, and normalised or left as a state."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from memokern.backends.triton.core.common import (
-    HARD,
-    KEY,
-    LOG,
-    MODE,
-    SB,
-    ST,
-    SW2,
-    M,
-    S,
-)
-from memokern.backends.triton.core.variant import POINTERS, ROW_TYPES, Variant, row_name
-from memokern.backends.triton.posterior.queries import Queries
-
-_BLOCK_D = 128
-
-
-@triton.jit
-def sq_norms_kernel(
-    rows,  # [N, D]
-    center,  # [D]
-    numbers,  # [2] scale, shift
-    sq_norms,  # [N] out
-    N, D, stride_n,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """|y - center|^2 in float64. One program owns BLOCK_N rows and streams their features."""
-    o_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_n = o_n < N
-    scale, shift = tl.load(numbers), tl.load(numbers + 1)
-    acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float64)
-    for d in range(0, D, BLOCK_D):
-        o_d = d + tl.arange(0, BLOCK_D)
-        mask = mask_n[:, None] & (o_d < D)[None, :]
-        b_y = tl.load(rows + o_n[:, None] * stride_n + o_d[None, :], mask=mask, other=0)
-        b_c = tl.load(center + o_d, mask=o_d < D, other=0.0)
-        b_y = b_y.to(tl.float64) * scale + shift - b_c[None, :]
-        acc += tl.where(mask, b_y * b_y, 0.0)
-    tl.store(sq_norms + o_n, tl.sum(acc, 1), mask=mask_n)
+from memokern.backends.triton.core.query_table import HARD, LOG, LOST, MODE
+from memokern.backends.triton.core.state import KEY, S_BIAS, S_SQ, S_V, STATE, M, S
+from memokern.backends.triton.core.variant import Variant
+from memokern.backends.triton.posterior.queries import KernelQueries
+from memokern.calls import State, Sums
 
 
 @triton.jit
 def finish_kernel(
-    state,  # [states, STATE, B]
-    acc,  # [parts, B, D]
-    table,  # [NUMBERS, total]
+    states,  # [n_states, STATE, B]
+    accs,  # [n_accs, B, D]
+    table,  # [TABLE, total]
     sigma, temperature,  # [total]
-    numbers,  # [2] scale, shift
-    mean,  # [total, D] out
+    scale_shift,  # [2]
+    center,  # [D], read unless NORMALISED
+    mean,  # [total, D] out; this and the next four are None unless NORMALISED
     log_z, mean_logit, mean_bias, weight_sq,  # [total] out
-    total, b0, B, D, states, parts, offset,
-    PARTS: tl.constexpr, BLOCK_D: tl.constexpr,
+    acc,  # [total, D] out; this and the next six are None if NORMALISED
+    key, m, s, s_v, s_bias, s_sq,  # [total] out
+    total, b0, B, D, n_states, n_accs, offset,
+    NORMALISED: tl.constexpr, PARTS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Parts joined, by the monoid, to the results. One program owns a query and BLOCK_D features.
-    states: as many as parts, or 1 where all parts are relative to the same m."""
+    """Parts joined by the monoid, for the queries b0 .. b0 + B. One program owns a query and BLOCK_D
+    features, and streams the parts: once for the smallest key, once for the largest m, once for the
+    sums. There are as many states as accumulators, or one, to which all accumulators are relative.
+    Writes the normalised sums, or the state of calls.State."""
     i_b = tl.program_id(0).to(tl.int64)
     i_d = tl.program_id(1)
     o_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
-    p_s = state + i_b
-    inf = float("inf")
-    step = tl.cast(B, tl.int64) * 6
+    p_s = states + i_b
+    inf, nan = float("inf"), float("nan")
+    step = tl.cast(B, tl.int64) * STATE
     # PARTS at a time, since there may be thousands.
     o_p = tl.arange(0, PARTS)
     least = tl.full([PARTS], inf, tl.float64)
-    for i in range(0, states, PARTS):
+    for i in range(0, n_states, PARTS):
         at = p_s + (i + o_p) * step
-        least = tl.minimum(least, tl.load(at + KEY * B, mask=i + o_p < states, other=inf))
-    key = tl.min(least, 0)
+        least = tl.minimum(least, tl.load(at + KEY * B, mask=i + o_p < n_states, other=inf))
+    b_key = tl.min(least, 0)
     most = tl.full([PARTS], -inf, tl.float64)
-    for i in range(0, states, PARTS):
-        at, mask = p_s + (i + o_p) * step, i + o_p < states
-        counts = (tl.load(at + KEY * B, mask=mask, other=inf) == key) & (key < inf)
+    for i in range(0, n_states, PARTS):
+        at, mask = p_s + (i + o_p) * step, i + o_p < n_states
+        counts = (tl.load(at + KEY * B, mask=mask, other=inf) == b_key) & (b_key < inf)
         most = tl.maximum(most, tl.where(counts, tl.load(at + M * B, mask=mask, other=-inf), -inf))
-    m = tl.max(most, 0)
-    m = tl.where(m == -inf, 0.0, m)
+    b_m = tl.max(most, 0)
+    b_m = tl.where(b_m == -inf, 0.0, b_m)
     z_s = tl.zeros([PARTS], tl.float64)
-    z_st, z_sb, z_sw = z_s, z_s, z_s
+    z_sv, z_sb, z_sq = z_s, z_s, z_s
     total_acc = tl.zeros([BLOCK_D], tl.float64)
-    for i in range(0, parts, PARTS):
-        at = p_s + tl.minimum(i + o_p, states - 1) * step
-        counts = (tl.load(at + KEY * B) == key) & (key < inf) & (i + o_p < parts)
-        gap = tl.where(counts, tl.load(at + M * B), m) - m
+    for i in range(0, n_accs, PARTS):
+        at = p_s + tl.minimum(i + o_p, n_states - 1) * step
+        counts = (tl.load(at + KEY * B) == b_key) & (b_key < inf) & (i + o_p < n_accs)
+        gap = tl.where(counts, tl.load(at + M * B), b_m) - b_m
         f = tl.where(counts, tl.exp(gap), 0.0)
-        p_a = acc + ((i + o_p).to(tl.int64) * B + i_b)[:, None] * D + o_d[None, :]
+        p_a = accs + ((i + o_p).to(tl.int64) * B + i_b)[:, None] * D + o_d[None, :]
         mask = (f > 0.0)[:, None] & (o_d < D)[None, :]
         part = tl.load(p_a, mask=mask, other=0.0).to(tl.float64)
         total_acc += tl.sum(part * f[:, None], 0)
-        # Of a state that all parts share, once.
-        f = tl.where(i + o_p < states, f, 0.0)
+        # A state that all accumulators share counts once.
+        f = tl.where(i + o_p < n_states, f, 0.0)
         s_i = tl.load(at + S * B)
         z_s += f * s_i
-        z_st += f * (tl.load(at + ST * B) + s_i * gap)
-        z_sb += f * tl.load(at + SB * B)
-        z_sw += f * f * tl.load(at + SW2 * B)
-    s, st, sb, sw2 = tl.sum(z_s, 0), tl.sum(z_st, 0), tl.sum(z_sb, 0), tl.sum(z_sw, 0)
+        z_sv += f * (tl.load(at + S_V * B) + s_i * gap)
+        z_sb += f * tl.load(at + S_BIAS * B)
+        z_sq += f * f * tl.load(at + S_SQ * B)
+    b_s, b_sv = tl.sum(z_s, 0), tl.sum(z_sv, 0)
+    b_sb, b_sq = tl.sum(z_sb, 0), tl.sum(z_sq, 0)
 
     to = b0 + i_b
     mode = tl.load(table + MODE * total + to).to(tl.int32)
-    scale, shift = tl.load(numbers), tl.load(numbers + 1) - offset * tl.load(numbers)
-    lost = (s == 0.0) | (s != s)
-    nan = float("nan")
-    b_mean = tl.where(lost, nan, total_acc / tl.where(lost, 1.0, s) * scale + shift)
-    tl.store(mean + to * D + o_d, b_mean.to(tl.float32), mask=o_d < D)
-    if i_d == 0:
-        b_t, b_sigma = tl.load(temperature + to), tl.load(sigma + to)
-        s_safe = tl.where(lost, 1.0, s)
-        lse = b_t * (m + tl.log(s_safe))
-        logit = b_t * (m + st / s_safe)
-        # At a limit the logits lack the distance.
-        hard = mode == HARD
-        beyond = tl.where(hard & (key > 0.0), -0.5 * (key / b_sigma) / b_sigma, 0.0)
-        hit = (mode == LOG) & (key == 0.0)
-        tl.store(log_z + to, tl.where(lost, nan, tl.where(hit, inf, lse + beyond)))
-        tl.store(mean_logit + to, tl.where(lost, nan, tl.where(hit, inf, logit + beyond)))
-        tl.store(mean_bias + to, tl.where(lost, nan, sb / s_safe))
-        tl.store(weight_sq + to, tl.where(lost, nan, sw2 / (s_safe * s_safe)))
+    scale, shift = tl.load(scale_shift), tl.load(scale_shift + 1) - offset * tl.load(scale_shift)
+    lost = (mode == LOST) | (b_s != b_s)
+    none = (b_s == 0.0) & (lost == 0)
+    if NORMALISED:
+        unknown = lost | none
+        s_safe = tl.where(unknown, 1.0, b_s)
+        b_mean = tl.where(unknown, nan, total_acc / s_safe * scale + shift)
+        tl.store(mean + to * D + o_d, b_mean.to(tl.float32), mask=o_d < D)
+        if i_d == 0:
+            b_t, b_sigma = tl.load(temperature + to), tl.load(sigma + to)
+            lse = b_t * (b_m + tl.log(s_safe))
+            logit = b_t * (b_m + b_sv / s_safe)
+            # In the modes HARD and LOG an infinite part is missing: at sigma = 0 the distance,
+            # unless the nearest row is hit; with weighting "log" that of a hit.
+            hard = mode == HARD
+            beyond = tl.where(hard & (b_key > 0.0), -0.5 * (b_key / b_sigma) / b_sigma, 0.0)
+            hit = (mode == LOG) & (b_key == 0.0)
+            b_lz = tl.where(none, -inf, tl.where(hit, inf, lse + beyond))
+            tl.store(log_z + to, tl.where(lost, nan, b_lz))
+            b_ml = tl.where(hit, inf, logit + beyond)
+            tl.store(mean_logit + to, tl.where(unknown, nan, b_ml))
+            tl.store(mean_bias + to, tl.where(unknown, nan, b_sb / s_safe))
+            tl.store(weight_sq + to, tl.where(unknown, nan, b_sq / (s_safe * s_safe)))
+    else:
+        b_c = tl.load(center + o_d, mask=o_d < D, other=0.0)
+        b_acc = tl.where(lost, nan, total_acc * scale + b_s * (shift - b_c))
+        tl.store(acc + to * D + o_d, b_acc.to(tl.float32), mask=o_d < D)
+        if i_d == 0:
+            tl.store(key + to, tl.where(lost, 0.0, tl.where(none, inf, b_key)))
+            tl.store(m + to, tl.where(lost, 0.0, tl.where(none, -inf, b_m)))
+            tl.store(s + to, tl.where(lost, nan, b_s))
+            tl.store(s_v + to, tl.where(lost, nan, b_sv))
+            tl.store(s_bias + to, tl.where(lost, nan, b_sb))
+            tl.store(s_sq + to, tl.where(lost, nan, b_sq))
 
 
-def sq_norms_variant(rows: torch.dtype) -> Variant:
+_OUT = {True: Sums._fields, False: State._fields[:-1]}  # what a variant writes: all but the center
+
+
+def finish_variant(normalised: bool) -> Variant:
+    """normalised: whether it writes calls.Sums; else calls.State."""
+    out, other = _OUT[normalised], _OUT[not normalised]
+    wide = ("states", "table", "sigma", "temperature", "scale_shift", "center")
     return Variant(
-        name=f"sq_norms {row_name(rows)}",
-        kernel=sq_norms_kernel,
-        signature={
-            "rows": POINTERS[rows], "center": "*fp64", "numbers": "*fp64", "sq_norms": "*fp64",
-            "N": "i32", "D": "i32", "stride_n": "i64",
-        },
-        constexprs={"BLOCK_N": 32, "BLOCK_D": 64},
-        loose={"registers": 255},
-        aligned=("rows", "center", "numbers", "sq_norms", "D", "stride_n"),
-    )  # fmt: skip
-
-
-def finish_variant() -> Variant:
-    return Variant(
-        name="finish",
+        name=f"finish {'sums' if normalised else 'state'}",
         kernel=finish_kernel,
         signature={
-            "state": "*fp64", "acc": "*fp32", "table": "*fp64", "sigma": "*fp64",
-            "temperature": "*fp64", "numbers": "*fp64", "mean": "*fp32", "log_z": "*fp64",
-            "mean_logit": "*fp64", "mean_bias": "*fp64", "weight_sq": "*fp64", "total": "i32",
-            "b0": "i32", "B": "i32", "D": "i32", "states": "i32", "parts": "i32", "offset": "fp32",
+            **dict.fromkeys(wide, "*fp64"), "accs": "*fp32",
+            **{name: "*fp32" if name in ("mean", "acc") else "*fp64" for name in out},
+            "total": "i32", "b0": "i32", "B": "i32", "D": "i32", "n_states": "i32",
+            "n_accs": "i32", "offset": "fp32",
         },
-        constexprs={"PARTS": 16, "BLOCK_D": _BLOCK_D},
-        aligned=("state", "acc", "table", "sigma", "temperature", "numbers", "mean", "log_z",
-                 "mean_logit", "mean_bias", "weight_sq", "D"),
+        constexprs={
+            **dict.fromkeys(other), "NORMALISED": normalised, "PARTS": 16, "BLOCK_D": 128,
+        },
+        aligned=(*wide, "accs", *out, "D"),
     )  # fmt: skip
 
 
 def variants() -> list[Variant]:
-    return [finish_variant(), *(sq_norms_variant(t) for t in ROW_TYPES)]
+    return [finish_variant(normalised) for normalised in (True, False)]
 
 
-def row_norms(rows: Tensor, center: Tensor, numbers: Tensor) -> Tensor:
-    """|y_n - center|^2 [N] float64."""
-    n, d = rows.shape
-    out = torch.empty(n, dtype=torch.float64, device=rows.device)
-    v = sq_norms_variant(rows.dtype)
-    v.launch(
-        (-(-n // v.constexprs["BLOCK_N"]),), rows.device, rows=rows, center=center, numbers=numbers,
-        sq_norms=out, N=n, D=d, stride_n=rows.stride(0) if n > 1 else d,
-    )  # fmt: skip
-    return out
+class Parts(NamedTuple):
+    """What a sweep found for a block of queries, not joined yet.
+
+    states: [n_states, STATE, b] float64. accs: [n_accs, b, D] float32, sums of weights times rows
+    as they enter products. There are as many of both, or one state for all accumulators. Both are
+    flat and may be longer.
+    """
+
+    states: Tensor
+    n_states: int
+    accs: Tensor
+    n_accs: int
 
 
-def launch(
-    q: Queries, b0: int, b: int, state: Tensor, states: int, acc: Tensor, parts: int,
-    out: list[Tensor],
-) -> None:  # fmt: skip
-    """Write the results of the queries b0 .. b0 + b to out: mean, log_z, mean_logit, ..."""
+def empty_sums(q: KernelQueries) -> Sums:
+    """Where the normalised results go; the mean is float32."""
+    b, device = q.x.shape[0], q.x.device
+    columns = [torch.empty(b, dtype=torch.float64, device=device) for _ in range(4)]
+    return Sums(torch.empty(q.x.shape, dtype=torch.float32, device=device), *columns)
+
+
+def empty_state(q: KernelQueries) -> State:
+    """Where a state goes, about the rows' center; the accumulator is float32."""
+    b, device = q.x.shape[0], q.x.device
+    columns = [torch.empty(b, dtype=torch.float64, device=device) for _ in range(6)]
+    acc = torch.empty(q.x.shape, dtype=torch.float32, device=device)
+    return State(*columns, acc, q.center)
+
+
+def launch(q: KernelQueries, b0: int, b: int, parts: Parts, into: Sums | State) -> None:
+    """Join the parts of the queries b0 .. b0 + b, and write their results."""
     total, d = q.x.shape
-    v = finish_variant()
-    v.launch(
-        (b, -(-d // v.constexprs["BLOCK_D"])), q.x.device, state=state, acc=acc, table=q.table,
-        sigma=q.sigma, temperature=q.temperature, numbers=q.numbers, mean=out[0], log_z=out[1],
-        mean_logit=out[2], mean_bias=out[3], weight_sq=out[4], total=total, b0=b0, B=b, D=d,
-        states=states, parts=parts, offset=q.how.offset,
+    variant = finish_variant(isinstance(into, Sums))
+    out = {name: value for name, value in into._asdict().items() if name != "center"}
+    variant.launch(
+        (b, -(-d // variant.constexprs["BLOCK_D"])), q.x.device, states=parts.states,
+        accs=parts.accs, table=q.table, sigma=q.sigma, temperature=q.temperature,
+        scale_shift=q.scale_shift, center=q.center, total=total, b0=b0, B=b, D=d,
+        n_states=parts.n_states, n_accs=parts.n_accs, offset=q.operand.offset, **out,
     )  # fmt: skip

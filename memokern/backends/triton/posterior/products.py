@@ -10,13 +10,18 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from memokern.backends.triton.core.common import as_operand, dot_terms, dot_weights, operand
-from memokern.backends.triton.core.rows import Rows
+from memokern.backends.triton.core.operands import (
+    as_operand,
+    dot_terms,
+    dot_weights,
+    operand_of,
+)
+from memokern.backends.triton.core.rows import KernelRows
 from memokern.backends.triton.core.variant import DESCRIBED, POINTERS, ROW_TYPES, Variant, row_name
 
 
 class Tile(NamedTuple):
-    """A configuration: queries, rows and features of a tile, and how it is launched."""
+    """A configuration: the queries, rows and features of a tile, and how the kernel is launched."""
 
     b: int
     n: int
@@ -25,27 +30,29 @@ class Tile(NamedTuple):
     stages: int
 
 
-def dots_tile(few: bool, rows: torch.dtype, precision: str) -> Tile:
-    """Of the first product. Up to 16 queries are bound by memory, and a tile of 64 would be mostly
-    empty. float32 takes half the features: a product of three fills the registers otherwise."""
-    if few:
+def dot_products_tile(few_queries: bool, rows: torch.dtype, precision: str) -> Tile:
+    """The tile of the first product. Up to 16 queries wait for memory, and a tile of 64 would be
+    mostly empty. float32 takes half the features, because its three products would fill the
+    registers otherwise."""
+    if few_queries:
         return Tile(16, 64, 32 if rows == torch.float32 else 64, 4, 4)
     if rows == torch.float32:
         return Tile(64, 64 if precision == "ieee" else 128, 32, 8, 3)
     return Tile(64, 128, 64, 8, 3)
 
 
-def accumulate_tile(few: bool, rows: torch.dtype, precision: str) -> Tile:
-    """Of the second, whose tile is b x d."""
-    if few:
+def accumulate_tile(few_queries: bool, rows: torch.dtype, precision: str) -> Tile:
+    """The tile of the second product, whose sums are b x d."""
+    if few_queries:
         return Tile(16, 32, 64, 4, 4)
     if rows == torch.float32:
         return Tile(64, 32, 64, 8 if precision == "ieee" else 4, 3)
     return Tile(64, 64, 64, 8, 3)
 
 
-# First products, (rows, few, precision, described), of which the assembler would rather spill a few
-# bytes than pass its next step of occupancy: on sm_100, with one version of Triton or another.
+# First products, (rows, few_queries, precision, described), of which the assembler would rather
+# spill a few bytes than pass its next step of occupancy: on sm_100, with one version of Triton or
+# another.
 _TIGHT = {
     (torch.float32, True, "tf32x3", False),
     (torch.float16, False, "tf32x3", True),
@@ -57,9 +64,9 @@ def load_rows(
     rows, start, end, d, D, stride_n,
     DESCRIBED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """A tile of rows [BLOCK_N, BLOCK_D] as they enter products, zeros beyond the last row and
-    feature. A descriptor knows where the rows end, which is no matter where a chunk ends: chunks
-    other than the last are of whole tiles."""
+    """A tile of rows [BLOCK_N, BLOCK_D] as they enter products, with zeros beyond the last row and
+    feature. A descriptor knows where the rows end but not where a chunk does, which does no harm:
+    all chunks but the last are whole tiles."""
     if DESCRIBED:
         raw = rows.load([start.to(tl.int32), d])
     else:
@@ -71,7 +78,7 @@ def load_rows(
 
 
 @triton.jit
-def dots_kernel(
+def dot_products_kernel(
     terms,  # [TERMS, B, D]
     rows,  # [N, D], or its descriptor
     dots,  # [parts, b, n] out
@@ -80,8 +87,8 @@ def dots_kernel(
     BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program owns BLOCK_B of the queries b0 .. b0 + b, BLOCK_N of the rows n0 .. n0 + n and
-    part_d of the features, which it streams; acc is the product of those so far. Writes a tile of
-    dots. Programs of the same rows are neighbours: a chunk is read from device memory once."""
+    part_d of the features, which it streams; acc is the product of those so far. It writes a tile
+    of dots. Programs of the same rows are neighbours, so a chunk is read from device memory once."""
     n_b = tl.cdiv(b, BLOCK_B)
     i_b, i_n, i_p = tl.program_id(0) % n_b, tl.program_id(0) // n_b, tl.program_id(1)
     o_b = (i_b * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
@@ -107,8 +114,8 @@ def dots_kernel(
 def accumulate_kernel(
     weights,  # [b, n], |.| <= 1
     rows,  # [N, D], or its descriptor
-    factor,  # [b] of what is there
-    unit,  # [b] of what is added
+    factor,  # [b]
+    unit,  # [b]
     acc,  # [parts, b, D] in and out
     b, n0, n, D, stride_n, part_n,
     DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
@@ -137,54 +144,61 @@ def accumulate_kernel(
         )
         part = tl.zeros([BLOCK_B, BLOCK_D], tl.float32)
         part = dot_weights(b_p, b_u, part, PRECISION)
-        # Not in the product's own accumulator: tensor cores cut the sum off at each step, and over
-        # a million rows that adds up. As a multiply-add, which the compiler leaves outside.
+        # Tensor cores truncate their sums at each step, which adds up over a million rows. So the
+        # total is kept outside of the product's accumulator, by a multiply-add: a plain sum the
+        # compiler would move inside.
         total = tl.fma(total, one, part)
     p_acc = acc + (i_p.to(tl.int64) * b + o_b)[:, None] * D + o_d[None, :]
     mask = mask_b[:, None] & mask_d[None, :]
     f = tl.load(factor + o_b, mask=mask_b, other=0.0)
     f_new = tl.load(unit + o_b, mask=mask_b, other=0.0) / big
-    old = tl.load(p_acc, mask=mask & (f != 0.0)[:, None], other=0.0)  # 0: there is nothing yet
+    old = tl.load(
+        p_acc, mask=mask & (f != 0.0)[:, None], other=0.0
+    )  # factor 0: nothing is there yet
     tl.store(p_acc, old * f[:, None] + total * f_new[:, None], mask=mask)
 
 
-def dots_variant(rows: torch.dtype, few: bool, precision: str, described: bool = False) -> Variant:
-    how, tile = operand(rows, precision), dots_tile(few, rows, precision)
-    tight = (rows, few, precision, described) in _TIGHT
+def dot_products_variant(
+    rows: torch.dtype, few_queries: bool, precision: str, described: bool = False
+) -> Variant:
+    """The first product."""
+    operand, tile = operand_of(rows, precision), dot_products_tile(few_queries, rows, precision)
+    tight = (rows, few_queries, precision, described) in _TIGHT
     constexprs = {
         "DESCRIBED": False,
-        "TERMS": how.terms, "PRECISION": precision if how.terms == 1 else "ieee",
+        "TERMS": operand.terms, "PRECISION": precision if operand.terms == 1 else "ieee",
         "BLOCK_B": tile.b, "BLOCK_N": tile.n, "BLOCK_D": tile.d,
     }  # fmt: skip
-    loose: dict[str, Any] = {}
-    if few or rows != torch.float32:
-        loose["constexprs"] = {**constexprs, "BLOCK_D": tile.d // 2}
-    if few and precision == "ieee":
-        loose["num_stages"] = 2
+    unaligned: dict[str, Any] = {}
+    if few_queries or rows != torch.float32:
+        unaligned["constexprs"] = {**constexprs, "BLOCK_D": tile.d // 2}
+    if few_queries and precision == "ieee":
+        unaligned["num_stages"] = 2
     variant = Variant(
-        name=f"dots {row_name(rows)} B{tile.b} {precision}",
-        kernel=dots_kernel,
+        name=f"dot_products {row_name(rows)} B{tile.b} {precision}",
+        kernel=dot_products_kernel,
         signature={
-            "terms": POINTERS[how.dtype], "rows": POINTERS[rows], "dots": "*fp32", "B": "i32",
+            "terms": POINTERS[operand.dtype], "rows": POINTERS[rows], "dots": "*fp32", "B": "i32",
             "b0": "i32", "b": "i32", "n0": "i64", "n": "i32", "D": "i32", "stride_n": "i64",
             "part_d": "i32",
         },
         constexprs=constexprs,
-        loose=loose,
+        unaligned_fields=unaligned,
         num_warps=tile.warps, num_stages=tile.stages,
         aligned=("terms", "rows", "dots", "n", "D", "stride_n", "part_d"),
-        matrix=how.terms > 1 or precision != "ieee",
+        matrix=operand.terms > 1 or precision != "ieee",
         registers=128 if tight else None,
     )  # fmt: skip
     return _described(variant) if described and variant.matrix else variant
 
 
 def accumulate_variant(
-    rows: torch.dtype, few: bool, precision: str, described: bool = False
+    rows: torch.dtype, few_queries: bool, precision: str, described: bool = False
 ) -> Variant:
-    how, tile = operand(rows, precision), accumulate_tile(few, rows, precision)
+    """The second product."""
+    operand, tile = operand_of(rows, precision), accumulate_tile(few_queries, rows, precision)
     constexprs = {
-        "DESCRIBED": False, "PRECISION": precision if how.terms == 1 else "ieee",
+        "DESCRIBED": False, "PRECISION": precision if operand.terms == 1 else "ieee",
         "BLOCK_B": tile.b, "BLOCK_N": tile.n, "BLOCK_D": tile.d,
     }  # fmt: skip
     low = {"constexprs": {**constexprs, "BLOCK_N": tile.n // 2}, "registers": 255}
@@ -196,18 +210,19 @@ def accumulate_variant(
             "acc": "*fp32", "b": "i32", "n0": "i64", "n": "i32", "D": "i32", "stride_n": "i64",
             "part_n": "i32",
         },
-        constexprs=constexprs, loose=None if few or rows == torch.float32 else low,
+        constexprs=constexprs,
+        unaligned_fields=None if few_queries or rows == torch.float32 else low,
         num_warps=tile.warps, num_stages=tile.stages,
         aligned=("weights", "rows", "factor", "unit", "acc", "n", "D", "stride_n", "part_n"),
-        matrix=how.terms > 1 or precision != "ieee",
+        matrix=operand.terms > 1 or precision != "ieee",
     )  # fmt: skip
     return _described(variant) if described and variant.matrix else variant
 
 
 def _described(v: Variant) -> Variant:
-    """The same, whose rows come through a tensor descriptor. Only for tensor cores: multiplied in
-    CUDA cores, as float32 is in full precision, tiles so copied take up to three times the
-    registers."""
+    """The same, with rows that come through a tensor descriptor. It is for tensor cores only: where
+    CUDA cores multiply, as they do float32 in full precision, tiles that are copied so take up to
+    three times the registers."""
     tile = f"{v.constexprs['BLOCK_N']},{v.constexprs['BLOCK_D']}"
     return v._replace(
         name=v.name + " described",
@@ -215,30 +230,30 @@ def _described(v: Variant) -> Variant:
         constexprs={**v.constexprs, "DESCRIBED": True},
         aligned=tuple(name for name in v.aligned if name not in ("rows", "stride_n")),
         targets=DESCRIBED,
-        loose={"registers": 255},
+        unaligned_fields={"registers": 255},
     )
 
 
-def rows_for(v: Variant, data: Rows) -> Tensor | TensorDescriptor:
+def rows_for(v: Variant, data: KernelRows) -> Tensor | TensorDescriptor:
     """The rows as the variant of a product takes them."""
     if not v.constexprs["DESCRIBED"]:
-        return data.rows
+        return data.data
     tile = [v.constexprs["BLOCK_N"], v.constexprs["BLOCK_D"]]
-    return TensorDescriptor(data.rows, [data.n, data.d], [data.stride, 1], tile)
+    return TensorDescriptor(data.data, [data.n, data.d], [data.stride, 1], tile)
 
 
 def precisions(rows: torch.dtype) -> tuple[str, ...]:
-    """The precisions that products with these rows are compiled in."""
+    """The precisions that products with these rows are compiled for."""
     return ("tf32x3", "ieee") if rows == torch.float32 else ("tf32x3",)
 
 
 def variants() -> list[Variant]:
-    """Both products, row types by sizes of the batch by precisions, by pointers and described."""
+    """Both products: row types by sizes of the batch by precisions, by pointers and described."""
     return [
-        make(t, few, p, described)
-        for make in (dots_variant, accumulate_variant)
+        make(t, few_queries, p, described)
+        for make in (dot_products_variant, accumulate_variant)
         for t in ROW_TYPES
-        for few in (True, False)
+        for few_queries in (True, False)
         for p in precisions(t)
         for described in (False, True)
         if not described or p != "ieee"

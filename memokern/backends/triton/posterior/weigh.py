@@ -1,4 +1,4 @@
-"""Between the products of the chunked sweep: from products to weights, exact where it counts."""
+"""Between the products of the sweep in chunks: from products to weights, exact where it counts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,14 @@ import torch
 import triton
 import triton.language as tl
 
-from memokern.backends.triton.core.common import (
+from memokern.backends.triton.core.exactness import (
+    LOG_THETA,
+    THETA,
+    error_of,
+    exact_differences,
+    exact_from,
+)
+from memokern.backends.triton.core.query_table import (
     A1,
     A2,
     COMMON,
@@ -16,45 +23,36 @@ from memokern.backends.triton.core.common import (
     E3,
     HARD,
     INV_T,
-    KEY,
-    LOG_THETA,
     LOST,
     MODE,
-    SB,
-    ST,
-    SW2,
-    THETA,
-    M,
-    S,
-    error_of,
-    exact_differences,
-    lowest_left,
 )
+from memokern.backends.triton.core.state import KEY, S_BIAS, S_SQ, S_V, M, S
 from memokern.backends.triton.core.variant import POINTERS, ROW_TYPES, Variant, row_name
+from memokern.calls import WEIGHTINGS
 
+# A program takes a query's chunk of rows as so many strips, and evaluates one row of each together.
 STRIPS = 16
 
 
 @triton.jit
 def weigh_kernel(
-    dots,  # [parts, b, n] in; the first part out: weights
+    dots,  # [parts, b, n] in: parts of <x, u>; the first one out: weights
     sq_norms,  # [N] |yc|^2
     bias,  # [N], read if has_bias
-    table,  # [NUMBERS, B]
+    table,  # [TABLE, B]
     x,  # [B, D]
     rows,  # [N, D]
     sigma, alpha,  # [B]
-    numbers,  # [2] scale, shift
+    scale_shift,  # [2]
     state,  # [STATE, b] in and out
     factor,  # [b] out: what the accumulators so far must be multiplied by
     B, b0, b, n0, n, D, stride_n, parts, has_bias,
     IS_LOG: tl.constexpr, STRIPS: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program owns a query and the chunk's rows, as STRIPS strips of WIDTH. It merges the
-    chunk into the query's state, and writes weights relative to the new m. Rows whose weight the
-    error of the products could change are evaluated by direct differences, one of each strip at a
-    time."""
+    """One program owns a query and the chunk's rows, as STRIPS strips of WIDTH. It merges the chunk
+    into the query's state, and writes weights relative to the new m. Rows whose weight the error of
+    the products could change are evaluated by direct differences, one of each strip at a time."""
     i_b = tl.program_id(0).to(tl.int64)
     p_t = table + b0 + i_b
     mode = tl.load(p_t + MODE * B).to(tl.int32)
@@ -65,7 +63,7 @@ def weigh_kernel(
     b_sigma, b_alpha = tl.load(sigma + b0 + i_b), tl.load(alpha + b0 + i_b)
     hard = mode == HARD
     inf = float("inf")
-    # The state so far; a chunk that starts the sweep starts it anew.
+    # The state so far, which is empty before the first chunk.
     key0 = tl.load(state + KEY * b + i_b, mask=n0 > 0, other=inf)
     m0 = tl.load(state + M * b + i_b, mask=n0 > 0, other=-inf)
     s0 = tl.load(state + S * b + i_b, mask=n0 > 0, other=0.0)
@@ -105,16 +103,16 @@ def weigh_kernel(
     else:
         t += tl.where(hard, 0.0, b_b * inv_t.to(tl.float32))
         top = tl.max(tl.max(tl.where(mask & (t == t), t, -inf), 1), 0)
-        # Rounding down: what is known exactly must stay a lower bound.
+        # Rounded down, because what is known exactly must stay a lower bound.
         known = tl.where((s0 > 0.0) & (mode != HARD), m0 + common, -inf).to(tl.float32)
         known = tl.where(known > -inf, known - 1.2e-7 * tl.abs(known), known)
         low = tl.maximum(top - err, known)
-        lo = lowest_left(low, err, hard)
+        lo = exact_from(low, err, hard)
         exact = mask & (t_all | (t >= lo))
         v = t.to(tl.float64) - common
 
     r2_exact = tl.zeros([STRIPS, WIDTH], tl.float64)
-    scale, shift = tl.load(numbers), tl.load(numbers + 1)
+    scale, shift = tl.load(scale_shift), tl.load(scale_shift + 1)
     o_w = tl.arange(0, WIDTH)[None, :]
     left = exact
     count = tl.max(tl.sum(left.to(tl.int32), 1), 0)
@@ -133,14 +131,14 @@ def weigh_kernel(
         left = left & (here == 0)
         count -= 1
 
-    # Exact rows, as (key, v); then only the smallest key counts.
+    # The exact rows become (key, v) too; then only the smallest key counts.
     if IS_LOG:
         hit = exact & (r2_exact == 0.0)
         v_exact = bias64 - half * tl.log(tl.where(r2_exact > 0.0, r2_exact, D) / D)
         v = tl.where(exact, v_exact * inv_t, v)
         key = tl.where(mask, tl.where(hit, 0.0, 1.0), inf)
     else:
-        # Times 1 / sigma, twice: sigma^2 underflows long before sigma does.
+        # Multiplied by 1 / sigma twice, because sigma^2 underflows long before sigma does.
         per = 1.0 / tl.where(hard, 1.0, b_sigma)
         v_exact = tl.where(hard, 0.0, -0.5 * (r2_exact * per) * per * inv_t)
         v = tl.where(exact, v_exact + bias64 * inv_t, v)
@@ -156,67 +154,68 @@ def weigh_kernel(
     moved = p * gap
     tl.store(dots + i_b * n + o_j, p, mask=o_j < n)
     tl.store(factor + i_b, f.to(tl.float32))
-    st0 = tl.load(state + ST * b + i_b, mask=n0 > 0, other=0.0)
-    sb0 = tl.load(state + SB * b + i_b, mask=n0 > 0, other=0.0)
-    sw0 = tl.load(state + SW2 * b + i_b, mask=n0 > 0, other=0.0)
+    s_v0 = tl.load(state + S_V * b + i_b, mask=n0 > 0, other=0.0)
+    s_bias0 = tl.load(state + S_BIAS * b + i_b, mask=n0 > 0, other=0.0)
+    s_sq0 = tl.load(state + S_SQ * b + i_b, mask=n0 > 0, other=0.0)
     drop = tl.where(stays, m0 - m_safe, 0.0)
     s = tl.sum(tl.sum(p, 1), 0)
-    st = tl.where(f > 0.0, f * (st0 + s0 * drop), 0.0) + tl.sum(tl.sum(moved, 1), 0)
+    s_v = tl.where(f > 0.0, f * (s_v0 + s0 * drop), 0.0) + tl.sum(tl.sum(moved, 1), 0)
     tl.store(state + KEY * b + i_b, best)
     tl.store(state + M * b + i_b, m)
     tl.store(state + S * b + i_b, s0 * f + s)
-    tl.store(state + ST * b + i_b, st)
-    tl.store(state + SB * b + i_b, sb0 * f + tl.sum(tl.sum(p * b_b, 1), 0))
-    tl.store(state + SW2 * b + i_b, sw0 * f * f + tl.sum(tl.sum(p * p, 1), 0))
+    tl.store(state + S_V * b + i_b, s_v)
+    tl.store(state + S_BIAS * b + i_b, s_bias0 * f + tl.sum(tl.sum(p * b_b, 1), 0))
+    tl.store(state + S_SQ * b + i_b, s_sq0 * f * f + tl.sum(tl.sum(p * p, 1), 0))
 
 
-def chunks(kernel: str, products: int = 1) -> tuple[int, ...]:
-    """Rows of a chunk, at most; products: kept of each pair, two in the backward sweep. That, and
-    the log kernel's logarithms in float64, fill the registers."""
-    return (256, 1024) if kernel == "log" or products == 2 else (256, 1024, 2048)
+def chunk_sizes(weighting: str, products: int = 1) -> tuple[int, ...]:
+    """How many rows the kernels take of a chunk. products: how many are kept of each pair; the
+    backward sweep keeps two. These, and the logarithms in float64 of the weighting "log", leave the
+    registers no room for the largest size."""
+    return (256, 1024) if weighting == "log" or products == 2 else (256, 1024, 2048)
 
 
-def room(rows: int) -> int:
+def chunk_size(rows: int) -> int:
     """The least of these sizes that holds so many rows."""
-    return next(chunk for chunk in chunks("gaussian") if rows <= chunk)
+    return next(size for size in chunk_sizes("gaussian") if rows <= size)
 
 
-def warps(chunk: int) -> int:
-    """Of a program that owns a chunk of so many rows."""
-    return {256: 4, 1024: 8, 2048: 16}[chunk]
+def warps(size: int) -> int:
+    """The warps of a program that owns a chunk of this size."""
+    return {256: 4, 1024: 8, 2048: 16}[size]
 
 
-def registers(chunk: int) -> int:
-    """That a thread of it may use: all of a multiprocessor's, shared by its threads."""
-    return min(255, 2048 // warps(chunk))
+def registers(size: int) -> int:
+    """How many registers its threads may use: they share all of a multiprocessor's."""
+    return min(255, 2048 // warps(size))
 
 
-def variant(rows: torch.dtype, chunk: int, kernel: str) -> Variant:
-    """For chunks of up to `chunk` rows."""
+def variant(rows: torch.dtype, size: int, weighting: str) -> Variant:
+    """For chunks of up to `size` rows."""
     return Variant(
-        name=f"weigh {row_name(rows)} N{chunk} {kernel}",
+        name=f"weigh {row_name(rows)} N{size} {weighting}",
         kernel=weigh_kernel,
         signature={
             "dots": "*fp32", "sq_norms": "*fp64", "bias": "*fp64", "table": "*fp64", "x": "*fp32",
-            "rows": POINTERS[rows], "sigma": "*fp64", "alpha": "*fp64", "numbers": "*fp64",
+            "rows": POINTERS[rows], "sigma": "*fp64", "alpha": "*fp64", "scale_shift": "*fp64",
             "state": "*fp64", "factor": "*fp32", "B": "i32", "b0": "i32", "b": "i32", "n0": "i64",
             "n": "i32", "D": "i32", "stride_n": "i64", "parts": "i32", "has_bias": "i32",
         },
         constexprs={
-            "IS_LOG": kernel == "log", "STRIPS": STRIPS,
-            "WIDTH": chunk // STRIPS, "BLOCK_D": 64,
+            "IS_LOG": weighting == "log", "STRIPS": STRIPS, "WIDTH": size // STRIPS, "BLOCK_D": 64,
         },
-        num_warps=warps(chunk),
-        registers=registers(chunk),
-        aligned=("dots", "sq_norms", "bias", "table", "x", "rows", "numbers", "n", "D", "stride_n"),
+        num_warps=warps(size),
+        registers=registers(size),
+        aligned=("dots", "sq_norms", "bias", "table", "x", "rows", "scale_shift", "n", "D",
+                 "stride_n"),
     )  # fmt: skip
 
 
 def variants() -> list[Variant]:
-    """Row types by chunks, for both kernels of the posterior."""
+    """Row types by weightings by sizes of chunks."""
     return [
-        variant(t, chunk, kernel)
+        variant(t, size, weighting)
         for t in ROW_TYPES
-        for kernel in ("gaussian", "log")
-        for chunk in chunks(kernel)
+        for weighting in WEIGHTINGS
+        for size in chunk_sizes(weighting)
     ]

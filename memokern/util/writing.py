@@ -1,0 +1,97 @@
+"""Writing files whole or not at all: whoever reads the target sees the old file or the complete
+new one."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+
+@contextlib.contextmanager
+def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary path beside `path`; on a clean exit it is synced and takes the target's place.
+
+    On an exception the temporary file is removed and the target is as it was. The temporary name
+    keeps the suffix, which np.savez and matplotlib look at. A symbolic link is followed.
+
+    Raises:
+        FileNotFoundError: the folder does not exist.
+        ValueError: the target is a folder or a device.
+
+    Example:
+        >>> import tempfile, pathlib
+        >>> from memokern.util.writing import atomic
+        >>> target = pathlib.Path(tempfile.mkdtemp()) / "a.txt"
+        >>> with atomic(target) as temporary:
+        ...     _ = temporary.write_text("whole")
+        >>> target.read_text()
+        'whole'
+    """
+    target = Path(os.path.realpath(path))
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"no such folder: {str(target.parent)!r}; make it first")
+    if target.exists() and not target.is_file():
+        raise ValueError(f"cannot write to {str(path)!r}: it exists and is not a file")
+    temporary = target.with_name(f".{target.stem[:100]}.{secrets.token_hex(6)}.tmp{target.suffix}")
+    # tempfile would make a file that only its owner may read. O_EXCL refuses a file that exists.
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    mode = temporary.stat().st_mode
+    try:
+        yield temporary
+        temporary.chmod(mode)  # safetensors replaces the file by one that only its owner may read
+        _sync(temporary, os.O_RDWR)
+        os.replace(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if os.name == "posix":
+        _sync(target.parent, os.O_RDONLY)
+
+
+def _sync(path: Path, flags: int) -> None:
+    handle = os.open(path, flags)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write bytes (a rendered picture, say) whole or not at all. Errors as `atomic`."""
+    with atomic(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write indented JSON. Arrays and tensors become lists; NaN and infinities become null.
+
+    Raises TypeError for what JSON cannot hold, and as `atomic`.
+    """
+    text = json.dumps(_plain(value), indent=2, allow_nan=False, ensure_ascii=False)
+    write_bytes(path, (text + "\n").encode())
+
+
+def _plain(value: Any) -> Any:
+    """The value in types that JSON has."""
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu().tolist()
+    elif isinstance(value, (np.ndarray, np.generic)):
+        value = value.tolist()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return value
