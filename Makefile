@@ -20,7 +20,7 @@ VENV ?= .venv
 ARM ?= aarch64-linux-gnu
 QEMU ?= qemu-aarch64
 BIN = $(VENV)/bin
-SOURCES = $(wildcard csrc/*) $(wildcard csrc/*/*) setup.py pyproject.toml
+SOURCES = $(shell find csrc -type f) setup.py pyproject.toml
 
 .PHONY: demo test bench lint peers gpu-check kernels sanitize neon clean
 
@@ -77,7 +77,7 @@ sanitize: $(VENV)/.dev-installed
 neon:
 	mkdir -p build
 	$(ARM)-g++ -std=c++17 -O3 -fno-math-errno -fno-trapping-math -ffp-contract=fast -Wno-psabi -fopenmp -static \
-	  csrc/isa_baseline.cpp tests/cpp/kernels.cpp -o build/kernels-$(ARM)
+	  -Icsrc/include -Icsrc csrc/cpu/isa/baseline.cpp tests/cpp/kernels.cpp -o build/kernels-$(ARM)
 	$(QEMU) build/kernels-$(ARM)
 
 clean:
