@@ -12,7 +12,6 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy as np
 import torch
 
 import memokern
