@@ -72,12 +72,12 @@ class Posterior:
         return self._wide(self.alpha) * self.eps - self._wide(self.sigma) * self.mean
 
     def velocity(self, d_alpha: PerQuery = 1.0, d_sigma: PerQuery = -1.0) -> Tensor:
-        """(sigma'/sigma) x + (alpha' - alpha sigma'/sigma) mean: that of the probability flow.
+        """alpha' mean + sigma' eps: dx/dt of the probability flow.
 
         The default derivatives are those of flow matching's straight path, alpha = t,
         sigma = 1 - t, where it is (mean - x) / (1 - t) (arXiv 2506.03719).
         """
-        return flow_velocity(self.x, self.mean, self.sigma, self.alpha, d_alpha, d_sigma)
+        return flow_velocity(self.mean, self.eps, self.sigma.shape, d_alpha, d_sigma)
 
     @property
     def log_density(self) -> Tensor:
@@ -241,9 +241,9 @@ class Nearest(NamedTuple):
 
 
 def flow_velocity(
-    x: Tensor, x0: Tensor, sigma: Tensor, alpha: Tensor, d_alpha: PerQuery, d_sigma: PerQuery
+    x0: Tensor, eps: Tensor, batch: torch.Size, d_alpha: PerQuery, d_sigma: PerQuery
 ) -> Tensor:
-    """(sigma'/sigma) x + (alpha' - alpha sigma'/sigma) x0, the probability flow's dx/dt."""
-    da = per_query("d_alpha", d_alpha, sigma.shape, x.device)
-    rate = per_query("d_sigma", d_sigma, sigma.shape, x.device) / sigma
-    return wide(rate, x) * x + wide(da - alpha * rate, x) * x0
+    """alpha' x0 + sigma' eps, the probability flow's dx/dt: it is finite wherever eps is."""
+    da = per_query("d_alpha", d_alpha, batch, x0.device)
+    ds = per_query("d_sigma", d_sigma, batch, x0.device)
+    return wide(da, x0) * x0 + wide(ds, x0) * eps

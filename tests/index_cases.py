@@ -10,11 +10,7 @@ from memokern.util import env
 
 F64 = torch.float64
 # Triton's kernels are interpreted here, which takes minutes; their own tests have these cases.
-AVAILABLE = [
-    row.name
-    for row in backends.here()
-    if row.runs and row.name != "triton"
-]
+AVAILABLE = [row.name for row in backends.here() if row.runs and row.name != "triton"]
 
 
 @pytest.fixture(params=AVAILABLE, autouse=True, scope="module")

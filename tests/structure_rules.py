@@ -10,6 +10,7 @@ prints what breaks a rule now.
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -78,8 +79,14 @@ def modules(sources: Sources) -> dict[str, Module]:
     for path, text in sources.items():
         name = path.removesuffix(".py").replace("/", ".")
         name = name.removesuffix("__init__").removesuffix(".")
-        found[name] = Module(path, name, ast.parse(text, path))
+        found[name] = Module(path, name, _parsed(path, text))
     return found
+
+
+@functools.cache
+def _parsed(path: str, text: str) -> ast.Module:
+    """The module's tree, parsed once for all rules."""
+    return ast.parse(text, path)
 
 
 class Import(NamedTuple):

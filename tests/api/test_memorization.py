@@ -13,6 +13,8 @@ from memokern import memorization
 from memokern.data import storage as rows
 from memokern.data.training_set import TrainingSet
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # Rows on a line: distances can be read off.
 LINE = torch.tensor([[0.0, 0.0], [1.0, 0.0], [3.0, 0.0]])
 

@@ -7,12 +7,19 @@ import subprocess
 import sys
 
 import click.testing
+import torch
 
 from memokern.apps.cli import main
 
 
 def call(*arguments: object) -> click.testing.Result:
     return click.testing.CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def settings() -> dict[str, str]:
+    """Makes a process of its own import what is imported here, with as many threads."""
+    threads = str(torch.get_num_threads())
+    return {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": threads}
 
 
 def process(*arguments: object, cwd=None, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -24,6 +31,6 @@ def process(*arguments: object, cwd=None, **environment: str) -> subprocess.Comp
         capture_output=True,
         text=True,
         cwd=cwd,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | environment,
+        env=os.environ | settings() | environment,
         timeout=120,
     )

@@ -12,6 +12,8 @@ from memokern import TrainingSet
 from memokern.data import files
 from tests.apps.cli_calls import call, process
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DIGIT_ROWS = 1797
 
 

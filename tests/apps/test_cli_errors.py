@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import signal
 import subprocess
@@ -13,7 +14,9 @@ import numpy as np
 import pytest
 
 from memokern import TrainingSet
-from tests.apps.cli_calls import call, process
+from tests.apps.cli_calls import call, process, settings
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def _files(folder) -> None:
@@ -153,7 +156,7 @@ def test_interrupt_leaves_no_output(tmp_path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        env=os.environ | settings(),
     )
     try:
         assert child.stdout is not None and child.stdout.readline() == "up\n"
@@ -168,9 +171,25 @@ def test_interrupt_leaves_no_output(tmp_path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("command", ["info", "sample", "demo", "reproduce weights"])
-def test_a_wrong_environment_variable_gets_one_line(tmp_path, command) -> None:
-    done = process(*command.split(), cwd=tmp_path, MEMOKERN_BACKEND="cpu", MEMOKERN_ISA="magic")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.count("\n") == 1 and "MEMOKERN_ISA=magic" in done.stderr
-    assert "error: " in done.stderr and list(tmp_path.iterdir()) == []
+def test_a_wrong_environment_variable_gets_one_line(tmp_path) -> None:
+    """In a process of its own, since the variable is read when the kernels are loaded."""
+    code = """
+import json, sys
+from tests.apps.cli_calls import call
+done = [call(*command.split()) for command in json.loads(sys.argv[1])]
+print(json.dumps([[d.exit_code, d.stdout, d.stderr] for d in done]))
+"""
+    commands = ["info", "sample", "demo", "reproduce weights"]
+    ran = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(commands)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | settings() | {"MEMOKERN_BACKEND": "cpu", "MEMOKERN_ISA": "magic"},
+        timeout=120,
+    )
+    assert ran.returncode == 0, ran.stderr
+    for command, (code, out, error) in zip(commands, json.loads(ran.stdout), strict=True):
+        assert (code, out) == (2, ""), command
+        assert error.count("\n") == 1 and "MEMOKERN_ISA=magic" in error, command
+        assert "error: " in error and list(tmp_path.iterdir()) == [], command

@@ -14,6 +14,8 @@ from memokern.apps.cli import common
 from memokern.data import files
 from tests.apps.cli_calls import call
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 STEPS = ["sample", "-n", 3, "--steps", 6, "--seed", 1]
 
 

@@ -9,6 +9,8 @@ from memokern import TrainingSet, memorization
 from memokern.apps import demo
 from tests.apps.cli_calls import process
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def test_demo_shows_the_cure(tmp_path) -> None:
     done = process("demo", "--out", tmp_path / "d", "-n", 4)
@@ -37,9 +39,9 @@ def test_mean_at_floor_stays_on_a_training_point_and_blends_elsewhere() -> None:
 def test_demo_searches_neighbours_once_for_both_criteria(monkeypatch) -> None:
     searches, search = [], memorization.functional.nearest
 
-    def counting(x, data, k=1, **how):
+    def counting(x, data, k=1, **options):
         searches.append((len(x), k))
-        return search(x, data, k, **how)
+        return search(x, data, k, **options)
 
     monkeypatch.setattr(memorization.functional, "nearest", counting)
     results = demo.run(3)

@@ -10,6 +10,8 @@ import pytest
 
 from memokern.apps import figures
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.mark.parametrize(
     ("shape", "layout", "picture"),

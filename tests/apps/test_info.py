@@ -15,6 +15,8 @@ from memokern.apps import info
 from memokern.backends import protocol
 from memokern.util import env
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def test_facts_are_those_of_this_machine() -> None:
     facts = info.collect()

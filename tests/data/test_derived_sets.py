@@ -14,6 +14,8 @@ from memokern.data import sources
 from memokern.data.training_set import TrainingSet
 from tests.data.rows import DTYPES, rows_of
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def test_subset():
     rows = rows_of(torch.uint8, n=5)

@@ -15,6 +15,8 @@ import torch
 from memokern.data import files
 from memokern.util import writing
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 class Bomb:
     """Unpickling it would leave a mark."""

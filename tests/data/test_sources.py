@@ -11,6 +11,8 @@ from torch.utils.data import Dataset, IterableDataset, TensorDataset
 from memokern.data.training_set import TrainingSet
 from tests.data.rows import rows_of
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def test_from_numpy_read_only_and_writable_share_memory():
     array = rows_of(torch.float32).numpy().copy()

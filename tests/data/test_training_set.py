@@ -12,6 +12,8 @@ from memokern.data import storage
 from memokern.data.training_set import TrainingSet
 from tests.data.rows import DTYPES, Largest, rows_of
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture
 def small_chunks(monkeypatch):

@@ -9,6 +9,8 @@ import torch
 
 from memokern.index.basis import FULL_EIGEN, Cosine, Principal, cosines, defect, is_image
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.mark.parametrize("n", [1, 2, 3, 32, 255, 1024])
 def test_cosines_are_the_orthonormal_dct(n):

@@ -18,6 +18,8 @@ from memokern.index import build
 from memokern.index.index import evenly_spaced_rows, fingerprint
 from tests.data.rows import DTYPES, Largest, rows_of
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PARTS = ("coarse", "fine", "center")
 
 

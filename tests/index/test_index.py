@@ -18,6 +18,8 @@ from memokern.index.projection import Projected, rounded_up
 from tests.data.rows import DTYPES
 from tests.index_cases import backend  # noqa: F401  # the compiled projection, and the one in PyTorch
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 KINDS = ["random", "clustered", "low rank", "duplicated", "constant", "far", "smooth"]
 
 
@@ -242,7 +244,8 @@ def test_shorter_products_do_not_loosen_it(basis, precision, backend):  # noqa: 
 
 @pytest.mark.parametrize("shape", [(3, 8, 9), (40, 20, 3), (33, 17), (2, 70, 48), (5, 4, 6)])
 def test_the_kernel_projects_as_pytorch_does(shape, monkeypatch):
-    """Odd and even sides, channels first and last, boxes of fewer frequencies than the image."""
+    """Odd and even sides, channels first and last, boxes of fewer frequencies than the image; with
+    one thread or two."""
     data = set_of(values_of("smooth", 40, shape)).build_index("dct", dims=(9, 33, 60))
     x, alpha = queries_of(data, 0.3).float(), torch.linspace(-1, 1, 9, dtype=torch.float64)
     monkeypatch.setenv("MEMOKERN_BACKEND", "auto")
@@ -251,6 +254,10 @@ def test_the_kernel_projects_as_pytorch_does(shape, monkeypatch):
     strided = x.repeat_interleave(2, dim=1)[:, ::2]
     for part, again in zip(mine, data.index.project(strided, alpha), strict=True):
         assert torch.equal(part, again)
+    torch.set_num_threads(2)
+    for part, again in zip(mine, data.index.project(x, alpha), strict=True):
+        assert torch.equal(part, again)
+    torch.set_num_threads(1)
     monkeypatch.setenv("MEMOKERN_BACKEND", "reference")
     plain = data.index.project(x, alpha)
     # Each lies within its error, a part of the margin, of the exact coordinates.

@@ -8,6 +8,8 @@ import torch
 from memokern import processes
 from memokern.processes import DDPM, EDM, VE, VP, Cosine, FlowMatching, Process, ScoreSDEVP
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ALL = [processes.get(name) for name in processes.NAMES]
 ids = {"ids": processes.NAMES}
 

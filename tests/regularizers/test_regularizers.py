@@ -21,6 +21,8 @@ from memokern.regularizers import (
     parse,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 torch.manual_seed(0)
 ROWS = torch.randn(11, 3, dtype=torch.float64)
 X = 1.5 * torch.randn(6, 3, dtype=torch.float64)

@@ -11,6 +11,8 @@ from scipy import stats
 import memokern
 from memokern import Denoiser, TrainingSet, processes, regularizers, samplers
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
