@@ -109,11 +109,11 @@ class Projector:
             self._compiled = make(
                 axes=self._basis.axes,
                 channels_last=self._basis.channels_last,
-                **self._basis.boxes(make.SIDE)._asdict(),
+                **self._basis.boxes(make.side())._asdict(),
                 kept=self._kept,
                 edges=torch.tensor(self._edges),
                 center=self._center.contiguous(),
-                worth=torch.cat([weights, constants[None]]),
+                bound_weights=torch.cat([weights, constants[None]]),
                 largest=1e36 / max(1.0, self._y_max),
             )
         return self._compiled

@@ -175,12 +175,15 @@ class Plan(NamedTuple):
 
 
 def plan(rehearsed: bool, only: str) -> Plan:
-    """only: words, all of which a step's name must have."""
+    """only: words that a step's name must have, or must not where they begin with -."""
+
+    def is_asked_for(name: str) -> bool:
+        return all(w[1:] not in name if w[0] == "-" else w in name for w in only.split())
 
     def steps(kind: str, cases: list[Any], limit: float) -> list[Step]:
         found = [Step(kind, smaller(case) if rehearsed else case, limit) for case in cases]
         unique = list(dict.fromkeys(found))  # small ones may be alike
-        return [step for step in unique if all(word in step.name for word in only.split())]
+        return [step for step in unique if is_asked_for(step.name)]
 
     timed = problems()
     return Plan(

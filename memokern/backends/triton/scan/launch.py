@@ -38,8 +38,8 @@ def bound_scan(query: Query, rows: Rows, bounds: LogitBounds) -> Scan:
     check_types(query.x, rows)
     if rows.center is None or rows.sq_norms is None:
         raise ValueError("bound_scan needs the center of the rows that the bounds were made about")
-    known = {"center": contiguous64(rows.center), "sq_norms": contiguous64(rows.sq_norms)}
-    rows, m = rows._replace(**known), len(query.x)
+    rows = rows._replace(center=contiguous64(rows.center), sq_norms=contiguous64(rows.sq_norms))
+    m = len(query.x)
     bounds = prepared_bounds(bounds, m, rows)
     step = max(1, _PAIRS // rows.n)
     blocks = [slice(i, i + step) for i in range(0, m, step)]
