@@ -6,6 +6,7 @@ no tolerance is added anywhere.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
@@ -53,6 +54,12 @@ def set_of(values: torch.Tensor, dtype: torch.dtype = torch.float32) -> Training
         scale = (high - low) / 255 or 1.0
         return TrainingSet(((values - low) / scale).round().to(dtype), scale=scale, shift=low)
     return TrainingSet(values.to(dtype))
+
+
+@functools.cache
+def indexed(kind: str, dtype: torch.dtype, basis: str) -> TrainingSet:
+    """30 rows with an index, built once for all backends, since none takes part in it."""
+    return set_of(values_of(kind, 30, (3, 8, 9)), dtype).build_index(basis)
 
 
 def truth(data: TrainingSet, x: torch.Tensor, alpha: torch.Tensor):
@@ -127,7 +134,7 @@ def assert_bounded(data: TrainingSet, x: torch.Tensor, alpha: torch.Tensor) -> N
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_bound_holds(kind, dtype, basis):
-    data = set_of(values_of(kind, 30, (3, 8, 9)), dtype).build_index(basis)
+    data = indexed(kind, dtype, basis)
     assert data.index.dims == (32, 64, 128, 216)
     for sigma, wide in ((0.0, torch.float32), (0.5, torch.float64), (20.0, torch.float32)):
         x = queries_of(data, sigma).to(wide)
