@@ -113,9 +113,9 @@ def test_the_steps_are_in_order_of_importance() -> None:
     every = [*plan.smoke, *plan.warm, *plan.time]
     assert len({step.name for step in every}) == len(every)
     assert all(steps.step_of(json.loads(json.dumps(s.message()))).case == s.case for s in every)
-    first = [step.case for step in plan.time[:8]]
-    assert {(c.b, c.rows) for c in first} >= {(b, t) for b in (1, 64) for t in steps.TYPES[:3]}
-    assert all(c.d == 3072 for c in first)
+    first = [step.case for step in plan.time[:9]]
+    assert {(c.b, c.rows) for c in first} == {(b, t) for b in (1, 64, 256) for t in steps.TYPES[:3]}
+    assert {(c.operation, c.d) for c in first} == {("mean", 3072)}
     kinds = [step.kind for step in plan.time]
     assert kinds == sorted(kinds, key=["time", "compiled"].index)
     # Every operation with every type of rows that it takes comes before any second case.

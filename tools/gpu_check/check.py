@@ -122,7 +122,7 @@ class Check:
             if answer.done and any("failed" in line for line in lines):
                 # What was told before it failed is kept.
                 lines = [*record.told(step), *lines]
-            said = record.timed(step, lines, answer.done)
+            said = record.timed(step, lines, answer.done, answer.seconds)
         record.save()
         if answer.done:
             print(*said, sep="\n", flush=True)
