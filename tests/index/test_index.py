@@ -14,12 +14,25 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from memokern.backends import protocol
 from memokern.data.training_set import TrainingSet
 from memokern.index.projection import Projected, rounded_up
+from memokern.util import env
 from tests.data.rows import DTYPES
-from tests.index_cases import backend  # noqa: F401  # the compiled projection, and the one in PyTorch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+# The compiled projection, and the one in PyTorch, which Triton's tensors go through too.
+BACKENDS = [answer.name for answer in protocol.here() if answer.runs and answer.name != "triton"]
+
+
+@pytest.fixture(params=BACKENDS, autouse=True, scope="module")
+def backend(request):
+    """Every test runs with the projection of each backend."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(env.BACKEND, request.param)
+        yield request.param
+
 
 KINDS = ["random", "clustered", "low rank", "duplicated", "constant", "far", "smooth"]
 
@@ -228,7 +241,7 @@ def test_margins_are_small():
 
 @pytest.mark.parametrize("basis", ["dct", "pca"])
 @pytest.mark.parametrize("precision", ["ieee", "tf32", "bf16"])
-def test_shorter_products_do_not_loosen_it(basis, precision, backend):  # noqa: F811
+def test_shorter_products_do_not_loosen_it(basis, precision, backend):
     """bfloat16 products, by autocast or by the settings, would break the float32 bound."""
     data = set_of(values_of("random", 30, (3, 8, 8)))
     settings = torch.backends.mkldnn.matmul
