@@ -1,7 +1,7 @@
 # make demo     sample the digits three ways, with pictures in .demo/
 # make test     the tests
 # make bench    the benchmarks, with the peers that are installed (ARGS="--quick", ARGS="--help")
-# make lint     ruff and mypy
+# make lint     ruff, clang-format and mypy
 # make peers    what make bench compares with
 # make gpu-check  where there is a GPU: each operation against float64, then times beside the peers', within minutes
 #                 (ARGS="--minutes 15", ARGS="--help"); else: every kernel compiled
@@ -21,6 +21,7 @@ ARM ?= aarch64-linux-gnu
 QEMU ?= qemu-aarch64
 BIN = $(VENV)/bin
 SOURCES = $(shell find csrc -type f) setup.py pyproject.toml
+CPP = $(shell find csrc tests/cpp -name "*.h" -o -name "*.cpp")
 
 .PHONY: demo test bench lint peers gpu-check kernels sanitize neon clean
 
@@ -34,7 +35,7 @@ $(VENV)/.demo-installed: $(SOURCES) | $(BIN)/python
 	@touch $@
 
 $(VENV)/.dev-installed: $(SOURCES) | $(BIN)/python
-	$(BIN)/pip install -q --disable-pip-version-check -e ".[dev]"
+	MEMOKERN_BUILD_TESTING=1 $(BIN)/pip install -q --disable-pip-version-check -e ".[dev]"
 	@touch $@
 
 demo: $(VENV)/.demo-installed
@@ -45,10 +46,12 @@ test: $(VENV)/.dev-installed
 
 lint: $(VENV)/.dev-installed
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
 	$(BIN)/mypy
 
 peers: $(VENV)/.dev-installed
-	$(BIN)/pip install -q --disable-pip-version-check "$(TORCH)" -e ".[bench]"
+	MEMOKERN_BUILD_TESTING=1 $(BIN)/pip install -q --disable-pip-version-check "$(TORCH)" -e ".[bench]"
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps "$(SMALLDIFFUSION)"
 
 bench: $(VENV)/.dev-installed

@@ -3,12 +3,16 @@
 Triton's kernels are interpreted where there is no GPU; it must be told so before it is imported.
 """
 
+import contextlib
 import importlib.util
 
 import pytest
 import torch
 
 from tests import triton_interpreter
+
+with contextlib.suppress(ImportError):  # it makes the kernels of avx2w16 known
+    import memokern._testing  # noqa: F401
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 triton_interpreter.choose()

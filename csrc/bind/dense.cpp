@@ -20,8 +20,8 @@ void posterior_state(const py::tuple& rows, const py::tuple& queries, const py::
   run([&] { return kernels().posterior_state(r, q, out, threads); });
 }
 
-void small_mean(const py::tuple& rows, uintptr_t x, bool f64, int64_t b, const py::tuple& numbers, uintptr_t bias,
-                uintptr_t mean, int threads) {
+void small_mean(const py::tuple& rows, uintptr_t x, bool f64, int64_t b, const py::tuple& numbers,
+                uintptr_t bias, uintptr_t mean, int threads) {
   const Rows r = rows_from(rows);
   Fields shared(numbers, "sigma, alpha, temperature", 3);
   std::vector<double> columns(7 * b);  // the three numbers for each query, and room for its four sums
@@ -36,8 +36,8 @@ void small_mean(const py::tuple& rows, uintptr_t x, bool f64, int64_t b, const p
   run([&] { return kernels().posterior(r, q, out, threads); });
 }
 
-void posterior_backward(const py::tuple& rows, const py::tuple& queries, const py::tuple& sums, const py::tuple& grads,
-                        const py::tuple& out, int threads) {
+void posterior_backward(const py::tuple& rows, const py::tuple& queries, const py::tuple& sums,
+                        const py::tuple& grads, const py::tuple& out, int threads) {
   const Rows r = rows_from(rows);
   const Queries q = queries_from(queries);
   const SumsIn s = sums_in_from(sums), g = sums_in_from(grads);
@@ -45,8 +45,8 @@ void posterior_backward(const py::tuple& rows, const py::tuple& queries, const p
   run([&] { return kernels().posterior_backward(r, q, s, g, to, threads); });
 }
 
-void nearest(const py::tuple& rows, uintptr_t x, bool f64, int64_t b, int64_t k, uintptr_t sq_dist, uintptr_t index,
-             int threads) {
+void nearest(const py::tuple& rows, uintptr_t x, bool f64, int64_t b, int64_t k, uintptr_t sq_dist,
+             uintptr_t index, int threads) {
   const Rows r = rows_from(rows);
   const Queries q = {pointer<void>(x), f64, b, nullptr, nullptr, nullptr, nullptr, kGaussian};
   const Neighbours out = {pointer<double>(sq_dist), pointer<int64_t>(index), k};
@@ -62,10 +62,10 @@ void bind_dense(py::module_& m) {
   m.def("small_mean", &small_mean, arg("rows"), arg("x"), arg("f64"), arg("b"), arg("numbers"), arg("bias"),
         arg("mean"), arg("threads"),
         "The mean alone, of queries that share the numbers sigma, alpha and temperature.");
-  m.def("posterior_backward", &posterior_backward, arg("rows"), arg("queries"), arg("sums"), arg("grads"), arg("out"),
-        arg("threads"));
-  m.def("nearest", &nearest, arg("rows"), arg("x"), arg("f64"), arg("b"), arg("k"), arg("sq_dist"), arg("index"),
-        arg("threads"));
+  m.def("posterior_backward", &posterior_backward, arg("rows"), arg("queries"), arg("sums"), arg("grads"),
+        arg("out"), arg("threads"));
+  m.def("nearest", &nearest, arg("rows"), arg("x"), arg("f64"), arg("b"), arg("k"), arg("sq_dist"),
+        arg("index"), arg("threads"));
 }
 
 }  // namespace memokern

@@ -1,8 +1,8 @@
 // From Python's arguments to the structs of memokern/abi.h.
 //
-// Python hands over each struct as a tuple of its fields, in their order: addresses as integers, 0 for null. A tuple is
-// read faster than as many arguments of a call, or than an object is made, and small calls are counted in microseconds.
-// memokern/backends/cpu/native.py makes the tuples, after the checks.
+// Python hands over each struct as a tuple of its fields, in their order: addresses as integers, 0 for null.
+// A tuple is read faster than as many arguments of a call, or than an object is made, and small calls are
+// counted in microseconds. memokern/backends/cpu/native.py makes the tuples, after the checks.
 #pragma once
 #include <pybind11/pybind11.h>
 

@@ -53,7 +53,8 @@ std::vector<std::pair<std::string, bool>> isas() {
 }
 
 void add_isa(const Table* table, bool supported) {
-  if (table->abi != kAbi) throw std::runtime_error("these kernels are of another build of memokern: build them again");
+  if (table->abi != kAbi)
+    throw std::runtime_error("these kernels are of another build of memokern: build them again");
   for (const Isa& isa : known())
     if (isa.table == table) return;
   known().push_back({table, supported, false});

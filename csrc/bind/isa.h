@@ -1,4 +1,5 @@
-// Which instruction set's kernels are used. It is chosen once, when the module is loaded, and may be chosen again.
+// Which instruction set's kernels are used. It is chosen once, when the module is loaded, and may be chosen
+// again.
 #pragma once
 #include <string>
 #include <utility>
@@ -11,8 +12,8 @@ namespace memokern {
 // The kernels in use.
 const Table& kernels();
 
-// Uses the kernels of one instruction set, or with "auto" the widest that this processor runs. Returns its name. Throws
-// std::runtime_error for a name that is not known or not supported.
+// Uses the kernels of one instruction set, or with "auto" the widest that this processor runs. Returns its
+// name. Throws std::runtime_error for a name that is not known or not supported.
 std::string select_isa(const std::string& name);
 
 // What there is, the widest first, and whether it runs here.

@@ -17,8 +17,8 @@ struct FoundRows {
   void copy(uintptr_t to) const { memcpy(pointer<void>(to), index, count * sizeof(int64_t)); }
 };
 
-FoundRows bound_scan(const py::tuple& rows, const py::tuple& queries, const py::tuple& bounds, uintptr_t start,
-                     uintptr_t threshold, uintptr_t level, int threads) {
+FoundRows bound_scan(const py::tuple& rows, const py::tuple& queries, const py::tuple& bounds,
+                     uintptr_t start, uintptr_t threshold, uintptr_t level, int threads) {
   const Rows r = rows_from(rows);
   const Queries q = queries_from(queries);
   const LogitBounds known = bounds_from(bounds);
@@ -33,8 +33,8 @@ FoundRows bound_scan(const py::tuple& rows, const py::tuple& queries, const py::
   return found;
 }
 
-void posterior_listed(const py::tuple& rows, const py::tuple& queries, const py::tuple& lists, const py::tuple& sums,
-                      int threads) {
+void posterior_listed(const py::tuple& rows, const py::tuple& queries, const py::tuple& lists,
+                      const py::tuple& sums, int threads) {
   const Rows r = rows_from(rows);
   const Queries q = queries_from(queries);
   const RowLists list = lists_from(lists);
@@ -52,7 +52,8 @@ void posterior_listed_backward(const py::tuple& rows, const py::tuple& queries, 
   run([&] { return kernels().posterior_listed_backward(r, q, list, g, to, threads); });
 }
 
-void project(const py::tuple& transform, uintptr_t x, uintptr_t alpha, int64_t b, const py::tuple& out, int threads) {
+void project(const py::tuple& transform, uintptr_t x, uintptr_t alpha, int64_t b, const py::tuple& out,
+             int threads) {
   const CosineTransform t = transform_from(transform);
   Fields f(out, "Projected", 4);
   const Projected to = checked(Projected{f, f, f, f});
@@ -68,7 +69,8 @@ void bind_listed(py::module_& m) {
       .def("copy", &FoundRows::copy, arg("to"));
   m.def("bound_scan", &bound_scan, arg("rows"), arg("queries"), arg("bounds"), arg("start"), arg("threshold"),
         arg("level"), arg("threads"));
-  m.def("posterior_listed", &posterior_listed, arg("rows"), arg("queries"), arg("lists"), arg("sums"), arg("threads"));
+  m.def("posterior_listed", &posterior_listed, arg("rows"), arg("queries"), arg("lists"), arg("sums"),
+        arg("threads"));
   m.def("posterior_listed_backward", &posterior_listed_backward, arg("rows"), arg("queries"), arg("lists"),
         arg("grads"), arg("out"), arg("threads"));
   m.def("project", &project, arg("transform"), arg("x"), arg("alpha"), arg("b"), arg("out"), arg("threads"));

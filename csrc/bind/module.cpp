@@ -1,5 +1,5 @@
-// The Python module memokern._C: addresses and sizes in, the table of one instruction set behind. memokern/backends/cpu
-// checks every argument before it calls here.
+// The Python module memokern._C: addresses and sizes in, the table of one instruction set behind.
+// memokern/backends/cpu checks every argument before it calls here.
 #include <pybind11/stl.h>
 
 #include "bind/fields.h"
@@ -28,7 +28,8 @@ PYBIND11_MODULE(_C, m) {
       "add_isa",
       [](const py::capsule& table, bool supported) {
         const char* name = table.name();
-        if (!name || std::string(name) != "memokern.Table") throw std::invalid_argument("expected a memokern.Table");
+        if (!name || std::string(name) != "memokern.Table")
+          throw std::invalid_argument("expected a memokern.Table");
         add_isa(table.get_pointer<Table>(), supported);
       },
       py::arg("table"), py::arg("supported"), "Make the kernels of another module known.");

@@ -1,5 +1,5 @@
-// The Python module memokern._testing, which only a development build has: parts of the kernels for their tests, and the
-// kernels of avx2w16, which importing this module makes known to memokern._C.
+// The Python module memokern._testing, which only a development build has: parts of the kernels for their
+// tests, and the kernels of avx2w16, which importing this module makes known to memokern._C.
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
@@ -40,8 +40,8 @@ void run_merge(const std::string& isa, uintptr_t a, uintptr_t b, uintptr_t facto
 
 PYBIND11_MODULE(_testing, m) {
   m.doc() = "Parts of memokern's kernels for their tests, and the AVX2 build of the AVX-512 width";
-  m.def("exp", &run_exp, py::arg("isa"), py::arg("f64"), py::arg("x"), py::arg("y"), py::arg("n"), py::arg("two"),
-        "y [n] = e^x, or 2^x where `two`, by the kernels' exponential.");
+  m.def("exp", &run_exp, py::arg("isa"), py::arg("f64"), py::arg("x"), py::arg("y"), py::arg("n"),
+        py::arg("two"), "y [n] = e^x, or 2^x where `two`, by the kernels' exponential.");
   m.def("merge", &run_merge, py::arg("isa"), py::arg("a"), py::arg("b"), py::arg("factors"),
         "Merge the state b into a, [6] float64 each; factors [2] of their accumulators.");
 #ifdef MEMOKERN_HAVE_X86

@@ -1,4 +1,5 @@
-// The width of AVX-512 with the instructions of AVX2: how its code paths are tested on a processor without it.
+// The width of AVX-512 with the instructions of AVX2: how its code paths are tested on a processor without
+// it.
 #define MEMOKERN_ISA_NS avx2w16
 #define MEMOKERN_VBYTES 64
 #include "cpu/isa/table-inl.h"

@@ -1,4 +1,5 @@
-// Parts of the kernels that the tests call by themselves. They are built into memokern._testing, which no wheel holds.
+// Parts of the kernels that the tests call by themselves. They are built into memokern._testing, which no
+// wheel holds.
 #pragma once
 #include <stdint.h>
 

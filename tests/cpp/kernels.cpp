@@ -1,5 +1,5 @@
-// The portable kernels against plain double loops, without Python: for processors that we have to emulate (`make neon`).
-// Prints a line per operation and exits with 1 if any result is off by more than its bound.
+// The portable kernels against plain double loops, without Python: for processors that we have to emulate
+// (`make neon`). Prints a line per operation and exits with 1 if any result is off by more than its bound.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -20,7 +20,9 @@ static double uniform() {  // splitmix64
   z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
   return (double)((z ^ (z >> 31)) >> 11) * 0x1p-53;
 }
-static double normal() { return std::sqrt(-2 * std::log(1 - uniform())) * std::cos(6.283185307179586 * uniform()); }
+static double normal() {
+  return std::sqrt(-2 * std::log(1 - uniform())) * std::cos(6.283185307179586 * uniform());
+}
 
 struct Case {
   int64_t n, d, b;
@@ -52,8 +54,10 @@ struct Data {  // rows as stored, and the same as double
         if (c.type == kBF16) bits &= 0xffff0000u;
         std::memcpy(&f, &bits, 4);
         const uint16_t half = (uint16_t)(bits >> 16);
-        if (c.type == kBF16) std::memcpy(&raw[i * 2], &half, 2);
-        else std::memcpy(&raw[i * 4], &f, 4);
+        if (c.type == kBF16)
+          std::memcpy(&raw[i * 2], &half, 2);
+        else
+          std::memcpy(&raw[i * 4], &f, 4);
         v = f;
       }
       y.push_back(v);
@@ -65,10 +69,12 @@ struct Data {  // rows as stored, and the same as double
 struct Truth {  // of one query
   Doubles mean, grad, w, r2;
   double log_z;
-  Truth(const Case& c, const Doubles& y, const double* x, double alpha, const Doubles& bias, const Doubles& g) : mean(c.d), grad(c.d), w(c.n), r2(c.n) {
+  Truth(const Case& c, const Doubles& y, const double* x, double alpha, const Doubles& bias, const Doubles& g)
+      : mean(c.d), grad(c.d), w(c.n), r2(c.n) {
     double top = -std::numeric_limits<double>::infinity(), z = 0;
     for (int64_t n = 0; n < c.n; n++) {
-      for (int64_t d = 0; d < c.d; d++) r2[n] += (x[d] - alpha * y[n * c.d + d]) * (x[d] - alpha * y[n * c.d + d]);
+      for (int64_t d = 0; d < c.d; d++)
+        r2[n] += (x[d] - alpha * y[n * c.d + d]) * (x[d] - alpha * y[n * c.d + d]);
       w[n] = -r2[n] / (2 * c.sigma * c.sigma) + (bias.empty() ? 0 : bias[n]);
       top = std::max(top, w[n]);
     }
@@ -82,7 +88,8 @@ struct Truth {  // of one query
     for (int64_t n = 0; n < c.n; n++) {
       double gy = -gm;
       for (int64_t d = 0; d < c.d; d++) gy += g[d] * y[n * c.d + d];
-      for (int64_t d = 0; d < c.d; d++) grad[d] += alpha / (c.sigma * c.sigma) * w[n] * gy * (y[n * c.d + d] - mean[d]);
+      for (int64_t d = 0; d < c.d; d++)
+        grad[d] += alpha / (c.sigma * c.sigma) * w[n] * gy * (y[n * c.d + d] - mean[d]);
     }
   }
 };
@@ -91,7 +98,9 @@ static double worst[5];  // mean, log_z, grad_x, nearest, support: error over it
 static void note(int what, double error, double bound, const Case& c) {
   const double ratio = error / bound;
   if (!(ratio <= worst[what])) worst[what] = ratio;
-  if (!(ratio <= 1)) std::printf("operation %d: error %g, bound %g: N=%d D=%d B=%d type=%d f64=%d sigma=%g\n", what, error, bound, (int)c.n, (int)c.d, (int)c.b, c.type, c.f64, c.sigma);
+  if (!(ratio <= 1))
+    std::printf("operation %d: error %g, bound %g: N=%d D=%d B=%d type=%d f64=%d sigma=%g\n", what, error,
+                bound, (int)c.n, (int)c.d, (int)c.b, c.type, c.f64, c.sigma);
 }
 
 static void check(const Table& table, const Case& c) {
@@ -99,7 +108,8 @@ static void check(const Table& table, const Case& c) {
   Doubles bias, x(c.b * c.d), sigma(c.b, c.sigma), alpha(c.b), one(c.b, 1.0), g(c.b * c.d), zero(c.b);
   std::vector<float> xf(c.b * c.d);
   if (c.bias)
-    for (int64_t n = 0; n < c.n; n++) bias.push_back(n % 5 == 4 ? -std::numeric_limits<double>::infinity() : normal());
+    for (int64_t n = 0; n < c.n; n++)
+      bias.push_back(n % 5 == 4 ? -std::numeric_limits<double>::infinity() : normal());
   for (int64_t b = 0; b < c.b; b++) {
     alpha[b] = 1 - 0.5 * (b % 3);
     for (int64_t d = 0; d < c.d; d++) {
@@ -109,15 +119,31 @@ static void check(const Table& table, const Case& c) {
     }
   }
   const void* query = c.f64 ? (const void*)x.data() : (const void*)xf.data();
-  const Queries in = {query, c.b, sigma.data(), alpha.data(), one.data(), c.bias ? bias.data() : nullptr, kGaussian};
-  Doubles m64(c.b * c.d), stats(4 * c.b), s64(c.b * c.d), stats2(4 * c.b), gx64(c.b * c.d), g3(3 * c.b), gb(c.n);
+  const Queries in = {query,    c.b, sigma.data(), alpha.data(), one.data(), c.bias ? bias.data() : nullptr,
+                      kGaussian};
+  Doubles m64(c.b * c.d), stats(4 * c.b), s64(c.b * c.d), stats2(4 * c.b), gx64(c.b * c.d), g3(3 * c.b),
+      gb(c.n);
   std::vector<float> m32(c.b * c.d), s32(c.b * c.d), gx32(c.b * c.d);
-  const Posterior out = {c.f64 ? (void*)m64.data() : (void*)m32.data(), &stats[0], &stats[c.b], &stats[2 * c.b], &stats[3 * c.b]};
+  const Posterior out = {c.f64 ? (void*)m64.data() : (void*)m32.data(), &stats[0], &stats[c.b],
+                         &stats[2 * c.b], &stats[3 * c.b]};
   int failed = table.posterior(data.rows, in, out, c.f64, 2);
   if (!c.f64)
     for (size_t i = 0; i < m32.size(); i++) m64[i] = m32[i];
-  const Gradients io = {m64.data(), &stats[0], &stats[c.b], &stats[2 * c.b], &stats[3 * c.b], g.data(), zero.data(), zero.data(), zero.data(), zero.data(),
-                        c.f64 ? (void*)gx64.data() : (void*)gx32.data(), &g3[0], &g3[c.b], &g3[2 * c.b], c.bias ? gb.data() : nullptr};
+  const Gradients io = {m64.data(),
+                        &stats[0],
+                        &stats[c.b],
+                        &stats[2 * c.b],
+                        &stats[3 * c.b],
+                        g.data(),
+                        zero.data(),
+                        zero.data(),
+                        zero.data(),
+                        zero.data(),
+                        c.f64 ? (void*)gx64.data() : (void*)gx32.data(),
+                        &g3[0],
+                        &g3[c.b],
+                        &g3[2 * c.b],
+                        c.bias ? gb.data() : nullptr};
   failed |= table.backward(data.rows, in, io, c.f64, 2);
   if (!c.f64)
     for (size_t i = 0; i < gx32.size(); i++) gx64[i] = gx32[i];
@@ -131,7 +157,8 @@ static void check(const Table& table, const Case& c) {
     for (int64_t n = 0; n < c.n; n++) list.push_back(n);
     start[b + 1] = (int64_t)list.size();
   }
-  const Posterior out2 = {c.f64 ? (void*)s64.data() : (void*)s32.data(), &stats2[0], &stats2[c.b], &stats2[2 * c.b], &stats2[3 * c.b]};
+  const Posterior out2 = {c.f64 ? (void*)s64.data() : (void*)s32.data(), &stats2[0], &stats2[c.b],
+                          &stats2[2 * c.b], &stats2[3 * c.b]};
   failed |= table.support(data.rows, in, {start.data(), list.data(), (int64_t)list.size()}, out2, c.f64, 2);
   if (failed) std::exit(2);
   const double u = c.f64 ? 1e-12 : 1e-5;  // weights to 1e-4 and means to 1e-5 in float
@@ -148,14 +175,20 @@ static void check(const Table& table, const Case& c) {
       gn += gq[d] * gq[d];
     }
     for (int64_t n = 0; n < c.n; n++)
-      for (int64_t d = 0; d < c.d; d++) spread += t.w[n] * (data.y[n * c.d + d] - t.mean[d]) * (data.y[n * c.d + d] - t.mean[d]);
+      for (int64_t d = 0; d < c.d; d++)
+        spread += t.w[n] * (data.y[n * c.d + d] - t.mean[d]) * (data.y[n * c.d + d] - t.mean[d]);
     note(0, off, u * size, c);
     note(1, std::fabs(stats[b] - t.log_z), (c.f64 ? 1e-12 : 1e-6) * (10 + std::fabs(t.log_z)), c);
-    // Weights right to 10 u move grad_x by at most that share of (|alpha| / sigma^2) |g| E|y - mean|^2, a few times over. Where one
-    // row has all the weight, what is left: the mean's rounding in <g, y - mean>, of which the sweep takes all but its own,
-    // times terms that cancel: as large as the rows and the query.
-    const double e = c.f64 ? 4.4e-16 : 2.4e-7, is2 = 1 / (c.sigma * c.sigma), r = std::sqrt(*std::max_element(t.r2.begin(), t.r2.end()));
-    note(2, std::sqrt(goff), 40 * u * (std::sqrt(gs) + std::fabs(alpha[b]) * is2 * std::sqrt(gn) * spread) + e * e * is2 * std::sqrt(gn * c.d) * (size + std::fabs(data.rows.shift)) * (r + size + std::fabs(data.rows.shift)), c);
+    // Weights right to 10 u move grad_x by at most that share of (|alpha| / sigma^2) |g| E|y - mean|^2, a few
+    // times over. Where one row has all the weight, what is left: the mean's rounding in <g, y - mean>, of
+    // which the sweep takes all but its own, times terms that cancel: as large as the rows and the query.
+    const double e = c.f64 ? 4.4e-16 : 2.4e-7, is2 = 1 / (c.sigma * c.sigma),
+                 r = std::sqrt(*std::max_element(t.r2.begin(), t.r2.end()));
+    note(2, std::sqrt(goff),
+         40 * u * (std::sqrt(gs) + std::fabs(alpha[b]) * is2 * std::sqrt(gn) * spread) +
+             e * e * is2 * std::sqrt(gn * c.d) * (size + std::fabs(data.rows.shift)) *
+                 (r + size + std::fabs(data.rows.shift)),
+         c);
     double first = std::numeric_limits<double>::infinity();
     for (double v : near.r2) first = std::min(first, v);
     note(3, std::fabs(dist[b * k] - first), 1e-13 * (1 + first), c);
@@ -180,6 +213,7 @@ int main() {
     std::printf("%-16s largest error %.3f of its bound\n", names[i], worst[i]);
     good &= worst[i] <= 1;
   }
-  std::printf("%d cases on %s, %d floats a vector: %s\n", cases, table.name, table.width, good ? "right" : "WRONG");
+  std::printf("%d cases on %s, %d floats a vector: %s\n", cases, table.name, table.width,
+              good ? "right" : "WRONG");
   return good ? 0 : 1;
 }

@@ -1,4 +1,5 @@
-// Stored numbers to vectors of the compute type: Convert<R, S>::vec(p) reads W numbers of type S as a vector of R.
+// From stored numbers to vectors of the compute type: Convert<R, S>::vec(p) reads W numbers of type S as a
+// vector of R.
 #pragma once
 #include "cpu/core/vec-inl.h"
 
@@ -25,8 +26,8 @@ struct Convert {  // float and double
   }
 };
 
-// Unsigned integers to W lanes of 32 bits. The intrinsics are there because GCC 12 takes the generic form apart into
-// scalars, at eight times the cost.
+// Unsigned integers to W lanes of 32 bits. The intrinsics are there because GCC 12 takes the generic form
+// apart into scalars, at eight times the cost.
 template <class R>
 struct Wide {
   typedef uint32_t T __attribute__((vector_size(Vec<R>::W * 4)));
@@ -36,7 +37,9 @@ MK_INLINE typename Wide<R>::T widen(const S* p) {
   typedef typename RawVec<R, S, Vec<R>::W>::T Raw;
   return __builtin_convertvector(*(const Raw*)p, typename Wide<R>::T);
 }
-#define MK_INLINE_SPECIAL template <> inline __attribute__((always_inline))
+#define MK_INLINE_SPECIAL \
+  template <>             \
+  inline __attribute__((always_inline))
 #if defined(__AVX2__) && MEMOKERN_VBYTES == 32
 MK_INLINE_SPECIAL Wide<float>::T widen<float>(const uint8_t* p) {
   return (Wide<float>::T)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
@@ -92,7 +95,8 @@ struct Convert<R, F16> {
     typedef float F __attribute__((vector_size(Vec<R>::W * 4)));
     U32 h = widen<R>((const uint16_t*)p);
     U32 mag = (h & 0x7fffu) << 13;
-    F f = (F)mag * 5.192296858534828e33f;  // 2^112 moves the exponent's bias, and makes subnormals come out right
+    // 2^112 moves the exponent's bias, and makes subnormals come out right.
+    F f = (F)mag * 5.192296858534828e33f;
     U32 bits = (U32)f | ((h & 0x8000u) << 16);
     U32 special = (U32)(mag >= 0x0f800000u);  // inf and NaN keep an exponent of all ones
     bits |= special & 0x7f800000u;

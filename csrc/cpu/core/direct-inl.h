@@ -1,5 +1,5 @@
-// The two matrix products of a sweep for up to DIRECT_B queries. They read the rows as they are stored: nothing is
-// packed, since each row serves too few operations to pay for it.
+// The two matrix products of a sweep for up to DIRECT_B queries. They read the rows as they are stored:
+// nothing is packed, since each row serves too few operations to pay for it.
 #pragma once
 #include "cpu/core/tile-inl.h"
 
@@ -10,7 +10,8 @@ template <class R, class S>
 struct Direct {
   enum { W = Vec<R>::W, NR = 2 * W };
   typedef typename Vec<R>::T V;
-  static const S* row(const Source<R>& src, const Tile<R>& t, int64_t j) {  // beyond the tile, its last row again
+  // Row j of the tile; beyond it, its last row again.
+  static const S* row(const Source<R>& src, const Tile<R>& t, int64_t j) {
     return (const S*)src.rows.data + (t.n0 + imin(j, t.cnt - 1)) * src.rows.stride;
   }
   static V shifted(const Source<R>& src, const S* raw, int64_t d) {
@@ -40,8 +41,8 @@ struct Direct {
 
   // part[j][b] += <u_j, x_b> lane by lane, for queries b .. b + Q and features k .. end; J rows at a time.
   template <int Q>
-  static void dots(const Source<R>& src, const Plan& pl, const Tile<R>& t, const R* x, int64_t b, int64_t k, int64_t end,
-                   V* part, Prefetch& next, int64_t ahead) {
+  static void dots(const Source<R>& src, const Plan& pl, const Tile<R>& t, const R* x, int64_t b, int64_t k,
+                   int64_t end, V* part, Prefetch& next, int64_t ahead) {
     enum { J = Q >= 3 ? 3 : 4 };
     x += b * pl.Dp;
     for (int64_t j0 = 0; j0 < t.cnt; j0 += J) {
@@ -76,8 +77,8 @@ struct Direct {
 
   // acc[q][d ..] += sum_i w[i][q] u_(rows[i]) for a run of N vectors of features, in registers.
   template <int Q, int N>
-  static void run(const Source<R>& src, const Plan& pl, const S* const* rows, int64_t count, const R* w, R* acc,
-                  int64_t d, Prefetch& next, int64_t ahead) {
+  static void run(const Source<R>& src, const Plan& pl, const S* const* rows, int64_t count, const R* w,
+                  R* acc, int64_t d, Prefetch& next, int64_t ahead) {
     V s[Q][N];
 #pragma GCC unroll 4
     for (int q = 0; q < Q; q++)
@@ -106,8 +107,8 @@ struct Direct {
       }
   }
   template <int Q>
-  static void accumulate(const Source<R>& src, const Plan& pl, const Tile<R>& t, const R* p, int64_t b, R* acc,
-                         Prefetch& next) {
+  static void accumulate(const Source<R>& src, const Plan& pl, const Tile<R>& t, const R* p, int64_t b,
+                         R* acc, Prefetch& next) {
     enum { N = Q == 1 ? 8 : Q == 2 ? 4 : 3 };
     const S* rows[NT_GROUPED];  // those with any weight
     int64_t which[NT_GROUPED];
@@ -124,8 +125,7 @@ struct Direct {
       count += any;
     }
     // With one query, as many lines as leave room for the rows in L2.
-    const int64_t ahead =
-        pl.B == 1 ? 1 : next.lines_per_step((pl.B - b + 3) / 4 * count * (pl.D / (N * W)));
+    const int64_t ahead = pl.B == 1 ? 1 : next.lines_per_step((pl.B - b + 3) / 4 * count * (pl.D / (N * W)));
     acc += b * pl.Dp;
     for (; d + N * W <= pl.D; d += N * W) {
       run<Q, N>(src, pl, rows, count, w, acc, d, next, ahead);
@@ -156,8 +156,8 @@ struct Direct {
   }
 #define MK_DOTS(Q) dots<Q>(src, pl, t, x, b, k, end_k, part, next, ahead)
 #define MK_ACC(Q) accumulate<Q>(src, pl, t, p, b, acc, next)
-  static void all_dots(const Source<R>& src, const Plan& pl, const Tile<R>& t, const R* x, int64_t, int64_t B, R* p,
-                       Prefetch& next) {
+  static void all_dots(const Source<R>& src, const Plan& pl, const Tile<R>& t, const R* x, int64_t, int64_t B,
+                       R* p, Prefetch& next) {
     const int64_t full = pl.D / W * W;
     V part[(NT_GROUPED + 4) * DIRECT_B];
     double sum[NT_GROUPED * DIRECT_B];
@@ -183,8 +183,8 @@ struct Direct {
       }
     }
   }
-  static void all_accumulate(const Source<R>& src, const Plan& pl, const Tile<R>& t, const R* p, int64_t, int64_t B,
-                             R* acc, Prefetch& next) {
+  static void all_accumulate(const Source<R>& src, const Plan& pl, const Tile<R>& t, const R* p, int64_t,
+                             int64_t B, R* acc, Prefetch& next) {
     MK_GROUPS(MK_ACC)
   }
 #undef MK_GROUPS

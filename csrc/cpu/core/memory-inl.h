@@ -5,8 +5,8 @@
 namespace memokern {
 namespace MEMOKERN_ISA_NS {
 
-// A few arrays of zeros in one aligned block, which are freed together. reserve() takes the sum of the bytes() of all
-// arrays that take() will hand out, and says whether the memory was there.
+// A few arrays of zeros in one aligned block, which are freed together. reserve() takes the sum of the
+// bytes() of all arrays that take() will hand out, and says whether the memory was there.
 class Arena {
  public:
   Arena() : base_(nullptr), size_(0), used_(0) {}

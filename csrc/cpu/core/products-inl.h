@@ -11,7 +11,8 @@ template <class R>
 struct Products {
   void (*load)(const Source<R>&, const Plan&, Tile<R>&);
   // p[j][b - b0] = <u_j, x_b>
-  void (*dots)(const Source<R>&, const Plan&, const Tile<R>&, const R* x, int64_t b0, int64_t B, R* p, Prefetch&);
+  void (*dots)(const Source<R>&, const Plan&, const Tile<R>&, const R* x, int64_t b0, int64_t B, R* p,
+               Prefetch&);
   // acc[b] += sum_j p[j][b - b0] u_j
   void (*accumulate)(const Source<R>&, const Plan&, const Tile<R>&, const R* p, int64_t b0, int64_t B, R* acc,
                      Prefetch&);
@@ -32,9 +33,11 @@ static Products<R> products_for(const Source<R>& src, const Plan& pl) {
   return products_by_type(src)(pl.direct);
 }
 
-// Loads the tile that begins at t.n0, of rows before n1. Returns the rows after it, to be asked for on the way.
+// Loads the tile that begins at t.n0, of rows before n1. Returns the rows after it, to be asked for on the
+// way.
 template <class R>
-static Prefetch load_tile(const Products<R>& products, const Source<R>& src, const Plan& pl, Tile<R>& t, int64_t n1) {
+static Prefetch load_tile(const Products<R>& products, const Source<R>& src, const Plan& pl, Tile<R>& t,
+                          int64_t n1) {
   t.cnt = imin(pl.NT, n1 - t.n0);
   t.sq_max = 0;
   products.load(src, pl, t);

@@ -1,7 +1,8 @@
 // The training rows as the kernels read them.
 //
-// Kernels keep rows in the units they are stored in, u = raw + offset, so that a row costs one addition per feature; the
-// centred value is y - center = scale * u. Queries are multiplied by the scale once per sweep, accumulators at its end.
+// Kernels keep rows in the units they are stored in, u = raw + offset, so that a row costs one addition per
+// feature; the centred value is y - center = scale * u. Queries are multiplied by the scale once per sweep,
+// accumulators at its end.
 #pragma once
 #include "cpu/core/convert-inl.h"
 #include "cpu/core/memory-inl.h"
@@ -14,20 +15,21 @@ struct Source {
   Rows rows;
   const R* offset;       // [Dp] (shift - center) / scale, zero beyond d
   const double* center;  // [Dp]
-  double center_norms;   // |shift - center| + |center|: a row's rounding can be that of so much more than its own length
+  double center_norms;   // |shift - center| + |center|, whose rounding comes on top of that of a centred row
 };
 
 MK_INLINE int64_t size_of(int type) { return type == kF64 ? 8 : type == kF32 ? 4 : type == kU8 ? 1 : 2; }
 
-// The type of the rows is looked up once per sweep: each function below has one instance for each of them, and a
+// The type of the rows is looked up once per sweep: each function below has one instance for each of them,
+// and a
 // `*_for(src)` that returns the right one.
-#define MK_BY_TYPE(R, call)             \
-  switch (src.rows.type) {              \
-    case kF32: return call<R, float>;   \
-    case kBF16: return call<R, BF16>;   \
-    case kF16: return call<R, F16>;     \
-    case kU8: return call<R, uint8_t>;  \
-    default: return call<R, double>;    \
+#define MK_BY_TYPE(R, call)            \
+  switch (src.rows.type) {             \
+    case kF32: return call<R, float>;  \
+    case kBF16: return call<R, BF16>;  \
+    case kF16: return call<R, F16>;    \
+    case kU8: return call<R, uint8_t>; \
+    default: return call<R, double>;   \
   }
 
 // Features d0 .. d0 + cnt of row n, as raw + offset, into dst.
@@ -65,8 +67,9 @@ static typename Fetch<R>::F fetch_for(const Source<R>& src) {
   MK_BY_TYPE(R, fetch_typed)
 }
 
-// |x - alpha y_n|^2 by direct differences in double. The values are those that were given, not centred ones, and each
-// operation is rounded as in plain arithmetic: a query that was computed as alpha * y_n is at distance exactly 0.
+// |x - alpha y_n|^2 by direct differences in double. The values are those that were given, not centred ones,
+// and each operation is rounded as in plain arithmetic: a query that was computed as alpha * y_n is at
+// distance exactly 0.
 template <class R, class S>
 MK_INLINE Vec<double>::T difference(const R* x, const S* raw, double alpha, double scale, double shift) {
   Vec<double>::T y = Convert<double, S>::vec(raw) * scale;

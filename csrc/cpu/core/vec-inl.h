@@ -1,9 +1,11 @@
-// Vectors of the instruction set that a source file is compiled for. Two macros, set by the file that includes this one,
-// choose it: MEMOKERN_ISA_NS is the namespace of its kernels, MEMOKERN_VBYTES the bytes of a vector.
+// Vectors of the instruction set that a source file is compiled for. Two macros, set by the file that
+// includes this one, choose it: MEMOKERN_ISA_NS is the namespace of its kernels, MEMOKERN_VBYTES the bytes of
+// a vector.
 //
-// The vectors are those of GCC and Clang. Nothing here, nor in any file that includes this one, comes from the C++
-// library, and every function is `static` or in the namespace of its instruction set: of an inline function that several
-// source files have in common the linker keeps one copy for all, and that could be the one compiled for AVX-512.
+// The vectors are those of GCC and Clang. Nothing here, nor in any file that includes this one, comes from
+// the C++ library, and every function is `static` or in the namespace of its instruction set: of an inline
+// function that several source files have in common the linker keeps one copy for all, and that could be the
+// one compiled for AVX-512.
 #pragma once
 #include <stdint.h>
 #include <stdlib.h>
@@ -18,8 +20,8 @@ namespace MEMOKERN_ISA_NS {
 
 #define MK_INLINE static inline __attribute__((always_inline))
 
-// R is the compute type, float or double. T is a vector of it, U the same at any address, I a vector of integers of the
-// same width, W how many numbers a vector has.
+// R is the compute type, float or double. T is a vector of it, U the same at any address, I a vector of
+// integers of the same width, W how many numbers a vector has.
 template <class R>
 struct Vec;
 template <>
@@ -50,7 +52,8 @@ MK_INLINE typename Vec<R>::T splat(R a) {
   return a - (typename Vec<R>::T){};
 }
 
-// a > b ? a : b, which is b where a is NaN. The processor has an instruction for it that GCC does not find by itself.
+// a > b ? a : b, which is b where a is NaN. The processor has an instruction for it that GCC does not find by
+// itself.
 template <class V>
 MK_INLINE V vmax(V a, V b) {
   return a > b ? a : b;
@@ -79,8 +82,8 @@ MK_INLINE double hsum(typename Vec<R>::T v) {
   return s;
 }
 
-// Rounds v at this point: without it the compiler may fuse a product into the next sum, and then the distance of an
-// exact hit would not be 0. It also keeps v in a register, where GCC would load it again for each use.
+// Rounds v at this point: without it the compiler may fuse a product into the next sum, and then the distance
+// of an exact hit would not be 0. It also keeps v in a register, where GCC would load it again for each use.
 #if defined(__x86_64__) && (MEMOKERN_VBYTES < 64 || defined(__AVX512F__))
 #define MK_ROUND(v) __asm__("" : "+x"(v))
 #elif defined(__aarch64__)

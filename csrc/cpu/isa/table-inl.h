@@ -1,4 +1,5 @@
-// The table of one instruction set. Each source file in this folder sets the namespace and the width, then includes this.
+// The table of one instruction set. Each source file in this folder sets the namespace and the width, then
+// includes this.
 #pragma once
 #include "cpu/listed/listed_backward-inl.h"
 #include "cpu/nearest/nearest-inl.h"

@@ -1,9 +1,9 @@
-// The posterior over a list of rows for each query. Every logit comes from direct differences in double, so that exact
-// hits are exact and ties stay ties.
+// The posterior over a list of rows for each query. Every logit comes from direct differences in double, so
+// that exact hits are exact and ties stay ties.
 //
-// A query's list is cut into pieces where there are fewer queries than the threads could share evenly. Each piece has a
-// State and an accumulator, which merge() joins. A piece goes over its rows twice: for their logits, then to add up those
-// that have weight.
+// A query's list is cut into pieces where there are fewer queries than the threads could share evenly. Each
+// piece has a State and an accumulator, which merge() joins. A piece goes over its rows twice: for their
+// logits, then to add up those that have weight.
 #pragma once
 #include "cpu/posterior/finish-inl.h"
 
@@ -20,11 +20,11 @@ struct Piece {
   int64_t b, i0, i1;  // rows index[i0] .. index[i1 - 1] of query b
   bool alone;         // the query has no other piece
   State st;
-  double* sum;  // [D] sum of e^(v - m) y, in the backward pass of q y; a piece that is alone uses its thread's own
+  double* sum;  // [D] sum of e^(v - m) y, in the backward pass of q y; its thread's own where it is alone
 };
 
-// The rows as they are, without a centre, in double: so are the queries, which changes nothing, and one instance of the
-// code serves float and double.
+// The rows as they are, without a centre, in double: so are the queries, which changes nothing, and one
+// instance of the code serves float and double.
 struct ListedRows {
   Source<double> src;  // a value is scale (raw + shift / scale)
   Exact<double>::F exact;
@@ -117,8 +117,10 @@ static Query<double> listed_query(const Queries& in, const double* x, int64_t b,
   return q;
 }
 
-// The state of `count` rows n of a piece. t holds their squared distances and becomes their weights e^(v - m).
-static State weigh_listed(const Query<double>& q, const double* bias, const int64_t* n, double* t, int64_t count) {
+// The state of `count` rows n of a piece. t holds their squared distances and becomes their weights e^(v -
+// m).
+static State weigh_listed(const Query<double>& q, const double* bias, const int64_t* n, double* t,
+                          int64_t count) {
   State st = empty_state();
   double key = 0;
   if (q.mode == kZeroSigma) {
@@ -160,8 +162,8 @@ static bool valid(const RowLists& list, int64_t B, int64_t N) {
   return good;
 }
 
-// Cuts all lists into pieces and returns how many: each query has at least one, and no thread is left with much more than
-// its share. Without `pieces` it only counts them.
+// Cuts all lists into pieces and returns how many: each query has at least one, and no thread is left with
+// much more than its share. Without `pieces` it only counts them.
 static int64_t cut_lists(const RowLists& list, int64_t B, int threads, Piece* pieces) {
   const int64_t size = imax(PIECE_ROWS, list.start[B] / (4 * threads) + 1);
   int64_t k = 0;
@@ -179,8 +181,8 @@ static int64_t cut_lists(const RowLists& list, int64_t B, int threads, Piece* pi
   return k;
 }
 
-// Gives the pieces that are to be joined an accumulator each, from `sums`, and returns how many there are. Where only the
-// number is wanted, Dp may be 0.
+// Gives the pieces that are to be joined an accumulator each, from `sums`, and returns how many there are.
+// Where only the number is wanted, Dp may be 0.
 static int64_t place_sums(Piece* pieces, int64_t count, int64_t Dp, double* sums) {
   int64_t k = 0;
   for (int64_t i = 0; i < count; i++) {

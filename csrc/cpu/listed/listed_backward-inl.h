@@ -1,13 +1,18 @@
 // The gradient of the posterior over lists.
 //
-// With w = softmax(l / T) over the list, gL, gE, gb, gS the gradients for log_z, mean_logit, mean_bias, weight_sq,
-// h = <g, y> + gE l + gb b + 2 gS w and q = w (gL + gE + (h - sum w h) / T):
-//   grad_x = sum q (alpha y - x) / sigma^2, grad_sigma = sum q r^2 / sigma^3, grad_alpha = sum q <x - alpha y, y> / sigma^2,
-//   grad_T = gL (L - E) / T - sum w (l - E) h / T^2, grad_b = q + gb w.
+// Let w = softmax(l / T) over the list, and gL, gE, gb, gS the gradients for log_z, mean_logit, mean_bias and
+// weight_sq. With h = <g, y> + gE l + gb b + 2 gS w and q = w (gL + gE + (h - sum w h) / T):
+// - grad_x = sum q (alpha y - x) / sigma^2
+// - grad_sigma = sum q r^2 / sigma^3
+// - grad_alpha = sum q <x - alpha y, y> / sigma^2
+// - grad_T = gL (L - E) / T - sum w (l - E) h / T^2
+// - grad_b = q + gb w
+//
 // At sigma = 0 only the nearest rows have weight, and only the bias and the temperature still move it.
 //
-// The weights are computed anew in double. Three passes follow each other, because the coefficients of a query need the
-// products of its whole list: products of each piece, coefficients of each query, and the sum over each piece's rows.
+// The weights are computed anew in double. Three passes follow each other, because the coefficients of a
+// query need the products of its whole list: products of each piece, coefficients of each query, and the sum
+// over each piece's rows.
 #pragma once
 #include "cpu/listed/listed-inl.h"
 
@@ -20,8 +25,11 @@ struct ListedBackward {
   const RowLists* list;
   const SumsIn* grads;
   const Gradients* out;
-  // Of each listed row [M]: weights, later q; <g, y>, later what the bias gets; <x - alpha y, y>; |x - alpha y|^2.
-  double *t, *gy, *xy, *r2;
+  // For each listed row [M]:
+  double* t;   // its weight, later q
+  double* gy;  // <g, y>, later what the bias gets
+  double* xy;  // <x - alpha y, y>
+  double* r2;  // |x - alpha y|^2
 };
 
 // One pass over a piece's rows: r^2, <g, y>, <x - alpha y, y>.
@@ -95,7 +103,8 @@ static void listed_coefficients(const ListedBackward& s, int64_t b, const Query<
   s.out->temperature[b] = gL * (L - E) / T - temp / T / T;
 }
 
-static void listed_backward_finish(const ListedBackward& s, const Piece& c, const Query<double>& q, const double* x) {
+static void listed_backward_finish(const ListedBackward& s, const Piece& c, const Query<double>& q,
+                                   const double* x) {
   const int64_t D = s.p->src.rows.d;
   const bool not_finite = q.mode == kNotFinite, constant = not_finite || q.mode == kZeroSigma;
   double total = 0;
@@ -107,20 +116,21 @@ static void listed_backward_finish(const ListedBackward& s, const Piece& c, cons
   if (not_finite) s.out->sigma[c.b] = s.out->alpha[c.b] = s.out->temperature[c.b] = v;
 }
 
-static int run_posterior_listed_backward(const Rows& rows, const Queries& in, const RowLists& list, const SumsIn& grads,
-                                         const Gradients& out, int threads) {
+static int run_posterior_listed_backward(const Rows& rows, const Queries& in, const RowLists& list,
+                                         const SumsIn& grads, const Gradients& out, int threads) {
   if (out.bias) memset((void*)out.bias, 0, rows.n * sizeof(double));
   if (in.b == 0) return kDone;
   if (!valid(list, in.b, rows.n)) return kNotLists;
   ListedRows p;
   Arena arena, joined;
-  const int64_t D = rows.d, Dp = round_up(D, 64), M = list.count, count = cut_lists(list, in.b, threads, nullptr);
+  const int64_t D = rows.d, Dp = round_up(D, 64), M = list.count,
+                count = cut_lists(list, in.b, threads, nullptr);
   const int workers = (int)imax(1, imin(threads, count));
   if (!p.prepare(rows) || !arena.reserve(Arena::bytes<Piece>(count) + 4 * Arena::bytes<double>(M) +
-                                         Arena::bytes<Query<double> >(in.b)))
+                                         Arena::bytes<Query<double>>(in.b)))
     return kNoMemory;
   Piece* pieces = arena.take<Piece>(count);
-  Query<double>* queries = arena.take<Query<double> >(in.b);
+  Query<double>* queries = arena.take<Query<double>>(in.b);
   double *t = arena.take<double>(M), *gy = arena.take<double>(M);
   double *xy = arena.take<double>(M), *r2 = arena.take<double>(M);
   cut_lists(list, in.b, threads, pieces);
@@ -162,8 +172,7 @@ static int run_posterior_listed_backward(const Rows& rows, const Queries& in, co
     const Query<double>& q = queries[a.b];
     for (; k < count && pieces[k].b == a.b; k++)
       for (int64_t d = 0; d < D && q.mode != kNotFinite; d++) a.sum[d] += pieces[k].sum[d];
-    if (!a.alone || q.mode == kNotFinite)
-      listed_backward_finish(s, a, q, query_in_double(in, a.b, D, wide));
+    if (!a.alone || q.mode == kNotFinite) listed_backward_finish(s, a, q, query_in_double(in, a.b, D, wide));
   }
   if (!out.bias || failed) return failed;
   for (int64_t b = 0; b < in.b; b++) {  // in order, so that any number of threads gives the same

@@ -1,9 +1,9 @@
 // nearest: the k rows of least |x - y|^2, exactly.
 //
-// The sweep's first product gives every squared distance up to a bound for the worst case (bound_error); a row whose
-// distance could be among the k best is evaluated by direct differences in double. Each part keeps k pairs (distance,
-// index) per query in ascending order, of equal distances the lower index first. Parts are joined by inserting the list
-// of one into that of another.
+// The sweep's first product gives every squared distance up to a bound for the worst case (bound_error); a
+// row whose distance could be among the k best is evaluated by direct differences in double. Each part keeps
+// k pairs (distance, index) per query in ascending order, of equal distances the lower index first. Parts are
+// joined by inserting the list of one into that of another.
 #pragma once
 #include "cpu/posterior/sweep-inl.h"
 
@@ -23,8 +23,8 @@ MK_INLINE void insert_neighbour(double* dist, int64_t* index, int64_t k, double 
 
 // Rows n0 .. n1 for queries b0 .. b0 + B; dist and index [B][k] receive their lists.
 template <class R>
-static void nearest_sweep(const Source<R>& src, const Queries& in, const Plan& pl, int64_t b0, int64_t B, int64_t n0,
-                          int64_t n1, int64_t k, double* dist, int64_t* index, SweepWork<R>& w) {
+static void nearest_sweep(const Source<R>& src, const Queries& in, const Plan& pl, int64_t b0, int64_t B,
+                          int64_t n0, int64_t n1, int64_t k, double* dist, int64_t* index, SweepWork<R>& w) {
   const Products<R> products = products_for(src, pl);
   enum { W = Vec<R>::W };
   load_queries(src, in, pl, b0, B, w);
@@ -69,7 +69,7 @@ static int nearest_typed(const Rows& rows, const Queries& given, const Neighbour
   in.bias = nullptr;
   in.weighting = kGaussian;
   const int parts = (int)imax(1, imin(threads, tiles));
-  WorkSpaces<SweepWork<R> > list(parts);
+  WorkSpaces<SweepWork<R>> list(parts);
   Arena lists;
   if (!list.items ||
       !lists.reserve(parts * (Arena::bytes<double>(pl.B * k) + Arena::bytes<int64_t>(pl.B * k))))
@@ -83,8 +83,8 @@ static int nearest_typed(const Rows& rows, const Queries& given, const Neighbour
 #pragma omp parallel for num_threads(parts) schedule(static, 1) if (parts > 1)
     for (int i = 0; i < parts; i++)
       nearest_sweep(c.src, in, pl, b0, B, imin(rows.n, tiles * i / parts * pl.NT),
-                    imin(rows.n, tiles * (i + 1) / parts * pl.NT), k, dist + i * pl.B * k, index + i * pl.B * k,
-                    list.items[i]);
+                    imin(rows.n, tiles * (i + 1) / parts * pl.NT), k, dist + i * pl.B * k,
+                    index + i * pl.B * k, list.items[i]);
     for (int64_t b = 0; b < B; b++) {
       const bool not_finite = list.items[0].q[b].mode == kNotFinite;
       double* d = out.sq_dist + (b0 + b) * k;
@@ -102,7 +102,8 @@ static int nearest_typed(const Rows& rows, const Queries& given, const Neighbour
 }
 
 static int run_nearest(const Rows& rows, const Queries& in, const Neighbours& out, int threads) {
-  return in.f64 ? nearest_typed<double>(rows, in, out, threads) : nearest_typed<float>(rows, in, out, threads);
+  return in.f64 ? nearest_typed<double>(rows, in, out, threads)
+                : nearest_typed<float>(rows, in, out, threads);
 }
 
 }  // namespace MEMOKERN_ISA_NS

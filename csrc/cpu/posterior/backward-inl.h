@@ -1,13 +1,16 @@
 // posterior_backward: the same sweep again, with the weights taken from log_z.
 //
-// A part owns a range of rows and streams tiles. For each tile it needs the products of the rows with the queries and
-// with the gradients that arrive for the mean, and makes of them the coefficient of every (query, row); these are then
-// accumulated like weights: three products to the forward's two.
+// A part owns a range of rows and streams tiles. For each tile it needs the products of the rows with the
+// queries and with the gradients that arrive for the mean, and makes of them the coefficient of every (query,
+// row); these are then accumulated like weights: three products to the forward's two.
 //
-// With w = softmax(l / T), gL, gE, gb, gS the gradients for log_z, mean_logit, mean_bias, weight_sq, and
-//   h_n = <g, y_n - mean> / T + (gE (l_n - E) + gb (b_n - Eb) + 2 gS (w_n - S)) / T,    q_n = w_n (gL + gE + h_n),
-// q_n is the gradient for the logit l_n, so grad_x = sum q dl/dx and so on for sigma and alpha; grad_bias_n = q_n + gb w_n
-// and grad_T = gL (L - E) / T - sum w (l - E) h / T. E, Eb and S are mean_logit, mean_bias and weight_sq.
+// Let w = softmax(l / T), and gL, gE, gb, gS the gradients for log_z, mean_logit, mean_bias and weight_sq,
+// whose values are L, E, Eb and S. With
+// - h_n = (<g, y_n - mean> + gE (l_n - E) + gb (b_n - Eb) + 2 gS (w_n - S)) / T,
+// - q_n = w_n (gL + gE + h_n),
+//
+// q_n is the gradient for the logit l_n. So grad_x = sum q dl/dx, and so on for sigma and alpha;
+// grad_bias_n = q_n + gb w_n, and grad_T = gL (L - E) / T - sum w (l - E) h / T.
 #pragma once
 #include "cpu/posterior/sweep-inl.h"
 
@@ -21,29 +24,32 @@ struct BackwardArgs {
 
 // The sums of a query over the rows of a part.
 struct BackwardSums {
-  double w, drift;  // sum of w; sum of w <g, y - mean> / T, which is 0 but for rounding, and subtracted at the end
-  double q, qc;     // sums of q, and of q c but for the rows in `near`, where d l / d x = c (alpha y - x)
-  double ql;        // sum of q (l - b)
-  double qa, wa;    // sums of q c <x - alpha y, yc>, and of w <x - alpha y, yc>
-  double temp;      // sum of w (l - E) h
+  double w;       // sum of w
+  double drift;   // sum of w <g, y - mean> / T, which is 0 but for rounding, and subtracted at the end
+  double q, qc;   // sums of q, and of q c but for the rows in `near`, where d l / d x = c (alpha y - x)
+  double ql;      // sum of q (l - b)
+  double qa, wa;  // sums of q c <x - alpha y, yc>, and of w <x - alpha y, yc>
+  double temp;    // sum of w (l - E) h
 };
 
 template <class R>
 struct BackwardWork {
   SweepWork<R> fwd;
-  R *g, *pg;             // the gradients of the mean, laid out as the queries; [NT][Ps] their products with the rows
-  R *dot, *dot_g;        // [NT] the products of one query
-  R* logit;              // [NT]
-  double* row;           // [D] a row as given
-  R* near;               // [B][Dp] sum of q c (alpha y - x) over the rows that are taken by direct differences
-  double* g_shift;       // [B] <g, mean - center>
-  BackwardSums* sums;    // [B]
-  double* grad_bias;     // [N] or null
+  R* g;                // [Bp][Dp] the gradients of the mean, laid out as the queries
+  R* pg;               // [NT][Ps] their products with the rows
+  R *dot, *dot_g;      // [NT] the products of one query
+  R* logit;            // [NT]
+  double* row;         // [D] a row as given
+  R* near;             // [B][Dp] sum of q c (alpha y - x) over the rows that are taken by direct differences
+  double* g_shift;     // [B] <g, mean - center>
+  BackwardSums* sums;  // [B]
+  double* grad_bias;   // [N] or null
   Arena arena;
   bool reserve(const Plan& pl, bool bias, int64_t N) {
     if (!fwd.reserve(pl, bias)) return false;
-    if (!arena.reserve(Arena::bytes<R>(pl.Bp * pl.Dp) + Arena::bytes<R>(pl.B * pl.Dp) + Arena::bytes<R>(pl.NT * pl.Ps) +
-                       3 * Arena::bytes<R>(pl.NT) + Arena::bytes<double>(pl.B) + Arena::bytes<double>(pl.D) +
+    if (!arena.reserve(Arena::bytes<R>(pl.Bp * pl.Dp) + Arena::bytes<R>(pl.B * pl.Dp) +
+                       Arena::bytes<R>(pl.NT * pl.Ps) + 3 * Arena::bytes<R>(pl.NT) +
+                       Arena::bytes<double>(pl.B) + Arena::bytes<double>(pl.D) +
                        Arena::bytes<BackwardSums>(pl.B) + (bias ? Arena::bytes<double>(N) : 0)))
       return false;
     g = arena.take<R>(pl.Bp * pl.Dp);
@@ -75,20 +81,22 @@ static void exact_row(const Source<R>& src, const Query<R>& q, const double* mea
   out[2] = gy;
 }
 
-// One tile for query b. p holds the products of the rows with the query and becomes the coefficients q c; pg holds those
-// with the gradient of the mean.
+// One tile for query b. p holds the products of the rows with the query and becomes the coefficients q c; pg
+// holds those with the gradient of the mean.
 template <class R>
-static void backward_tile(const TileContext<R>& s, const BackwardArgs& io, const Query<R>& q, int64_t b, double g_shift,
-                          double* row, R* logit, R* p, R* pg, R* near, BackwardSums& a, double* grad_bias) {
+static void backward_tile(const TileContext<R>& s, const BackwardArgs& io, const Query<R>& q, int64_t b,
+                          double g_shift, double* row, R* logit, R* p, R* pg, R* near, BackwardSums& a,
+                          double* grad_bias) {
   const bool is_log = q.mode == kLogWeighting;
-  const double T = q.temperature, E = io.sums.mean_logit[b], Eb = io.sums.mean_bias[b], S = io.sums.weight_sq[b];
+  const double T = q.temperature, E = io.sums.mean_logit[b], Eb = io.sums.mean_bias[b],
+               S = io.sums.weight_sq[b];
   const double gL = io.grads.log_z[b], gE = io.grads.mean_logit[b], gb = io.grads.mean_bias[b];
   const double gS = io.grads.weight_sq[b];
   const double common = is_log ? 0 : q.shared * T, tz = (io.sums.log_z[b] + common) / T, err = error_of(q, s);
   const double lo = err > Precision<R>::theta ? threshold<R>(tz, err) : kInf, half = 0.5 * (double)s.D;
   const double delta = is_log ? error_of_r2(q, s) : 0;
-  if (!is_log && (double)logits(q, s, p, logit) < tz + least_difference(R(0)) - err) {  // no row of the tile has weight
-    for (int64_t j = 0; j < s.tile->cnt; j++) p[j] = 0;
+  if (!is_log && (double)logits(q, s, p, logit) < tz + least_difference(R(0)) - err) {
+    for (int64_t j = 0; j < s.tile->cnt; j++) p[j] = 0;  // no row of the tile has weight
     return;
   }
   for (int64_t j = 0; j < s.tile->cnt; j++) {
@@ -99,7 +107,8 @@ static void backward_tile(const TileContext<R>& s, const BackwardArgs& io, const
       r2 = q.xx - 2 * ((double)p[j] * q.a1 - (double)s.tile->sq[j] * q.a2);
       const double least = r2 - delta, e = least > 0 ? half * delta / least / T : kInf;
       const double high = least > 0 ? (bj - half * __builtin_log(least / s.D)) / T : kInf;
-      direct = bj != -kInf && e > Precision<R>::theta && high > tz + __builtin_log(Precision<R>::theta / dmin(1, e));
+      direct = bj != -kInf && e > Precision<R>::theta &&
+               high > tz + __builtin_log(Precision<R>::theta / dmin(1, e));
       t = high;
     } else {
       t = logit[j];
@@ -208,7 +217,8 @@ static void join_backward_parts(const Plan& pl, BackwardWork<R>* work, int parts
 // From the sums over all rows to the gradients of query b, which is the block's query `row`.
 template <class R>
 static void backward_finish(const Source<R>& src, const Plan& pl, const Queries& in, const BackwardArgs& io,
-                            const Query<R>& q, const BackwardSums& a, R* acc, const R* near, int64_t row, int64_t b) {
+                            const Query<R>& q, const BackwardSums& a, R* acc, const R* near, int64_t row,
+                            int64_t b) {
   R* gx = (R*)io.out.x + b * pl.D;
   if (!has_gradient(q)) {
     const double v = q.mode == kNotFinite ? __builtin_nan("") : 0;

@@ -1,19 +1,21 @@
-// posterior_backward as a call: how it is shared among threads, how parts are joined, and the queries at a limit.
+// posterior_backward as a call: how it is shared among threads, how parts are joined, and the queries at a
+// limit.
 #pragma once
 #include "cpu/posterior/backward-inl.h"
 
 namespace memokern {
 namespace MEMOKERN_ISA_NS {
 
-// A query of which only the nearest rows have weight: at sigma = 0, or where it hits a row exactly with weighting "log".
-// Only the bias and the temperature still move it. r2 [N] is work space. Without a bias, the temperature alone moves it,
-// and only where log_z is finite.
+// A query of which only the nearest rows have weight: at sigma = 0, or where it hits a row exactly with
+// weighting "log". Only the bias and the temperature still move it. r2 [N] is work space. Without a bias, the
+// temperature alone moves it, and only where log_z is finite.
 template <class R>
 static void backward_zero_sigma(const TileContext<R>& s, const BackwardArgs& io, const Query<R>& q, int64_t b,
                                 double* row, double* r2, double* grad_bias, int threads) {
   const int64_t N = s.src->rows.n, D = s.D;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-  for (int64_t n = 0; n < N; n++) r2[n] = s.bias && s.bias[n] == -kInf ? kInf : s.exact(*s.src, n, q.x, q.alpha);
+  for (int64_t n = 0; n < N; n++)
+    r2[n] = s.bias && s.bias[n] == -kInf ? kInf : s.exact(*s.src, n, q.x, q.alpha);
   double best = kInf, m = -kInf, z = 0, exact[3];
   for (int64_t n = 0; n < N; n++) best = dmin(best, r2[n]);
   for (int64_t n = 0; n < N; n++)
@@ -49,7 +51,7 @@ static int backward_typed(const Rows& rows, const Queries& in, const BackwardArg
   const int64_t blocks = (in.b + pl.B - 1) / pl.B, tiles = (rows.n + pl.NT - 1) / pl.NT;
   const bool by_queries = blocks >= 2 * threads || tiles < 2;
   const int parts = (int)imax(1, imin(threads, by_queries ? blocks : tiles));
-  WorkSpaces<BackwardWork<R> > list(parts);
+  WorkSpaces<BackwardWork<R>> list(parts);
   BackwardWork<R>* work = list.items;
   if (!work) return kNoMemory;
   for (int i = 0; i < parts; i++)
@@ -57,7 +59,8 @@ static int backward_typed(const Rows& rows, const Queries& in, const BackwardArg
   for (int64_t k0 = 0; k0 < blocks; k0 += by_queries ? blocks : 1) {
 #pragma omp parallel for num_threads(parts) schedule(static, 1) if (parts > 1)
     for (int i = 0; i < parts; i++) {
-      const int64_t first = by_queries ? blocks * i / parts : k0, last = by_queries ? blocks * (i + 1) / parts : k0 + 1;
+      const int64_t first = by_queries ? blocks * i / parts : k0,
+                    last = by_queries ? blocks * (i + 1) / parts : k0 + 1;
       for (int64_t k = first; k < last; k++) {
         const int64_t b0 = k * pl.B, B = imin(pl.B, in.b - b0);
         const int64_t n0 = by_queries ? 0 : imin(rows.n, tiles * i / parts * pl.NT);
@@ -65,15 +68,16 @@ static int backward_typed(const Rows& rows, const Queries& in, const BackwardArg
         backward_sweep(c.src, in, io, pl, b_max, b0, B, n0, n1, work[i]);
         if (!by_queries) continue;
         for (int64_t b = 0; b < B; b++)
-          backward_finish(c.src, pl, in, io, work[i].fwd.q[b], work[i].sums[b], work[i].fwd.acc, work[i].near, b,
-                          b0 + b);
+          backward_finish(c.src, pl, in, io, work[i].fwd.q[b], work[i].sums[b], work[i].fwd.acc, work[i].near,
+                          b, b0 + b);
       }
     }
     if (by_queries) break;
     const int64_t b0 = k0 * pl.B, B = imin(pl.B, in.b - b0);
     for (int64_t b = 0; b < B; b++) {
       join_backward_parts(pl, work, parts, b);
-      backward_finish(c.src, pl, in, io, work[0].fwd.q[b], work[0].sums[b], work[0].fwd.acc, work[0].near, b, b0 + b);
+      backward_finish(c.src, pl, in, io, work[0].fwd.q[b], work[0].sums[b], work[0].fwd.acc, work[0].near, b,
+                      b0 + b);
     }
   }
   const TileContext<R> s = make_tile_context(c.src, pl, in.bias, b_max, work[0].fwd);
@@ -97,10 +101,11 @@ static int backward_typed(const Rows& rows, const Queries& in, const BackwardArg
   return kDone;
 }
 
-static int run_posterior_backward(const Rows& rows, const Queries& in, const SumsIn& sums, const SumsIn& grads,
-                                  const Gradients& out, int threads) {
+static int run_posterior_backward(const Rows& rows, const Queries& in, const SumsIn& sums,
+                                  const SumsIn& grads, const Gradients& out, int threads) {
   const BackwardArgs io = {sums, grads, out};
-  return in.f64 ? backward_typed<double>(rows, in, io, threads) : backward_typed<float>(rows, in, io, threads);
+  return in.f64 ? backward_typed<double>(rows, in, io, threads)
+                : backward_typed<float>(rows, in, io, threads);
 }
 
 }  // namespace MEMOKERN_ISA_NS

@@ -11,14 +11,15 @@ struct Output {
   const States* states;
 };
 
-// log_z, mean_logit, mean_bias and weight_sq of query b. A query without rows that have weight has log_z = -inf and
-// knows nothing else; one that is not finite knows nothing at all.
+// log_z, mean_logit, mean_bias and weight_sq of query b. A query without rows that have weight has log_z =
+// -inf and knows nothing else; one that is not finite knows nothing at all.
 template <class R>
 static void write_stats(const Query<R>& q, const State& st, int64_t b, const Sums& out) {
   const double nan = __builtin_nan("");
   double log_z = nan, mean_logit = nan, mean_bias = nan, weight_sq = nan;
   if (q.mode != kNotFinite && st.s > 0) {
-    const double lse = q.temperature * (st.m + __builtin_log(st.s)), mean = q.temperature * (st.m + st.s_v / st.s);
+    const double lse = q.temperature * (st.m + __builtin_log(st.s)),
+                 mean = q.temperature * (st.m + st.s_v / st.s);
     mean_bias = st.s_bias / st.s;
     weight_sq = st.s_sq / (st.s * st.s);
     if (q.mode == kSoftmax) {
@@ -55,8 +56,8 @@ static void write_state(const Query<R>& q, const State& st, int64_t b, const Sta
   out.s_sq[b] = v.s_sq;
 }
 
-// All results of query b. run(d) is where its accumulator has the features d .. d + 2 W, d a multiple of 2 W; `unit` is
-// what a unit of the accumulator is in those of the rows' values.
+// All results of query b. run(d) is where its accumulator has the features d .. d + 2 W, d a multiple of 2 W;
+// `unit` is what a unit of the accumulator is in those of the rows' values.
 template <class R, class Run>
 static void finish(const Source<R>& src, const Query<R>& q, const State& st, double unit, Run run, int64_t b,
                    const Output& out) {

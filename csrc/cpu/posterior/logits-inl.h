@@ -1,8 +1,9 @@
 // The approximate logits of a tile, and which of them must be evaluated exactly.
 //
-// A logit is handled as t (query-inl.h), whose error is error_of(). Every row whose weight that error could change by
-// more than theta is evaluated again by direct differences in double. The m of a state is the full l / T, so that exact
-// logits lose nothing to the part that t leaves out. Queries lie side by side in P [NT][Ps], W to a vector.
+// A logit is handled as t (query-inl.h), whose error is error_of(). Every row whose weight that error could
+// change by more than theta is evaluated again by direct differences in double. The m of a state is the full
+// l / T, so that exact logits lose nothing to the part that t leaves out. Queries lie side by side in P
+// [NT][Ps], W to a vector.
 #pragma once
 #include "cpu/core/exp-inl.h"
 #include "cpu/core/query-inl.h"
@@ -22,14 +23,15 @@ struct TileContext {
   const R* tile_bias;    // [NT] the bias of the tile's rows, or null
   const R* finite_bias;  // [NT] the same with 0 for -inf
   double b_max;          // the largest |bias| that is not infinite
-  R least;               // where t - m is below it, e^(t - m) may be 0: at it, all N rows together would move the sum,
-                         // which is at least 1, by less than a tenth of theta
-  int* exact_row;        // [W][NT] rows that are evaluated exactly,
-  double* exact_value;   // [W][NT] their logits (at sigma = 0 first their squared distances)
-  R* columns;            // [W][NT] the products of a query, side by side
+  R least;  // where t - m is below it, e^(t - m) may be 0: at it, all N rows together would move the sum,
+            // which is at least 1, by less than a tenth of theta
+  int* exact_row;       // [W][NT] rows that are evaluated exactly,
+  double* exact_value;  // [W][NT] their logits (at sigma = 0 first their squared distances)
+  R* columns;           // [W][NT] the products of a query, side by side
 };
 
-// The error of t in this tile. It is infinite where a product could overflow: then every row is evaluated exactly.
+// The error of t in this tile. It is infinite where a product could overflow: then every row is evaluated
+// exactly.
 template <class R>
 MK_INLINE double error_of(const Query<R>& q, const TileContext<R>& s) {
   const double y2 = s.tile->sq_max;
@@ -41,7 +43,8 @@ template <class R>
 MK_INLINE double error_of_r2(const Query<R>& q, const TileContext<R>& s) {
   return 2 * error_of(q, s) + 4e-6 * Precision<R>::u * q.xx;
 }
-// At sigma = 0: a row whose t = (|xc|^2 - r^2) / 2 is computed to be below this is surely farther away than r^2 = key.
+// At sigma = 0: a row whose t = (|xc|^2 - r^2) / 2 is computed to be below this is surely farther away than
+// r^2 = key.
 template <class R>
 MK_INLINE double nearness(const Query<R>& q, double key, double err) {
   return 0.5 * (q.xx - key) - err - (key < kInf ? (q.d + 16) * 1.2e-16 * key : 0);
@@ -54,13 +57,15 @@ template <class R>
 MK_INLINE double exact_r2(const Query<R>& q, const TileContext<R>& s, int64_t j) {
   return s.exact(*s.src, s.tile->n0 + j, q.x, q.alpha);
 }
-// At most ln x, and at least ln x - 0.06, for a normal x > 0 and without a call: log2 of (1 + f) 2^k is at least k + f.
+// At most ln x, and at least ln x - 0.06, for a normal x > 0 and without a call: log2 of (1 + f) 2^k is at
+// least k + f.
 MK_INLINE double log_below(double x) {
   int64_t bits;
   memcpy(&bits, &x, sizeof bits);
   return ((double)bits * 0x1p-52 - 1023.001) * 0.6931471805599453;
 }
-// A row whose t is computed to be at most this may stay as it is, where `lower` is a lower bound of log sum e^t.
+// A row whose t is computed to be at most this may stay as it is, where `lower` is a lower bound of log sum
+// e^t.
 template <class R>
 MK_INLINE double threshold(double lower, double err) {
   return lower + log_below(Precision<R>::theta / dmin(1, err)) - err;
@@ -90,8 +95,8 @@ MK_INLINE void set_lane(QueryGroup<R>& g, int e, const Query<R>& q) {
   g.a2[e] = (R)q.a2;
   g.inv_t[e] = (R)q.inv_t;
 }
-// The same for W queries. It reads copies of its arguments' fields, because as far as the compiler knows the store of a
-// vector may change anything.
+// The same for W queries. It reads copies of its arguments' fields, because as far as the compiler knows the
+// store of a vector may change anything.
 template <class R>
 MK_INLINE typename Vec<R>::T logits(const QueryGroup<R>& g, const TileContext<R>& s, R* p) {
   typedef typename Vec<R>::T V;
@@ -108,12 +113,12 @@ MK_INLINE typename Vec<R>::T logits(const QueryGroup<R>& g, const TileContext<R>
   return top;
 }
 
-// Takes the rows that must be evaluated exactly out of a column of t, whose numbers lie `stride` apart and whose largest
-// is `top`. Their logits go to `value`. m is raised to the largest logit that is left, exact or not. Returns how many
-// rows were taken.
+// Takes the rows that must be evaluated exactly out of a column of t, whose numbers lie `stride` apart and
+// whose largest is `top`. Their logits go to `value`. m is raised to the largest logit that is left, exact or
+// not. Returns how many rows were taken.
 template <class R>
-static int take_inexact(const Query<R>& q, const TileContext<R>& s, const State& st, R* p, int64_t stride, double top,
-                        double err, int* row, double* value, double& m) {
+static int take_inexact(const Query<R>& q, const TileContext<R>& s, const State& st, R* p, int64_t stride,
+                        double top, double err, int* row, double* value, double& m) {
   const bool all = err == kInf;
   const double known = st.s > 0 ? st.m + q.shared : -kInf, least = dmax(known, top - err);
   if (!all && top <= least + Precision<R>::log_theta - err) return 0;  // what follows can only be stricter

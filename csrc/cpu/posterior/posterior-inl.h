@@ -1,4 +1,5 @@
-// posterior and posterior_state: which sweep answers a call, how it is shared among threads, and how parts are joined.
+// posterior and posterior_state: which sweep answers a call, how it is shared among threads, and how parts
+// are joined.
 #pragma once
 #include "cpu/posterior/small-inl.h"
 
@@ -13,20 +14,23 @@ static void join_parts(const Plan& pl, SweepWork<R>* work, int parts, int64_t b)
     merge(work[0].st[b], work[i].st[b], fa, fb);
     for (int64_t d = 0; d < pl.Dp; d += 2 * Vec<R>::W) {
       R *a = acc_at(pl, work[0].acc, b, d), *z = acc_at(pl, work[i].acc, b, d);
-      for (int e = 0; e < 2 * Vec<R>::W; e++) a[e] = (R)((fa == 0 ? 0 : fa * a[e]) + (fb == 0 ? 0 : fb * z[e]));
+      for (int e = 0; e < 2 * Vec<R>::W; e++)
+        a[e] = (R)((fa == 0 ? 0 : fa * a[e]) + (fb == 0 ? 0 : fb * z[e]));
     }
   }
 }
 
-// The sweep for any number of features. Threads share the blocks of queries where these are many, else the rows.
+// The sweep for any number of features. Threads share the blocks of queries where these are many, else the
+// rows.
 template <class R>
-static int posterior_general(const CentredRows<R>& c, const Queries& in, const Output& out, double b_max, int threads) {
+static int posterior_general(const CentredRows<R>& c, const Queries& in, const Output& out, double b_max,
+                             int threads) {
   const Rows& rows = c.src.rows;
   const Plan pl = make_plan<R>(in.b, rows, true);
   const int64_t blocks = (in.b + pl.B - 1) / pl.B, tiles = (rows.n + pl.NT - 1) / pl.NT;
   const bool by_queries = blocks >= 2 * threads || tiles < 2;
   int parts = (int)imax(1, imin(threads, by_queries ? blocks : tiles));
-  WorkSpaces<SweepWork<R> > list(parts);
+  WorkSpaces<SweepWork<R>> list(parts);
   SweepWork<R>* work = list.items;
   if (!work) return kNoMemory;
   for (int i = 0; i < parts; i++)
@@ -105,7 +109,8 @@ static int posterior_typed(const Rows& rows, const Queries& in, const Output& ou
   if (in.b == 0) return kDone;
   const double b_max = largest_bias(in.bias, rows.n);
   const bool few = in.b < 32 && (rows.d > 4 || rows.n > FEW_ROWS);
-  if (rows.d > SMALL_D || few || in.weighting != kGaussian) return posterior_general(c, in, out, b_max, threads);
+  if (rows.d > SMALL_D || few || in.weighting != kGaussian)
+    return posterior_general(c, in, out, b_max, threads);
   const int parts = (int)imax(1, imin(threads, in.b / (2 * W)));
   Arena marks;
   if (!marks.reserve(Arena::bytes<char>(in.b))) return kNoMemory;
@@ -125,11 +130,13 @@ static int posterior_typed(const Rows& rows, const Queries& in, const Output& ou
 
 static int run_posterior(const Rows& rows, const Queries& in, const Sums& sums, int threads) {
   const Output out = {&sums, nullptr};
-  return in.f64 ? posterior_typed<double>(rows, in, out, threads) : posterior_typed<float>(rows, in, out, threads);
+  return in.f64 ? posterior_typed<double>(rows, in, out, threads)
+                : posterior_typed<float>(rows, in, out, threads);
 }
 static int run_posterior_state(const Rows& rows, const Queries& in, const States& states, int threads) {
   const Output out = {nullptr, &states};
-  return in.f64 ? posterior_typed<double>(rows, in, out, threads) : posterior_typed<float>(rows, in, out, threads);
+  return in.f64 ? posterior_typed<double>(rows, in, out, threads)
+                : posterior_typed<float>(rows, in, out, threads);
 }
 
 }  // namespace MEMOKERN_ISA_NS

@@ -1,10 +1,11 @@
-// The sweep for few features (D <= SMALL_D) and many queries, or few rows: queries lie across the lanes of a vector.
+// The sweep for few features (D <= SMALL_D) and many queries, or few rows: queries lie across the lanes of a
+// vector.
 //
-// A part owns a range of queries and sweeps all rows in chunks of SMALL_ROWS. For each chunk and vector of queries it
-// computes logits by direct differences into L1, then the largest one, then exponentials and sums in registers. A query's
-// result depends on nothing but the rows: neither on the threads, nor on how the batch is split. Queries whose logits a
-// float cannot hold (small sigma, large bias), or that have a limit to take, are handed back for the general sweep, which
-// evaluates exactly.
+// A part owns a range of queries and sweeps all rows in chunks of SMALL_ROWS. For each chunk and vector of
+// queries it computes logits by direct differences into L1, then the largest one, then exponentials and sums
+// in registers. A query's result depends on nothing but the rows: neither on the threads, nor on how the
+// batch is split. Queries whose logits a float cannot hold (small sigma, large bias), or that have a limit to
+// take, are handed back for the general sweep, which evaluates exactly.
 #pragma once
 #include "cpu/posterior/finish-inl.h"
 
@@ -19,8 +20,8 @@ enum {
   FEW_ROWS = 2048      // up to so many rows this sweep is taken for few queries too
 };
 
-// One vector of queries. Logits are handled as -log2 of e^v, which is |x - alpha yc|^2 - inv_t b, where x, alpha and
-// inv_t hold the factors that make it so; m is the least of them.
+// One vector of queries. Logits are handled as -log2 of e^v, which is |x - alpha yc|^2 - inv_t b, where x,
+// alpha and inv_t hold the factors that make it so; m is the least of them.
 template <class R, int D>
 struct LaneQueries {
   typedef typename Vec<R>::T V;
@@ -28,8 +29,8 @@ struct LaneQueries {
   double s[Vec<R>::W], s_v[Vec<R>::W], s_bias[Vec<R>::W], s_sq[Vec<R>::W];
 };
 
-// One chunk of cnt rows y, less the centre, for one vector of queries. b: the rows' bias; finite_b: the same with 0 for
-// -inf.
+// One chunk of cnt rows y, less the centre, for one vector of queries. b: the rows' bias; finite_b: the same
+// with 0 for -inf.
 template <class R, int D, bool BIAS>
 static void small_chunk(LaneQueries<R, D>& q, const R* y, const R* b, const R* finite_b, int64_t cnt) {
   enum { W = Vec<R>::W };
@@ -83,19 +84,21 @@ static void small_chunk(LaneQueries<R, D>& q, const R* y, const R* b, const R* f
 
 // Queries b0 .. b1. handed_back [b1 - b0] receives 1 where the query is left to the general sweep.
 template <class R, int D>
-static int small_part(const Source<R>& src, const Queries& in, double b_max, int64_t b0, int64_t b1, const Output& out,
-                      char* handed_back) {
+static int small_part(const Source<R>& src, const Queries& in, double b_max, int64_t b0, int64_t b1,
+                      const Output& out, char* handed_back) {
   enum { W = Vec<R>::W };
   Plan pl = {};
   pl.D = pl.depth = src.rows.d;
   const int64_t d_real = src.rows.d, N = src.rows.n, block = imin(SMALL_BLOCK, round_up(b1 - b0, W));
   Arena arena;
-  if (!arena.reserve(Arena::bytes<LaneQueries<R, D> >(block / W) + Arena::bytes<Query<R> >(block) +
-                     Arena::bytes<R>(SMALL_ROWS * D + 64) + 2 * Arena::bytes<R>(SMALL_ROWS) + Arena::bytes<R>(64)))
+  if (!arena.reserve(Arena::bytes<LaneQueries<R, D>>(block / W) + Arena::bytes<Query<R>>(block) +
+                     Arena::bytes<R>(SMALL_ROWS * D + 64) + 2 * Arena::bytes<R>(SMALL_ROWS) +
+                     Arena::bytes<R>(64)))
     return kNoMemory;
-  LaneQueries<R, D>* lanes = arena.take<LaneQueries<R, D> >(block / W);
-  Query<R>* q = arena.take<Query<R> >(block);
-  R *y = arena.take<R>(SMALL_ROWS * D + 64), *b = arena.take<R>(SMALL_ROWS), *finite_b = arena.take<R>(SMALL_ROWS);
+  LaneQueries<R, D>* lanes = arena.take<LaneQueries<R, D>>(block / W);
+  Query<R>* q = arena.take<Query<R>>(block);
+  R *y = arena.take<R>(SMALL_ROWS * D + 64), *b = arena.take<R>(SMALL_ROWS),
+    *finite_b = arena.take<R>(SMALL_ROWS);
   R* row = arena.take<R>(64);
   const typename Fetch<R>::F fetch_row = fetch_for(src);
   for (int64_t q0 = b0; q0 < b1; q0 += block) {
@@ -145,8 +148,8 @@ static int small_part(const Source<R>& src, const Queries& in, double b_max, int
       LaneQueries<R, D>& v = lanes[i / W];
       const int e = i % W;
       const int64_t at = q0 + i;
-      // The rows within 15 of the largest logit are those that matter. Their distance r bounds the error of a logit:
-      // coordinates are off by u (2 |xc| + 3 |alpha y|), squares and sums by (D + 4) u.
+      // The rows within 15 of the largest logit are those that matter. Their distance r bounds the error of a
+      // logit: coordinates are off by u (2 |xc| + 3 |alpha y|), squares and sums by (D + 4) u.
       const double u = Precision<R>::u, m = -v.m[e] * kLn2;
       const double reach = __builtin_fabs(m) + 2 * b_max * q[i].inv_t + 15;
       const double h = 0.5 * q[i].inv_t / (q[i].sigma * q[i].sigma);

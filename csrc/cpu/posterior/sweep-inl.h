@@ -1,8 +1,9 @@
 // One sweep: rows n0 .. n1 for a block of queries.
 //
-// A part (a thread) owns a range of rows, or of query blocks, and streams tiles of NT rows. After each tile, m of a
-// query's state is the largest logit seen, s the sum of e^(v - m), and its accumulator the sum of e^(v - m) (y - center),
-// so that center + acc / s is the mean so far. The rows are read once for each block of queries; no array is N x B.
+// A part (a thread) owns a range of rows, or of query blocks, and streams tiles of NT rows. After each tile,
+// m of a query's state is the largest logit seen, s the sum of e^(v - m), and its accumulator the sum of e^(v
+// - m) (y - center), so that center + acc / s is the mean so far. The rows are read once for each block of
+// queries; no array is N x B.
 #pragma once
 #include "cpu/core/products-inl.h"
 #include "cpu/posterior/weigh-inl.h"
@@ -29,11 +30,12 @@ struct SweepWork {
   Arena arena;
   bool reserve(const Plan& pl, bool bias) {
     const int64_t tile_numbers = pl.direct ? 0 : pl.NT * pl.Dp;
-    if (!arena.reserve(Arena::bytes<R>(tile_numbers) + 3 * Arena::bytes<R>(pl.NT) + Arena::bytes<R>(pl.NT * pl.Ps) +
-                       Arena::bytes<R>(pl.Bp * pl.Dp) + Arena::bytes<R>(pl.B * pl.Dp) + Arena::bytes<R>(W * pl.NT) +
-                       Arena::bytes<R>(pl.Dp) + Arena::bytes<int>(W * pl.NT) + Arena::bytes<double>(W * pl.NT) +
-                       Arena::bytes<State>(pl.Bp) + Arena::bytes<Query<R> >(pl.Bp) +
-                       Arena::bytes<QueryGroup<R> >(pl.Bp / W)))
+    if (!arena.reserve(Arena::bytes<R>(tile_numbers) + 3 * Arena::bytes<R>(pl.NT) +
+                       Arena::bytes<R>(pl.NT * pl.Ps) + Arena::bytes<R>(pl.Bp * pl.Dp) +
+                       Arena::bytes<R>(pl.B * pl.Dp) + Arena::bytes<R>(W * pl.NT) + Arena::bytes<R>(pl.Dp) +
+                       Arena::bytes<int>(W * pl.NT) + Arena::bytes<double>(W * pl.NT) +
+                       Arena::bytes<State>(pl.Bp) + Arena::bytes<Query<R>>(pl.Bp) +
+                       Arena::bytes<QueryGroup<R>>(pl.Bp / W)))
       return false;
     tile.y = arena.take<R>(tile_numbers);
     tile.sq = arena.take<R>(pl.NT);
@@ -47,8 +49,8 @@ struct SweepWork {
     exact_row = arena.take<int>(W * pl.NT);
     exact_value = arena.take<double>(W * pl.NT);
     st = arena.take<State>(pl.Bp);
-    q = arena.take<Query<R> >(pl.Bp);
-    groups = arena.take<QueryGroup<R> >(pl.Bp / W);
+    q = arena.take<Query<R>>(pl.Bp);
+    groups = arena.take<QueryGroup<R>>(pl.Bp / W);
     return true;
   }
 };
@@ -81,8 +83,8 @@ static void load_bias(const double* bias, SweepWork<R>& w) {
 }
 
 template <class R>
-static TileContext<R> make_tile_context(const Source<R>& src, const Plan& pl, const double* bias, double b_max,
-                                        const SweepWork<R>& w) {
+static TileContext<R> make_tile_context(const Source<R>& src, const Plan& pl, const double* bias,
+                                        double b_max, const SweepWork<R>& w) {
   TileContext<R> s;
   s.src = &src;
   s.exact = exact_for(src);
@@ -111,8 +113,8 @@ static void scale_acc(const Plan& pl, R* acc, int64_t b, double f) {
 }
 
 template <class R>
-static void sweep(const Source<R>& src, const Queries& in, const Plan& pl, double b_max, int64_t b0, int64_t B,
-                  int64_t n0, int64_t n1, SweepWork<R>& w) {
+static void sweep(const Source<R>& src, const Queries& in, const Plan& pl, double b_max, int64_t b0,
+                  int64_t B, int64_t n0, int64_t n1, SweepWork<R>& w) {
   const Products<R> products = products_for(src, pl);
   enum { W = Vec<R>::W };
   load_queries(src, in, pl, b0, B, w);

@@ -1,7 +1,8 @@
 // From products to weights: one tile's step.
 //
-// Each function takes the products of a tile's rows with some queries, makes weights e^(v - m) of them in place, adds
-// these to the queries' states, and says what the accumulators must be multiplied by because m has changed.
+// Each function takes the products of a tile's rows with some queries, makes weights e^(v - m) of them in
+// place, adds these to the queries' states, and says what the accumulators must be multiplied by because m
+// has changed.
 #pragma once
 #include "cpu/posterior/logits-inl.h"
 #include "memokern/state.h"
@@ -11,8 +12,8 @@ namespace MEMOKERN_ISA_NS {
 
 // Adds rows whose logits v are exact; p, whose numbers lie `stride` apart, receives their weights.
 template <class R>
-MK_INLINE void add_exact(const TileContext<R>& s, State& st, R* p, int64_t stride, const int* row, const double* v,
-                         int count) {
+MK_INLINE void add_exact(const TileContext<R>& s, State& st, R* p, int64_t stride, const int* row,
+                         const double* v, int count) {
   for (int i = 0; i < count; i++) {
     const double d = v[i] - st.m, w = __builtin_exp(d);
     p[row[i] * stride] = (R)w;
@@ -24,11 +25,11 @@ MK_INLINE void add_exact(const TileContext<R>& s, State& st, R* p, int64_t strid
   }
 }
 
-// A softmax, for the first `lanes` queries of a group. p holds their columns of [NT][Ps]; f[e] is the factor of the
-// accumulator of query e.
+// A softmax, for the first `lanes` queries of a group. p holds their columns of [NT][Ps]; f[e] is the factor
+// of the accumulator of query e.
 template <class R>
-static void weigh_softmax(const Query<R>* q, QueryGroup<R>& g, int lanes, const TileContext<R>& s, State* st, R* p,
-                          double* f) {
+static void weigh_softmax(const Query<R>* q, QueryGroup<R>& g, int lanes, const TileContext<R>& s, State* st,
+                          R* p, double* f) {
   enum { W = Vec<R>::W };
   typedef typename Vec<R>::T V;
   const V top = logits(g, s, p);
@@ -76,7 +77,8 @@ static double weigh_zero_sigma(const Query<R>& q, const TileContext<R>& s, State
   const double top = logits(q, s, p, p), err = error_of(q, s);
   double best = st.key;
   int count = 0;
-  // The row of the largest t may be one that the bias leaves out, so t bounds the distance only where there is no bias.
+  // The row of the largest t may be one that the bias leaves out, so t bounds the distance only where there
+  // is no bias.
   const double lo =
       dmax(nearness(q, st.key, err), s.bias ? -kInf : nearness(q, dmax(0, q.xx - 2 * (top - err)), err));
   for (int64_t j = 0; j < s.tile->cnt; j++) {
@@ -118,7 +120,8 @@ static double weigh_log(const Query<R>& q, const TileContext<R>& s, State& st, R
   double lower = st.s > 0 ? st.m + __builtin_log(st.s) : -kInf;
   for (int64_t j = 0; j < s.tile->cnt; j++) {  // a lower bound of log sum e^v, from this tile's best row
     const double r2 = q.xx - 2 * ((double)p[j] * q.a1 - (double)s.tile->sq[j] * q.a2) + delta;
-    if (st.key != 0 && r2 < kInf) lower = dmax(lower, (bias_of(s, j) - half * __builtin_log(r2 / s.D)) * q.inv_t);
+    if (st.key != 0 && r2 < kInf)
+      lower = dmax(lower, (bias_of(s, j) - half * __builtin_log(r2 / s.D)) * q.inv_t);
   }
   int count = 0, hits = 0;
   double m = st.m;
@@ -169,10 +172,11 @@ static double weigh_log(const Query<R>& q, const TileContext<R>& s, State& st, R
   return f;
 }
 
-// One tile for the first `lanes` queries of a group, whatever their modes. Returns whether any row has weight.
+// One tile for the first `lanes` queries of a group, whatever their modes. Returns whether any row has
+// weight.
 template <class R>
-static bool weigh_tile(const Query<R>* q, QueryGroup<R>& g, int lanes, const TileContext<R>& s, State* st, R* p,
-                       double* f) {
+static bool weigh_tile(const Query<R>* q, QueryGroup<R>& g, int lanes, const TileContext<R>& s, State* st,
+                       R* p, double* f) {
   double before[Vec<R>::W];
   bool softmax = false, any = false;
   for (int e = 0; e < lanes; e++) {

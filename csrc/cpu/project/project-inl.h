@@ -1,11 +1,13 @@
-// project: queries to the coordinates of an index, where these are those of a cosine transform (memokern/index/basis.py).
+// project: queries to the coordinates of an index, where these are those of a cosine transform
+// (memokern/index/basis.py).
 //
-// One query after the other, in the caches of one core: x - alpha c; the channels transformed; along each column, then,
-// transposed, along each row, only the frequencies that the coordinates kept have; the coordinates gathered in their order;
-// norms of the bands in double. Cosines of an even frequency are symmetric about the middle, those of an odd one
-// antisymmetric, so that sums and differences of opposite values halve the products. The stored cosines are symmetric to
-// 2^-52 only, which is far within what Cosine.error() in basis.py grants: that counts n + 1 roundings of a product, where
-// there is one for the sum, one for the cosine, and n / 2 here.
+// One query after the other, in the caches of one core: x - alpha c; the channels transformed; along each
+// column, then, transposed, along each row, only the frequencies that the coordinates kept have; the
+// coordinates gathered in their order; norms of the bands in double. Cosines of an even frequency are
+// symmetric about the middle, those of an odd one antisymmetric, so that sums and differences of opposite
+// values halve the products. The stored cosines are symmetric to 2^-52 only, which is far within what
+// Cosine.error() in basis.py grants: that counts n + 1 roundings of a product, where there is one for the
+// sum, one for the cosine, and n / 2 here.
 #pragma once
 #include "cpu/core/convert-inl.h"
 #include "cpu/core/memory-inl.h"
@@ -15,9 +17,10 @@ namespace MEMOKERN_ISA_NS {
 
 enum { SIDE = kProjectionSide };
 
-// out [F][m] = c [F][n] in [n][m]; m is a multiple of W. fold [n + 1][m] receives the sums of opposite rows, then their
-// differences.
-static void fold_transform(const float* in, int64_t n, int64_t m, const float* c, int64_t F, float* fold, float* out) {
+// out [F][m] = c [F][n] in [n][m]; m is a multiple of W. fold [n + 1][m] receives the sums of opposite rows,
+// then their differences.
+static void fold_transform(const float* in, int64_t n, int64_t m, const float* c, int64_t F, float* fold,
+                           float* out) {
   enum { W = Vec<float>::W, M = 8 };
   typedef Vec<float>::T V;
   const int64_t half = n / 2, sums = (n + 1) / 2;
@@ -64,8 +67,10 @@ struct ProjectWork {
   float *value, *turned, *fold, *box, *swapped, *boxes, *found;
   Arena arena;
   bool reserve(const CosineTransform& t) {
-    const int64_t w = round_up(t.width, (int64_t)SIDE), h = round_up(t.height, (int64_t)SIDE), side = imax(w, h);
-    const int64_t size = round_up(t.size, (int64_t)SIDE), values = t.d() + SIDE, turns = t.channels * t.height * w;
+    const int64_t w = round_up(t.width, (int64_t)SIDE), h = round_up(t.height, (int64_t)SIDE),
+                  side = imax(w, h);
+    const int64_t size = round_up(t.size, (int64_t)SIDE), values = t.d() + SIDE,
+                  turns = t.channels * t.height * w;
     if (!arena.reserve(Arena::bytes<float>(values) + Arena::bytes<float>(turns) +
                        3 * Arena::bytes<float>((side + 1) * side) + Arena::bytes<float>(t.numbers) +
                        Arena::bytes<float>(size)))
@@ -99,7 +104,8 @@ static double centred_pixels(const CosineTransform& t, const float* x, float alp
   Vec<double>::T s0 = {}, s1 = {};
   int64_t d = 0;
   for (; d + 2 * WD <= D; d += 2 * WD) {
-    const Vec<double>::T a = Convert<double, float>::vec(value + d), b = Convert<double, float>::vec(value + d + WD);
+    const Vec<double>::T a = Convert<double, float>::vec(value + d),
+                         b = Convert<double, float>::vec(value + d + WD);
     s0 += a * a;
     s1 += b * b;
   }
@@ -108,8 +114,8 @@ static double centred_pixels(const CosineTransform& t, const float* x, float alp
   return __builtin_sqrt(sum);
 }
 
-// The transform along the channels, in rows of whole vectors. What lies beyond a row's end is not a pixel, and is never
-// read.
+// The transform along the channels, in rows of whole vectors. What lies beyond a row's end is not a pixel,
+// and is never read.
 static void turn_channels(const CosineTransform& t, const float* value, float* turned) {
   enum { W = Vec<float>::W };
   typedef Vec<float>::T V;
@@ -129,8 +135,8 @@ static void turn_channels(const CosineTransform& t, const float* value, float* t
   }
 }
 
-static void project_one(const CosineTransform& t, const float* x, double alpha, float* z, float* norms, double* margin,
-                        double* sq, ProjectWork& w) {
+static void project_one(const CosineTransform& t, const float* x, double alpha, float* z, float* norms,
+                        double* margin, double* sq, ProjectWork& w) {
   enum { WD = Vec<double>::W };
   typedef Vec<double>::T D;
   const int64_t H = t.height, wide = round_up(t.width, (int64_t)SIDE);
@@ -155,7 +161,8 @@ static void project_one(const CosineTransform& t, const float* x, double alpha, 
   // The four bounds: of |xc| from above, of |xc| from below, of the coordinates' error, and the margin.
   double bound[4];
   for (int i = 0; i < 4; i++)
-    bound[i] = t.bound_weights[i] * norm + t.bound_weights[4 + i] * __builtin_fabs(alpha) + t.bound_weights[8 + i];
+    bound[i] =
+        t.bound_weights[i] * norm + t.bound_weights[4 + i] * __builtin_fabs(alpha) + t.bound_weights[8 + i];
   const double high = bound[0], low = dmax(0, bound[1]);
   *margin = high < t.largest ? bound[3] : kInf;  // kInf where the query is NaN too
   *sq = low * low;
@@ -181,8 +188,8 @@ static void project_one(const CosineTransform& t, const float* x, double alpha, 
   norms[t.bands] = norm_up(high);
 }
 
-static int run_project(const CosineTransform& t, const float* x, const double* alpha, int64_t b, const Projected& out,
-                       int threads) {
+static int run_project(const CosineTransform& t, const float* x, const double* alpha, int64_t b,
+                       const Projected& out, int threads) {
   const int workers = (int)imax(1, imin(threads, b / 2));
   const int64_t D = t.d();
   int failed = 0;
@@ -191,8 +198,8 @@ static int run_project(const CosineTransform& t, const float* x, const double* a
     ProjectWork w;
     failed |= !w.reserve(t);
     for (int64_t j = b * i / workers; !failed && j < b * (i + 1) / workers; j++)
-      project_one(t, x + j * D, alpha[j], out.z + j * t.kept, out.norms + j * (t.bands + 1), out.margin + j, out.sq + j,
-                  w);
+      project_one(t, x + j * D, alpha[j], out.z + j * t.kept, out.norms + j * (t.bands + 1), out.margin + j,
+                  out.sq + j, w);
   }
   return failed;
 }

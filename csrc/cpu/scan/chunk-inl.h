@@ -1,6 +1,6 @@
-// The scan proper of a task, chunk by chunk: level 0 of a whole chunk with queries across the lanes; the most promising
-// row of each query evaluated; further levels of the whole chunk while many rows are left; then the rows that are left go
-// to a list for each query.
+// The scan proper of a task, chunk by chunk: level 0 of a whole chunk with queries across the lanes; the most
+// promising row of each query evaluated; further levels of the whole chunk while many rows are left; then the
+// rows that are left go to a list for each query.
 #pragma once
 #include "cpu/scan/task-inl.h"
 
@@ -15,7 +15,8 @@ static void level_zero(ScanTask& t, int64_t n0, int64_t cnt) {
     if (!s.no_bias) t.bias[j] = (float)s.in->bias[n0 + j];
   }
   t.bound_rows(s.bound->coarse + n0 * s.stride, cnt, t.x0, s.k0, K0, t.Bp);
-  for (int64_t i = 0; i < t.B; i++) {  // the most promising row of each query, if it promises more than those before
+  // The most promising row of each query is evaluated, if it promises more than those before.
+  for (int64_t i = 0; i < t.B; i++) {
     const ScanQuery& q = s.q[t.order[i]];
     List& l = t.lists[t.order[i]];
     if (!(t.best[i] > t.top[i]) || !q.active || l.given_up) continue;
@@ -94,8 +95,8 @@ static void further_level(ScanTask& t, int64_t level, int64_t n0, int64_t cnt) {
         float* to = t.p + j0 * t.Bp + i;
         if (n == NR)
           for (int64_t j = 0; j < m; j += MR)
-            micro_kernel<float, MR, 2, 1, NR>(rows + j * NR, 1, NR, SCAN_TILE_ROWS * NR, x, NR, len, to + j * t.Bp,
-                                              t.Bp, true, none, 0);
+            micro_kernel<float, MR, 2, 1, NR>(rows + j * NR, 1, NR, SCAN_TILE_ROWS * NR, x, NR, len,
+                                              to + j * t.Bp, t.Bp, true, none, 0);
         else
           for (int64_t j = 0; j < m; j += ROW_UNIT)
             micro_kernel<float, ROW_UNIT, 1, 1, NR>(rows + j * NR, 1, NR, SCAN_TILE_ROWS * NR, x, W, len,
@@ -104,8 +105,8 @@ static void further_level(ScanTask& t, int64_t level, int64_t n0, int64_t cnt) {
   }
 }
 
-// Puts the rows that are left on their lists. A list that has grown too long passes the other levels at once; if it is
-// still too long, its query is given up.
+// Puts the rows that are left on their lists. A list that has grown too long passes the other levels at once;
+// if it is still too long, its query is given up.
 static void list_rows(ScanTask& t, int64_t n0, int64_t cnt, float* scratch) {
   enum { W = Vec<float>::W };
   const ScanCall& s = *t.s;
@@ -148,8 +149,8 @@ static void scan_chunks(ScanTask& t, int64_t c0, int64_t c1, uint8_t* level, flo
     const int64_t n0 = c * s.NT, cnt = imin(s.NT, n_end - n0);
     level_zero(t, n0, cnt);
     int64_t left = pairs_left(t, cnt), l = 0;
-    // For the whole chunk a level of K numbers costs K / 4 cycles for each query and row, and the tile; row by row it
-    // costs about 128 + K.
+    // For the whole chunk a level of K numbers costs K / 4 cycles for each query and row, and the tile; row
+    // by row it costs about 128 + K.
     for (; l < s.last_level; l++) {
       const int64_t K = ScanTask::depth(s, l + 1);
       if (left * (224 + K) < cnt * K * (t.Bp + 8) / 5) break;

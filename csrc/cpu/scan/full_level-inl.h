@@ -1,7 +1,8 @@
-// The last level of a scan: the product over all features, for the rows that are left, of which it leaves few.
+// The last level of a scan: the product over all features, for the rows that are left, of which it leaves
+// few.
 //
-// It goes row by row through the lists of many queries at once: a row comes from memory once for all the queries that
-// have it, and meets them, 2 or 4 bytes a feature, in L2.
+// It goes row by row through the lists of many queries at once: a row comes from memory once for all the
+// queries that have it, and meets them, 2 or 4 bytes a feature, in L2.
 #pragma once
 #include "cpu/scan/levels-inl.h"
 
@@ -12,7 +13,8 @@ enum {
   FULL_B = 64,     // queries together
   FULL_PIECES = 4  // ranges of rows for each thread
 };
-// The error that a product may have, of sigma^2 T log(N / eps). With a tenth of it hardly fewer rows would be left.
+// The error that a product may have, of sigma^2 T log(N / eps). With a tenth of it hardly fewer rows would be
+// left.
 static const double kFullProductError = 0.04;
 
 // A query, and what is left of its list.
@@ -30,9 +32,11 @@ static bool prepare_full_product(const ScanCall& s, int64_t b, FullProductQuery&
                    : to.prepare(s.src, (const float*)s.in->x + b * s.D, q.alpha, size, s.y_max, enough);
 }
 // The upper bound of s_n that follows from a product as computed.
-MK_INLINE float full_bound(const ScanCall& s, int64_t b, const FullProductQuery& x, int64_t n, double product) {
+MK_INLINE float full_bound(const ScanCall& s, int64_t b, const FullProductQuery& x, int64_t n,
+                           double product) {
   const ScanQuery& q = s.q[b];
-  return (float)(q.alpha * product - 0.5 * q.a * q.a * s.rows->sq_norms[n] + q.s2 * s.bias(n) + q.a * x.error);
+  return (float)(q.alpha * product - 0.5 * q.a * q.a * s.rows->sq_norms[n] + q.s2 * s.bias(n) +
+                 q.a * x.error);
 }
 
 // The share of a list that this level leaves, as some of its rows show.
@@ -77,7 +81,8 @@ static void full_level_rows(const ScanCall& s, FullLevelQuery* qs, int64_t count
     end[i] = (Entry*)first_from_row(*qs[i].l, n1);
     if (at[i] < end[i]) next[i] = at[i]->n;
   }
-  const int64_t stride = s.rows->stride * size_of(s.rows->type), row_bytes = imin(s.D * size_of(s.rows->type), 8192);
+  const int64_t stride = s.rows->stride * size_of(s.rows->type),
+                row_bytes = imin(s.D * size_of(s.rows->type), 8192);
   const auto first = [&] {
     uint32_t n = NONE;
     for (int i = 0; i < FULL_B; i++) n = next[i] < n ? next[i] : n;
@@ -110,7 +115,8 @@ static void full_level_rows(const ScanCall& s, FullLevelQuery* qs, int64_t count
   }
 }
 
-// The last level of all lists that are long enough to pay for it. s.lists [b] must hold all rows left to each query.
+// The last level of all lists that are long enough to pay for it. s.lists [b] must hold all rows left to each
+// query.
 static int full_level(const ScanCall& s, int threads) {
   Arena arena;
   const int64_t B = s.in->b;
@@ -136,7 +142,8 @@ static int full_level(const ScanCall& s, int threads) {
       }
       if (!failed) {
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < pieces; i++) full_level_rows(s, qs, count, s.N * i / pieces, s.N * (i + 1) / pieces);
+        for (int64_t i = 0; i < pieces; i++)
+          full_level_rows(s, qs, count, s.N * i / pieces, s.N * (i + 1) / pieces);
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < count; i++) {
           List& l = *qs[i].l;

@@ -1,12 +1,13 @@
 // <xc, yc> over all features of one row and one query, with a proven error: the last bound of a scan.
 //
-// With x = scale xc and u = 2^-24, the parts of the error in float are: x is rounded once, raw + offset four times (raw,
-// as its part of |yc| + center_norms; the offset; their sum), and a sum goes through FULL_SUM / 4W additions and a few
-// more before it becomes double.
+// With x = scale xc and u = 2^-24, the parts of the error in float are: x is rounded once, raw + offset four
+// times (raw, as its part of |yc| + center_norms; the offset; their sum), and a sum goes through FULL_SUM /
+// 4W additions and a few more before it becomes double.
 //
-// Rows of uint8 are multiplied as integers where the instruction set multiplies pairs of 16 bits: x = q1 hi + rest with
-// |rest| <= q1 / 2, so that <x, raw> is a sum of integers and the part of the offset a number per query. Where that is
-// not sharp enough the rest is q2 lo + less, |less| <= q2 / 2: twice the work, and still faster and sharper than float.
+// Rows of uint8 are multiplied as integers where the instruction set multiplies pairs of 16 bits: x = q1 hi +
+// rest with |rest| <= q1 / 2, so that <x, raw> is a sum of integers and the part of the offset a number per
+// query. Where that is not sharp enough the rest is q2 lo + less, |less| <= q2 / 2: twice the work, and still
+// faster and sharper than float.
 #pragma once
 #include "cpu/core/source-inl.h"
 
@@ -32,9 +33,11 @@ struct FullProductQuery {
   double error;   // of the product
   Arena arena;
 
-  // from: the query; size: |xc|, at most; enough: an error that is as good as none. Returns false without memory.
+  // from: the query; size: |xc|, at most; enough: an error that is as good as none. Returns false without
+  // memory.
   template <class X>
-  bool prepare(const Source<float>& src, const X* from, double alpha, double size, double y_max, double enough) {
+  bool prepare(const Source<float>& src, const X* from, double alpha, double size, double y_max,
+               double enough) {
     const int64_t D = src.rows.d, Dp = round_up(D, (int64_t)64);
     const bool integers = MK_PAIRS && src.rows.type == kU8;
     if (!arena.reserve(Arena::bytes<float>(Dp) + 2 * Arena::bytes<int16_t>(integers ? Dp : 0))) return false;
@@ -112,8 +115,8 @@ static double full_product_of(const Source<float>& src, int64_t n, const FullPro
 
 // One row and `count` queries.
 template <class S>
-static void full_product_typed(const Source<float>& src, int64_t n, const FullProductQuery* const* qs, int64_t count,
-                               double* out) {
+static void full_product_typed(const Source<float>& src, int64_t n, const FullProductQuery* const* qs,
+                               int64_t count, double* out) {
   for (int64_t i = 0; i < count; i++) out[i] = full_product_of<S>(src, n, *qs[i]);
 }
 #if MK_PAIRS
@@ -168,8 +171,8 @@ static void pairs(const Source<float>& src, int64_t n, const FullProductQuery* c
              (LOW ? qs[i]->q2 * (double)(l[0] + l[1] + l[2] + l[3]) : 0) + qs[i]->offset;
   }
 }
-static void full_product_pairs(const Source<float>& src, int64_t n, const FullProductQuery* const* qs, int64_t count,
-                               double* out) {
+static void full_product_pairs(const Source<float>& src, int64_t n, const FullProductQuery* const* qs,
+                               int64_t count, double* out) {
   int64_t i = 0;
   const auto high_only = [&](int64_t to) {
     for (int64_t j = i; j < to; j++)

@@ -1,4 +1,5 @@
-// The levels of the index: bounds of many rows at a time at level 0, of one row at a time or of a tile at the others.
+// The levels of the index: bounds of many rows at a time at level 0, of one row at a time or of a tile at the
+// others.
 #pragma once
 #include "cpu/scan/bounds-inl.h"
 
@@ -17,9 +18,9 @@ MK_INLINE int lanes_of(Vec<float>::I m) {
 }
 #endif
 
-// Level 0 of M rows against V vectors of queries: the bounds p = a2 h + s2 b + <y, x> with h = -|yc|^2 / 2, a2 = alpha^2
-// and s2 = sigma^2; `best` keeps the largest guess of each lane, `where` the block of rows j that it came from. The first
-// k0 of the K coordinates count fully in a guess, the others are bands.
+// Level 0 of M rows against V vectors of queries: the bounds p = a2 h + s2 b + <y, x> with h = -|yc|^2 / 2,
+// a2 = alpha^2 and s2 = sigma^2; `best` keeps the largest guess of each lane, `where` the block of rows j
+// that it came from. The first k0 of the K coordinates count fully in a guess, the others are bands.
 template <int M, int V>
 static void scan_block(const float* y, int64_t stride, int64_t k0, int64_t K, const float* x, const float* h,
                        const float* bias, const float* a2, const float* s2, float* p, int64_t ps, float* best,
@@ -98,9 +99,9 @@ static float segment(const S* p, const float* x, int64_t count) {
   return sum + part[0];
 }
 
-// Takes the rows of query b's list through all levels that they have not passed, row by row. A level adds the product of
-// the coordinates that are new, and takes off a |x_b||y_b| for the bands that these replace. At level 1 the error of the
-// stored coordinates comes in, and stays. x [K - k0] is work space.
+// Takes the rows of query b's list through all levels that they have not passed, row by row. A level adds the
+// product of the coordinates that are new, and takes off a |x_b||y_b| for the bands that these replace. At
+// level 1 the error of the stored coordinates comes in, and stays. x [K - k0] is work space.
 template <class S>
 static void pass_levels_typed(const ScanCall& s, int64_t b, List& l, float* x) {
   const LogitBounds& in = *s.bound;
@@ -134,7 +135,8 @@ static void pass_levels_typed(const ScanCall& s, int64_t b, List& l, float* x) {
       }
       if (below) {
         const float* y = in.coarse + e.n * s.stride + s.k0;
-        float sum = segment((const S*)in.fine + e.n * fine + k1, x + k1, k2 - k1), bands = stored * y[s.bands];
+        float sum = segment((const S*)in.fine + e.n * fine + k1, x + k1, k2 - k1),
+              bands = stored * y[s.bands];
         for (int64_t k = b1; k < b2; k++) bands -= (float)q.a * norms[k] * y[k];
         e.up += sum + bands;
         if (e.up < least) continue;
@@ -147,7 +149,8 @@ static void pass_levels_typed(const ScanCall& s, int64_t b, List& l, float* x) {
     }
     l.count = kept;
     l.level = (int)imax(l.level, level + 1);
-    if (kept > WORTH_EVALUATING && promising >= 0) {  // the most promising row, evaluated exactly, drops others
+    // The most promising row, evaluated exactly, makes others drop out.
+    if (kept > WORTH_EVALUATING && promising >= 0) {
       s.consider(b, promising, l);
       least = q.least(l.best);
     }
@@ -159,8 +162,9 @@ static void pass_levels(const ScanCall& s, int64_t b, List& l, float* x) {
   l.done = l.count;
 }
 
-// What a level adds for the rows n0 .. n0 + cnt, packed like a tile of the sweep: y [depth/NR][SCAN_TILE_ROWS][NR]. Of each
-// row it takes the new coordinates, the norms of the bands that they replace, and at level 1 the stored coordinates' error.
+// What a level adds for the rows n0 .. n0 + cnt, packed like a tile of the sweep: y
+// [depth/NR][SCAN_TILE_ROWS][NR]. Of each row it takes the new coordinates, the norms of the bands that they
+// replace, and at level 1 the stored coordinates' error.
 template <class S>
 static void tile_of_level(const ScanCall& s, int64_t level, int64_t n0, int64_t cnt, float* y) {
   enum { NR = 2 * Vec<float>::W };

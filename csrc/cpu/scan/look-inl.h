@@ -1,14 +1,14 @@
-// The two phases before a scan proper: a first look, which finds a good row for each query, and a sample, which shows how
-// long the lists would be.
+// The two phases before a scan proper: a first look, which finds a good row for each query, and a sample,
+// which shows how long the lists would be.
 #pragma once
 #include "cpu/scan/task-inl.h"
 
 namespace memokern {
 namespace MEMOKERN_ISA_NS {
 
-// The first look, at the rows n0 .. n1: s_n from a few leading coordinates alone, as if the others were zero. The best
-// row by it is evaluated exactly. On CIFAR-10 eight coordinates find the best row of 96 % of the queries at sigma = 1.1
-// and of 66 % at 1.9.
+// The first look, at the rows n0 .. n1: s_n from a few leading coordinates alone, as if the others were zero.
+// The best row by it is evaluated exactly. On CIFAR-10 eight coordinates find the best row of 96 % of the
+// queries at sigma = 1.1 and of 66 % at 1.9.
 static void first_look(ScanTask& t, int64_t n0, int64_t n1) {
   const ScanCall& s = *t.s;
   const int64_t K = imin(LOOK_COORDINATES, s.k0), K0 = s.k0 + s.bands;
@@ -45,8 +45,8 @@ static void first_look(ScanTask& t, int64_t n0, int64_t n1) {
   }
 }
 
-// Sets s.expected from the rows in s.sample: what a list would cost, its length and the work on the way there together,
-// in rows listed. scratch [K - k0] is work space.
+// Sets s.expected from the rows in s.sample: what a list would cost, its length and the work on the way there
+// together, in rows listed. scratch [K - k0] is work space.
 static void sample_lists(ScanTask& t, float* scratch) {
   const ScanCall& s = *t.s;
   const int64_t K0 = s.k0 + s.bands, step = imin(SAMPLE_ROWS, s.NT), most_listed = s.bound->most_listed;

@@ -1,9 +1,10 @@
 // bound_scan: the rows that can matter to each query. bounds-inl.h says why no other row can.
 //
-// Three phases, each a set of tasks (a block of queries and a range of rows): a first look finds a good row for each
-// query, so that the lists hold little in vain from the first row on; a sample of rows shows which lists would be too
-// long, and these queries are given up; the scan proper makes the lists. Then each list passes the levels of the index
-// that its rows have not passed, row by row, and at last the full level (full_level-inl.h).
+// Three phases, each a set of tasks (a block of queries and a range of rows): a first look finds a good row
+// for each query, so that the lists hold little in vain from the first row on; a sample of rows shows which
+// lists would be too long, and these queries are given up; the scan proper makes the lists. Then each list
+// passes the levels of the index that its rows have not passed, row by row, and at last the full level
+// (full_level-inl.h).
 #pragma once
 #include "cpu/scan/chunk-inl.h"
 #include "cpu/scan/look-inl.h"
@@ -13,8 +14,8 @@ namespace MEMOKERN_ISA_NS {
 
 enum class Phase { kLook, kSample, kScan };
 
-// Runs all tasks of a phase. Then every part knows the best row that any of them found. scratch has K - k0 numbers for
-// each task.
+// Runs all tasks of a phase. Then every part knows the best row that any of them found. scratch has K - k0
+// numbers for each task.
 static int scan_tasks(const ScanCall& s, int threads, Phase phase, float* scratch) {
   const int64_t parts = phase == Phase::kSample ? 1 : s.parts, tasks = s.blocks * parts;
   const int workers = (int)imax(1, imin(threads, tasks));
@@ -55,8 +56,9 @@ static int noisier(const void* a, const void* b) {
   return x.noise > y.noise ? -1 : x.noise < y.noise ? 1 : x.b < y.b ? -1 : 1;
 }
 
-// Forms blocks of queries, at most `most` each, of similar noise: what its noisiest query needs, the whole block gets. All
-// blocks but the last have NR queries or more. Returns whether all queries are of similar noise.
+// Forms blocks of queries, at most `most` each, of similar noise: what its noisiest query needs, the whole
+// block gets. All blocks but the last have NR queries or more. Returns whether all queries are of similar
+// noise.
 static bool form_blocks(ScanCall& s, const Noise* all, int64_t count, int64_t most) {
   enum { NR = 2 * Vec<float>::W };
   s.count = s.blocks = 0;
@@ -71,10 +73,10 @@ static bool form_blocks(ScanCall& s, const Noise* all, int64_t count, int64_t mo
   return count == 0 || !(all[count - 1].noise < all[0].noise / 4);
 }
 
-// Gives up the queries whose lists would cost more than `most_listed` rows, if what that saves is worth reading the rows
-// for a sweep. Since the rows are read then anyway, it also gives up those for which a list would save little: those
-// above half of it, or, where two thirds are above half, those above an eighth, which may be an error of the sample. Only
-// time depends on it.
+// Gives up the queries whose lists would cost more than `most_listed` rows, if what that saves is worth
+// reading the rows for a sweep. Since the rows are read then anyway, it also gives up those for which a list
+// would save little: those above half of it, or, where two thirds are above half, those above an eighth,
+// which may be an error of the sample. Only time depends on it.
 static void give_up(ScanCall& s) {
   const double most_listed = (double)s.bound->most_listed;
   double saved = 0;
@@ -89,8 +91,8 @@ static void give_up(ScanCall& s) {
     for (int64_t i = 0; i < s.parts && s.expected[b] > longest; i++) s.lists[i * s.in->b + b].given_up = true;
 }
 
-// Passes the lists of all parts through the levels that they have not passed, and joins the parts of each list in the
-// first.
+// Passes the lists of all parts through the levels that they have not passed, and joins the parts of each
+// list in the first.
 static int join_lists(ScanCall& s, int threads, float* scratch) {
   const int64_t B = s.in->b, fine = s.K - s.k0, all = s.parts * B;
   const int workers = (int)imax(1, imin(threads, all));
@@ -137,7 +139,8 @@ static int write_lists(const ScanCall& s, ScanResult& out) {
   out.index = (int64_t*)malloc(imax(1, out.start[B]) * sizeof(int64_t));
   if (!out.index) return kNoMemory;
   for (int64_t b = 0; b < B; b++)
-    for (int64_t j = 0; j < out.start[b + 1] - out.start[b]; j++) out.index[out.start[b] + j] = s.lists[b].e[j].n;
+    for (int64_t j = 0; j < out.start[b + 1] - out.start[b]; j++)
+      out.index[out.start[b] + j] = s.lists[b].e[j].n;
   return kDone;
 }
 
@@ -180,7 +183,8 @@ static int scan_all(ScanCall& s, ScanResult& out, int threads) {
   const int64_t most_blocks = active / NR + 1;  // without the queries that are given up there may be more
   if (!s.lists ||
       !work.reserve(Arena::bytes<uint8_t>(most_blocks * s.chunks) + Arena::bytes<uint8_t>(s.chunks) +
-                    Arena::bytes<float>(SAMPLE_ROWS * s.stride) + Arena::bytes<float>(most_blocks * s.parts * fine) +
+                    Arena::bytes<float>(SAMPLE_ROWS * s.stride) +
+                    Arena::bytes<float>(most_blocks * s.parts * fine) +
                     Arena::bytes<float>(B * s.parts * fine)))
     return kNoMemory;
   s.level = work.take<uint8_t>(most_blocks * s.chunks);
@@ -205,7 +209,8 @@ static int scan_all(ScanCall& s, ScanResult& out, int threads) {
   return write_lists(s, out);
 }
 
-static int run_bound_scan(const Rows& rows, const Queries& in, const LogitBounds& bound, ScanResult& out, int threads) {
+static int run_bound_scan(const Rows& rows, const Queries& in, const LogitBounds& bound, ScanResult& out,
+                          int threads) {
   out.index = nullptr;
   out.start[0] = 0;
   if (in.b == 0) return kDone;

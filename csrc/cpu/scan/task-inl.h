@@ -28,7 +28,8 @@ struct ScanTask {
   Arena arena;
   bool failed;
 
-  // Numbers that a further level adds up for a row: coordinates, bands that they replace, and at level 1 the error.
+  // Numbers that a further level adds up for a row: coordinates, bands that they replace, and at level 1 the
+  // error.
   static int64_t depth(const ScanCall& s, int64_t level) {
     const LogitBounds& in = *s.bound;
     const int64_t coordinates = in.dims[level] - in.dims[level - 1];
@@ -67,8 +68,8 @@ struct ScanTask {
     x_level = arena.take<float*>(s->last_level + 1);
     return true;
   }
-  // Where feature k of query i lies in packed queries of K features: in panels of NR queries, the last of W if that holds
-  // the rest.
+  // Where feature k of query i lies in packed queries of K features: in panels of NR queries, the last of W
+  // if that holds the rest.
   float* at(float* x, int64_t K, int64_t i, int64_t k) const {
     const int64_t i0 = i / NR * NR, n = imin(NR, Bp - i0);
     return x + i0 * K + k * n + (i - i0);
@@ -96,10 +97,10 @@ struct ScanTask {
     }
     for (int64_t l = 0; l <= s->last_level; l++) x_level[l] = nullptr;
   }
-  // Bounds from the first K columns of cnt rows of the index, of which k0 count fully in a guess. Each row's bounds come
-  // p_row after those of the row before.
-  __attribute__((noinline)) void bound_rows(const float* coarse, int64_t cnt, const float* x, int64_t k0, int64_t K,
-                                            int64_t p_row) {
+  // Bounds from the first K columns of cnt rows of the index, of which k0 count fully in a guess. Each row's
+  // bounds come p_row after those of the row before.
+  __attribute__((noinline)) void bound_rows(const float* coarse, int64_t cnt, const float* x, int64_t k0,
+                                            int64_t K, int64_t p_row) {
     const int64_t row = s->stride;
     for (int64_t i = 0; i < Bp; i++) best[i] = (float)-kInf;
     for (int64_t j = 0; j < cnt; j += ROW_UNIT) {
@@ -118,9 +119,10 @@ struct ScanTask {
         const float* xi = x + i * K;
         float* to = p + j * p_row + i;
         if (Bp - i >= NR) {
-          scan_block<MR, 2>(rows, row, k0, K, xi, h + j, b, a2 + i, s2 + i, to, Bp, best + i, where + i, (int32_t)j);
-          scan_block<MR, 2>(rows + MR * row, row, k0, K, xi, h + j + MR, b ? b + MR : b, a2 + i, s2 + i, to + MR * Bp,
-                            Bp, best + i, where + i, (int32_t)j + MR);
+          scan_block<MR, 2>(rows, row, k0, K, xi, h + j, b, a2 + i, s2 + i, to, Bp, best + i, where + i,
+                            (int32_t)j);
+          scan_block<MR, 2>(rows + MR * row, row, k0, K, xi, h + j + MR, b ? b + MR : b, a2 + i, s2 + i,
+                            to + MR * Bp, Bp, best + i, where + i, (int32_t)j + MR);
         } else {
           scan_block<ROW_UNIT, 1>(rows, row, k0, K, xi, h + j, b, a2 + i, s2 + i, to, Bp, best + i, where + i,
                                   (int32_t)j);

@@ -1,8 +1,8 @@
-// What the binding and the kernels agree on: plain structs of pointers and sizes, and one table of functions for each
-// instruction set. They correspond to the call objects of memokern/calls, field by field.
+// What the binding and the kernels agree on: plain structs of pointers and sizes, and one table of functions
+// for each instruction set. They correspond to the call objects of memokern/calls, field by field.
 //
-// Every source file that is compiled for one instruction set includes this header, so it includes no torch, no pybind11
-// and nothing of the C++ library. [n], [b] and [d] are the numbers of rows, queries and features.
+// Every source file that is compiled for one instruction set includes this header, so it includes no torch,
+// no pybind11 and nothing of the C++ library. [n], [b] and [d] are the numbers of rows, queries and features.
 #pragma once
 #include <stdint.h>
 
@@ -20,8 +20,8 @@ struct Rows {
   const double* sq_norms;  // [n] |y - center|^2, or null: computed in the sweep
 };
 
-// `x` and whatever else has "the type of x" hold double where `f64`, else float. It is the type that a sweep computes
-// in: double where the queries or the rows are.
+// `x` and whatever else has "the type of x" hold double where `f64`, else float. It is the type that a sweep
+// computes in: double where the queries or the rows are.
 struct Queries {
   const void* x;  // [b][d]
   bool f64;
@@ -51,7 +51,8 @@ struct SumsIn {
   const double* weight_sq;   // [b]
 };
 
-// Sums that are not normalised, to be written: one State (memokern/state.h) for each query, and its accumulator.
+// Sums that are not normalised, to be written: one State (memokern/state.h) for each query, and its
+// accumulator.
 struct States {
   double* key;     // [b]
   double* m;       // [b]
@@ -88,14 +89,14 @@ struct RowLists {
 
 // The index of the rows, and the queries in its coordinates (memokern/index): they bound every product.
 struct LogitBounds {
-  const float* coarse;        // [n][dims[0] + bands + 1] coordinates, band norms, error of the stored coordinates
-  const void* fine;           // [n][dims[levels - 1] - dims[0]] the other coordinates, float16 or float
-  bool fine_is_half;          // float16
-  const float* z;             // [b][dims[levels - 1]] coordinates of the queries
-  const float* norms;         // [b][bands + 1] their band norms, then |xc|
-  const double* margin;       // [b] what rounding may do to a product
-  const double* sq;           // [b] |xc|^2
-  const int64_t* dims;        // [levels] ascending
+  const float* coarse;   // [n][dims[0] + bands + 1] coordinates, band norms, error of the stored coordinates
+  const void* fine;      // [n][dims[levels - 1] - dims[0]] the other coordinates, float16 or float
+  bool fine_is_half;     // float16
+  const float* z;        // [b][dims[levels - 1]] coordinates of the queries
+  const float* norms;    // [b][bands + 1] their band norms, then |xc|
+  const double* margin;  // [b] what rounding may do to a product
+  const double* sq;      // [b] |xc|^2
+  const int64_t* dims;   // [levels] ascending
   const int64_t* first_band;  // [levels] the first band beyond dims[level]
   int64_t levels, bands;
   double eps;           // the share of the weight that all rows left out may carry together
@@ -117,15 +118,16 @@ struct CosineTransform {
   const float* turn;     // [channels][channels] the transform along the channels
   const float* down;     // [height][height] the transform along the columns, a frequency per row
   const float* across;   // [width][width] the transform along the rows
-  const int64_t* box;    // [channels][2] how many frequencies down and across are computed of each turned channel
+  const int64_t* box;    // [channels][2] frequencies down and across that are computed of a turned channel
   int64_t numbers;       // of all boxes together, each of them [across][down, padded to kProjectionSide]
   const int32_t* place;  // [size] where in the boxes each coordinate lies
   int64_t size, kept;    // coordinates computed, and handed out
   const int64_t* edges;  // [bands + 1] of the bands; the last band is not computed where size < d
   int64_t bands;
-  const float* center;          // [d]
-  const double* bound_weights;  // [3][4] what |xc|, |alpha| and 1 count in four bounds (memokern/index/projection.py)
-  double largest;               // up to which |xc| no product overflows a float
+  const float* center;  // [d]
+  // [3][4] what |xc|, |alpha| and 1 count in four bounds (memokern/index/projection.py)
+  const double* bound_weights;
+  double largest;  // up to which |xc| no product overflows a float
 
   int64_t d() const { return channels * height * width; }
 };
@@ -147,21 +149,22 @@ struct Table {
   int width;  // floats of one vector
   int (*posterior)(const Rows&, const Queries&, const Sums&, int threads);
   int (*posterior_state)(const Rows&, const Queries&, const States&, int threads);
-  int (*posterior_backward)(const Rows&, const Queries&, const SumsIn& sums, const SumsIn& grads, const Gradients&,
-                            int threads);
+  int (*posterior_backward)(const Rows&, const Queries&, const SumsIn& sums, const SumsIn& grads,
+                            const Gradients&, int threads);
   int (*nearest)(const Rows&, const Queries&, const Neighbours&, int threads);
   int (*bound_scan)(const Rows&, const Queries&, const LogitBounds&, ScanResult&, int threads);
   int (*posterior_listed)(const Rows&, const Queries&, const RowLists&, const Sums&, int threads);
-  int (*posterior_listed_backward)(const Rows&, const Queries&, const RowLists&, const SumsIn& grads, const Gradients&,
-                                   int threads);
-  int (*project)(const CosineTransform&, const float* x, const double* alpha, int64_t b, const Projected&, int threads);
+  int (*posterior_listed_backward)(const Rows&, const Queries&, const RowLists&, const SumsIn& grads,
+                                   const Gradients&, int threads);
+  int (*project)(const CosineTransform&, const float* x, const double* alpha, int64_t b, const Projected&,
+                 int threads);
 };
 
 // A number that changes when a struct does, so that a table of another build is refused and not called.
-static constexpr int64_t kAbi =
-    sizeof(Rows) + 3 * sizeof(Queries) + 5 * sizeof(Sums) + 7 * sizeof(SumsIn) + 11 * sizeof(States) +
-    13 * sizeof(Gradients) + 17 * sizeof(Neighbours) + 19 * sizeof(RowLists) + 23 * sizeof(LogitBounds) +
-    29 * sizeof(ScanResult) + 31 * sizeof(CosineTransform) + 37 * sizeof(Projected) + 41 * sizeof(Table);
+static constexpr int64_t kAbi = sizeof(Rows) + 3 * sizeof(Queries) + 5 * sizeof(Sums) + 7 * sizeof(SumsIn) +
+                                11 * sizeof(States) + 13 * sizeof(Gradients) + 17 * sizeof(Neighbours) +
+                                19 * sizeof(RowLists) + 23 * sizeof(LogitBounds) + 29 * sizeof(ScanResult) +
+                                31 * sizeof(CosineTransform) + 37 * sizeof(Projected) + 41 * sizeof(Table);
 
 const Table* table_baseline();
 const Table* table_avx2();

@@ -1,5 +1,5 @@
-// Constants that the kernels and Python must agree on. The binding exports them as attributes of memokern._C and
-// Python reads them there, so that each has one home.
+// Constants that the kernels and Python must agree on. The binding exports them as attributes of memokern._C
+// and Python reads them there, so that each has one home.
 #pragma once
 #include <stdint.h>
 
@@ -24,7 +24,8 @@ static constexpr NamedCode kWeightings[] = {{"gaussian", kGaussian}, {"log", kLo
 // The cosine projection pads the columns of a box to a multiple of this, which every vector's width divides.
 static constexpr int kProjectionSide = 16;
 
-// An index has at most so many levels: the slack of a scan (cpu/scan/bounds-inl.h) pays for the rounding of as many.
+// An index has at most so many levels: the slack of a scan (cpu/scan/bounds-inl.h) pays for the rounding of
+// as many.
 static constexpr int kMostLevels = 16;
 
 }  // namespace memokern

@@ -1,10 +1,11 @@
 // The state of one query after some of the rows, and the monoid that joins two states.
 //
-// Lanes, tiles, threads and shards each sweep their rows to a State; merge() joins two of them. The fields are those of
-// `State` in memokern/calls/state.py, which defines them: with v = l / T, m is the largest v, s the sum of e^(v - m),
-// s_v the sum of e^(v - m) (v - m), s_bias the sum of e^(v - m) bias and s_sq the sum of e^(2 (v - m)). Of two states
-// with different keys only the one with the smaller key counts; the key is the squared distance at sigma = 0. The
-// accumulator, the sum of e^(v - m) (y - center), lies elsewhere: merge() says what to multiply it by.
+// Lanes, tiles, threads and shards each sweep their rows to a State; merge() joins two of them. The fields
+// are those of `State` in memokern/calls/state.py, which defines them: with v = l / T, m is the largest v, s
+// the sum of e^(v - m), s_v the sum of e^(v - m) (v - m), s_bias the sum of e^(v - m) bias and s_sq the sum
+// of e^(2 (v - m)). Of two states with different keys only the one with the smaller key counts; the key is
+// the squared distance at sigma = 0. The accumulator, the sum of e^(v - m) (y - center), lies elsewhere:
+// merge() says what to multiply it by.
 //
 // The functions are `static`, so that every source file keeps a copy for its own instruction set.
 #pragma once
@@ -37,8 +38,8 @@ __attribute__((always_inline)) static inline double rescale(State& a, double m) 
   return f;
 }
 
-// a becomes the state of the rows of both. fa and fb are what the two accumulators must be multiplied by before they
-// are added; an accumulator whose factor is 0 must be left out, whatever it holds.
+// a becomes the state of the rows of both. fa and fb are what the two accumulators must be multiplied by
+// before they are added; an accumulator whose factor is 0 must be left out, whatever it holds.
 __attribute__((always_inline)) static inline void merge(State& a, State b, double& fa, double& fb) {
   if (b.s == 0 || a.key < b.key) {
     fa = 1;

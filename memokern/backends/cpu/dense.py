@@ -34,7 +34,8 @@ def posterior_state(query: Query, rows: Rows) -> State:
     q = prepared(query, rows)
     native, keep = native_rows(rows)
     columns = [torch.empty_like(q.sigma) for _ in range(6)]
-    state = State._make([*columns, torch.empty_like(q.x), torch.empty(rows.dim, dtype=_F64)])
+    center = torch.empty(rows.dim, dtype=_F64)
+    state = State._make([*columns, torch.empty_like(q.x), center])
     module().posterior_state(native, native_query(q), addresses(state), torch.get_num_threads())
     del keep
     return state

@@ -57,7 +57,7 @@ def _exponents(query: Query, rows: Rows, center: Tensor) -> _Exponents:
             key = torch.where(limit, nearest, 0.0)
         else:
             limit = nearest == 0
-            key = torch.where(limit, 0.0, 1.0).to(F64)
+            key = (~limit).to(F64)
         # Written so that NaN has weight: of a query that is lost the gradients are NaN as well.
         weighs = reachable & (~limit | ~(r2 > nearest))
         v = torch.where(weighs, _exponent(query, r2, query.bias, limit), -torch.inf)
