@@ -14,6 +14,7 @@ import torch
 
 import memokern
 from memokern.backends import protocol
+from memokern.calls.checks import name_of
 
 # Each distribution, and what memokern uses it for.
 _LIBRARIES = {
