@@ -3,12 +3,14 @@
 # make bench    the benchmarks, with the peers that are installed (ARGS="--quick", ARGS="--help")
 # make lint     ruff and mypy
 # make peers    what make bench compares with
-# make gpu-check  where there is a GPU: its tests, then times beside the peers'; else: every kernel compiled
+# make gpu-check  where there is a GPU: each operation against float64, then times beside the peers', within minutes
+#                 (ARGS="--minutes 15", ARGS="--help"); else: every kernel compiled
 # make kernels  every Triton kernel compiled, into docs/triton-kernels.md (45 minutes of a core; then what changed)
 # make sanitize the Triton kernels watched for races and for what lies outside of tensors (ttsem, experimental)
 # make neon     the portable kernels on an emulated ARM processor (needs g++-aarch64-linux-gnu and qemu-user)
 #
 # Everything runs in .venv, made on first use. PYTHON chooses the interpreter, TORCH the PyTorch.
+# make gpu-check PYTHON=python3 VENV=   runs in that interpreter as it is: nothing is installed, no network is needed
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -18,7 +20,7 @@ VENV ?= .venv
 ARM ?= aarch64-linux-gnu
 QEMU ?= qemu-aarch64
 BIN = $(VENV)/bin
-SOURCES = $(wildcard csrc/*) $(wildcard csrc/*/*) setup.py pyproject.toml
+SOURCES = $(shell find csrc -type f) setup.py pyproject.toml
 
 .PHONY: demo test bench lint peers gpu-check kernels sanitize neon clean
 
@@ -52,8 +54,16 @@ peers: $(VENV)/.dev-installed
 bench: $(VENV)/.dev-installed
 	$(BIN)/python -m bench $(ARGS)
 
+# A GPU may be there for minutes only, on a machine where nothing can be installed. Its kernels do without the compiled
+# ones of the CPU.
+ifeq ($(VENV),)
+gpu-check:
+	$(PYTHON) setup.py -q build_ext --inplace || echo "The CPU's kernels are not built; the GPU's are checked without."
+	$(PYTHON) -m tools.gpu_check $(ARGS)
+else
 gpu-check: $(if $(shell command -v nvidia-smi || command -v rocm-smi),peers,$(VENV)/.dev-installed)
-	$(BIN)/python -m bench.gpu $(ARGS)
+	$(BIN)/python -m tools.gpu_check $(ARGS)
+endif
 
 kernels: $(VENV)/.dev-installed
 	$(BIN)/python -m tools.aot --markdown docs/triton-kernels.md
@@ -67,7 +77,7 @@ sanitize: $(VENV)/.dev-installed
 neon:
 	mkdir -p build
 	$(ARM)-g++ -std=c++17 -O3 -fno-math-errno -fno-trapping-math -ffp-contract=fast -Wno-psabi -fopenmp -static \
-	  csrc/isa_baseline.cpp tests/cpp/kernels.cpp -o build/kernels-$(ARM)
+	  -Icsrc/include -Icsrc csrc/cpu/isa/baseline.cpp tests/cpp/kernels.cpp -o build/kernels-$(ARM)
 	$(QEMU) build/kernels-$(ARM)
 
 clean:

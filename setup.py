@@ -1,24 +1,42 @@
-"""Build of memokern._C. Needs a C++17 compiler (GCC >= 12 or Clang >= 15), no torch, no GPU."""
+"""Build of memokern._C, the compiled kernels. It needs a C++17 compiler, no torch and no GPU.
+
+With MEMOKERN_BUILD_TESTING=1 it also builds memokern._testing, which some of the tests need.
+"""
 
 import os
 import platform
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import setup
+from setuptools.errors import CompileError
+
+NO_COMPILER = """
+memokern compiles its CPU kernels, which needs a C++17 compiler: GCC 12, Clang 15 or newer.
+  Debian, Ubuntu:  apt-get install g++        Fedora:  dnf install gcc-c++
+  macOS:           xcode-select --install     conda:   conda install -c conda-forge cxx-compiler
+CXX=... chooses one. What the compiler said stands above.
+"""
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]  # every processor with AVX2 has F16C
 AVX512 = [*AVX2, "-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mprefer-vector-width=512"]
-# One source for each instruction set, with the flags that only it may have.
-ISA_FLAGS = {"csrc/isa_baseline.cpp": []}
+# Only these sources may have instructions that not every processor of the platform knows.
+ISA_FLAGS = {
+    "csrc/cpu/isa/avx2.cpp": AVX2,
+    "csrc/cpu/isa/avx512.cpp": AVX512,
+    "csrc/testing/avx2w16.cpp": [*AVX2, "-O1"],  # it is never timed, and takes half the time
+    "csrc/testing/hooks_avx2.cpp": AVX2,
+    "csrc/testing/hooks_avx512.cpp": AVX512,
+}
+KERNELS = ["csrc/cpu/isa/baseline.cpp"]
+TESTING = ["csrc/testing/hooks_baseline.cpp"]
 if X86:
-    ISA_FLAGS |= {
-        "csrc/isa_avx2.cpp": AVX2,
-        "csrc/isa_avx2w16.cpp": [*AVX2, "-O1"],  # for tests only: half the time to compile
-        "csrc/isa_avx512.cpp": AVX512,
-    }
+    KERNELS += [source for source in ISA_FLAGS if "cpu/isa" in source]
+    TESTING += [source for source in ISA_FLAGS if "testing" in source]
+
 # Apple's compiler has no OpenMP of its own; without it the kernels run on one thread.
 OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]
 FLAGS = [
@@ -27,49 +45,48 @@ FLAGS = [
     "-fno-trapping-math",
     "-ffp-contract=fast",
     "-fvisibility=hidden",
+    "-Wno-psabi",  # vectors never cross a call between instruction sets
 ]
-FLAGS += ["-Wno-psabi"]  # vectors never cross a call between instruction sets
 
 
 class BuildExt(build_ext):
-    """Per-source flags, and the sources compiled side by side."""
+    """Flags for each source, the sources compiled side by side, and a hint where that fails."""
 
     def build_extensions(self):
-        one, many = self.compiler._compile, self.compiler.compile
+        compile_one, compile_many = self.compiler._compile, self.compiler.compile
 
-        def compile_one(obj, src, ext, cc_args, extra, pp_opts):
-            one(
-                obj,
-                src,
-                ext,
-                cc_args,
-                [*extra, *ISA_FLAGS.get(src.replace(os.sep, "/"), [])],
-                pp_opts,
-            )
+        def with_flags(obj, source, ext, cc_args, extra, pp_opts):
+            flags = ISA_FLAGS.get(source.replace(os.sep, "/"), [])
+            compile_one(obj, source, ext, cc_args, [*extra, *flags], pp_opts)
 
-        def compile_many(sources, **kwargs):
+        def side_by_side(sources, **kwargs):
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                done = pool.map(lambda s: many([s], **kwargs), sources)
-                return [o for objects in done for o in objects]
+                done = list(pool.map(lambda source: compile_many([source], **kwargs), sources))
+            return [obj for objects in done for obj in objects]
 
-        self.compiler._compile, self.compiler.compile = compile_one, compile_many
-        super().build_extensions()
+        self.compiler._compile, self.compiler.compile = with_flags, side_by_side
+        try:
+            super().build_extensions()
+        except CompileError as error:
+            raise SystemExit(f"{error}\n{NO_COMPILER}") from error
 
 
-setup(
-    ext_modules=[
-        Pybind11Extension(
-            "memokern._C",
-            ["csrc/bind.cpp", *ISA_FLAGS],
-            cxx_std=17,
-            define_macros=[("MEMOKERN_HAVE_X86", "1")] if X86 else [],
-            extra_compile_args=FLAGS + OPENMP,
-            extra_link_args=OPENMP,
-            depends=[
-                "csrc/kernels.h",
-                *sorted(f"csrc/{n}" for n in os.listdir("csrc") if "-inl" in n),
-            ],
-        )
-    ],
-    cmdclass={"build_ext": BuildExt},
-)
+def extension(name, sources):
+    return Pybind11Extension(
+        name,
+        sources,
+        cxx_std=17,
+        include_dirs=["csrc/include", "csrc"],
+        define_macros=[("MEMOKERN_HAVE_X86", "1")] if X86 else [],
+        extra_compile_args=FLAGS + OPENMP,
+        extra_link_args=OPENMP,
+        depends=sorted(str(path) for path in Path("csrc").rglob("*.h")),
+    )
+
+
+BIND = [f"csrc/bind/{name}.cpp" for name in ("module", "isa", "dense", "listed")]
+EXTENSIONS = [extension("memokern._C", [*BIND, *KERNELS])]
+if os.environ.get("MEMOKERN_BUILD_TESTING") == "1":
+    EXTENSIONS.append(extension("memokern._testing", ["csrc/bind/testing.cpp", *TESTING]))
+
+setup(ext_modules=EXTENSIONS, cmdclass={"build_ext": BuildExt})

@@ -7,7 +7,8 @@ import importlib.util
 
 import pytest
 import torch
-import triton_interpreter
+
+from tests import triton_interpreter
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 triton_interpreter.choose()
@@ -21,3 +22,13 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="there is no GPU"))
+
+
+@pytest.fixture
+def one_thread():
+    """For tests of what stands above the kernels: they call many small operations, which threads of
+    several test processes on few cores would only slow down."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

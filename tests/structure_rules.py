@@ -10,9 +10,10 @@ prints what breaks a rule now.
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,7 +33,7 @@ LAYERS = (
     ("validate",),
     ("strategies",),
     ("results",),
-    ("functional",),
+    ("functional", "partial"),
     ("processes", "regularizers", "memorization"),
     ("denoiser",),
     ("samplers", "likelihood"),
@@ -43,6 +44,8 @@ LAYERS = (
 )
 RANKS = {part: rank for rank, layer in enumerate(LAYERS) for part in layer}
 
+# The compiled module, which has no source in the package; the cpu backend alone may import it.
+COMPILED = "_C"
 # Who may call a backend, or ask who would.
 IMPORT_BACKENDS = ("backends/", "ops/", "index/", "strategies/", "apps/info.py")
 # Who may use names that PyTorch keeps for itself.
@@ -76,17 +79,22 @@ def modules(sources: Sources) -> dict[str, Module]:
     for path, text in sources.items():
         name = path.removesuffix(".py").replace("/", ".")
         name = name.removesuffix("__init__").removesuffix(".")
-        found[name] = Module(path, name, ast.parse(text, path))
+        found[name] = Module(path, name, _parsed(path, text))
     return found
+
+
+@functools.cache
+def _parsed(path: str, text: str) -> ast.Module:
+    """The module's tree, parsed once for all rules."""
+    return ast.parse(text, path)
 
 
 class Import(NamedTuple):
     """A name taken from a module of the package. target: the module's dotted name; what: the name
-    taken, "" for the module itself; alias: what it is called here."""
+    taken, "" for the module itself."""
 
     target: str
     what: str
-    alias: str
     line: int
 
 
@@ -103,23 +111,22 @@ def imports(module: Module, known: dict[str, Module]) -> Iterator[Import]:
             for alias in node.names:
                 target = below(alias.name)
                 if target is not None:
-                    yield Import(target, "", alias.asname or "memokern", node.lineno)
+                    yield Import(target, "", node.lineno)
         elif isinstance(node, ast.ImportFrom):
             source = below(node.module or "") if node.level == 0 else _relative(module, node)
             if source is None:
                 continue
             for alias in node.names:
                 inner = f"{source}.{alias.name}".removeprefix(".")
-                here = alias.asname or alias.name
-                if inner in known:
-                    yield Import(inner, "", here, node.lineno)
+                if inner in known or inner == COMPILED:
+                    yield Import(inner, "", node.lineno)
                 else:
-                    yield Import(source, alias.name, here, node.lineno)
+                    yield Import(source, alias.name, node.lineno)
         elif isinstance(node, ast.Call) and _dotted(node.func).endswith("import_module"):
-            if node.args and isinstance(node.args[0], ast.Constant):
-                target = below(str(node.args[0].value))
-                if target is not None:
-                    yield Import(target, "", "", node.lineno)
+            first = node.args[0] if node.args else None
+            target = below(str(first.value)) if isinstance(first, ast.Constant) else None
+            if target is not None:
+                yield Import(target, "", node.lineno)
 
 
 def _relative(module: Module, node: ast.ImportFrom) -> str:
@@ -152,9 +159,11 @@ def upward_imports(sources: Sources) -> list[str]:
         here = RANKS.get(module.part, len(LAYERS))
         for found in imports(module, known):
             part = found.target.split(".")[0] or "__init__"
-            if part not in RANKS and part != "_C":
+            if part in (module.part, COMPILED):
+                continue
+            if part not in RANKS:
                 broken.append(f"{module.path}:{found.line} imports {part}, which has no layer")
-            elif part != module.part and part != "_C" and RANKS[part] >= here:
+            elif RANKS[part] >= here:
                 broken.append(f"{module.path}:{found.line} imports {found.target or 'memokern'}")
     return broken
 
@@ -189,7 +198,7 @@ def backend_imports(sources: Sources) -> list[str]:
         for found in imports(module, known):
             where, *inner = found.target.split(".")
             said = f"{module.path}:{found.line} imports {found.target or 'memokern'}"
-            if where == "_C" and not module.path.startswith("backends/cpu/"):
+            if where == COMPILED and not module.path.startswith("backends/cpu/"):
                 broken.append(said)
             if where != "backends":
                 continue
@@ -219,8 +228,7 @@ def _defined(tree: ast.Module) -> set[str]:
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             found.add(node.id)
         elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
-            if _dotted(node.value) in ("self", "cls"):
-                found.add(node.attr)
+            found |= {node.attr} if _dotted(node.value) in ("self", "cls") else set()
     return found
 
 
@@ -230,8 +238,9 @@ def crossing_names(sources: Sources) -> list[str]:
     known, broken = modules(sources), []
     for module in known.values():
         for found in imports(module, known):
-            if _is_private(found.what):
-                broken.append(f"{module.path}:{found.line} imports {found.target}.{found.what}")
+            name = found.what or found.target.split(".")[-1]
+            if _is_private(name) and found.target != COMPILED:
+                broken.append(f"{module.path}:{found.line} imports {name} of {found.target}")
         mine = _defined(module.tree) | TUPLE_METHODS | MODULE_HOOKS
         foreign = _names_of_torch(module.tree)
         for node in ast.walk(module.tree):
@@ -320,6 +329,34 @@ def long_files(sources: Sources) -> list[str]:
     """Files that cannot be held in mind."""
     lengths = {path: len(text.splitlines()) for path, text in sources.items()}
     return [f"{path} has {n} lines" for path, n in lengths.items() if n > MOST_LINES]
+
+
+# --- operations ---------------------------------------------------------------------------------
+
+# What the base class makes of another operation of the same backend.
+DERIVED = {"posterior": "posterior_state"}
+
+
+def unanswered_operations(
+    backend: object, base: type, operations: Sequence[str], calls: Sequence[object]
+) -> list[str]:
+    """Operations that a backend neither has nor refuses, with a reason in one line, for such
+    calls."""
+    broken = []
+    for operation in operations:
+        needed = (operation, DERIVED.get(operation))
+        has = any(
+            getattr(type(backend), name) is not getattr(base, name)
+            for name in needed
+            if name is not None
+        )
+        for call in calls:
+            reason = backend.refuses(operation, call)  # type: ignore[attr-defined]
+            if reason is None and not has:
+                broken.append(f"{type(backend).__name__} neither has nor refuses {operation}")
+            elif reason is not None and (not reason.strip() or "\n" in reason):
+                broken.append(f"{type(backend).__name__} gives no line of reason for {operation}")
+    return sorted(set(broken))
 
 
 # --- csrc ---------------------------------------------------------------------------------------

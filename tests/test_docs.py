@@ -49,6 +49,7 @@ def test_readme_python_runs(tmp_path, monkeypatch):
         exec(compile(block, "README.md", "exec"), scope)
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_readme_commands_run(tmp_path, monkeypatch):
     """Each `memokern ...` line of the README, in an empty folder, in the README's order."""
     monkeypatch.chdir(tmp_path)

@@ -22,9 +22,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tools.resources import page
 from memokern.backends.triton import variants as listing
 from memokern.backends.triton.core.variant import Variant
+from tools.resources import page
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,1 +1,2 @@
-"""What is built for people: command line, experiments, demo, figures."""
+"""What is built for people: the command line, experiments, the demo, figures, facts about this
+installation."""

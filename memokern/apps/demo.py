@@ -5,8 +5,8 @@ regularised, Tikhonov, and empirical Bayes. The noise starts on the sphere of ra
 sqrt(D), where Gaussian noise of large D lives: at D = 64 its length still varies by 9 %, and
 empirical Bayes, whose gate looks at exp(-|noise|^2/2), would freeze some samples at once.
 
-What the numbers can and cannot show: the closed-form score knows nothing but the training rows.
-Tikhonov returns a training image plus noise of standard deviation sqrt(c); empirical Bayes stops
+What the figures can and cannot show: the closed-form score knows nothing but the training rows.
+Tikhonov returns a training image plus noise of standard deviation sqrt(c). Empirical Bayes stops
 where the density meets its floor, and the posterior mean there is a blend of several images.
 Neither draws new digits as a trained network does.
 """
@@ -28,19 +28,26 @@ SAMPLES = 64
 STEPS = 18
 TOLERANCE = 1e-2
 RATIO = 1 / 3
-# Chosen by experiment on these digits (nearest rows are 2.0 apart, median). Smaller c: ratios below
-# 1/3 appear (a quarter of the samples at 0.01); larger c: noise hides the digit. Higher tau: blends
-# of ever more images; lower: copies come back.
+# Both were chosen by experiment on these digits, whose nearest rows are 2.0 apart (median). With a
+# smaller c, ratios below 1/3 appear (in a quarter of the samples at 0.01); with a larger one, noise
+# hides the digit. With a higher tau, ever more images are blended; with a lower one, copies return.
 TIKHONOV_C = 0.03
 LOG_TAU = -28.5
 SHOWN = 24
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Result:
-    """One way of sampling. shown [S, 8, 8] are the images judged; raw [S, 8, 8] the solver's output
-    (the same, but for empirical Bayes); the rest is measured: seconds are of the solver, over
-    `evaluations` score evaluations of S queries."""
+    """What one way of sampling gave.
+
+    Attributes:
+        name, remark: for the table. file: the stem of the picture's name.
+        shown: [S, 8, 8] float32, the images that are judged. raw: [S, 8, 8] float32, the solver's
+            output, which is the same except for empirical Bayes.
+        collapse, ratio: how many of `shown` are copies, by these criteria.
+        seconds: of the solver, over `evaluations` score evaluations of S queries.
+        rows: N, how many training images there are.
+    """
 
     name: str
     file: str
@@ -55,13 +62,12 @@ class Result:
 
     @property
     def seconds_per_evaluation(self) -> float:
+        """The time of one score evaluation of S queries."""
         return self.seconds / self.evaluations
 
     @property
     def pairs_per_second(self) -> float:
-        """Query-row pairs per second: what one sweep over the data set costs, whatever the numbers
-        of both.
-        """
+        """Query-row pairs per second, a speed that can be compared between sizes."""
         return len(self.raw) * self.rows / self.seconds_per_evaluation
 
 
@@ -76,10 +82,10 @@ def sphere_start(count: int, data: TrainingSet, sigma: float, seed: int) -> torc
 
 def mean_at_floor(x: torch.Tensor, data: TrainingSet, log_tau: float) -> torch.Tensor:
     """The posterior mean of each x at the largest noise level whose evidence Z is at most tau:
-    where empirical Bayes stopped.
+    which is where empirical Bayes stopped.
 
-    log Z grows with sigma (d log Z / d log sigma = -2 E_w[l] >= 0), so bisection finds the level. A
-    sample that sits on a training point has Z >= 1 > tau at every level; it stays that point.
+    log Z grows with sigma (d log Z / d log sigma = -2 E_w[l] >= 0), so that bisection finds the
+    level. A sample on a training point has Z >= 1 > tau at every level, and stays that point.
     """
     low = torch.full((len(x),), math.log(1e-4), dtype=torch.float64)
     high = torch.full((len(x),), math.log(1e3), dtype=torch.float64)
@@ -91,7 +97,7 @@ def mean_at_floor(x: torch.Tensor, data: TrainingSet, log_tau: float) -> torch.T
 
 
 def run(count: int = SAMPLES, seed: int = 0, progress: bool = False) -> list[Result]:
-    """Sample `count` digits in each of the three ways; deterministic but for the times."""
+    """Sample `count` digits in each of the three ways. All but the times is deterministic."""
     data = TrainingSet.digits()
     process = processes.EDM()
     start = sphere_start(count, data, process.sigma_max, seed)
@@ -114,27 +120,26 @@ def run(count: int = SAMPLES, seed: int = 0, progress: bool = False) -> list[Res
     with torch.no_grad():
         for name, file, regularizer, remark in ways:
             denoiser = Denoiser(data, process=process, regularizer=regularizer)
-            # Once before the clock starts: the training set caches norms and centre at its first
-            # query.
+            # A first query, before the clock starts, fills the caches of the training set.
             denoiser(start, torch.tensor(float(process.sigma_max), dtype=torch.float64))
             began = time.perf_counter()
             found = samplers.ode(denoiser, start, STEPS, solver="heun", progress=progress)
             seconds = time.perf_counter() - began
             shown = mean_at_floor(found.x, data, LOG_TAU) if file == "empirical-bayes" else found.x
-            # Both criteria from one search; k = 2 is as far as the ratio looks.
+            # One search serves both criteria; the ratio needs the two nearest rows.
             criteria = memorization.report(shown, data, tol=TOLERANCE, threshold=RATIO, k=2)
             results.append(
                 Result(
-                    name,
-                    file,
-                    remark,
-                    shown,
-                    found.x,
-                    criteria["collapse"],
-                    criteria["ratio"],
-                    seconds,
-                    found.nfe,
-                    data.n,
+                    name=name,
+                    file=file,
+                    remark=remark,
+                    shown=shown,
+                    raw=found.x,
+                    collapse=criteria["collapse"],
+                    ratio=criteria["ratio"],
+                    seconds=seconds,
+                    evaluations=found.nfe,
+                    rows=data.n,
                 )
             )
     return results
@@ -151,7 +156,7 @@ def introduction(count: int) -> str:
 
 
 def render(results: list[Result]) -> str:
-    """The table, and how to read it."""
+    """The table of results, and how to read it."""
     header = (
         "",
         "memorised",

@@ -1,9 +1,9 @@
 """Pictures for a paper: one style, a palette that colour-blind readers can tell apart, files
 written whole or not at all.
 
-matplotlib is optional (`pip install 'memokern[plot]'`) and imported only when a picture is made;
-`require()` tells early, before the long work, that it is missing. Figures are built without pyplot:
-no global state, no window, no display needed.
+matplotlib is optional (`pip install 'memokern[plot]'`) and imported only when a picture is made.
+`require()` refuses early, before the long work, where it is missing. Figures are built without
+pyplot, so that they need no global state, no window and no display.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _STYLE: Any = {
     "savefig.dpi": 200,
     "savefig.bbox": "tight",
     "savefig.pad_inches": 0.04,
-    # Text stays text: editable, and accepted by publishers that refuse Type 3 fonts.
+    # Text stays text, so that it can be edited, and publishers who refuse Type 3 fonts accept it.
     "pdf.fonttype": 42,
     "svg.fonttype": "none",
 }
@@ -92,8 +92,8 @@ def style() -> Iterator[None]:
     import matplotlib
     from cycler import cycler
 
-    # The defaults first: a user's matplotlibrc must not change a figure that is compared with a
-    # paper's.
+    # The defaults come first, so that a user's matplotlibrc does not change a figure that is
+    # compared with a paper's.
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_STYLE)
@@ -119,8 +119,8 @@ def new(
 
 
 def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
-    """Write `figure` as .png, .pdf or .svg, whole or not at all. Equal figures give equal bytes (no
-    date inside).
+    """Write `figure` as .png, .pdf or .svg, whole or not at all. Equal figures give equal bytes,
+    because no date is written.
     """
     path = check_path(path)
     kind = path.suffix.lower()[1:]
@@ -133,8 +133,8 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
 def image_layout(shape: Sequence[int]) -> str | None:
     """How rows of this shape can be shown: "gray", "chw", "hwc", "points" (2 numbers), or None.
 
-    A flat row is an image where its length is a square of at least 8 x 8, or three such squares
-    (planes).
+    A flat row is an image where its length is a square of at least 8 x 8, or three such squares,
+    one for each colour.
 
     Example:
         >>> from memokern.apps.figures import image_layout
@@ -184,8 +184,8 @@ def as_images(rows: np.ndarray) -> np.ndarray:
 
 
 def value_range(rows: np.ndarray) -> tuple[float, float]:
-    """The smallest and largest value of the training rows, between which their pictures are shown;
-    never an empty range.
+    """The smallest and largest value of the training rows, which their pictures show as black and
+    white. The range is never empty.
     """
     low, high = float(np.min(rows)), float(np.max(rows))
     return (low, high) if high > low else (low - 0.5, low + 0.5)
@@ -200,14 +200,16 @@ def pairs(
     columns: int = 6,
     title: str | None = None,
 ) -> Figure:
-    """Each sample (left) beside its nearest training image (right); the memorised ones framed, with
-    an M.
+    """A figure of each sample (left) beside its nearest training image (right). Memorised samples
+    have a frame and an M.
 
     Args:
         samples, neighbours: [S, ...shape], images by `image_layout`.
         memorised: [S] bool.
-        limits: the values shown as black and white; those of the neighbours by default.
-        columns: pairs in a row of the figure.
+        limits: the values shown as black and white, by default the range of the neighbours.
+        columns: how many pairs a row of the figure has. title: above all of them.
+
+    Raises: ValueError unless there are as many samples as neighbours and marks, and at least one.
     """
     count = len(samples)
     if count == 0 or len(neighbours) != count or len(memorised) != count:
@@ -261,8 +263,10 @@ def pairs(
 def scatter(
     samples: np.ndarray, data: np.ndarray, memorised: np.ndarray, *, title: str | None = None
 ) -> Figure:
-    """Planar samples [S, 2] over the training points [N, 2]; memorised samples in another colour
-    and marker.
+    """A figure of planar samples [S, 2] over the training points [N, 2]. Memorised samples have
+    another colour and marker.
+
+    Raises: ValueError for other shapes.
     """
     samples, data = np.asarray(samples), np.asarray(data)
     if samples.ndim != 2 or samples.shape[1] != 2 or data.shape[1:] != (2,):
@@ -282,15 +286,14 @@ def scatter(
 
 
 def training_points(axis: Axes, data: np.ndarray) -> None:
-    """The training points: black dots above everything else."""
+    """Draw the training points as black dots above everything else."""
     axis.plot(*np.asarray(data).T, ".", color=BLACK, markersize=6, zorder=5, label="training point")
 
 
 def voronoi(axis: Axes, points: np.ndarray, color: str = GREY) -> None:
-    """The Voronoi diagram of [N, 2] points, cut at the axis' limits (set them first).
+    """Draw the Voronoi diagram of points [N, 2], cut at the axis' limits, which must be set before.
 
-    The unbounded cells are closed by mirroring the points far outside, which leaves the edges
-    inside as they were.
+    Four points far outside close the unbounded cells without moving the edges inside.
     """
     from scipy.spatial import Voronoi
 

@@ -1,5 +1,5 @@
-"""What this installation is made of and what it will use: what `memokern info` prints, and what a
-bug report needs.
+"""What this installation is made of, and who would run a call on it: what `memokern info` prints,
+and what a bug report needs.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 import memokern
-from memokern.backends import protocol as backends
+from memokern.backends import protocol
 
-# name of the distribution, and what memokern does with it
+# Each distribution, and what memokern uses it for.
 _LIBRARIES = {
     "torch": "tensors, autograd",
     "numpy": "arrays",
@@ -24,6 +24,13 @@ _LIBRARIES = {
     "matplotlib": "pictures (optional)",
     "triton": "GPU kernels (optional)",
 }
+# Calls whose backends are explained: operation, type of the queries, type of the rows.
+_CALLS = (
+    ("posterior", torch.float32, torch.float32),
+    ("posterior", torch.float32, torch.uint8),
+    ("posterior", torch.float64, torch.float64),
+    ("nearest", torch.float32, torch.float32),
+)
 
 
 def version(distribution: str) -> str | None:
@@ -36,28 +43,66 @@ def version(distribution: str) -> str | None:
 
 def instruction_set() -> str | None:
     """The instruction set that the compiled CPU kernels chose ("baseline", "avx2", "avx512"), or
-    None without them.
+    None where there are none.
     """
-    cpu: Any = backends.get("cpu")
+    cpu: Any = protocol.get("cpu")
     return cpu.isa() if cpu.unavailable() is None else None
 
 
+def devices() -> list[str]:
+    """The types of the devices that PyTorch has here: "cpu", and that of an accelerator."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return ["cpu"] if accelerator is None else ["cpu", accelerator.type]
+
+
+def check_backend(device: str) -> None:
+    """RuntimeError, with the reasons, where no backend sweeps over float32 rows on devices of this
+    type, or where an environment variable is wrong."""
+    protocol.require(device)
+
+
+def explained_calls() -> list[dict[str, Any]]:
+    """Typical calls on each device, the backend that would run each (None where none would), and
+    what the others say."""
+    found = []
+    for device in devices():
+        for operation, x_dtype, rows_dtype in _CALLS:
+            x = torch.zeros(4, 2, dtype=x_dtype, device=device)
+            rows = torch.zeros(8, 2, dtype=rows_dtype, device=device)
+            explanation = memokern.explain(x, rows, 1.0, k=int(operation == "nearest"))
+            call, runs = explanation.call, explanation.runs
+            types = protocol.name_of(call.x)
+            if call.rows != call.x:
+                types += f"/{protocol.name_of(call.rows)}"
+            found.append(
+                {
+                    "call": f"{operation} {types}",
+                    "device": device,
+                    "runs": runs,
+                    "others": {
+                        answer.name: "could, and is not asked" if answer.runs else answer.detail
+                        for answer in explanation.backends
+                        if answer.name != runs
+                    },
+                }
+            )
+    return found
+
+
 def collect() -> dict[str, Any]:
-    """Versions, machine, threads, instruction set, backends with their reasons, and the environment
-    variables that are set.
+    """Versions, machine, threads, instruction set, backends with their reasons, who would run
+    typical calls, and the environment variables that are set.
+
+    Raises: RuntimeError for an environment variable with a value that is not known.
 
     Example:
-        >>> from memokern import info
+        >>> from memokern.apps import info
         >>> facts = info.collect()
         >>> sorted(facts)[:4]
-        ['backends', 'cpu', 'environment', 'isa']
+        ['backends', 'calls', 'cpu', 'environment']
         >>> [row["available"] for row in facts["backends"] if row["name"] == "reference"]
         [True]
     """
-    rows = [
-        {"name": name, "available": bool(available), "reason": reason}
-        for name, available, reason in backends.here()
-    ]
     return {
         "memokern": memokern.__version__,
         "python": platform.python_version(),
@@ -66,7 +111,11 @@ def collect() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "isa": instruction_set(),
         "libraries": {name: version(name) for name in _LIBRARIES},
-        "backends": rows,
+        "backends": [
+            {"name": answer.name, "available": answer.runs, "reason": answer.detail}
+            for answer in protocol.here()
+        ],
+        "calls": explained_calls(),
         "environment": {
             name: os.environ[name] for name in sorted(os.environ) if name.startswith("MEMOKERN_")
         },
@@ -74,7 +123,7 @@ def collect() -> dict[str, Any]:
 
 
 def render(facts: dict[str, Any]) -> str:
-    """`collect()`'s facts as lines to read."""
+    """The facts that :func:`collect` found, as lines to read."""
     lines = [
         f"memokern {facts['memokern']}",
         f"python   {facts['python']}, {facts['platform']}",
@@ -90,6 +139,15 @@ def render(facts: dict[str, Any]) -> str:
     for row in facts["backends"]:
         mark = "available" if row["available"] else "not available"
         lines.append(f"  {row['name']:<12} {mark:<16} {row['reason']}".rstrip())
+    lines += ["", "who runs what (type of the queries, and of the rows if it differs)"]
+    # Calls that get the same answers share their lines.
+    alike: dict[tuple[Any, ...], list[str]] = {}
+    for call in facts["calls"]:
+        answers = (call["device"], call["runs"], *call["others"].items())
+        alike.setdefault(answers, []).append(call["call"])
+    for (device, runs, *others), calls in alike.items():
+        lines.append(f"  on {device}, {runs or 'nobody'} runs {', '.join(calls)}")
+        lines += [f"    {name:<10} {reason}" for name, reason in others]
     lines += ["", "environment"]
     lines += [f"  {name}={value}" for name, value in facts["environment"].items()] or [
         "  no MEMOKERN_ variable is set"

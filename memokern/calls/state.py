@@ -120,11 +120,15 @@ def to_sums(state: State, query: Query) -> Sums:
     lse = query.temperature * (state.m + state.s.log())
     mean_logit = query.temperature * (state.m + state.s_v / state.s)
     if query.weighting == "gaussian":
-        # At sigma = 0 the logits lack the distance: -inf, unless the nearest row is hit.
-        limit = state.key > 0
-        sigma = torch.where(limit, query.sigma, 1.0)
-        pull = torch.where(limit, -0.5 * (state.key / sigma) / sigma, 0.0)
-        lse, mean_logit = lse + pull, mean_logit + pull
+        # At sigma = 0 the logits lack the distance: -inf, unless the nearest row is hit. What is
+        # infinite is a constant: it has no derivative.
+        with torch.no_grad():
+            limit = state.key > 0
+            infinite = limit & torch.isinf(state.key / query.sigma / query.sigma)
+        finite = limit & ~infinite
+        sigma = torch.where(finite, query.sigma, 1.0)
+        pull = torch.where(finite, -0.5 * (state.key / sigma) / sigma, 0.0)
+        lse, mean_logit = (torch.where(infinite, -torch.inf, v + pull) for v in (lse, mean_logit))
     else:
         hit = (state.key == 0) & (state.s > 0)
         lse, mean_logit = (torch.where(hit, torch.inf, v) for v in (lse, mean_logit))

@@ -13,7 +13,7 @@ import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ import torch
 from memokern.util.writing import atomic
 
 FORMATS = (".npy", ".npz", ".safetensors")
-# Of a file with several arrays, none asked for by name, the first of these that it has is read.
+# Where a file has several arrays and none is asked for by name, the first of these names is read.
 USUAL_KEYS = ("rows", "images", "samples", "data", "x", "arr_0")
 
 
@@ -38,8 +38,8 @@ def read_tensor(path: str | os.PathLike[str], key: str | None = None) -> torch.T
     Args:
         path: the file. `.npy` and `.safetensors` are memory-mapped copy-on-write: nothing is read
             until it is used, and writing to the tensor changes neither the file nor other
-            processes. So are the members of an uncompressed `.npz` that happen to be aligned to
-            their item size (uint8 always is); others are read.
+            processes. The members of an uncompressed `.npz` that happen to be aligned to their item
+            size (uint8 always is) are mapped too; others are read.
         key: which array of an `.npz` or `.safetensors`. By default the only one, or the first of
             "rows", "images", "samples", "data", "x", "arr_0" that the file has.
 
@@ -64,7 +64,7 @@ def read_tensor(path: str | os.PathLike[str], key: str | None = None) -> torch.T
 
 
 def read_array(path: str | os.PathLike[str], key: str | None = None) -> np.ndarray:
-    """As `read_tensor`, but a numpy array. TypeError for bfloat16, which numpy lacks."""
+    """As `read_tensor`, but a numpy array; TypeError for bfloat16, which numpy lacks."""
     path = _existing(path)
     if path.suffix.lower() != ".safetensors":
         return _read_numpy(path, key)
@@ -72,7 +72,7 @@ def read_array(path: str | os.PathLike[str], key: str | None = None) -> np.ndarr
 
 
 def read_table(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """All arrays of a file by name; that of a `.npy` is called "arr_0". Errors as `read_array`."""
+    """All arrays of a file by name; the array of a `.npy` is "arr_0". Errors as `read_array`."""
     path = _existing(path)
     suffix = path.suffix.lower()
     if suffix == ".safetensors":
@@ -107,10 +107,11 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
 
 
 def as_tensor(array: np.ndarray, what: str = "array") -> torch.Tensor:
-    """A tensor on the memory of a numpy array; a copy only for negative strides or foreign bytes.
+    """A tensor that shares the memory of a numpy array. It is a copy only where strides are
+    negative or the bytes are in the other order.
 
-    A read-only array is shared too: do not write to the tensor. torch.from_numpy would warn of
-    that; the view taken through the array interface does not.
+    The memory of a read-only array is shared too, so do not write to the tensor. torch.from_numpy
+    would warn of such an array; it does not of a view taken through the array interface.
     """
     if array.dtype.hasobject:
         raise ValueError(_pickled(what))
@@ -140,6 +141,7 @@ class _Shared:
 
 
 def _existing(path: str | os.PathLike[str]) -> Path:
+    """The path of a file that is there and has a suffix that can be read."""
     path = Path(path)
     if path.suffix.lower() not in FORMATS:
         hint = (
@@ -183,6 +185,7 @@ def _members(archive: zipfile.ZipFile) -> list[str]:
 
 
 def _choose(path: Path, known: list[str], key: str | None) -> str:
+    """The name of the array asked for, or of the one to read where none is asked for."""
     if key is not None:
         if key in known:
             return key
@@ -228,7 +231,8 @@ def _map_member(path: Path, info: zipfile.ZipInfo) -> np.ndarray | None:
     with open(path, "rb") as file:
         file.seek(info.header_offset)
         header = file.read(30)
-        # The lengths in the local header count: the central directory may have others.
+        # The central directory may state other lengths than the local header, which is the one
+        # here.
         name, extra = struct.unpack("<HH", header[26:30])
         file.seek(info.header_offset + 30 + name + extra)
         version = np.lib.format.read_magic(file)
@@ -248,11 +252,12 @@ def _map_member(path: Path, info: zipfile.ZipInfo) -> np.ndarray | None:
     return np.memmap(path, dtype=dtype, mode="c", offset=offset, shape=shape, order=order)
 
 
-def _guarded(path: Path, read: Any) -> np.ndarray:
+def _guarded(path: Path, read: Callable[[], np.ndarray]) -> np.ndarray:
+    """What `read` returns; ValueError with the path for whatever numpy raises."""
     try:
         return read()
     except (ValueError, EOFError, OSError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-        # numpy's words for an object array: read, and mapped.
+        # These are numpy's words for an object array that is read, and for one that is mapped.
         if "allow_pickle" in str(error) or "Python objects" in str(error):
             raise ValueError(_pickled(repr(str(path)))) from None
         raise ValueError(f"{str(path)!r} cannot be read ({error})") from error

@@ -271,8 +271,9 @@ class TrainingSet:
             (8, 16)
         """
         self._index = build(
-            self.as_rows(), self.shape, basis=basis, dims=dims, storage=storage, progress=progress
-        )
+            self.as_rows(), self.center, self.shape,
+            basis=basis, dims=dims, storage=storage, progress=progress,
+        )  # fmt: skip
         return self
 
     # --- rows as values -----------------------------------------------------------------------

@@ -50,7 +50,7 @@ def gamma(n: int, dtype: torch.dtype) -> float:
     return nu / (1 - nu) if nu < 1 else math.inf
 
 
-def _defect(matrix: Tensor) -> float:
+def defect(matrix: Tensor) -> float:
     """A bound d on ||Q Q^T - I||_2, which also bounds the distance to an orthonormal matrix.
 
     If the singular values s of Q have |s^2 - 1| <= d, then |s - 1| <= d, so that the polar factor
@@ -115,7 +115,7 @@ class Cosine:
                 part = (turn[first:end], down[:height], across[:width].T.contiguous())
                 self._parts.append(tuple(matrix.to(order.device) for matrix in part))
         self._place = place.to(order.device)
-        self._defects = [_defect(cosines(n)) for n in self.axes]
+        self._defects = [defect(cosines(n)) for n in self.axes]
         self._typed: dict[torch.dtype, list[tuple[Tensor, ...]]] = {}
 
     @classmethod
@@ -196,7 +196,7 @@ class Principal:
     def __init__(self, matrix: Tensor) -> None:
         self.matrix = matrix
         self.size, self.dim = matrix.shape
-        self._defect = _defect(matrix)
+        self._defect = defect(matrix)
 
     @classmethod
     def fit(cls, sample: Tensor, shape: Sequence[int], size: int) -> Principal:

@@ -32,6 +32,7 @@ HALF_RANGE = (1e-2, 6e4)
 @torch.no_grad()
 def build(
     rows: Rows,
+    center: Tensor,
     shape: Sequence[int],
     *,
     basis: str = "auto",
@@ -39,15 +40,15 @@ def build(
     storage: str = "float16",
     progress: bool | None = None,
 ) -> Index:
-    """The index of rows that know their center and sq_norms; `shape` is that of one row.
+    """The index of rows that know their sq_norms.
+
+    Args:
+        center: as a TrainingSet keeps it, float32 or float64. shape: of one row.
 
     The other arguments, and errors: as `TrainingSet.build_index`.
     """
-    assert rows.center is not None and rows.sq_norms is not None
+    assert rows.sq_norms is not None
     n, dim, device, sq_norms = rows.n, rows.dim, rows.data.device, rows.sq_norms
-    # The type of TrainingSet.center, from which rows.center was widened.
-    wide = torch.float64 if rows.data.dtype == torch.float64 else torch.float32
-    center = rows.center.to(wide)
     kind = _kind(basis, shape, dim)
     levels = _levels(dims, dim)
     edges = _edges(levels, dim)

@@ -107,14 +107,14 @@ class Projector:
         if self._compiled is None:
             weights, constants = self._margins(U32, torch.float32)
             self._compiled = make(
-                self._basis.axes,
-                self._basis.channels_last,
-                *self._basis.boxes(make.SIDE),
-                self._kept,
-                torch.tensor(self._edges),
-                self._center.contiguous(),
-                torch.cat([weights, constants[None]]),
-                1e36 / max(1.0, self._y_max),
+                axes=self._basis.axes,
+                channels_last=self._basis.channels_last,
+                **self._basis.boxes(make.side())._asdict(),
+                kept=self._kept,
+                edges=torch.tensor(self._edges),
+                center=self._center.contiguous(),
+                bound_weights=torch.cat([weights, constants[None]]),
+                largest=1e36 / max(1.0, self._y_max),
             )
         return self._compiled
 

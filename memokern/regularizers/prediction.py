@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -10,7 +10,11 @@ from torch import Tensor
 from memokern import functional, results, validate
 from memokern.regularizers.base import Data, Query, Regularizer
 from memokern.results import Posterior
+from memokern.util.torch_internals import traced
 from memokern.validate import PerQuery, wide
+
+# It stands for sigma = 0 where a gate is divided by sigma^2: its square is still a normal float64.
+SMALLEST = 1e-150
 
 
 @dataclass(frozen=True)
@@ -42,14 +46,36 @@ class Prediction:
 
     @property
     def score(self) -> Tensor:
-        """R' / sigma^2 [*batch, *shape]."""
+        """R' / sigma^2 [*batch, *shape]. At sigma = 0 the limit, which is finite where the
+        regulariser's gate falls like sigma^2: (mean - x) / c for `Tikhonov(c)`."""
         sigma = wide(self.sigma, self.x)
-        return self.residual / sigma / sigma
+        value = self.residual / sigma / sigma
+        if self._gated_at_zero():
+            value = torch.where(sigma == 0, self._score_near_zero(), value)
+        return value
 
     @property
     def eps(self) -> Tensor:
         """-sigma score."""
-        return -self.residual / wide(self.sigma, self.x)
+        sigma = wide(self.sigma, self.x)
+        value = -self.residual / sigma
+        if self._gated_at_zero():
+            value = torch.where(sigma == 0, -sigma * self._score_near_zero(), value)
+        return value
+
+    def _gated_at_zero(self) -> bool:
+        """Whether some sigma is 0 and a gate may keep the score finite there. Under a compiler or a
+        transform, which have no values, it is not looked for."""
+        gates = type(self.regularizer) is not Regularizer
+        return gates and not traced(self.sigma) and bool((self.sigma == 0).any())
+
+    def _score_near_zero(self) -> Tensor:
+        """The score at SMALLEST in place of sigma = 0, in float64, whose range holds its square."""
+        s = self.query.sigma
+        near = replace(self.query, sigma=torch.where(s == 0, SMALLEST, s))
+        plain = self.posterior.residual.to(torch.float64)
+        gated = self.regularizer.gather(self.regularizer.gate(plain, near, self.posterior))
+        return (gated / SMALLEST / SMALLEST).to(self.x.dtype)
 
     @property
     def v(self) -> Tensor:
@@ -57,8 +83,8 @@ class Prediction:
         return wide(self.alpha, self.x) * self.eps - wide(self.sigma, self.x) * self.x0
 
     def velocity(self, d_alpha: PerQuery = 1.0, d_sigma: PerQuery = -1.0) -> Tensor:
-        """(sigma'/sigma) x + (alpha' - alpha sigma'/sigma) x0, of the probability flow."""
-        return results.flow_velocity(self.x, self.x0, self.sigma, self.alpha, d_alpha, d_sigma)
+        """alpha' x0 + sigma' eps, dx/dt of the probability flow."""
+        return results.flow_velocity(self.x0, self.eps, self.sigma.shape, d_alpha, d_sigma)
 
 
 def evaluate(

@@ -1,6 +1,7 @@
-"""Checks of plain arguments: they come back, or an error says what was expected and what came.
+"""Checks of plain arguments: the value comes back, or an error says what was expected and what
+came.
 
->>> from memokern import checks
+>>> from memokern.util import checks
 >>> checks.integer("steps", 18, low=1), checks.number("churn", 0, low=0.0)
 (18, 0.0)
 """
@@ -14,12 +15,13 @@ from numbers import Integral, Real
 def integer(
     name: str, value: object, low: int | None = None, high: int | None = None, hint: str = ""
 ) -> int:
-    """An int >= low, or in low..high; numpy's count, bool does not. `hint`: what to do, put last.
+    """The value as an int >= low, or in low..high. numpy's integers are accepted, bool is not.
 
-    TypeError for another type, ValueError out of range.
+    Raises: TypeError for another type, ValueError out of range; `hint`, what to do, ends the
+    message.
 
     Example:
-        >>> from memokern import checks
+        >>> from memokern.util import checks
         >>> checks.integer("steps", 0, low=1)
         Traceback (most recent call last):
         ValueError: expected steps >= 1, got 0
@@ -42,12 +44,13 @@ def number(
     infinite: bool = False,
     hint: str = "",
 ) -> float:
-    """A float >= low (> low if strict), finite unless `infinite`; never NaN. `hint`: what to do.
+    """The value as a float >= low (> low if strict), finite unless `infinite`, and never NaN.
 
-    TypeError for another type, ValueError out of range.
+    Raises: TypeError for another type, ValueError out of range; `hint`, what to do, ends the
+    message.
 
     Example:
-        >>> from memokern import checks
+        >>> from memokern.util import checks
         >>> checks.number("rtol", float("nan"), low=0.0, strict=True)
         Traceback (most recent call last):
         ValueError: expected rtol finite and > 0, got nan
@@ -55,7 +58,7 @@ def number(
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"expected {name} as a number, got {type(value).__name__}{hint}")
     found = float(value)
-    in_range = found > low if strict else found >= low  # False for NaN
+    in_range = found > low if strict else found >= low  # NaN is never in range
     if not in_range or (math.isinf(found) and not infinite):
         allowed = limits(low, strict=strict, infinite=infinite)
         raise ValueError(f"expected {name} {allowed}, got {value}{hint}")
@@ -63,10 +66,10 @@ def number(
 
 
 def limits(low: float, *, strict: bool = False, infinite: bool = False) -> str:
-    """In words, the range that `number` allows.
+    """The range that :func:`number` allows, in words.
 
     Example:
-        >>> from memokern import checks
+        >>> from memokern.util import checks
         >>> checks.limits(0.0, strict=True)
         'finite and > 0'
     """

@@ -42,12 +42,12 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
     if target.exists() and not target.is_file():
         raise ValueError(f"cannot write to {str(path)!r}: it exists and is not a file")
     temporary = target.with_name(f".{target.stem[:100]}.{secrets.token_hex(6)}.tmp{target.suffix}")
-    # Made here, not by tempfile, whose files only the owner may read. O_EXCL: never another's file.
+    # tempfile would make a file that only its owner may read. O_EXCL refuses a file that exists.
     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     mode = temporary.stat().st_mode
     try:
         yield temporary
-        temporary.chmod(mode)  # safetensors puts a file of its own there, again for the owner only
+        temporary.chmod(mode)  # safetensors replaces the file by one that only its owner may read
         _sync(temporary, os.O_RDWR)
         os.replace(temporary, target)
     except BaseException:
@@ -81,6 +81,7 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 
 def _plain(value: Any) -> Any:
+    """The value in types that JSON has."""
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu().tolist()
     elif isinstance(value, (np.ndarray, np.generic)):

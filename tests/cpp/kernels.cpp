@@ -8,7 +8,7 @@
 #include <limits>
 #include <vector>
 
-#include "../../csrc/kernels.h"
+#include "memokern/abi.h"
 
 using namespace memokern;
 typedef std::vector<double> Doubles;

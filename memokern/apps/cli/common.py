@@ -1,5 +1,5 @@
-"""What the commands share: errors as one line, loading of data, checks of outputs before the long
-work.
+"""What the commands share: errors in one line, loading of data, and checks of outputs before the
+long work.
 """
 
 from __future__ import annotations
@@ -14,17 +14,16 @@ import click
 import torch
 
 from memokern import TrainingSet, functional
-from memokern.apps import figures
-from memokern.backends import protocol as backends
+from memokern.apps import figures, info
 from memokern.data import files
-from memokern.index import basis as bases
+from memokern.index.basis import is_image
 from memokern.index.index import REBUILD_HINT
 
-# Where an index is built unasked: the rows and features of which a sweep takes so long that bounds
-# save time, and the queries (samples times evaluations) after which it has paid for itself.
+# An index is built without being asked for where a sweep over so many rows and features takes long
+# enough for bounds to save time, and after so many queries (samples times evaluations) it has paid.
 INDEX_ROWS, INDEX_DIM, INDEX_PAYS = 2000, 256, 4000
 
-DIGITS = "digits"  # the word that stands for the embedded data set
+DIGITS = "digits"  # stands for the embedded data set where a file is expected
 
 
 class Group(click.Group):
@@ -66,13 +65,13 @@ class WrongInput(click.ClickException):
 
 @contextlib.contextmanager
 def wrong_input(about: str | None = None, key_option: str = "--key") -> Iterator[None]:
-    """Turn the library's refusals of an input into one line and exit code 2, `about` (an option,
-    say) in front.
+    """Turn the library's errors about an input into one line and exit code 2. The line starts with
+    `about`, such as the option that gave the input.
     """
     try:
         yield
     except (ValueError, TypeError, OSError, RuntimeError, MemoryError) as error:
-        # The library speaks of its arguments and methods; here they are options and commands.
+        # Arguments and methods of the library are options and commands here.
         message = (str(error) or type(error).__name__).replace("with key=", f"with {key_option}")
         message = message.replace(
             REBUILD_HINT, "'memokern index' makes a new one, --method dense needs none"
@@ -81,9 +80,11 @@ def wrong_input(about: str | None = None, key_option: str = "--key") -> Iterator
 
 
 def check_machine(device: torch.device | None = None) -> None:
-    """Refuse a wrong MEMOKERN_ environment variable before anything is computed or written."""
+    """Refuse a wrong MEMOKERN_ environment variable, and a backend that cannot run here, before
+    anything is computed or written.
+    """
     with wrong_input():
-        backends.require("cpu" if device is None else device.type)
+        info.check_backend("cpu" if device is None else device.type)
 
 
 def device(name: str) -> torch.device:
@@ -169,13 +170,13 @@ def method_option(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def index_for(data: TrainingSet, method: str, queries: int, *, progress: bool) -> None:
-    """Build the data's index where it has none and `method` wants one; "auto" wants one for many
-    images and at least `INDEX_PAYS` queries.
+    """Build an index where the data have none and `method` uses one. "auto" does so for many images
+    and at least `INDEX_PAYS` queries.
     """
     if data.index is not None or method == "dense":
         return
     worth = data.n >= INDEX_ROWS and data.dim >= INDEX_DIM and queries >= INDEX_PAYS
-    if method == "auto" and not (worth and bases.is_image(data.shape)):
+    if method == "auto" and not (worth and is_image(data.shape)):
         return
     with wrong_input("--method"):
         data.build_index(progress=None if progress else False)
@@ -276,7 +277,8 @@ def seconds(value: float) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
-    """Columns lined up; those numbered in `right` to the right."""
+    """Rows of text under a header, in columns; the columns with numbers in `right` align to the
+    right."""
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     lines = []
     for row in (header, ["-" * w for w in widths], *rows):

@@ -1,4 +1,4 @@
-"""What `memokern sample` did, evaluation by evaluation: lines to read, and a file."""
+"""The record that `memokern sample` keeps of its evaluations: lines to read, and a file."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ COLUMNS = (
 
 
 class Log:
-    """Told of every evaluation (`watch` of the samplers); says what was done on stderr if `show`.
+    """A record of every evaluation, as a sampler's `watch`.
 
     Args:
-        dims: the index's ladder; empty without an index.
+        dims: how many coordinates each level of the index uses; empty without an index.
+        show: whether to print each evaluation on stderr.
     """
 
     def __init__(self, dims: Sequence[int], show: bool) -> None:
@@ -42,7 +43,7 @@ class Log:
                 "t": done.t,
                 "alpha": done.alpha,
                 "sigma": done.sigma,
-                # With a smoothing regulariser a sample is several queries.
+                # A smoothing regulariser makes several queries of one sample.
                 "queries": bounds.levels.numel(),
                 "queries_dense": int((bounds.levels == 0).sum()),
                 "rows_kept_mean": float(bounds.rows_kept.double().mean()),
@@ -73,7 +74,7 @@ class Log:
 
 
 def line(record: dict[str, Any]) -> str:
-    """One evaluation under `COLUMNS`: the largest of each bound, '-' for what does not apply."""
+    """One evaluation under the heads of `COLUMNS`, with '-' for what does not apply."""
     step, dims = (record[name] if record[name] is not None else "-" for name in ("step", "dims"))
     return (
         f"{step:>5} {record['evaluation']:>5} {record['sigma']:>9.4g} "

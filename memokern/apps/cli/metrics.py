@@ -79,9 +79,9 @@ def memorization(
     training = common.load(data, data_key, "DATA", "--data-key", index=method != "dense")
     rows = common.load_rows(samples, samples_key, training, "SAMPLES")
     common.check_two_rows(training, "DATA")
-    # For many neighbours of few rows all rows are swept, with an index too.
-    few = min(neighbours, training.n) <= MOST_ASKED * training.n
-    common.index_for(training, method, few * len(rows), progress=common.progress_wanted())
+    # Where many neighbours of few rows are wanted, all rows are swept even with an index.
+    helps = min(neighbours, training.n) <= MOST_ASKED * training.n
+    common.index_for(training, method, helps * len(rows), progress=common.progress_wanted())
     meanings = {
         "collapse": f"distance to the nearest row < {tolerance:g}",
         "ratio": f"nearest / second nearest < {ratio_threshold:.3g}",

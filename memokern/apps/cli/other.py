@@ -16,6 +16,7 @@ from memokern.index.build import BASES
 
 
 def _experiment_list() -> str:
+    """The experiments with their titles, for the help."""
     width = max(map(len, experiments.EXPERIMENTS))
     return "\n".join(f"  {name:<{width}}  {e.title}" for name, e in experiments.EXPERIMENTS.items())
 
@@ -119,13 +120,13 @@ def index(data: str, key: str | None, output: Path, basis: str, force: bool) -> 
     click.echo(f"{training.index}\nwrote {output} (index built in {common.seconds(elapsed)})")
 
 
-@click.command(short_help="Versions, backends, and why one cannot run.")
+@click.command(short_help="Versions, backends, and who runs a call.")
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 def info(as_json: bool) -> None:
-    """Versions, instruction set, threads, and which backends can run here, with the reason where
-    one cannot.
+    """Versions, instruction set, threads, which backends can run here, who would run typical calls,
+    and why the others would not.
     """
-    with common.wrong_input():  # an environment variable that nobody knows
+    with common.wrong_input():  # such as an environment variable with an unknown value
         facts = _info.collect()
     click.echo(json.dumps(facts, indent=2) if as_json else _info.render(facts))
 

@@ -200,8 +200,8 @@ def sample(
         evaluations = _evaluations(solver, steps) * count
         common.index_for(training, method, evaluations, progress=common.progress_wanted())
         denoiser = Denoiser(training, process=flow, regularizer=regularizer, method=method)
-        # One query first: it refuses what cannot be combined before the long work, and the caches
-        # that a training set fills once stay out of the times.
+        # A first query refuses what cannot be combined before the long work, and fills the caches
+        # of the training set, which then stay out of the times.
         denoiser(flow.prior((1, *training.shape), device=device), start, label)
     index = training.index
     watch = log.Log(() if index is None else index.dims, show=verbose)
@@ -213,7 +213,7 @@ def sample(
         "watch": watch if verbose or log_file is not None else None,
     }
     started = time.perf_counter()
-    # RuntimeError: rk45 that cannot go on, a device without memory.
+    # A RuntimeError comes from rk45 where it cannot go on, and from a device that is out of memory.
     stopped = (OSError, MemoryError, RuntimeError)
     with common.failure("sampling", stopped), torch.no_grad():
         if solver == "sde":

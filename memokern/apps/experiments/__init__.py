@@ -3,7 +3,7 @@ Diffusion Models" (arXiv:2501.15785), on memokern's operations. `memokern reprod
 and writes its figure and its numbers.
 
 Example:
-    >>> from memokern import experiments
+    >>> from memokern.apps import experiments
     >>> sorted(experiments.EXPERIMENTS)[:3]
     ['empirical-bayes-sweep', 'rate', 'squares']
     >>> experiments.get("rate").title

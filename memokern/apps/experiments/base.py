@@ -1,5 +1,5 @@
-"""What an experiment is: parameters with the paper's defaults, a pure function to numbers, a
-figure, and its conclusions.
+"""What an experiment is: parameters with the paper's defaults, a pure function that computes
+numbers, a figure of them, and conclusions.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class Experiment:
         title: one line on what it shows.
         parameters: a frozen dataclass; its defaults are the paper's (with the seed that the paper
             leaves open).
-        run: parameters -> numbers (plain values and arrays), deterministic for a seed; writes and
-            prints nothing.
-        figure: numbers -> figure.
-        conclude: numbers -> one line per statement, in words, with the numbers that support it.
-        quick: parameters that make it a matter of seconds, for a first look.
+        run: takes parameters to numbers (plain values and arrays). It is deterministic for a seed,
+            writes nothing and prints nothing.
+        figure: takes numbers to a figure.
+        conclude: takes numbers to statements, one line each, with the numbers that support them.
+        quick: parameters with which it takes seconds, for a first look.
     """
 
     name: str
@@ -47,8 +47,11 @@ class Experiment:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What `reproduce` did: the numbers, their reading, the files written and the seconds of the
-    computation.
+    """What `reproduce` did.
+
+    Attributes:
+        numbers: what was computed. conclusions: what it shows. paths: the files that were written.
+        seconds: how long the computation took.
     """
 
     numbers: Numbers
@@ -76,7 +79,7 @@ def reproduce(
     Args:
         suffix: ".pdf", ".png" or ".svg".
         quick: smaller sizes (`Experiment.quick`); the JSON says so in its parameters.
-        seed: instead of the default.
+        seed: what replaces the experiment's own seed.
 
     Raises:
         RuntimeError: matplotlib is missing (before the computation).

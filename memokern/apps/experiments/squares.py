@@ -1,10 +1,10 @@
 """Two binary images of squares in opposite corners, sampled with the exact score: copies, and no
 copies with Tikhonov.
 
-64 x 64 pixels (D = 4096), N = 2, EDM's stochastic Heun sampler in 40 steps. A sample is memorised
-where, thresholded at one half, it equals a training image in every pixel. Tikhonov leaves y + z
-sqrt(c): with c = 0.05 1 to 2 % of the pixels cross the threshold, so that no sample matches. The
-exact score cannot make a third square; it can only stop copying.
+The images have 64 x 64 pixels (D = 4096, N = 2); the sampler is EDM's stochastic Heun in 40 steps.
+A sample is memorised where, thresholded at one half, it equals a training image in every pixel.
+Tikhonov leaves y + z sqrt(c): with c = 0.05, 1 to 2 % of the pixels cross the threshold, so that no
+sample matches. It only stops the copying; the exact score cannot make a third square.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def conclude_squares(n: Numbers) -> list[str]:
 def draw_squares(n: Numbers) -> Figure:
     with figures.style():
         figure, axes = figures.new(2 * figures.COLUMN, 2.3, 2, 8, layout=None)
-        # Headings reach over several pictures: no layout engine, which would make room in one
+        # A heading reaches over several pictures. A layout engine would make room for it in one
         # column.
         figure.set_layout_engine("none")
         figure.subplots_adjust(0.01, 0.01, 0.99, 0.9, wspace=0.06, hspace=0.3)

@@ -1,8 +1,8 @@
-"""Two and four points in symmetric places: starts on a hyperplane of symmetry stay on it, all
+"""Two and four points in symmetric places: starts on a hyperplane of symmetry stay on it, and all
 others find a point.
 
-The paper's time change sigma = e^{-r}: dx/dr = -(x - mu(x, e^{-r})). The starts lie on the border
-of the square of half side 2.1, the corners and the middles included, from sigma = 1 on.
+The paper changes time by sigma = e^{-r}, which gives dx/dr = -(x - mu(x, e^{-r})). At sigma = 1 the
+starts lie on the border of the square of half side 2.1, the corners and the middles included.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ class Structured:
     per_side: int = 21
     sigma_start: float = 1.0
     sigma_min: float = 1e-4
-    seed: int = 0  # unused: nothing is drawn; kept so that every experiment takes one
+    seed: int = 0  # not used, since nothing is drawn; every experiment takes one
 
 
 def square(half_side: float, per_side: int) -> torch.Tensor:
     """[4 (per_side - 1), 2] float64 points on the border of a square, corners once."""
-    # Exactly antisymmetric, so that the middle is 0 and starts on a diagonal have |x_1| = |x_2| to
+    # This is exactly antisymmetric: the middle is 0, and starts on a diagonal have |x_1| = |x_2| to
     # the last bit.
     right = torch.arange(per_side, dtype=torch.float64)
     side = half_side * (2 * right - (per_side - 1)) / (per_side - 1)

@@ -1,12 +1,13 @@
-"""Fraction of samples that collapse onto a training point, against the strength of the
+"""The fraction of samples that collapse onto a training point, against the strength of the
 regularisation.
 
-Tikhonov: s = (alpha mu - x)/(sigma^2 + c). Once one weight dominates, VE leaves x - y = z sqrt(c)
-of the initial noise (z standard normal, up to the factor sigma_max / sqrt(sigma_max^2 + c)): in the
-plane a fraction 1 - exp(-tol^2 / (2 c)) lies within the tolerance. Empirical Bayes: s min(1,
-Z/tau). With one weight, k = |x - y|/sigma obeys d log k / d log sigma = min(1, e^{-k^2/2}/tau) - 1,
-so that samples with k^2/2 < -log tau collapse and the others freeze: a fraction 1 - tau of planar
-Gaussian noise, for tau < 1. Both guides are drawn beside the measured fractions.
+With Tikhonov, s = (alpha mu - x)/(sigma^2 + c). Once one weight dominates, VE leaves x - y = z
+sqrt(c) of the initial noise (z standard normal, up to the factor sigma_max / sqrt(sigma_max^2 +
+c)), so that in the plane a fraction 1 - exp(-tol^2 / (2 c)) lies within the tolerance. Empirical
+Bayes multiplies s by min(1, Z/tau). With one weight, k = |x - y|/sigma obeys d log k / d log sigma
+= min(1, e^{-k^2/2}/tau) - 1: samples with k^2/2 < -log tau collapse and the others freeze. That is
+a fraction 1 - tau of planar Gaussian noise, for tau < 1. Both fractions are drawn as guides beside
+the measured ones.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -39,7 +41,7 @@ class TikhonovSweep:
     starts: int = 1000
     process: str = "ve"
     sigma_min: float = 1e-4
-    seed: int = 0
+    seed: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +53,7 @@ class EmpiricalBayesSweep:
     starts: int = 1000
     process: str = "ve"
     sigma_min: float = 1e-4
-    seed: int = 0
+    seed: int = 1
 
 
 def _sweep(p: TikhonovSweep | EmpiricalBayesSweep, made: list[regularizers.Regularizer]) -> Numbers:
@@ -87,13 +89,23 @@ def run_tikhonov(p: TikhonovSweep) -> Numbers:
 def run_empirical_bayes(p: EmpiricalBayesSweep) -> Numbers:
     """The collapsed fraction for each tau, from the same starts, and without regularisation."""
     numbers = _sweep(p, [regularizers.EmpiricalBayes(math.log(tau)) for tau in p.strengths])
-    # Near tau = 1 and above samples drift off slowly, and some stop within the tolerance: no guide.
+    # There is no guide near tau = 1 and above, where samples drift off slowly and some stop within
+    # the tolerance.
     return numbers | {"guide": [1 - tau if tau <= 0.5 else math.nan for tau in p.strengths]}
+
+
+def falling(fractions: Sequence[float], samples: int) -> bool:
+    """Whether none of these fractions, of so many samples each, is larger than the one before it by
+    more than three standard errors of their difference."""
+    return all(
+        b - a <= 3 * math.sqrt((a * (1 - a) + b * (1 - b)) / samples)
+        for a, b in itertools.pairwise(fractions)
+    )
 
 
 def _conclude(n: Numbers, symbol: str) -> list[str]:
     pairs = sorted(zip(n["strengths"], n["fractions"], strict=True))
-    falls = all(a >= b for (_, a), (_, b) in itertools.pairwise(pairs))
+    falls = falling([fraction for _, fraction in pairs], n["starts"])
     return [
         f"without regularisation {n['unregularised_fraction']:.1%} of {n['starts']} samples "
         f"collapse",

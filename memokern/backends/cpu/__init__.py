@@ -10,14 +10,13 @@ from torch import Tensor
 from memokern.backends.cpu import dense, listed, native
 from memokern.backends.cpu.projection import CosineProjection
 from memokern.backends.protocol import Backend, Call
-from memokern.calls import Gradients, LogitBounds, Query, RowLists, Rows, Scan, Sums
+from memokern.calls import Gradients, LogitBounds, Query, RowLists, Rows, Scan, State, Sums
 
 # Compiled kernels have no derivatives of their own for these.
 _REFERENCE_ONLY = {
     "posterior_double_backward": "second derivatives are taken in plain PyTorch",
     "posterior_listed_double_backward": "second derivatives are taken in plain PyTorch",
     "posterior_backward_rows": "the gradient for the rows is taken in plain PyTorch",
-    "posterior_state": "not written yet",
 }
 
 
@@ -55,6 +54,9 @@ class Cpu(Backend):
     def detail(self) -> str:
         threads = torch.get_num_threads() if native.module().openmp else 1
         return f"compiled kernels, {self.isa()}, {threads} thread{'s' if threads > 1 else ''}"
+
+    def posterior_state(self, query: Query, rows: Rows) -> State:
+        return dense.posterior_state(query, rows)
 
     def posterior(self, query: Query, rows: Rows) -> Sums:
         return dense.posterior(query, rows)

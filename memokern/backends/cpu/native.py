@@ -1,4 +1,9 @@
-"""The compiled module, and rows as it takes them: pointers, after the checks they need."""
+"""The compiled module, and the call objects as it takes them: tuples of addresses and sizes.
+
+Each tuple has the fields of a struct of ``csrc/include/memokern/abi.h``, in their order. Nothing is
+checked there: what the kernels need to be true is checked here and in :mod:`memokern.calls.checks`.
+The tensors must outlive the call.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memokern.calls import Rows
+from memokern.calls import Query, Rows
 from memokern.calls.checks import check_rows, contiguous64
 from memokern.util import env
 
-ROW_TYPES = {
-    torch.float64: 0,
-    torch.float32: 1,
-    torch.bfloat16: 2,
-    torch.float16: 3,
-    torch.uint8: 4,
-}
+_F64 = torch.float64
 
 
 @functools.cache
@@ -35,25 +34,46 @@ def module() -> ModuleType:
     return _C
 
 
-@functools.lru_cache(maxsize=256)
-def described(*values: Any) -> Any:
-    """The rows as the module takes them: of the same numbers the same object, which is quicker."""
-    return module().Rows(*values)
+@functools.cache
+def row_types() -> dict[torch.dtype, int]:
+    """The kernels' code for each type of rows."""
+    return {getattr(torch, name): code for name, code in module().ROW_TYPES.items()}
 
 
-def native_rows(rows: Rows) -> tuple[Any, tuple[Tensor | None, ...]]:
-    """The rows as the module takes them, and the tensors that must outlive the call."""
+@functools.cache
+def weightings() -> dict[str, int]:
+    """The kernels' code for each weighting."""
+    codes: dict[str, int] = module().WEIGHTINGS
+    return codes
+
+
+def native_rows(rows: Rows) -> tuple[tuple[Any, ...], tuple[Tensor | None, ...]]:
+    """struct Rows, and the tensors that must outlive the call beside those of the rows."""
     check_rows(rows)
     keep = tuple(None if t is None else contiguous64(t) for t in (rows.center, rows.sq_norms))
     data, dim = rows.data, rows.dim
     stride = data.stride(0) if rows.n > 1 else dim
-    args = described(
-        data.data_ptr(), rows.n, dim, stride, ROW_TYPES[data.dtype], rows.scale, rows.shift,
+    fields = (
+        data.data_ptr(), rows.n, dim, stride, row_types()[data.dtype], rows.scale, rows.shift,
         pointer(keep[0]), pointer(keep[1]),
     )  # fmt: skip
-    return args, keep
+    return fields, keep
+
+
+def native_query(query: Query) -> tuple[Any, ...]:
+    """struct Queries, of a query that :func:`memokern.calls.checks.prepared` returned."""
+    x = query.x
+    return (
+        x.data_ptr(), x.dtype == _F64, x.shape[0], query.sigma.data_ptr(), query.alpha.data_ptr(),
+        query.temperature.data_ptr(), pointer(query.bias), weightings()[query.weighting],
+    )  # fmt: skip
 
 
 def pointer(tensor: Tensor | None) -> int:
     """The address of a tensor's numbers, 0 for none."""
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def addresses(tensors: tuple[Tensor, ...]) -> tuple[int, ...]:
+    """The address of the numbers of each tensor: a struct that holds nothing else."""
+    return tuple([tensor.data_ptr() for tensor in tensors])

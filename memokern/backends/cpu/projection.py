@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from memokern.backends.cpu.native import module
+from memokern.backends.cpu.native import addresses, module
 
 _F64 = torch.float64
 
@@ -14,31 +14,58 @@ class CosineProjection:
     """Float32 queries to the coordinates of an index whose basis is a cosine transform:
     `memokern.index.projection.Projected`, computed in one pass over the queries.
 
-    Args: tensors as `csrc/kernels.h` names them; sizes of the axes (C, H, W).
+    Args:
+        axes: C, H, W. channels_last: whether x is [H, W, C].
+        turn: [C, C], down: [H, H], across: [W, W] float32, the transforms along the three axes.
+        box: [C, 2] int64, how many frequencies down and across are computed of each channel.
+        size: numbers of all boxes together, each [across, down], the latter padded to multiples of
+            :meth:`side`. place: [M] int32, where in the boxes each coordinate is.
+        kept: how many coordinates are handed out. edges: [bands + 1] int64, of the bands.
+        center: [D] float32.
+        bound_weights: [3, 4] float64, what |xc|, |alpha| and 1 count in four bounds: |xc| from
+            above, |xc| from below, the error of the coordinates, the margin.
+        largest: up to which |xc| no product overflows a float32.
     """
 
-    SIDE = 16  # to whose multiples the kernel pads a box
-
     def __init__(
-        self, axes: tuple[int, int, int], channels_last: bool, turn: Tensor, down: Tensor,
-        across: Tensor, box: Tensor, boxes: int, place: Tensor, kept: int, edges: Tensor,
-        center: Tensor, worth: Tensor, largest: float,
-    ) -> None:  # fmt: skip
-        self._held = (turn, down, across, box, place, edges, center, worth)
+        self,
+        *,
+        axes: tuple[int, int, int],
+        channels_last: bool,
+        turn: Tensor,
+        down: Tensor,
+        across: Tensor,
+        box: Tensor,
+        size: int,
+        place: Tensor,
+        kept: int,
+        edges: Tensor,
+        center: Tensor,
+        bound_weights: Tensor,
+        largest: float,
+    ) -> None:
         self._kept, self._bands = kept, len(edges) - 1
-        self._basis = module().Cosine(
-            *axes, channels_last, turn.data_ptr(), down.data_ptr(), across.data_ptr(),
-            box.data_ptr(), boxes, place.data_ptr(), len(place), kept, edges.data_ptr(),
-            self._bands, center.data_ptr(), worth.data_ptr(), largest,
+        # The kernel has only the addresses.
+        self._held = (turn, down, across, box, place, edges, center, bound_weights)
+        # struct CosineTransform of csrc/include/memokern/abi.h
+        self._native = (
+            *axes, channels_last, *addresses((turn, down, across, box)), size, place.data_ptr(),
+            len(place), kept, edges.data_ptr(), self._bands, center.data_ptr(),
+            bound_weights.data_ptr(), largest,
         )  # fmt: skip
+
+    @staticmethod
+    def side() -> int:
+        """To whose multiples the kernel pads a box."""
+        return int(module().PROJECTION_SIDE)
 
     def __call__(self, x: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """z, norms, margin, sq of x [B, D] float32 with alpha [B] float64."""
         x, alpha, b = x.contiguous(), alpha.to(_F64).contiguous(), len(x)
         z, norms = x.new_empty(b, self._kept), x.new_empty(b, self._bands + 1)
-        margin, sq = alpha.new_empty(b), alpha.new_empty(b)
+        out = (z, norms, alpha.new_empty(b), alpha.new_empty(b))
         module().project(
-            self._basis, x.data_ptr(), alpha.data_ptr(), b, torch.get_num_threads(),
-            z.data_ptr(), norms.data_ptr(), margin.data_ptr(), sq.data_ptr(),
+            self._native, x.data_ptr(), alpha.data_ptr(), b, addresses(out),
+            torch.get_num_threads(),
         )  # fmt: skip
-        return z, norms, margin, sq
+        return out

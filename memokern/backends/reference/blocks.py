@@ -37,6 +37,11 @@ def query_blocks(b: int, n: int) -> Iterator[slice]:
         yield slice(start, min(start + step, b))
 
 
+def nan_for_inf(x: Tensor) -> Tensor:
+    """A query that is not finite is lost: NaN, which goes on into its gradients too."""
+    return x * torch.where(torch.isinf(x), torch.nan, 1.0)
+
+
 def center_of(rows: Rows) -> Tensor:
     """[D] float64: the owner's center, else the mean of the rows."""
     if rows.center is not None:

@@ -18,6 +18,7 @@ from memokern.backends.reference.blocks import (
     F64,
     center_of,
     direct_squares,
+    nan_for_inf,
     query_blocks,
     row_blocks,
     squared_distances,
@@ -50,17 +51,18 @@ def _exponents(query: Query, rows: Rows, center: Tensor) -> _Exponents:
         if query.weighting == "gaussian":
             # sigma = 0, or so small that even the nearest row's logit overflows.
             at_zero = torch.zeros_like(nearest, dtype=torch.bool)
-            limit = ~torch.isfinite(_exponent(query, nearest, None, at_zero)) | (
+            limit = torch.isinf(_exponent(query, nearest, None, at_zero)) | (
                 query.sigma[:, None] == 0
             )
             key = torch.where(limit, nearest, 0.0)
         else:
             limit = nearest == 0
-            key = torch.where(limit, 0.0, 1.0)
-        weighs = reachable & (~limit | (r2 == nearest))
+            key = torch.where(limit, 0.0, 1.0).to(F64)
+        # Written so that NaN has weight: of a query that is lost the gradients are NaN as well.
+        weighs = reachable & (~limit | ~(r2 > nearest))
         v = torch.where(weighs, _exponent(query, r2, query.bias, limit), -torch.inf)
         m = v.amax(1, keepdim=True)
-        weighs = weighs & (v - m > _NOTHING)
+        weighs = weighs & ~(v - m <= _NOTHING)
         key = torch.where(weighs.any(1, keepdim=True), key, torch.inf)
     # What is not weighed is left out before it can become 0 times infinity in a derivative.
     bias = None if query.bias is None else torch.where(weighs, query.bias, 0.0)
@@ -102,7 +104,7 @@ def _block_state(query: Query, rows: Rows, center: Tensor) -> State:
 def _wide(query: Query, at: slice) -> Query:
     """Some of the queries, with x in float64."""
     part = query.take(at)
-    return part._replace(x=part.x.to(F64))
+    return part._replace(x=nan_for_inf(part.x.to(F64)))
 
 
 def posterior_state(query: Query, rows: Rows) -> State:
@@ -134,6 +136,7 @@ def _blocks(query: Query, rows: Rows) -> Iterator[derivatives.Block]:
     center, rows = center_of(rows), rows.detach()
 
     def sums(part: Query) -> Sums:
+        part = part._replace(x=nan_for_inf(part.x))
         return to_sums(_block_state(part, rows, center), part)
 
     for at in query_blocks(query.x.shape[0], rows.n):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from memokern.backends.reference import derivatives
-from memokern.backends.reference.blocks import ELEMENTS, F64, values
+from memokern.backends.reference.blocks import ELEMENTS, F64, nan_for_inf, values
 from memokern.calls import Gradients, Query, RowLists, Rows, State, Sums, to_sums, without
 
 _NOTHING = -800.0  # e^v is 0 in float64 below it, and the row's part in any sum or derivative
@@ -23,7 +23,7 @@ def _block_state(query: Query, rows: Rows, lists: RowLists) -> State:
     each = torch.arange(b, device=query.x.device)
     q = each.repeat_interleave(start.diff())
     y = values(rows, index)
-    r2 = (query.x[q] - query.alpha[q, None] * y).square().sum(1)
+    r2 = (nan_for_inf(query.x)[q] - query.alpha[q, None] * y).square().sum(1)
     bias = None if query.bias is None else query.bias[index]
 
     def largest(value: Tensor) -> Tensor:
@@ -45,12 +45,13 @@ def _block_state(query: Query, rows: Rows, lists: RowLists) -> State:
         nearest = -largest(torch.where(reachable, -r2, -torch.inf))
         # sigma = 0, or so small that even the nearest row's logit overflows.
         width = torch.where(query.sigma == 0, 1.0, query.sigma)
-        far = ~torch.isfinite(nearest / width / width / query.temperature)
+        far = torch.isinf(nearest / width / width / query.temperature)
         limit = far | (query.sigma == 0)
-        weighs = reachable & (~limit[q] | (r2 == nearest[q]))
+        # Written so that NaN has weight: of a query that is lost the gradients are NaN as well.
+        weighs = reachable & (~limit[q] | ~(r2 > nearest[q]))
         v = torch.where(weighs, exponent(r2, bias, limit), -torch.inf)
         m = largest(v)
-        weighs = weighs & (v - m[q] > _NOTHING)
+        weighs = weighs & ~(v - m[q] <= _NOTHING)
         key = torch.where(torch.isneginf(m), torch.inf, torch.where(limit, nearest, 0.0))
     # What is not weighed is left out before it can become 0 times infinity in a derivative.
     kept = None if bias is None else torch.where(weighs, bias, 0.0)

@@ -168,7 +168,8 @@ class _Scan:
         launch(kernels.PROMISE, none)
         top = place.gather(1, value.topk(min(_PROMISING, blocks), dim=1).indices)
         each = torch.arange(self.b, device=device)[:, None].expand_as(top)
-        reached = self.consider(each.reshape(-1), top.reshape(-1))
+        # Of one query `each` is one number seen several times, which a kernel must not be given.
+        reached = self.consider(each.reshape(-1).contiguous(), top.reshape(-1))
         self.best = reached.reshape(top.shape).amax(1)
         least = self.least()
         launch(kernels.COUNT, least)

@@ -1,0 +1,71 @@
+// The dense sweep, its gradients and the nearest rows.
+#include <vector>
+
+#include "bind/fields.h"
+
+namespace memokern {
+namespace {
+
+void posterior(const py::tuple& rows, const py::tuple& queries, const py::tuple& sums, int threads) {
+  const Rows r = rows_from(rows);
+  const Queries q = queries_from(queries);
+  const Sums out = sums_from(sums);
+  run([&] { return kernels().posterior(r, q, out, threads); });
+}
+
+void posterior_state(const py::tuple& rows, const py::tuple& queries, const py::tuple& states, int threads) {
+  const Rows r = rows_from(rows);
+  const Queries q = queries_from(queries);
+  const States out = states_from(states);
+  run([&] { return kernels().posterior_state(r, q, out, threads); });
+}
+
+void small_mean(const py::tuple& rows, uintptr_t x, bool f64, int64_t b, const py::tuple& numbers, uintptr_t bias,
+                uintptr_t mean, int threads) {
+  const Rows r = rows_from(rows);
+  Fields shared(numbers, "sigma, alpha, temperature", 3);
+  std::vector<double> columns(7 * b);  // the three numbers for each query, and room for its four sums
+  double* c = columns.data();
+  for (int i = 0; i < 3; i++) {
+    const double number = shared;
+    for (int64_t j = 0; j < b; j++) c[i * b + j] = number;
+  }
+  if (PyErr_Occurred()) throw py::error_already_set();
+  const Queries q = {pointer<void>(x), f64, b, c, c + b, c + 2 * b, pointer<double>(bias), kGaussian};
+  const Sums out = {pointer<void>(mean), c + 3 * b, c + 4 * b, c + 5 * b, c + 6 * b};
+  run([&] { return kernels().posterior(r, q, out, threads); });
+}
+
+void posterior_backward(const py::tuple& rows, const py::tuple& queries, const py::tuple& sums, const py::tuple& grads,
+                        const py::tuple& out, int threads) {
+  const Rows r = rows_from(rows);
+  const Queries q = queries_from(queries);
+  const SumsIn s = sums_in_from(sums), g = sums_in_from(grads);
+  const Gradients to = gradients_from(out);
+  run([&] { return kernels().posterior_backward(r, q, s, g, to, threads); });
+}
+
+void nearest(const py::tuple& rows, uintptr_t x, bool f64, int64_t b, int64_t k, uintptr_t sq_dist, uintptr_t index,
+             int threads) {
+  const Rows r = rows_from(rows);
+  const Queries q = {pointer<void>(x), f64, b, nullptr, nullptr, nullptr, nullptr, kGaussian};
+  const Neighbours out = {pointer<double>(sq_dist), pointer<int64_t>(index), k};
+  run([&] { return kernels().nearest(r, q, out, threads); });
+}
+
+}  // namespace
+
+void bind_dense(py::module_& m) {
+  using py::arg;
+  m.def("posterior", &posterior, arg("rows"), arg("queries"), arg("sums"), arg("threads"));
+  m.def("posterior_state", &posterior_state, arg("rows"), arg("queries"), arg("states"), arg("threads"));
+  m.def("small_mean", &small_mean, arg("rows"), arg("x"), arg("f64"), arg("b"), arg("numbers"), arg("bias"),
+        arg("mean"), arg("threads"),
+        "The mean alone, of queries that share the numbers sigma, alpha and temperature.");
+  m.def("posterior_backward", &posterior_backward, arg("rows"), arg("queries"), arg("sums"), arg("grads"), arg("out"),
+        arg("threads"));
+  m.def("nearest", &nearest, arg("rows"), arg("x"), arg("f64"), arg("b"), arg("k"), arg("sq_dist"), arg("index"),
+        arg("threads"));
+}
+
+}  // namespace memokern

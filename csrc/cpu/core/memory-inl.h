@@ -1,0 +1,54 @@
+// Work space without the C++ library's allocator.
+#pragma once
+#include "cpu/core/vec-inl.h"
+
+namespace memokern {
+namespace MEMOKERN_ISA_NS {
+
+// A few arrays of zeros in one aligned block, which are freed together. reserve() takes the sum of the bytes() of all
+// arrays that take() will hand out, and says whether the memory was there.
+class Arena {
+ public:
+  Arena() : base_(nullptr), size_(0), used_(0) {}
+  ~Arena() { free(base_); }
+  template <class T>
+  static int64_t bytes(int64_t n) {
+    return round_up(n * (int64_t)sizeof(T), 64) + 64;
+  }
+  bool reserve(int64_t size) {
+    size_ = round_up(size, 64) + 64;
+    if (posix_memalign(&base_, 64, size_) != 0) base_ = nullptr;
+    return base_ != nullptr;
+  }
+  template <class T>
+  T* take(int64_t n) {
+    T* p = (T*)((char*)base_ + used_);
+    used_ += bytes<T>(n);
+    memset(p, 0, n * sizeof(T));
+    return p;
+  }
+
+ private:
+  Arena(const Arena&);
+  void* base_;
+  int64_t size_, used_;
+};
+
+// One T for each part of a call. T must be such that all zeros are a valid empty one.
+template <class T>
+struct WorkSpaces {
+  T* items;
+  int n;
+  explicit WorkSpaces(int count) : items((T*)calloc(count, sizeof(T))), n(count) {}
+  ~WorkSpaces() {
+    if (items)
+      for (int i = 0; i < n; i++) items[i].~T();
+    free(items);
+  }
+
+ private:
+  WorkSpaces(const WorkSpaces&);
+};
+
+}  // namespace MEMOKERN_ISA_NS
+}  // namespace memokern

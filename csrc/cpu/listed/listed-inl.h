@@ -1,0 +1,260 @@
+// The posterior over a list of rows for each query. Every logit comes from direct differences in double, so that exact
+// hits are exact and ties stay ties.
+//
+// A query's list is cut into pieces where there are fewer queries than the threads could share evenly. Each piece has a
+// State and an accumulator, which merge() joins. A piece goes over its rows twice: for their logits, then to add up those
+// that have weight.
+#pragma once
+#include "cpu/posterior/finish-inl.h"
+
+namespace memokern {
+namespace MEMOKERN_ISA_NS {
+
+enum {
+  PIECE_ROWS = 64,  // of a piece, at least
+  SUM_ROWS = 4,     // rows that are added to the accumulator at a time,
+  SUM_D = 512       // and features: these rows stay in L1 as double
+};
+
+struct Piece {
+  int64_t b, i0, i1;  // rows index[i0] .. index[i1 - 1] of query b
+  bool alone;         // the query has no other piece
+  State st;
+  double* sum;  // [D] sum of e^(v - m) y, in the backward pass of q y; a piece that is alone uses its thread's own
+};
+
+// The rows as they are, without a centre, in double: so are the queries, which changes nothing, and one instance of the
+// code serves float and double.
+struct ListedRows {
+  Source<double> src;  // a value is scale (raw + shift / scale)
+  Exact<double>::F exact;
+  Fetch<double>::F fetch;
+  Values<double>::F row;
+  Arena arena;
+  bool prepare(const Rows& rows) {
+    const int64_t Dp = round_up(rows.d, 64);
+    if (!arena.reserve(Arena::bytes<double>(Dp))) return false;
+    double* shift = arena.take<double>(Dp);
+    for (int64_t d = 0; d < rows.d; d++) shift[d] = rows.shift / rows.scale;
+    memset((void*)&src, 0, sizeof src);
+    src.rows = rows;
+    src.offset = shift;
+    exact = exact_for(src);
+    fetch = fetch_for(src);
+    row = values_for(src);
+    return true;
+  }
+};
+
+// Query b in double: the caller's numbers, or these converted into own [D].
+static const double* query_in_double(const Queries& in, int64_t b, int64_t D, double* own) {
+  if (in.f64) return (const double*)in.x + b * D;
+  const float* x = (const float*)in.x + b * D;
+  for (int64_t d = 0; d < D; d++) own[d] = x[d];
+  return own;
+}
+static void write_number(void* out, bool f64, int64_t i, double v) {
+  if (f64)
+    ((double*)out)[i] = v;
+  else
+    ((float*)out)[i] = (float)v;
+}
+
+// sum += sum_i w_i y_i over the rows n whose |w_i| is more than `least`. sum has room for whole vectors.
+static void add_rows(const Source<double>& src, Fetch<double>::F fetch, const int64_t* n, const double* w,
+                     int64_t count, double least, double* sum) {
+  enum { W = Vec<double>::W };
+  double buffer[SUM_ROWS * SUM_D];
+  int64_t i = 0;
+  while (i < count) {
+    const double* from[SUM_ROWS];
+    double a[SUM_ROWS];
+    int64_t rows[SUM_ROWS];
+    int m = 0;
+    for (; i < count && m < SUM_ROWS; i++) {
+      if (!(__builtin_fabs(w[i]) > least)) continue;
+      rows[m] = n[i];
+      a[m++] = w[i] * src.rows.scale;
+    }
+    if (m == 0) break;
+    for (int e = m; e < SUM_ROWS; e++) a[e] = 0;
+    for (int64_t d0 = 0; d0 < src.rows.d; d0 += SUM_D) {
+      const int64_t cnt = imin(SUM_D, src.rows.d - d0);
+      for (int e = 0; e < SUM_ROWS; e++) {
+        from[e] = buffer + imin(e, m - 1) * SUM_D;
+        if (e < m) fetch(src, rows[e], d0, cnt, buffer + e * SUM_D);
+      }
+      for (int64_t d = 0; d < cnt; d += W) {
+        const Vec<double>::T first = splat(a[0]) * load(from[0] + d) + splat(a[1]) * load(from[1] + d);
+        const Vec<double>::T second = splat(a[2]) * load(from[2] + d) + splat(a[3]) * load(from[3] + d);
+        store(sum + d0 + d, load(sum + d0 + d) + first + second);
+      }
+    }
+  }
+}
+
+// What is known of query b over its list. Its mode is kZeroSigma where sigma is 0, or as good as.
+static Query<double> listed_query(const Queries& in, const double* x, int64_t b, int64_t D) {
+  Query<double> q;
+  memset((void*)&q, 0, sizeof q);
+  q.x = x;
+  q.d = (double)D;
+  q.alpha = in.alpha[b];
+  q.sigma = in.sigma[b];
+  q.temperature = in.temperature[b];
+  q.inv_t = 1 / q.temperature;
+  enum { W = Vec<double>::W };
+  Vec<double>::T sum = {};
+  int64_t d = 0;
+  for (; d + W <= D; d += W) sum += load(x + d) * load(x + d);
+  double xx = hsum<double>(sum);
+  for (; d < D; d++) xx += x[d] * x[d];
+  q.xx = xx;
+  if (!(xx < kInf) || !(q.sigma >= 0) || !(q.inv_t > 0) || !(q.inv_t < kInf))
+    q.mode = kNotFinite;
+  else
+    q.mode = q.inv_t / q.sigma / q.sigma * (xx + 1) < Precision<double>::big ? kSoftmax : kZeroSigma;
+  return q;
+}
+
+// The state of `count` rows n of a piece. t holds their squared distances and becomes their weights e^(v - m).
+static State weigh_listed(const Query<double>& q, const double* bias, const int64_t* n, double* t, int64_t count) {
+  State st = empty_state();
+  double key = 0;
+  if (q.mode == kZeroSigma) {
+    key = kInf;
+    for (int64_t i = 0; i < count; i++)
+      if (!bias || bias[n[i]] > -kInf) key = dmin(key, t[i]);
+  }
+  double m = -kInf;
+  for (int64_t i = 0; i < count; i++) {
+    const double b = bias ? bias[n[i]] : 0;
+    if (q.mode == kZeroSigma)
+      t[i] = t[i] == key ? b * q.inv_t : -kInf;
+    else
+      t[i] = (b - 0.5 * (t[i] / q.sigma) / q.sigma) * q.inv_t;
+    m = dmax(m, t[i]);
+  }
+  if (!(m > -kInf)) return st;
+  st.key = key;
+  st.m = m;
+  for (int64_t i = 0; i < count; i++) {
+    const double d = t[i] - m, w = __builtin_exp(d);
+    t[i] = w;
+    if (w == 0) continue;
+    st.s += w;
+    st.s_v += w * d;
+    st.s_sq += w * w;
+    if (bias) st.s_bias += w * bias[n[i]];
+  }
+  return st;
+}
+
+// Whether the lists are lists: offsets that begin at 0 and do not fall, and rows that exist.
+static bool valid(const RowLists& list, int64_t B, int64_t N) {
+  if (list.start[0] != 0 || list.start[B] != list.count) return false;
+  for (int64_t b = 0; b < B; b++)
+    if (list.start[b + 1] < list.start[b]) return false;
+  bool good = true;
+  for (int64_t i = 0; i < list.count; i++) good &= (uint64_t)list.index[i] < (uint64_t)N;
+  return good;
+}
+
+// Cuts all lists into pieces and returns how many: each query has at least one, and no thread is left with much more than
+// its share. Without `pieces` it only counts them.
+static int64_t cut_lists(const RowLists& list, int64_t B, int threads, Piece* pieces) {
+  const int64_t size = imax(PIECE_ROWS, list.start[B] / (4 * threads) + 1);
+  int64_t k = 0;
+  for (int64_t b = 0; b < B; b++) {
+    const int64_t count = list.start[b + 1] - list.start[b];
+    const int64_t n = threads == 1 ? 1 : imax(1, (count + size - 1) / size);
+    for (int64_t i = 0; i < n; i++, k++) {
+      if (!pieces) continue;
+      pieces[k].b = b;
+      pieces[k].alone = n == 1;
+      pieces[k].i0 = list.start[b] + count * i / n;
+      pieces[k].i1 = list.start[b] + count * (i + 1) / n;
+    }
+  }
+  return k;
+}
+
+// Gives the pieces that are to be joined an accumulator each, from `sums`, and returns how many there are. Where only the
+// number is wanted, Dp may be 0.
+static int64_t place_sums(Piece* pieces, int64_t count, int64_t Dp, double* sums) {
+  int64_t k = 0;
+  for (int64_t i = 0; i < count; i++) {
+    if (pieces[i].alone) continue;
+    pieces[i].sum = sums + k * Dp;
+    k += 1;
+  }
+  return k;
+}
+
+static void listed_finish(const Query<double>& q, const Piece& c, int64_t D, const Sums& out, bool f64) {
+  const bool none = q.mode == kNotFinite || !(c.st.s > 0);
+  write_stats(q, c.st, c.b, out);
+  for (int64_t d = 0; d < D; d++)
+    write_number(out.mean, f64, c.b * D + d, none ? __builtin_nan("") : c.sum[d] / c.st.s);
+}
+
+static int run_posterior_listed(const Rows& rows, const Queries& in, const RowLists& list, const Sums& out,
+                                int threads) {
+  if (in.b == 0) return kDone;
+  if (!valid(list, in.b, rows.n)) return kNotLists;
+  ListedRows p;
+  Arena arena, joined;
+  const int64_t D = rows.d, Dp = round_up(D, 64), count = cut_lists(list, in.b, threads, nullptr);
+  const int workers = (int)imax(1, imin(threads, count));
+  if (!p.prepare(rows) || !arena.reserve(Arena::bytes<Piece>(count) + Arena::bytes<double>(list.count)))
+    return kNoMemory;
+  Piece* pieces = arena.take<Piece>(count);
+  double* t = arena.take<double>(list.count);
+  cut_lists(list, in.b, threads, pieces);
+  const int64_t joins = place_sums(pieces, count, 0, nullptr);
+  if (!joined.reserve(Arena::bytes<double>(joins * Dp) + Arena::bytes<double>(Dp))) return kNoMemory;
+  place_sums(pieces, count, Dp, joined.take<double>(joins * Dp));
+  double* wide = joined.take<double>(Dp);
+  int failed = 0;
+#pragma omp parallel num_threads(workers) reduction(| : failed) if (workers > 1)
+  {
+    Arena own;
+    const bool there = own.reserve(2 * Arena::bytes<double>(Dp));
+    double *sum = there ? own.take<double>(Dp) : nullptr, *x = there ? own.take<double>(Dp) : nullptr;
+    failed |= !there;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t k = 0; k < count; k++) {
+      if (!there) continue;
+      Piece& c = pieces[k];
+      if (c.alone) {
+        c.sum = sum;
+        memset((void*)sum, 0, Dp * sizeof(double));
+      }
+      c.st = empty_state();
+      const Query<double> q = listed_query(in, query_in_double(in, c.b, D, x), c.b, D);
+      const int64_t* n = list.index + c.i0;
+      if (q.mode != kNotFinite) {
+        for (int64_t i = 0; i < c.i1 - c.i0; i++) t[c.i0 + i] = p.exact(p.src, n[i], q.x, q.alpha);
+        c.st = weigh_listed(q, in.bias, n, t + c.i0, c.i1 - c.i0);
+      }
+      // All weights that are left out, together, are below 2^-60 of the largest.
+      if (c.st.s > 0) add_rows(p.src, p.fetch, n, t + c.i0, c.i1 - c.i0, 8e-19 / (c.i1 - c.i0), c.sum);
+      if (c.alone) listed_finish(q, c, D, out, in.f64);
+    }
+  }
+  for (int64_t k = 0; k < count && !failed;) {
+    Piece& a = pieces[k++];
+    if (a.alone) continue;
+    for (; k < count && pieces[k].b == a.b; k++) {
+      double fa, fb;
+      merge(a.st, pieces[k].st, fa, fb);
+      for (int64_t d = 0; d < D; d++)
+        a.sum[d] = (fa == 0 ? 0 : fa * a.sum[d]) + (fb == 0 ? 0 : fb * pieces[k].sum[d]);
+    }
+    listed_finish(listed_query(in, query_in_double(in, a.b, D, wide), a.b, D), a, D, out, in.f64);
+  }
+  return failed;
+}
+
+}  // namespace MEMOKERN_ISA_NS
+}  // namespace memokern

@@ -1,0 +1,243 @@
+// posterior_backward: the same sweep again, with the weights taken from log_z.
+//
+// A part owns a range of rows and streams tiles. For each tile it needs the products of the rows with the queries and
+// with the gradients that arrive for the mean, and makes of them the coefficient of every (query, row); these are then
+// accumulated like weights: three products to the forward's two.
+//
+// With w = softmax(l / T), gL, gE, gb, gS the gradients for log_z, mean_logit, mean_bias, weight_sq, and
+//   h_n = <g, y_n - mean> / T + (gE (l_n - E) + gb (b_n - Eb) + 2 gS (w_n - S)) / T,    q_n = w_n (gL + gE + h_n),
+// q_n is the gradient for the logit l_n, so grad_x = sum q dl/dx and so on for sigma and alpha; grad_bias_n = q_n + gb w_n
+// and grad_T = gL (L - E) / T - sum w (l - E) h / T. E, Eb and S are mean_logit, mean_bias and weight_sq.
+#pragma once
+#include "cpu/posterior/sweep-inl.h"
+
+namespace memokern {
+namespace MEMOKERN_ISA_NS {
+
+struct BackwardArgs {
+  SumsIn sums, grads;
+  Gradients out;
+};
+
+// The sums of a query over the rows of a part.
+struct BackwardSums {
+  double w, drift;  // sum of w; sum of w <g, y - mean> / T, which is 0 but for rounding, and subtracted at the end
+  double q, qc;     // sums of q, and of q c but for the rows in `near`, where d l / d x = c (alpha y - x)
+  double ql;        // sum of q (l - b)
+  double qa, wa;    // sums of q c <x - alpha y, yc>, and of w <x - alpha y, yc>
+  double temp;      // sum of w (l - E) h
+};
+
+template <class R>
+struct BackwardWork {
+  SweepWork<R> fwd;
+  R *g, *pg;             // the gradients of the mean, laid out as the queries; [NT][Ps] their products with the rows
+  R *dot, *dot_g;        // [NT] the products of one query
+  R* logit;              // [NT]
+  double* row;           // [D] a row as given
+  R* near;               // [B][Dp] sum of q c (alpha y - x) over the rows that are taken by direct differences
+  double* g_shift;       // [B] <g, mean - center>
+  BackwardSums* sums;    // [B]
+  double* grad_bias;     // [N] or null
+  Arena arena;
+  bool reserve(const Plan& pl, bool bias, int64_t N) {
+    if (!fwd.reserve(pl, bias)) return false;
+    if (!arena.reserve(Arena::bytes<R>(pl.Bp * pl.Dp) + Arena::bytes<R>(pl.B * pl.Dp) + Arena::bytes<R>(pl.NT * pl.Ps) +
+                       3 * Arena::bytes<R>(pl.NT) + Arena::bytes<double>(pl.B) + Arena::bytes<double>(pl.D) +
+                       Arena::bytes<BackwardSums>(pl.B) + (bias ? Arena::bytes<double>(N) : 0)))
+      return false;
+    g = arena.take<R>(pl.Bp * pl.Dp);
+    pg = arena.take<R>(pl.NT * pl.Ps);
+    dot = arena.take<R>(pl.NT);
+    dot_g = arena.take<R>(pl.NT);
+    logit = arena.take<R>(pl.NT);
+    row = arena.take<double>(pl.D);
+    near = arena.take<R>(pl.B * pl.Dp);
+    g_shift = arena.take<double>(pl.B);
+    sums = arena.take<BackwardSums>(pl.B);
+    grad_bias = bias ? arena.take<double>(N) : nullptr;
+    return true;
+  }
+};
+
+// A row by direct differences: |x - alpha y|^2, <x - alpha y, yc> and <g, y - mean> go to out, y to row.
+template <class R>
+static void exact_row(const Source<R>& src, const Query<R>& q, const double* mean, const double* g, int64_t n,
+                      double* row, double* out) {
+  out[0] = exact_for(src)(src, n, q.x, q.alpha);
+  values_for(src)(src, n, row);
+  double xy = 0, gy = 0;
+  for (int64_t d = 0; d < src.rows.d; d++) {
+    xy += ((double)q.x[d] - q.alpha * row[d]) * (row[d] - src.center[d]);
+    gy += g[d] * (row[d] - mean[d]);
+  }
+  out[1] = xy;
+  out[2] = gy;
+}
+
+// One tile for query b. p holds the products of the rows with the query and becomes the coefficients q c; pg holds those
+// with the gradient of the mean.
+template <class R>
+static void backward_tile(const TileContext<R>& s, const BackwardArgs& io, const Query<R>& q, int64_t b, double g_shift,
+                          double* row, R* logit, R* p, R* pg, R* near, BackwardSums& a, double* grad_bias) {
+  const bool is_log = q.mode == kLogWeighting;
+  const double T = q.temperature, E = io.sums.mean_logit[b], Eb = io.sums.mean_bias[b], S = io.sums.weight_sq[b];
+  const double gL = io.grads.log_z[b], gE = io.grads.mean_logit[b], gb = io.grads.mean_bias[b];
+  const double gS = io.grads.weight_sq[b];
+  const double common = is_log ? 0 : q.shared * T, tz = (io.sums.log_z[b] + common) / T, err = error_of(q, s);
+  const double lo = err > Precision<R>::theta ? threshold<R>(tz, err) : kInf, half = 0.5 * (double)s.D;
+  const double delta = is_log ? error_of_r2(q, s) : 0;
+  if (!is_log && (double)logits(q, s, p, logit) < tz + least_difference(R(0)) - err) {  // no row of the tile has weight
+    for (int64_t j = 0; j < s.tile->cnt; j++) p[j] = 0;
+    return;
+  }
+  for (int64_t j = 0; j < s.tile->cnt; j++) {
+    const double bj = bias_of(s, j);
+    double t, r2 = 0, exact[3];
+    bool direct;
+    if (is_log) {
+      r2 = q.xx - 2 * ((double)p[j] * q.a1 - (double)s.tile->sq[j] * q.a2);
+      const double least = r2 - delta, e = least > 0 ? half * delta / least / T : kInf;
+      const double high = least > 0 ? (bj - half * __builtin_log(least / s.D)) / T : kInf;
+      direct = bj != -kInf && e > Precision<R>::theta && high > tz + __builtin_log(Precision<R>::theta / dmin(1, e));
+      t = high;
+    } else {
+      t = logit[j];
+      direct = !(t <= lo);
+    }
+    if (bj == -kInf || (!direct && t - tz < least_difference(R(0)))) {
+      p[j] = 0;
+      continue;
+    }
+    double l, xy, gy;
+    if (direct) {
+      exact_row(*s.src, q, io.sums.mean + b * s.D, io.grads.mean + b * s.D, s.tile->n0 + j, row, exact);
+      r2 = exact[0];
+      xy = exact[1];
+      gy = exact[2];
+      l = bj - 0.5 * (r2 / q.sigma) / q.sigma;
+    } else {
+      xy = (double)p[j] - q.alpha * s.tile->sq[j];
+      gy = (double)pg[j] - g_shift;
+      l = t * T - common;
+    }
+    if (is_log) l = bj - half * __builtin_log(r2 / s.D);
+    const double w = __builtin_exp((l - io.sums.log_z[b]) / T);
+    const double hg = gy / T, ho = gE * (l - E) / T + gb * (bj - Eb) / T + 2 * gS * (w - S) / T;
+    const double coeff = w * (gL + gE + hg + ho), c = is_log ? s.D / r2 : 1;
+    a.w += w;
+    a.drift += w * hg;
+    a.q += coeff;
+    a.ql += coeff * (l - bj);
+    a.qa += coeff * c * xy;
+    a.wa += w * xy;
+    a.temp += w * (l - E) * (hg + ho);
+    if (grad_bias) grad_bias[s.tile->n0 + j] += coeff + gb * w;
+    if (direct) {  // its term of grad_x as it is: within the sums it would cancel where r is small
+      for (int64_t d = 0; d < s.D; d++) near[d] += (R)(coeff * c * (q.alpha * row[d] - (double)q.x[d]));
+      p[j] = R(0);
+    } else {
+      a.qc += coeff * c;
+      p[j] = (R)(coeff * c);
+    }
+  }
+}
+
+// Whether a query's gradients are sums over the rows, which needs neither sigma = 0 nor an exact hit.
+template <class R>
+MK_INLINE bool has_gradient(const Query<R>& q) {
+  return q.mode == kSoftmax || q.mode == kLogWeighting;
+}
+
+template <class R>
+static void backward_sweep(const Source<R>& src, const Queries& in, const BackwardArgs& io, const Plan& pl,
+                           double b_max, int64_t b0, int64_t B, int64_t n0, int64_t n1, BackwardWork<R>& w) {
+  const Products<R> products = products_for(src, pl);
+  SweepWork<R>& f = w.fwd;
+  memset((void*)w.sums, 0, pl.B * sizeof(BackwardSums));
+  memset((void*)f.acc, 0, pl.B * pl.Dp * sizeof(R));
+  memset((void*)w.near, 0, pl.B * pl.Dp * sizeof(R));
+  load_queries(src, in, pl, b0, B, f);
+  for (int64_t b = 0; b < B; b++) {
+    const double *g = io.grads.mean + (b0 + b) * pl.D, *mean = io.sums.mean + (b0 + b) * pl.D;
+    w.g_shift[b] = 0;
+    for (int64_t d = 0; d < pl.D; d++) {
+      f.row[d] = (R)g[d];
+      w.g_shift[b] += g[d] * (mean[d] - src.center[d]);
+    }
+    put_query(src, pl, f.row, b, w.g);
+    if (f.q[b].mode == kLogWeighting && io.sums.log_z[b0 + b] == kInf) f.q[b].mode = kZeroSigma;
+  }
+  const TileContext<R> s = make_tile_context(src, pl, in.bias, b_max, f);
+  for (f.tile.n0 = n0; f.tile.n0 < n1; f.tile.n0 += pl.NT) {
+    Prefetch next = load_tile(products, src, pl, f.tile, n1);
+    load_bias(in.bias, f);
+    products.dots(src, pl, f.tile, f.x, 0, B, f.p, next);
+    products.dots(src, pl, f.tile, w.g, 0, B, w.pg, next);
+    for (int64_t b = 0; b < B; b++) {
+      const bool moves = has_gradient(f.q[b]);
+      for (int64_t j = 0; j < f.tile.cnt; j++) {
+        w.dot[j] = moves ? f.p[j * pl.Ps + b] : R(0);
+        w.dot_g[j] = w.pg[j * pl.Ps + b];
+      }
+      if (moves)
+        backward_tile(s, io, f.q[b], b0 + b, w.g_shift[b], w.row, w.logit, w.dot, w.dot_g, w.near + b * pl.Dp,
+                      w.sums[b], w.grad_bias);
+      for (int64_t j = 0; j < f.tile.cnt; j++) f.p[j * pl.Ps + b] = w.dot[j];
+    }
+    products.accumulate(src, pl, f.tile, f.p, 0, B, f.acc, next);
+  }
+}
+
+// Adds what the other parts of query b found to what the first one did.
+template <class R>
+static void join_backward_parts(const Plan& pl, BackwardWork<R>* work, int parts, int64_t b) {
+  SweepWork<R>& f = work[0].fwd;
+  for (int i = 1; i < parts; i++) {
+    const double* from = (const double*)&work[i].sums[b];
+    double* to = (double*)&work[0].sums[b];
+    for (size_t e = 0; e < sizeof(BackwardSums) / sizeof(double); e++) to[e] += from[e];
+    for (int64_t d = 0; d < pl.D; d++) work[0].near[b * pl.Dp + d] += work[i].near[b * pl.Dp + d];
+    for (int64_t d = 0; d < pl.Dp; d += 2 * Vec<R>::W) {
+      R *a = acc_at(pl, f.acc, b, d), *z = acc_at(pl, work[i].fwd.acc, b, d);
+      for (int e = 0; e < 2 * Vec<R>::W; e++) a[e] += z[e];
+    }
+  }
+}
+
+// From the sums over all rows to the gradients of query b, which is the block's query `row`.
+template <class R>
+static void backward_finish(const Source<R>& src, const Plan& pl, const Queries& in, const BackwardArgs& io,
+                            const Query<R>& q, const BackwardSums& a, R* acc, const R* near, int64_t row, int64_t b) {
+  R* gx = (R*)io.out.x + b * pl.D;
+  if (!has_gradient(q)) {
+    const double v = q.mode == kNotFinite ? __builtin_nan("") : 0;
+    for (int64_t d = 0; d < pl.D; d++) gx[d] = (R)v;
+    io.out.sigma[b] = io.out.alpha[b] = io.out.temperature[b] = v;
+    return;
+  }
+  const bool softmax = q.mode == kSoftmax;
+  const double drift = softmax && a.w > 0 ? a.drift / a.w : 0, is2 = softmax ? 1 / q.sigma / q.sigma : 1;
+  const double T = q.temperature;
+  const double* mean = io.sums.mean + b * pl.D;
+  const double qc = a.qc - drift * (softmax ? a.w : 0);
+  double cx = 0;  // <center, sum q c (x - alpha y)>
+  enum { NR = 2 * Vec<R>::W };
+  for (int64_t d = 0; d < pl.D; d += NR) {
+    const R* p = acc_at(pl, acc, row, d);
+    for (int64_t i = 0; i < imin(NR, pl.D - d); i++) {
+      const double c = src.center[d + i];
+      const double g = q.alpha * (p[i] * src.rows.scale - drift * a.w * (mean[d + i] - c)) -
+                       ((double)q.x[d + i] - q.alpha * c) * qc + near[row * pl.Dp + d + i];
+      gx[d + i] = (R)(g * is2);
+      cx -= c * g;
+    }
+  }
+  io.out.sigma[b] =
+      softmax ? -2 / q.sigma * (a.ql - drift * a.w * (io.sums.mean_logit[b] - io.sums.mean_bias[b])) : 0;
+  io.out.alpha[b] = (a.qa - drift * a.wa + cx) * is2;
+  io.out.temperature[b] = io.grads.log_z[b] * (io.sums.log_z[b] - io.sums.mean_logit[b]) / T - a.temp / T;
+}
+
+}  // namespace MEMOKERN_ISA_NS
+}  // namespace memokern

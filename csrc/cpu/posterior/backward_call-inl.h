@@ -1,0 +1,107 @@
+// posterior_backward as a call: how it is shared among threads, how parts are joined, and the queries at a limit.
+#pragma once
+#include "cpu/posterior/backward-inl.h"
+
+namespace memokern {
+namespace MEMOKERN_ISA_NS {
+
+// A query of which only the nearest rows have weight: at sigma = 0, or where it hits a row exactly with weighting "log".
+// Only the bias and the temperature still move it. r2 [N] is work space. Without a bias, the temperature alone moves it,
+// and only where log_z is finite.
+template <class R>
+static void backward_zero_sigma(const TileContext<R>& s, const BackwardArgs& io, const Query<R>& q, int64_t b,
+                                double* row, double* r2, double* grad_bias, int threads) {
+  const int64_t N = s.src->rows.n, D = s.D;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int64_t n = 0; n < N; n++) r2[n] = s.bias && s.bias[n] == -kInf ? kInf : s.exact(*s.src, n, q.x, q.alpha);
+  double best = kInf, m = -kInf, z = 0, exact[3];
+  for (int64_t n = 0; n < N; n++) best = dmin(best, r2[n]);
+  for (int64_t n = 0; n < N; n++)
+    if (r2[n] == best) m = dmax(m, s.bias ? s.bias[n] : 0);
+  for (int64_t n = 0; n < N; n++)
+    if (r2[n] == best) z += __builtin_exp(((s.bias ? s.bias[n] : 0) - m) * q.inv_t);
+  // Only at distance 0 are log_z and mean_logit finite, and follow the bias.
+  const bool finite = q.mode == kZeroSigma && best == 0;
+  const double T = q.temperature, Eb = io.sums.mean_bias[b];
+  const double gL = finite ? io.grads.log_z[b] : 0, gE = finite ? io.grads.mean_logit[b] : 0;
+  const double gb = io.grads.mean_bias[b];
+  double temp = finite ? gL * (io.sums.log_z[b] - Eb) / T : 0;
+  for (int64_t n = 0; n < N; n++) {
+    if (r2[n] != best) continue;
+    const double bn = s.bias ? s.bias[n] : 0, w = __builtin_exp((bn - m) * q.inv_t) / z;
+    exact_row(*s.src, q, io.sums.mean + b * D, io.grads.mean + b * D, n, row, exact);
+    const double h =
+        (exact[2] + (gE + gb) * (bn - Eb) + 2 * io.grads.weight_sq[b] * (w - io.sums.weight_sq[b])) / T;
+    if (grad_bias) grad_bias[n] += w * (gL + gE + gb + h);
+    temp -= w * (bn - Eb) * h / T;
+  }
+  io.out.temperature[b] = temp;
+}
+
+template <class R>
+static int backward_typed(const Rows& rows, const Queries& in, const BackwardArgs& io, int threads) {
+  if (io.out.bias) memset((void*)io.out.bias, 0, rows.n * sizeof(double));
+  if (in.b == 0) return kDone;
+  CentredRows<R> c;
+  if (!c.prepare(rows)) return kNoMemory;
+  const Plan pl = make_plan<R>(in.b, rows);
+  const double b_max = largest_bias(in.bias, rows.n);
+  const int64_t blocks = (in.b + pl.B - 1) / pl.B, tiles = (rows.n + pl.NT - 1) / pl.NT;
+  const bool by_queries = blocks >= 2 * threads || tiles < 2;
+  const int parts = (int)imax(1, imin(threads, by_queries ? blocks : tiles));
+  WorkSpaces<BackwardWork<R> > list(parts);
+  BackwardWork<R>* work = list.items;
+  if (!work) return kNoMemory;
+  for (int i = 0; i < parts; i++)
+    if (!work[i].reserve(pl, in.bias != nullptr, rows.n)) return kNoMemory;
+  for (int64_t k0 = 0; k0 < blocks; k0 += by_queries ? blocks : 1) {
+#pragma omp parallel for num_threads(parts) schedule(static, 1) if (parts > 1)
+    for (int i = 0; i < parts; i++) {
+      const int64_t first = by_queries ? blocks * i / parts : k0, last = by_queries ? blocks * (i + 1) / parts : k0 + 1;
+      for (int64_t k = first; k < last; k++) {
+        const int64_t b0 = k * pl.B, B = imin(pl.B, in.b - b0);
+        const int64_t n0 = by_queries ? 0 : imin(rows.n, tiles * i / parts * pl.NT);
+        const int64_t n1 = by_queries ? rows.n : imin(rows.n, tiles * (i + 1) / parts * pl.NT);
+        backward_sweep(c.src, in, io, pl, b_max, b0, B, n0, n1, work[i]);
+        if (!by_queries) continue;
+        for (int64_t b = 0; b < B; b++)
+          backward_finish(c.src, pl, in, io, work[i].fwd.q[b], work[i].sums[b], work[i].fwd.acc, work[i].near, b,
+                          b0 + b);
+      }
+    }
+    if (by_queries) break;
+    const int64_t b0 = k0 * pl.B, B = imin(pl.B, in.b - b0);
+    for (int64_t b = 0; b < B; b++) {
+      join_backward_parts(pl, work, parts, b);
+      backward_finish(c.src, pl, in, io, work[0].fwd.q[b], work[0].sums[b], work[0].fwd.acc, work[0].near, b, b0 + b);
+    }
+  }
+  const TileContext<R> s = make_tile_context(c.src, pl, in.bias, b_max, work[0].fwd);
+  Arena distances;
+  double* r2 = nullptr;
+  for (int64_t b = 0; b < in.b; b++) {
+    const Query<R> q = make_query(in, c.src, b, pl, work[0].fwd.row);
+    const double log_z = io.sums.log_z[b];
+    if (q.mode == kNotFinite && io.out.bias) io.out.bias[0] = __builtin_nan("");
+    if (q.mode != kZeroSigma && !(q.mode == kLogWeighting && log_z == kInf)) continue;
+    if (!in.bias && !(log_z > -kInf && log_z < kInf)) continue;
+    if (!r2) {
+      if (!distances.reserve(Arena::bytes<double>(rows.n))) return kNoMemory;
+      r2 = distances.take<double>(rows.n);
+    }
+    backward_zero_sigma(s, io, q, b, work[0].row, r2, io.out.bias, threads);
+  }
+  if (io.out.bias)
+    for (int i = 0; i < parts; i++)
+      for (int64_t n = 0; n < rows.n; n++) io.out.bias[n] += work[i].grad_bias[n];
+  return kDone;
+}
+
+static int run_posterior_backward(const Rows& rows, const Queries& in, const SumsIn& sums, const SumsIn& grads,
+                                  const Gradients& out, int threads) {
+  const BackwardArgs io = {sums, grads, out};
+  return in.f64 ? backward_typed<double>(rows, in, io, threads) : backward_typed<float>(rows, in, io, threads);
+}
+
+}  // namespace MEMOKERN_ISA_NS
+}  // namespace memokern

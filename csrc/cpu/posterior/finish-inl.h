@@ -1,0 +1,104 @@
+// From the state of a query to its results: normalised sums, or the state as it is.
+#pragma once
+#include "cpu/posterior/sweep-inl.h"
+
+namespace memokern {
+namespace MEMOKERN_ISA_NS {
+
+// Where a call's results go. One of the two is null.
+struct Output {
+  const Sums* sums;
+  const States* states;
+};
+
+// log_z, mean_logit, mean_bias and weight_sq of query b. A query without rows that have weight has log_z = -inf and
+// knows nothing else; one that is not finite knows nothing at all.
+template <class R>
+static void write_stats(const Query<R>& q, const State& st, int64_t b, const Sums& out) {
+  const double nan = __builtin_nan("");
+  double log_z = nan, mean_logit = nan, mean_bias = nan, weight_sq = nan;
+  if (q.mode != kNotFinite && st.s > 0) {
+    const double lse = q.temperature * (st.m + __builtin_log(st.s)), mean = q.temperature * (st.m + st.s_v / st.s);
+    mean_bias = st.s_bias / st.s;
+    weight_sq = st.s_sq / (st.s * st.s);
+    if (q.mode == kSoftmax) {
+      log_z = lse;
+      mean_logit = mean;
+    } else if (q.mode == kZeroSigma) {  // the logits lack the distance, which is the key
+      const double pull = st.key > 0 ? -0.5 * (st.key / q.sigma) / q.sigma : 0;
+      log_z = lse + pull;
+      mean_logit = mean + pull;
+    } else {
+      log_z = st.key == 0 ? kInf : lse;
+      mean_logit = st.key == 0 ? kInf : mean;
+    }
+  } else if (q.mode != kNotFinite) {
+    log_z = -kInf;
+  }
+  out.log_z[b] = log_z;
+  out.mean_logit[b] = mean_logit;
+  out.mean_bias[b] = mean_bias;
+  out.weight_sq[b] = weight_sq;
+}
+
+// The state of query b, but for its accumulator, as memokern/calls/state.py defines it.
+template <class R>
+static void write_state(const Query<R>& q, const State& st, int64_t b, const States& out) {
+  const double nan = __builtin_nan("");
+  const State not_finite = {0, 0, nan, nan, nan, nan};
+  const State v = q.mode == kNotFinite ? not_finite : st.s > 0 ? st : empty_state();
+  out.key[b] = v.key;
+  out.m[b] = v.m;
+  out.s[b] = v.s;
+  out.s_v[b] = v.s_v;
+  out.s_bias[b] = v.s_bias;
+  out.s_sq[b] = v.s_sq;
+}
+
+// All results of query b. run(d) is where its accumulator has the features d .. d + 2 W, d a multiple of 2 W; `unit` is
+// what a unit of the accumulator is in those of the rows' values.
+template <class R, class Run>
+static void finish(const Source<R>& src, const Query<R>& q, const State& st, double unit, Run run, int64_t b,
+                   const Output& out) {
+  enum { NR = 2 * Vec<R>::W };
+  const int64_t D = src.rows.d;
+  const bool not_finite = q.mode == kNotFinite;
+  const R nan = (R)__builtin_nan("");
+  if (out.sums) {
+    R* mean = (R*)out.sums->mean + b * D;
+    write_stats(q, st, b, *out.sums);
+    for (int64_t d = 0; d < D; d += NR) {
+      const R* a = run(d);
+      for (int64_t i = 0; i < imin(NR, D - d); i++)
+        mean[d + i] = not_finite ? nan : (R)((double)a[i] / st.s * unit + src.center[d + i]);
+    }
+  } else {
+    R* acc = (R*)out.states->acc + b * D;
+    write_state(q, st, b, *out.states);
+    for (int64_t d = 0; d < D; d += NR) {
+      const R* a = run(d);
+      for (int64_t i = 0; i < imin(NR, D - d); i++)
+        acc[d + i] = not_finite ? nan : st.s > 0 ? (R)((double)a[i] * unit) : R(0);
+    }
+  }
+}
+
+// The [b] columns of the results, and the [b][d] vectors, whichever they are.
+struct OutputArrays {
+  double* column[6];
+  int columns;
+  void* vectors;
+};
+static OutputArrays arrays_of(const Output& out) {
+  if (out.sums) {
+    const Sums& s = *out.sums;
+    const OutputArrays a = {{s.log_z, s.mean_logit, s.mean_bias, s.weight_sq, nullptr, nullptr}, 4, s.mean};
+    return a;
+  }
+  const States& s = *out.states;
+  const OutputArrays a = {{s.key, s.m, s.s, s.s_v, s.s_bias, s.s_sq}, 6, s.acc};
+  return a;
+}
+
+}  // namespace MEMOKERN_ISA_NS
+}  // namespace memokern

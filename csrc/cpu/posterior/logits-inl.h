@@ -1,0 +1,143 @@
+// The approximate logits of a tile, and which of them must be evaluated exactly.
+//
+// A logit is handled as t (query-inl.h), whose error is error_of(). Every row whose weight that error could change by
+// more than theta is evaluated again by direct differences in double. The m of a state is the full l / T, so that exact
+// logits lose nothing to the part that t leaves out. Queries lie side by side in P [NT][Ps], W to a vector.
+#pragma once
+#include "cpu/core/exp-inl.h"
+#include "cpu/core/query-inl.h"
+#include "memokern/state.h"
+
+namespace memokern {
+namespace MEMOKERN_ISA_NS {
+
+// A tile, and what its weighing needs to know and to write on.
+template <class R>
+struct TileContext {
+  const Source<R>* src;
+  typename Exact<R>::F exact;
+  const Tile<R>* tile;
+  int64_t NT, D, Ps;
+  const double* bias;    // [N] or null
+  const R* tile_bias;    // [NT] the bias of the tile's rows, or null
+  const R* finite_bias;  // [NT] the same with 0 for -inf
+  double b_max;          // the largest |bias| that is not infinite
+  R least;               // where t - m is below it, e^(t - m) may be 0: at it, all N rows together would move the sum,
+                         // which is at least 1, by less than a tenth of theta
+  int* exact_row;        // [W][NT] rows that are evaluated exactly,
+  double* exact_value;   // [W][NT] their logits (at sigma = 0 first their squared distances)
+  R* columns;            // [W][NT] the products of a query, side by side
+};
+
+// The error of t in this tile. It is infinite where a product could overflow: then every row is evaluated exactly.
+template <class R>
+MK_INLINE double error_of(const Query<R>& q, const TileContext<R>& s) {
+  const double y2 = s.tile->sq_max;
+  const double err = q.e0 + q.e1 * s.tile->y_max + q.e2 * y2 + (s.tile_bias ? q.e3 * s.b_max : 0);
+  return q.xx < Precision<R>::safe && y2 < Precision<R>::safe && err < Precision<R>::big ? err : kInf;
+}
+// Weighting "log": the error of r^2.
+template <class R>
+MK_INLINE double error_of_r2(const Query<R>& q, const TileContext<R>& s) {
+  return 2 * error_of(q, s) + 4e-6 * Precision<R>::u * q.xx;
+}
+// At sigma = 0: a row whose t = (|xc|^2 - r^2) / 2 is computed to be below this is surely farther away than r^2 = key.
+template <class R>
+MK_INLINE double nearness(const Query<R>& q, double key, double err) {
+  return 0.5 * (q.xx - key) - err - (key < kInf ? (q.d + 16) * 1.2e-16 * key : 0);
+}
+template <class R>
+MK_INLINE double bias_of(const TileContext<R>& s, int64_t j) {
+  return s.bias ? s.bias[s.tile->n0 + j] : 0;
+}
+template <class R>
+MK_INLINE double exact_r2(const Query<R>& q, const TileContext<R>& s, int64_t j) {
+  return s.exact(*s.src, s.tile->n0 + j, q.x, q.alpha);
+}
+// At most ln x, and at least ln x - 0.06, for a normal x > 0 and without a call: log2 of (1 + f) 2^k is at least k + f.
+MK_INLINE double log_below(double x) {
+  int64_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return ((double)bits * 0x1p-52 - 1023.001) * 0.6931471805599453;
+}
+// A row whose t is computed to be at most this may stay as it is, where `lower` is a lower bound of log sum e^t.
+template <class R>
+MK_INLINE double threshold(double lower, double err) {
+  return lower + log_below(Precision<R>::theta / dmin(1, err)) - err;
+}
+
+// Makes t of the products of one query with the rows; p may be dot. Returns the largest.
+template <class R>
+MK_INLINE R logits(const Query<R>& q, const TileContext<R>& s, const R* dot, R* p) {
+  R best = (R)-kInf;
+  for (int64_t j = 0; j < s.tile->cnt; j++) {
+    R t = dot[j] * (R)q.a1 - s.tile->sq[j] * (R)q.a2;
+    if (s.tile_bias && q.mode != kZeroSigma) t += s.tile_bias[j] * (R)q.inv_t;
+    p[j] = t;
+    best = t > best ? t : best;
+  }
+  return best;
+}
+
+// W queries side by side, as the lanes see them: t = a1 dot - a2 |yc|^2 + inv_t b; m is the largest t so far.
+template <class R>
+struct QueryGroup {
+  typename Vec<R>::T a1, a2, inv_t, m;
+};
+template <class R>
+MK_INLINE void set_lane(QueryGroup<R>& g, int e, const Query<R>& q) {
+  g.a1[e] = (R)q.a1;
+  g.a2[e] = (R)q.a2;
+  g.inv_t[e] = (R)q.inv_t;
+}
+// The same for W queries. It reads copies of its arguments' fields, because as far as the compiler knows the store of a
+// vector may change anything.
+template <class R>
+MK_INLINE typename Vec<R>::T logits(const QueryGroup<R>& g, const TileContext<R>& s, R* p) {
+  typedef typename Vec<R>::T V;
+  const V a1 = g.a1, a2 = g.a2, inv_t = g.inv_t;
+  const R *sq = s.tile->sq, *b = s.tile_bias;
+  const int64_t cnt = s.tile->cnt, Ps = s.Ps;
+  V top = splat<R>((R)-kInf);
+  for (int64_t j = 0; j < cnt; j++, p += Ps) {
+    V t = load(p) * a1 - splat<R>(sq[j]) * a2;
+    if (b) t += splat<R>(b[j]) * inv_t;
+    store(p, t);
+    top = vmax(t, top);
+  }
+  return top;
+}
+
+// Takes the rows that must be evaluated exactly out of a column of t, whose numbers lie `stride` apart and whose largest
+// is `top`. Their logits go to `value`. m is raised to the largest logit that is left, exact or not. Returns how many
+// rows were taken.
+template <class R>
+static int take_inexact(const Query<R>& q, const TileContext<R>& s, const State& st, R* p, int64_t stride, double top,
+                        double err, int* row, double* value, double& m) {
+  const bool all = err == kInf;
+  const double known = st.s > 0 ? st.m + q.shared : -kInf, least = dmax(known, top - err);
+  if (!all && top <= least + Precision<R>::log_theta - err) return 0;  // what follows can only be stricter
+  const double lo = threshold<R>(dmax(known + (st.s > 1e-300 ? log_below(st.s) : 0), top - err), err);
+  if (!all && top <= lo) return 0;
+  double rest = -kInf;
+  int count = 0;
+  m = st.m;
+  for (int64_t j = 0; j < s.tile->cnt; j++) {
+    R& t = p[j * stride];
+    const double b = bias_of(s, j);
+    if (all ? b == -kInf : !((double)t > lo)) {
+      if (all) t = (R)-kInf;
+      rest = dmax(rest, t);
+      continue;
+    }
+    row[count] = (int)j;
+    value[count] = -0.5 * (exact_r2(q, s, j) / q.sigma) / q.sigma * q.inv_t + b * q.inv_t;
+    m = dmax(m, value[count++]);
+    t = (R)-kInf;
+  }
+  m = dmax(m, rest - q.shared);
+  return count;
+}
+
+}  // namespace MEMOKERN_ISA_NS
+}  // namespace memokern

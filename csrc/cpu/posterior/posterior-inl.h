@@ -1,0 +1,136 @@
+// posterior and posterior_state: which sweep answers a call, how it is shared among threads, and how parts are joined.
+#pragma once
+#include "cpu/posterior/small-inl.h"
+
+namespace memokern {
+namespace MEMOKERN_ISA_NS {
+
+// Joins the states and accumulators of all parts of query b in those of the first part.
+template <class R>
+static void join_parts(const Plan& pl, SweepWork<R>* work, int parts, int64_t b) {
+  for (int i = 1; i < parts; i++) {
+    double fa, fb;
+    merge(work[0].st[b], work[i].st[b], fa, fb);
+    for (int64_t d = 0; d < pl.Dp; d += 2 * Vec<R>::W) {
+      R *a = acc_at(pl, work[0].acc, b, d), *z = acc_at(pl, work[i].acc, b, d);
+      for (int e = 0; e < 2 * Vec<R>::W; e++) a[e] = (R)((fa == 0 ? 0 : fa * a[e]) + (fb == 0 ? 0 : fb * z[e]));
+    }
+  }
+}
+
+// The sweep for any number of features. Threads share the blocks of queries where these are many, else the rows.
+template <class R>
+static int posterior_general(const CentredRows<R>& c, const Queries& in, const Output& out, double b_max, int threads) {
+  const Rows& rows = c.src.rows;
+  const Plan pl = make_plan<R>(in.b, rows, true);
+  const int64_t blocks = (in.b + pl.B - 1) / pl.B, tiles = (rows.n + pl.NT - 1) / pl.NT;
+  const bool by_queries = blocks >= 2 * threads || tiles < 2;
+  int parts = (int)imax(1, imin(threads, by_queries ? blocks : tiles));
+  WorkSpaces<SweepWork<R> > list(parts);
+  SweepWork<R>* work = list.items;
+  if (!work) return kNoMemory;
+  for (int i = 0; i < parts; i++)
+    if (!work[i].reserve(pl, in.bias != nullptr)) return kNoMemory;
+  const auto finish_query = [&](SweepWork<R>& w, int64_t b, int64_t b0) {
+    const auto run = [&](int64_t d) { return acc_at(pl, w.acc, b, d); };
+    finish(c.src, w.q[b], w.st[b], rows.scale, run, b0 + b, out);
+  };
+  if (by_queries) {
+#pragma omp parallel for num_threads(parts) schedule(static, 1) if (parts > 1)
+    for (int i = 0; i < parts; i++) {
+      for (int64_t k = blocks * i / parts; k < blocks * (i + 1) / parts; k++) {
+        const int64_t b0 = k * pl.B, B = imin(pl.B, in.b - b0);
+        sweep(c.src, in, pl, b_max, b0, B, 0, rows.n, work[i]);
+        for (int64_t b = 0; b < B; b++) finish_query(work[i], b, b0);
+      }
+    }
+    return kDone;
+  }
+  for (int64_t k = 0; k < blocks; k++) {
+    const int64_t b0 = k * pl.B, B = imin(pl.B, in.b - b0);
+#pragma omp parallel for num_threads(parts) schedule(static, 1) if (parts > 1)
+    for (int i = 0; i < parts; i++)
+      sweep(c.src, in, pl, b_max, b0, B, imin(rows.n, tiles * i / parts * pl.NT),
+            imin(rows.n, tiles * (i + 1) / parts * pl.NT), work[i]);
+    for (int64_t b = 0; b < B; b++) {
+      join_parts(pl, work, parts, b);
+      finish_query(work[0], b, b0);
+    }
+  }
+  return kDone;
+}
+
+// The queries that the sweep of few features handed back: gathered, swept in general, and scattered.
+template <class R>
+static int posterior_handed_back(const CentredRows<R>& c, const Queries& in, const Output& out, double b_max,
+                                 int threads, const char* handed_back, int64_t count) {
+  const int64_t D = c.src.rows.d;
+  Arena arena;
+  if (!arena.reserve(2 * Arena::bytes<R>(count * D) + 9 * Arena::bytes<double>(count))) return kNoMemory;
+  R *x = arena.take<R>(count * D), *vectors = arena.take<R>(count * D);
+  double *number[3], *column[6];
+  for (double*& v : number) v = arena.take<double>(count);
+  for (double*& v : column) v = arena.take<double>(count);
+  int64_t k = 0;
+  for (int64_t b = 0; b < in.b; b++) {
+    if (!handed_back[b]) continue;
+    memcpy(x + k * D, (const R*)in.x + b * D, D * sizeof(R));
+    number[0][k] = in.sigma[b];
+    number[1][k] = in.alpha[b];
+    number[2][k++] = in.temperature[b];
+  }
+  const Queries rest = {x, in.f64, count, number[0], number[1], number[2], in.bias, in.weighting};
+  const Sums sums = {vectors, column[0], column[1], column[2], column[3]};
+  const States states = {column[0], column[1], column[2], column[3], column[4], column[5], vectors, nullptr};
+  const Output gathered = {out.sums ? &sums : nullptr, out.states ? &states : nullptr};
+  if (posterior_general(c, rest, gathered, b_max, threads)) return kNoMemory;
+  const OutputArrays to = arrays_of(out);
+  k = 0;
+  for (int64_t b = 0; b < in.b; b++) {
+    if (!handed_back[b]) continue;
+    memcpy((R*)to.vectors + b * D, vectors + k * D, D * sizeof(R));
+    for (int i = 0; i < to.columns; i++) to.column[i][b] = column[i][k];
+    k++;
+  }
+  return kDone;
+}
+
+template <class R>
+static int posterior_typed(const Rows& rows, const Queries& in, const Output& out, int threads) {
+  enum { W = Vec<R>::W };
+  if (in.b == 0 && !out.states) return kDone;
+  CentredRows<R> c;
+  if (!c.prepare(rows)) return kNoMemory;
+  if (out.states) memcpy((void*)out.states->center, c.src.center, rows.d * sizeof(double));
+  if (in.b == 0) return kDone;
+  const double b_max = largest_bias(in.bias, rows.n);
+  const bool few = in.b < 32 && (rows.d > 4 || rows.n > FEW_ROWS);
+  if (rows.d > SMALL_D || few || in.weighting != kGaussian) return posterior_general(c, in, out, b_max, threads);
+  const int parts = (int)imax(1, imin(threads, in.b / (2 * W)));
+  Arena marks;
+  if (!marks.reserve(Arena::bytes<char>(in.b))) return kNoMemory;
+  char* handed_back = marks.take<char>(in.b);
+  const typename Small<R>::F part = small_for<R>(rows.d);
+  int failed = 0;
+#pragma omp parallel for num_threads(parts) schedule(static, 1) reduction(| : failed) if (parts > 1)
+  for (int i = 0; i < parts; i++) {
+    const int64_t b0 = in.b * i / parts / W * W, b1 = i + 1 == parts ? in.b : in.b * (i + 1) / parts / W * W;
+    failed |= part(c.src, in, b_max, b0, b1, out, handed_back + b0);
+  }
+  if (failed) return kNoMemory;
+  int64_t count = 0;
+  for (int64_t b = 0; b < in.b; b++) count += handed_back[b];
+  return count == 0 ? kDone : posterior_handed_back(c, in, out, b_max, threads, handed_back, count);
+}
+
+static int run_posterior(const Rows& rows, const Queries& in, const Sums& sums, int threads) {
+  const Output out = {&sums, nullptr};
+  return in.f64 ? posterior_typed<double>(rows, in, out, threads) : posterior_typed<float>(rows, in, out, threads);
+}
+static int run_posterior_state(const Rows& rows, const Queries& in, const States& states, int threads) {
+  const Output out = {nullptr, &states};
+  return in.f64 ? posterior_typed<double>(rows, in, out, threads) : posterior_typed<float>(rows, in, out, threads);
+}
+
+}  // namespace MEMOKERN_ISA_NS
+}  // namespace memokern

@@ -1,0 +1,141 @@
+// One sweep: rows n0 .. n1 for a block of queries.
+//
+// A part (a thread) owns a range of rows, or of query blocks, and streams tiles of NT rows. After each tile, m of a
+// query's state is the largest logit seen, s the sum of e^(v - m), and its accumulator the sum of e^(v - m) (y - center),
+// so that center + acc / s is the mean so far. The rows are read once for each block of queries; no array is N x B.
+#pragma once
+#include "cpu/core/products-inl.h"
+#include "cpu/posterior/weigh-inl.h"
+
+namespace memokern {
+namespace MEMOKERN_ISA_NS {
+
+// What a part works with: the buffers of a tile and of a block of queries.
+template <class R>
+struct SweepWork {
+  enum { W = Vec<R>::W };
+  Tile<R> tile;
+  R* p;                        // [NT][Ps]
+  R* x;                        // [Bp][Dp] the queries, as query_at() says
+  R* acc;                      // [B][Dp] the accumulators, as acc_at() says
+  R *tile_bias, *finite_bias;  // [NT], null where there is no bias
+  R* columns;                  // [W][NT]
+  R* row;                      // [Dp]
+  int* exact_row;              // [W][NT]
+  double* exact_value;         // [W][NT]
+  State* st;                   // [Bp]
+  Query<R>* q;                 // [Bp]
+  QueryGroup<R>* groups;       // [Bp / W]
+  Arena arena;
+  bool reserve(const Plan& pl, bool bias) {
+    const int64_t tile_numbers = pl.direct ? 0 : pl.NT * pl.Dp;
+    if (!arena.reserve(Arena::bytes<R>(tile_numbers) + 3 * Arena::bytes<R>(pl.NT) + Arena::bytes<R>(pl.NT * pl.Ps) +
+                       Arena::bytes<R>(pl.Bp * pl.Dp) + Arena::bytes<R>(pl.B * pl.Dp) + Arena::bytes<R>(W * pl.NT) +
+                       Arena::bytes<R>(pl.Dp) + Arena::bytes<int>(W * pl.NT) + Arena::bytes<double>(W * pl.NT) +
+                       Arena::bytes<State>(pl.Bp) + Arena::bytes<Query<R> >(pl.Bp) +
+                       Arena::bytes<QueryGroup<R> >(pl.Bp / W)))
+      return false;
+    tile.y = arena.take<R>(tile_numbers);
+    tile.sq = arena.take<R>(pl.NT);
+    tile_bias = bias ? arena.take<R>(pl.NT) : nullptr;
+    finite_bias = bias ? arena.take<R>(pl.NT) : nullptr;
+    p = arena.take<R>(pl.NT * pl.Ps);
+    x = arena.take<R>(pl.Bp * pl.Dp);
+    acc = arena.take<R>(pl.B * pl.Dp);
+    columns = arena.take<R>(W * pl.NT);
+    row = arena.take<R>(pl.Dp);
+    exact_row = arena.take<int>(W * pl.NT);
+    exact_value = arena.take<double>(W * pl.NT);
+    st = arena.take<State>(pl.Bp);
+    q = arena.take<Query<R> >(pl.Bp);
+    groups = arena.take<QueryGroup<R> >(pl.Bp / W);
+    return true;
+  }
+};
+
+// Puts a vector of features of query b, in the units of the rows, where the first product looks for it.
+template <class R>
+static void put_query(const Source<R>& src, const Plan& pl, const R* row, int64_t b, R* x) {
+  for (int64_t d = 0; d < pl.D; d++) *query_at(pl, x, b, d) = (R)(row[d] * src.rows.scale);
+}
+// The queries b0 .. b0 + B of a sweep, with empty states.
+template <class R>
+static void load_queries(const Source<R>& src, const Queries& in, const Plan& pl, int64_t b0, int64_t B,
+                         SweepWork<R>& w) {
+  for (int64_t b = 0; b < B; b++) {
+    w.q[b] = make_query(in, src, b0 + b, pl, w.row);
+    w.st[b] = empty_state();
+    set_lane(w.groups[b / SweepWork<R>::W], (int)(b % SweepWork<R>::W), w.q[b]);
+    put_query(src, pl, w.row, b, w.x);
+  }
+}
+
+template <class R>
+static void load_bias(const double* bias, SweepWork<R>& w) {
+  if (!bias) return;
+  for (int64_t j = 0; j < w.tile.cnt; j++) {
+    const double v = bias[w.tile.n0 + j];
+    w.tile_bias[j] = (R)v;
+    w.finite_bias[j] = v == -kInf ? R(0) : (R)v;
+  }
+}
+
+template <class R>
+static TileContext<R> make_tile_context(const Source<R>& src, const Plan& pl, const double* bias, double b_max,
+                                        const SweepWork<R>& w) {
+  TileContext<R> s;
+  s.src = &src;
+  s.exact = exact_for(src);
+  s.tile = &w.tile;
+  s.NT = pl.NT;
+  s.Ps = pl.Ps;
+  s.D = pl.D;
+  s.bias = bias;
+  s.tile_bias = w.tile_bias;
+  s.finite_bias = w.finite_bias;
+  s.b_max = b_max;
+  s.least = (R)(Precision<R>::log_theta - 2.4 - __builtin_log((double)src.rows.n));
+  s.exact_row = w.exact_row;
+  s.exact_value = w.exact_value;
+  s.columns = w.columns;
+  return s;
+}
+
+template <class R>
+static void scale_acc(const Plan& pl, R* acc, int64_t b, double f) {
+  enum { NR = 2 * Vec<R>::W };
+  for (int64_t d = 0; d < pl.Dp; d += NR) {
+    R* a = acc_at(pl, acc, b, d);
+    for (int i = 0; i < NR; i++) a[i] = f == 0 ? R(0) : a[i] * (R)f;
+  }
+}
+
+template <class R>
+static void sweep(const Source<R>& src, const Queries& in, const Plan& pl, double b_max, int64_t b0, int64_t B,
+                  int64_t n0, int64_t n1, SweepWork<R>& w) {
+  const Products<R> products = products_for(src, pl);
+  enum { W = Vec<R>::W };
+  load_queries(src, in, pl, b0, B, w);
+  memset((void*)w.acc, 0, pl.B * pl.Dp * sizeof(R));
+  const TileContext<R> s = make_tile_context(src, pl, in.bias, b_max, w);
+  for (w.tile.n0 = n0; w.tile.n0 < n1; w.tile.n0 += pl.NT) {
+    Prefetch next = load_tile(products, src, pl, w.tile, n1);
+    load_bias(in.bias, w);
+    for (int64_t g = 0; g < B; g += pl.group) {
+      const int64_t end = imin(g + pl.group, B);
+      products.dots(src, pl, w.tile, w.x, g, end - g, w.p, next);
+      bool any = false;
+      for (int64_t b = g; b < end; b += W) {
+        const int lanes = (int)imin(W, B - b);
+        double f[W];
+        any |= weigh_tile(w.q + b, w.groups[b / W], lanes, s, w.st + b, w.p + (b - g), f);
+        for (int e = 0; e < lanes; e++)
+          if (f[e] != 1) scale_acc(pl, w.acc, b + e, f[e]);
+      }
+      if (any) products.accumulate(src, pl, w.tile, w.p, g, end - g, w.acc, next);
+    }
+  }
+}
+
+}  // namespace MEMOKERN_ISA_NS
+}  // namespace memokern

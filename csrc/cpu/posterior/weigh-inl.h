@@ -1,0 +1,204 @@
+// From products to weights: one tile's step.
+//
+// Each function takes the products of a tile's rows with some queries, makes weights e^(v - m) of them in place, adds
+// these to the queries' states, and says what the accumulators must be multiplied by because m has changed.
+#pragma once
+#include "cpu/posterior/logits-inl.h"
+#include "memokern/state.h"
+
+namespace memokern {
+namespace MEMOKERN_ISA_NS {
+
+// Adds rows whose logits v are exact; p, whose numbers lie `stride` apart, receives their weights.
+template <class R>
+MK_INLINE void add_exact(const TileContext<R>& s, State& st, R* p, int64_t stride, const int* row, const double* v,
+                         int count) {
+  for (int i = 0; i < count; i++) {
+    const double d = v[i] - st.m, w = __builtin_exp(d);
+    p[row[i] * stride] = (R)w;
+    if (w == 0) continue;
+    st.s += w;
+    st.s_v += w * d;
+    st.s_sq += w * w;
+    if (s.finite_bias) st.s_bias += w * (double)bias_of(s, row[i]);
+  }
+}
+
+// A softmax, for the first `lanes` queries of a group. p holds their columns of [NT][Ps]; f[e] is the factor of the
+// accumulator of query e.
+template <class R>
+static void weigh_softmax(const Query<R>* q, QueryGroup<R>& g, int lanes, const TileContext<R>& s, State* st, R* p,
+                          double* f) {
+  enum { W = Vec<R>::W };
+  typedef typename Vec<R>::T V;
+  const V top = logits(g, s, p);
+  int count[W];
+  for (int e = 0; e < lanes; e++) {
+    count[e] = 0;
+    if (q[e].mode != kSoftmax) continue;
+    const double err = error_of(q[e], s);
+    double m = dmax(st[e].m, top[e] - q[e].shared);
+    if (err > Precision<R>::theta)
+      count[e] = take_inexact(q[e], s, st[e], p + e, s.Ps, top[e], err, s.exact_row + e * s.NT,
+                              s.exact_value + e * s.NT, m);
+    st[e].key = 0;
+    f[e] = st[e].s > 0 ? rescale(st[e], m) : (st[e].m = m, 1.0);
+    g.m[e] = (R)(m + q[e].shared);
+  }
+  const V lo = splat<R>(least_difference(R(0))), m = g.m;
+  const R *b = s.finite_bias, least = s.least;
+  const int64_t cnt = s.tile->cnt, Ps = s.Ps;
+  V sum = {}, sum_v = {}, sum_bias = {}, sum_sq = {};
+  R* column = p;
+  for (int64_t j = 0; j < cnt; j++, column += Ps) {
+    V d = load(column) - m;
+    d = vmax(d, lo);  // lo also where both are -inf
+    const V w = vexp(d, least);
+    store(column, w);
+    sum += w;
+    sum_v += w * d;
+    sum_sq += w * w;
+    if (b) sum_bias += w * splat<R>(b[j]);
+  }
+  for (int e = 0; e < lanes; e++) {
+    if (q[e].mode != kSoftmax) continue;
+    st[e].s += sum[e];
+    st[e].s_v += sum_v[e];
+    st[e].s_sq += sum_sq[e];
+    st[e].s_bias += sum_bias[e];
+    add_exact(s, st[e], p + e, s.Ps, s.exact_row + e * s.NT, s.exact_value + e * s.NT, count[e]);
+  }
+}
+
+// sigma = 0: only the nearest row counts, by its exact distance; ties share by their bias.
+template <class R>
+static double weigh_zero_sigma(const Query<R>& q, const TileContext<R>& s, State& st, R* p) {
+  const double top = logits(q, s, p, p), err = error_of(q, s);
+  double best = st.key;
+  int count = 0;
+  // The row of the largest t may be one that the bias leaves out, so t bounds the distance only where there is no bias.
+  const double lo =
+      dmax(nearness(q, st.key, err), s.bias ? -kInf : nearness(q, dmax(0, q.xx - 2 * (top - err)), err));
+  for (int64_t j = 0; j < s.tile->cnt; j++) {
+    if ((double)p[j] < lo || bias_of(s, j) == -kInf) continue;
+    s.exact_row[count] = (int)j;
+    s.exact_value[count] = exact_r2(q, s, j);
+    best = dmin(best, s.exact_value[count]);
+    count++;
+  }
+  double f = 1;
+  if (best < st.key) {
+    st = empty_state();
+    st.key = best;
+    f = 0;
+  }
+  for (int64_t j = 0; j < s.tile->cnt; j++) p[j] = 0;
+  int kept = 0;
+  double m = st.m;
+  for (int i = 0; i < count; i++) {
+    if (s.exact_value[i] != best) continue;
+    s.exact_row[kept] = s.exact_row[i];
+    s.exact_value[kept] = bias_of(s, s.exact_row[i]) * q.inv_t;
+    m = dmax(m, s.exact_value[kept]);
+    kept++;
+  }
+  if (kept == 0) return f;
+  if (st.s > 0)
+    f *= rescale(st, m);
+  else
+    st.m = m;
+  add_exact(s, st, p, 1, s.exact_row, s.exact_value, kept);
+  return f;
+}
+
+// Weighting "log": l = -(D / 2) log(r^2 / D) + b. A row that the query hits exactly outweighs all others.
+template <class R>
+static double weigh_log(const Query<R>& q, const TileContext<R>& s, State& st, R* p) {
+  const double half = 0.5 * (double)s.D, delta = error_of_r2(q, s);
+  double lower = st.s > 0 ? st.m + __builtin_log(st.s) : -kInf;
+  for (int64_t j = 0; j < s.tile->cnt; j++) {  // a lower bound of log sum e^v, from this tile's best row
+    const double r2 = q.xx - 2 * ((double)p[j] * q.a1 - (double)s.tile->sq[j] * q.a2) + delta;
+    if (st.key != 0 && r2 < kInf) lower = dmax(lower, (bias_of(s, j) - half * __builtin_log(r2 / s.D)) * q.inv_t);
+  }
+  int count = 0, hits = 0;
+  double m = st.m;
+  for (int64_t j = 0; j < s.tile->cnt; j++) {
+    const double b = bias_of(s, j);
+    double r2 = q.xx - 2 * ((double)p[j] * q.a1 - (double)s.tile->sq[j] * q.a2);
+    const double near = r2 - delta;  // r^2 is not below it
+    p[j] = 0;
+    if (b == -kInf) continue;
+    const double err = near > 0 ? half * q.inv_t * delta / near : kInf;
+    const double high = near > 0 ? (b - half * __builtin_log(near / s.D)) * q.inv_t : kInf;
+    if (err > Precision<R>::theta && high > lower + __builtin_log(Precision<R>::theta / dmin(1, err)))
+      r2 = exact_r2(q, s, j);
+    if (!(r2 > 0)) {
+      if (r2 == 0) hits++;
+    }
+    if (high < lower - 100) continue;
+    s.exact_row[count] = (int)j;
+    s.exact_value[count] = r2 > 0 ? (b - half * __builtin_log(r2 / s.D)) * q.inv_t : kInf;
+    m = dmax(m, s.exact_value[count]);
+    count++;
+  }
+  double f = 1;
+  if (hits > 0 || st.key == 0) {
+    if (st.key != 0) {
+      st = empty_state();
+      st.key = 0;
+      f = 0;
+    }
+    int kept = 0;
+    m = st.m;
+    for (int i = 0; i < count; i++) {
+      if (s.exact_value[i] != kInf) continue;
+      s.exact_row[kept] = s.exact_row[i];
+      s.exact_value[kept] = bias_of(s, s.exact_row[i]) * q.inv_t;
+      m = dmax(m, s.exact_value[kept++]);
+    }
+    count = kept;
+  } else {
+    st.key = 1;
+  }
+  if (count == 0) return f;
+  if (st.s > 0)
+    f *= rescale(st, m);
+  else
+    st.m = m;
+  add_exact(s, st, p, 1, s.exact_row, s.exact_value, count);
+  return f;
+}
+
+// One tile for the first `lanes` queries of a group, whatever their modes. Returns whether any row has weight.
+template <class R>
+static bool weigh_tile(const Query<R>* q, QueryGroup<R>& g, int lanes, const TileContext<R>& s, State* st, R* p,
+                       double* f) {
+  double before[Vec<R>::W];
+  bool softmax = false, any = false;
+  for (int e = 0; e < lanes; e++) {
+    before[e] = st[e].s;
+    f[e] = 1;
+    if (q[e].mode == kSoftmax) {
+      softmax = true;
+      continue;
+    }
+    R* column = s.columns + e * s.NT;
+    for (int64_t j = 0; j < s.tile->cnt; j++) column[j] = p[j * s.Ps + e];
+    if (q[e].mode == kZeroSigma)
+      f[e] = weigh_zero_sigma(q[e], s, st[e], column);
+    else if (q[e].mode == kLogWeighting)
+      f[e] = weigh_log(q[e], s, st[e], column);
+    else
+      memset((void*)column, 0, s.tile->cnt * sizeof(R));
+  }
+  if (softmax) weigh_softmax(q, g, lanes, s, st, p, f);
+  for (int e = 0; e < lanes; e++) {
+    any |= f[e] != 1 || st[e].s != before[e];
+    if (q[e].mode == kSoftmax) continue;
+    for (int64_t j = 0; j < s.tile->cnt; j++) p[j * s.Ps + e] = s.columns[e * s.NT + j];
+  }
+  return any;
+}
+
+}  // namespace MEMOKERN_ISA_NS
+}  // namespace memokern

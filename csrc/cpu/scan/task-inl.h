@@ -1,0 +1,134 @@
+// A task of a scan: a block of queries and a range of rows, with the work space for a chunk of these rows.
+#pragma once
+#include "cpu/core/packed-inl.h"
+#include "cpu/scan/full_level-inl.h"
+
+namespace memokern {
+namespace MEMOKERN_ISA_NS {
+
+struct ScanTask {
+  enum { W = Vec<float>::W, NR = 2 * W };
+  const ScanCall* s;
+  const int64_t* order;  // [B] its queries
+  int64_t B, Bp;         // how many; padded to whole vectors
+  float* x0;             // the queries at level 0, packed as at() says
+  float* x_look;         // the same at the first look
+  float* x_further;      // and at all further levels,
+  float** x_level;       // [levels] where in it each level begins, null until it is filled
+  float* p;              // [NT][Bp] the bounds of a chunk
+  float* y;              // a tile of a further level
+  float *h, *bias;       // [NT] -|yc|^2 / 2 and the bias of a chunk's rows
+  float *a2, *s2;        // [Bp] alpha^2 and sigma^2
+  float* least;          // [Bp] below which a bound is that of a row to drop
+  float* best;           // [Bp] the largest guess in a chunk,
+  int32_t* where;        // [Bp] and the block of rows that it came from
+  float* top;            // [Bp] the largest guess so far
+  float* last_rows;      // [ROW_UNIT][stride] the last block of rows, filled up
+  List* lists;           // [b] of its part of the rows
+  Arena arena;
+  bool failed;
+
+  // Numbers that a further level adds up for a row: coordinates, bands that they replace, and at level 1 the error.
+  static int64_t depth(const ScanCall& s, int64_t level) {
+    const LogitBounds& in = *s.bound;
+    const int64_t coordinates = in.dims[level] - in.dims[level - 1];
+    const int64_t bands = in.first_band[level] - in.first_band[level - 1];
+    return round_up(coordinates + bands + (level == 1), (int64_t)NR);
+  }
+  bool reserve(const ScanCall& call) {
+    s = &call;
+    failed = false;
+    int64_t deepest = 0, all = 0;
+    for (int64_t l = 1; l <= s->last_level; l++) {
+      deepest = imax(deepest, depth(*s, l));
+      all += depth(*s, l);
+    }
+    const int64_t L = s->lanes;
+    if (!arena.reserve(Arena::bytes<float>(s->stride * L) + Arena::bytes<float>(LOOK_COORDINATES * L) +
+                       Arena::bytes<float>(all * L) + Arena::bytes<float>(s->NT * L) +
+                       Arena::bytes<float>(SCAN_TILE_ROWS * deepest) + 2 * Arena::bytes<float>(s->NT) +
+                       6 * Arena::bytes<float>(L) + Arena::bytes<float>(ROW_UNIT * s->stride) +
+                       Arena::bytes<int32_t>(L) + Arena::bytes<float*>(s->last_level + 1)))
+      return false;
+    x0 = arena.take<float>(s->stride * L);
+    x_look = arena.take<float>(LOOK_COORDINATES * L);
+    x_further = arena.take<float>(all * L);
+    p = arena.take<float>(s->NT * L);
+    y = arena.take<float>(SCAN_TILE_ROWS * deepest);
+    h = arena.take<float>(s->NT);
+    bias = arena.take<float>(s->NT);
+    a2 = arena.take<float>(L);
+    s2 = arena.take<float>(L);
+    least = arena.take<float>(L);
+    best = arena.take<float>(L);
+    top = arena.take<float>(L);
+    last_rows = arena.take<float>(ROW_UNIT * s->stride);
+    where = arena.take<int32_t>(L);
+    x_level = arena.take<float*>(s->last_level + 1);
+    return true;
+  }
+  // Where feature k of query i lies in packed queries of K features: in panels of NR queries, the last of W if that holds
+  // the rest.
+  float* at(float* x, int64_t K, int64_t i, int64_t k) const {
+    const int64_t i0 = i / NR * NR, n = imin(NR, Bp - i0);
+    return x + i0 * K + k * n + (i - i0);
+  }
+  // Takes a block of queries; lists [b] are those of its part of the rows.
+  __attribute__((noinline)) void load_block(int64_t block, List* to) {
+    order = s->order + s->begin[block];
+    B = s->begin[block + 1] - s->begin[block];
+    Bp = round_up(B, (int64_t)W);
+    lists = to;
+    const int64_t K0 = s->k0 + s->bands;
+    memset((void*)x0, 0, s->stride * s->lanes * sizeof(float));
+    for (int64_t i = 0; i < Bp; i++) {
+      const int64_t b = i < B ? order[i] : 0;
+      const ScanQuery& q = s->q[b];
+      const bool active = i < B && q.active;
+      a2[i] = active ? (float)(q.a * q.a) : 0;
+      s2[i] = active ? (float)q.s2 : 1;
+      least[i] = active ? q.least(to[b].best) : (float)kInf;
+      top[i] = (float)-kInf;
+      if (!active) continue;
+      const float* norms = s->bound->norms + b * (s->bands + 1);
+      for (int64_t k = 0; k < s->k0; k++) *at(x0, K0, i, k) = (float)q.alpha * s->bound->z[b * s->K + k];
+      for (int64_t k = 0; k < s->bands; k++) *at(x0, K0, i, s->k0 + k) = (float)q.a * norms[k];
+    }
+    for (int64_t l = 0; l <= s->last_level; l++) x_level[l] = nullptr;
+  }
+  // Bounds from the first K columns of cnt rows of the index, of which k0 count fully in a guess. Each row's bounds come
+  // p_row after those of the row before.
+  __attribute__((noinline)) void bound_rows(const float* coarse, int64_t cnt, const float* x, int64_t k0, int64_t K,
+                                            int64_t p_row) {
+    const int64_t row = s->stride;
+    for (int64_t i = 0; i < Bp; i++) best[i] = (float)-kInf;
+    for (int64_t j = 0; j < cnt; j += ROW_UNIT) {
+      const float* rows = coarse + j * row;
+      if (j + ROW_UNIT > cnt) {  // the last block of rows, filled up with copies
+        for (int64_t i = 0; i < ROW_UNIT; i++) {
+          const int64_t from = imin(j + i, cnt - 1);
+          memcpy((void*)(last_rows + i * row), coarse + from * row, row * sizeof(float));
+          h[j + i] = h[from];
+          bias[j + i] = bias[from];
+        }
+        rows = last_rows;
+      }
+      const float* b = s->no_bias ? nullptr : bias + j;
+      for (int64_t i = 0; i < Bp; i += NR) {
+        const float* xi = x + i * K;
+        float* to = p + j * p_row + i;
+        if (Bp - i >= NR) {
+          scan_block<MR, 2>(rows, row, k0, K, xi, h + j, b, a2 + i, s2 + i, to, Bp, best + i, where + i, (int32_t)j);
+          scan_block<MR, 2>(rows + MR * row, row, k0, K, xi, h + j + MR, b ? b + MR : b, a2 + i, s2 + i, to + MR * Bp,
+                            Bp, best + i, where + i, (int32_t)j + MR);
+        } else {
+          scan_block<ROW_UNIT, 1>(rows, row, k0, K, xi, h + j, b, a2 + i, s2 + i, to, Bp, best + i, where + i,
+                                  (int32_t)j);
+        }
+      }
+    }
+  }
+};
+
+}  // namespace MEMOKERN_ISA_NS
+}  // namespace memokern

@@ -1,7 +1,0 @@
-#define MEMOKERN_ISA_NS avx2
-#define MEMOKERN_VBYTES 32
-#include "isa-inl.h"
-
-namespace memokern {
-const Table* table_avx2() { return &avx2::kTable; }
-}

@@ -1,7 +1,0 @@
-#define MEMOKERN_ISA_NS avx512
-#define MEMOKERN_VBYTES 64
-#include "isa-inl.h"
-
-namespace memokern {
-const Table* table_avx512() { return &avx512::kTable; }
-}

@@ -1,0 +1,107 @@
+"""memokern.TrainingSet: what it is made from, arrays, files and torch Datasets."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from torch.utils.data import Dataset, IterableDataset, TensorDataset
+
+from memokern.data.training_set import TrainingSet
+from tests.data.rows import rows_of
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_from_numpy_read_only_and_writable_share_memory():
+    array = rows_of(torch.float32).numpy().copy()
+    for writeable in (True, False):
+        array.flags.writeable = writeable
+        data = TrainingSet(array)
+        assert data.rows.data_ptr() == array.ctypes.data
+        assert np.array_equal(data[3].numpy(), array[3])
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz", ".safetensors"])
+def test_from_files(tmp_path, suffix):
+    rows = rows_of(torch.uint8)
+    path = tmp_path / f"photos{suffix}"
+    if suffix == ".npy":
+        np.save(path, rows.numpy())
+    elif suffix == ".npz":
+        np.savez(path, rows=rows.numpy(), labels=np.arange(37, dtype=np.uint8), other=np.zeros(2))
+    else:
+        tensors = {"rows": rows, "labels": torch.arange(37), "other": torch.zeros(2)}
+        safetensors.torch.save_file(tensors, path)
+    for source in (path, str(path)):
+        data = TrainingSet(source)
+        assert torch.equal(data.rows, rows.flatten(1))
+        assert (data.shape, data.name) == ((2, 3, 5), "photos")
+        if suffix == ".npy":
+            assert data.labels is None
+        else:
+            assert data.labels.tolist() == list(range(37))
+    if suffix != ".npy":
+        assert TrainingSet(path, key="other").shape == ()
+        assert TrainingSet(path, labels=[1] * 37).labels.tolist() == [1] * 37
+        with pytest.raises(ValueError, match="no array 'nothing'"):
+            TrainingSet(path, key="nothing")
+
+
+def test_one_hot_labels_of_a_file_are_left_to_the_user(tmp_path):
+    np.savez(tmp_path / "a.npz", rows=np.zeros((3, 2)), labels=np.eye(3))
+    assert TrainingSet(tmp_path / "a.npz").labels is None
+
+
+def test_object_arrays_are_refused(tmp_path):
+    array = np.array([{}], dtype=object)
+    np.save(tmp_path / "a.npy", array, allow_pickle=True)
+    for source in (array, tmp_path / "a.npy"):
+        with pytest.raises(ValueError, match="Python objects"):
+            TrainingSet(source)
+
+
+class Items(Dataset):
+    def __init__(self, items):
+        self.items = items
+        self.reads = 0
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        self.reads += 1
+        return self.items[index]
+
+
+def test_from_datasets():
+    rows = rows_of(torch.uint8, n=6)
+    plain = Items(list(rows))
+    assert torch.equal(TrainingSet(plain).rows, rows.flatten(1))
+    assert plain.reads == 6
+    labelled = TrainingSet(Items([(row.numpy(), i * i) for i, row in enumerate(rows)]))
+    assert torch.equal(labelled.rows, rows.flatten(1))
+    assert labelled.labels.tolist() == [0, 1, 4, 9, 16, 25]
+    assert TrainingSet(TensorDataset(rows, torch.arange(6))).labels.tolist() == list(range(6))
+    assert TrainingSet(TensorDataset(rows)).labels is None
+    # A label that is not an integer, even once, is no class label.
+    assert TrainingSet(Items([(rows[0], 1), (rows[1], 0.5)])).labels is None
+    assert TrainingSet(Items(list(rows)), labels=torch.zeros(6, dtype=int)).labels.sum() == 0
+
+
+def test_wrong_datasets():
+    class Stream(IterableDataset):
+        def __iter__(self):
+            yield torch.zeros(2)
+
+    with pytest.raises(TypeError, match=r"map-style Dataset with a length, got Stream"):
+        TrainingSet(Stream())
+    with pytest.raises(ValueError, match="no items"):
+        TrainingSet(Items([]))
+    with pytest.raises(TypeError, match=r"item 1 of the data set.*got str"):
+        TrainingSet(Items([torch.zeros(2), "a"]))
+    with pytest.raises(ValueError, match=r"item 0 is \[2\].*item 1 is \[3\]"):
+        TrainingSet(Items([torch.zeros(2), torch.zeros(3)]))
+    with pytest.raises(ValueError, match=r"torch.float32, item 1 is \[2\] torch.float64"):
+        TrainingSet(Items([torch.zeros(2), torch.zeros(2, dtype=torch.float64)]))
