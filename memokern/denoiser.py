@@ -14,8 +14,12 @@ from memokern.data.training_set import TrainingSet
 from memokern.processes import EDM, Process
 from memokern.regularizers import Prediction, Regularizer
 from memokern.results import Certificate
+from memokern.util.torch_internals import traced
+from memokern.validate import wide
 
 PREDICTIONS = ("x0", "eps", "v", "score", "velocity")
+# The noise level at which slopes stand for those at sigma = 0.
+NEAR_ZERO = 1e-6
 BOUNDS = [field.name for field in fields(Certificate)]
 
 
@@ -36,7 +40,9 @@ class Denoiser(nn.Module):
         regularizer: from memokern.regularizers; None for the score that memorises.
         prediction: what `forward` returns. "x0" is the denoised x; "eps" the noise, -sigma score;
             "v" alpha eps - sigma x0; "score" the score; "velocity" dx/dt of the probability flow.
-            At sigma = 0 only x0 is finite.
+            At sigma = 0 x0 and velocity are finite, score and eps with a gate like Tikhonov's.
+            Velocity holds a time past the data, up to the length of the process, at the data's
+            (solvers step there), where eps is the noise's mean, 0.
         method: as :func:`memokern.posterior`.
 
     Raises:
@@ -341,12 +347,30 @@ class Denoiser(nn.Module):
     ) -> Tensor:
         r"""The chosen prediction [\*batch, \*shape] in x's type. Arguments, errors: as
         `evaluate`."""
-        found = self.evaluate(x, t, label, bias=bias)
         if self.prediction == "velocity":
-            time = self._time(x, t)
-            return found.velocity(self.process.d_alpha(time), self.process.d_sigma(time))
-        out: Tensor = getattr(found, self.prediction)
+            return self._velocity(x, self._time(x, t), label, bias)
+        out: Tensor = getattr(self.evaluate(x, t, label, bias=bias), self.prediction)
         return out
+
+    def _velocity(
+        self, x: Tensor, time: Tensor, label: int | Tensor | None, bias: Tensor | None
+    ) -> Tensor:
+        """dx/dt of the probability flow, also at the data and a little past them."""
+        process = self.process
+        length = process.t_noise - process.t_data
+        past = (process.t_data - time) / length
+        time = torch.where((past > 0) & (past <= 1), process.t_data, time)
+        found = self.evaluate(x, time, label, bias=bias)
+        d_alpha, d_sigma = process.d_alpha(time), process.d_sigma(time)
+        velocity = found.velocity(d_alpha, d_sigma)
+        singular = (found.sigma == 0) & ~torch.isfinite(d_sigma)
+        if not traced(singular) and bool(singular.any()):
+            # sigma' eps = -sigma sigma' score, and sigma sigma' has a limit where sigma' has none.
+            near = process.time_of_sigma(NEAR_ZERO).to(time.device)
+            slope = wide(process.sigma(near) * process.d_sigma(near), x)
+            score = torch.nan_to_num(found.score, nan=0.0, posinf=0.0, neginf=0.0)
+            velocity = torch.where(wide(singular, x) != 0, velocity - slope * score, velocity)
+        return velocity
 
     # --- what EDM's samplers ask of a network -------------------------------------------------
 

@@ -83,8 +83,9 @@ class Prediction:
         return wide(self.alpha, self.x) * self.eps - wide(self.sigma, self.x) * self.x0
 
     def velocity(self, d_alpha: PerQuery = 1.0, d_sigma: PerQuery = -1.0) -> Tensor:
-        """alpha' x0 + sigma' eps, dx/dt of the probability flow."""
-        return results.flow_velocity(self.x0, self.eps, self.sigma.shape, d_alpha, d_sigma)
+        """alpha' x0 + sigma' eps, dx/dt of the probability flow. At sigma = 0 eps is the noise's
+        mean, 0."""
+        return results.flow_velocity(self.x0, self.residual, self.sigma, d_alpha, d_sigma)
 
 
 def evaluate(
