@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -12,19 +11,22 @@ from torch import Tensor, nn
 from memokern import functional, regularizers, validate
 from memokern.data.training_set import TrainingSet
 from memokern.processes import EDM, Process
-from memokern.regularizers import Prediction, Regularizer
-from memokern.results import Certificate
+from memokern.regularizers import Prediction, Query, Regularizer
+from memokern.regularizers.joined import joined
 from memokern.util.torch_internals import traced
 from memokern.validate import wide
 
 PREDICTIONS = ("x0", "eps", "v", "score", "velocity")
 # The noise level at which slopes stand for those at sigma = 0.
 NEAR_ZERO = 1e-6
-BOUNDS = [field.name for field in fields(Certificate)]
 
 
 class Denoiser(nn.Module):
     r"""The minimiser of the denoising loss on a training set, regularised, at a process's times.
+
+    There is nothing to train. The one parameter, `kind`, is empty: it tells pipelines that ask for
+    `next(model.parameters())` or `model.dtype` which type to run in. Half-precision x is computed
+    in float32, and the result has x's type.
 
     Buffers: `rows` [N, \*shape] (the training set's own memory), `affine` (scale, shift), and
     `labels` and `log_weights` where the set has them. `state_dict` has these, but not the process
@@ -106,6 +108,9 @@ class Denoiser(nn.Module):
         self.register_buffer("labels", data.labels)
         self.register_buffer("log_weights", data.log_weights)
         self._data = data
+        # What pipelines ask for a network's type; state_dict leaves it out.
+        kind = torch.empty(0, dtype=data.compute_dtype, device=data.device)
+        self.kind = nn.Parameter(kind, requires_grad=False)
         # For labels that were asked for: which rows have them, and these rows.
         self._classes: dict[int, tuple[Tensor, TrainingSet]] = {}
 
@@ -115,6 +120,23 @@ class Denoiser(nn.Module):
     def data(self) -> TrainingSet:
         """The training set, on the buffers' device."""
         return self._data
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that pipelines take for x: that of float64 rows, else float32, or what `.to()`
+        asked for."""
+        return self.kind.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the rows, where x has to be."""
+        return self.rows.device
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        del destination[prefix + "kind"]
 
     @staticmethod
     def _affine(data: TrainingSet) -> Tensor:
@@ -220,8 +242,8 @@ class Denoiser(nn.Module):
         r"""All predictions at once: x0, score, eps, v, velocity and the posterior behind them.
 
         Args:
-            x: [\*batch, \*shape] float32 or float64. t: process time, a number or a tensor that
-                broadcasts to the batch.
+            x: [\*batch, \*shape], in a type as for :func:`memokern.posterior`. t: process
+                time, a number or a tensor that broadcasts to the batch.
             label: which rows to use: those with this label, one for all queries or [\*batch]
                 integers. None uses all rows.
             bias: [N], added to the rows' logits.
@@ -237,6 +259,7 @@ class Denoiser(nn.Module):
             >>> found.posterior.n, found.x0.shape
             (183, torch.Size([2, 8, 8]))
         """
+        x = validate.computable(x)
         time = self._time(x, t)
         sigma, alpha = self.process.sigma(time), self.process.alpha(time)
         if label is None:
@@ -287,7 +310,6 @@ class Denoiser(nn.Module):
         certificate: bool,
     ) -> Prediction:
         """One evaluation per label that occurs, joined in the queries' order."""
-        batch = labels.shape
         flat = x.reshape(-1, *self._data.shape)
         sigmas, alphas, wanted = sigma.reshape(-1), alpha.reshape(-1), labels.reshape(-1)
         order, parts = [], []
@@ -299,43 +321,8 @@ class Denoiser(nn.Module):
                 self._evaluate(flat[at], rows, sigmas[at], alphas[at], chosen, certificate)
             )
             order.append(at)
-        back = torch.argsort(torch.cat(order))
-
-        def join(values: list[Tensor], axis: int) -> Tensor:
-            whole = torch.cat(values, axis).index_select(axis, back)
-            return whole.reshape(*whole.shape[:axis], *batch, *whole.shape[axis + 1 :])
-
-        # A regulariser may have replicated the queries along first axes; their own axis comes last.
-        axis = parts[0].posterior.sigma.dim() - 1
-
-        def joined(values: list[Any], *fields: str) -> dict[str, Any]:
-            return {name: join([getattr(v, name) for v in values], axis) for name in fields}
-
-        asked = ("x", "sigma", "alpha", "temperature")
-        sums = ("mean", "log_z", "mean_logit", "mean_bias", "weight_sq")
-        posteriors = [part.posterior for part in parts]
-        bounds = [p.certificate for p in posteriors if p.certificate is not None]
-        queries = [part.query for part in parts]
-        posterior = replace(
-            posteriors[0],
-            n=self._data.n,
-            certificate=Certificate(**joined(bounds, *BOUNDS)) if bounds else None,
-            log_weight_total=join(
-                [torch.zeros_like(p.sigma) + p.log_weight_total for p in posteriors], axis
-            ),
-            **joined(posteriors, *asked, *sums),
-        )
-        query = replace(queries[0], bias=bias, **joined(queries, *asked))
-        return replace(
-            parts[0],
-            x=x,
-            sigma=sigma,
-            alpha=alpha,
-            x0=join([p.x0 for p in parts], 0),
-            residual=join([p.residual for p in parts], 0),
-            posterior=posterior,
-            query=query,
-        )
+        whole = Query(x, sigma, alpha, torch.ones_like(sigma), bias)
+        return joined(parts, torch.argsort(torch.cat(order)), whole, self._data.n)
 
     def forward(
         self,
@@ -347,10 +334,11 @@ class Denoiser(nn.Module):
     ) -> Tensor:
         r"""The chosen prediction [\*batch, \*shape] in x's type. Arguments, errors: as
         `evaluate`."""
+        query = validate.computable(x)
         if self.prediction == "velocity":
-            return self._velocity(x, self._time(x, t), label, bias)
-        out: Tensor = getattr(self.evaluate(x, t, label, bias=bias), self.prediction)
-        return out
+            return self._velocity(query, self._time(query, t), label, bias).to(x.dtype)
+        out: Tensor = getattr(self.evaluate(query, t, label, bias=bias), self.prediction)
+        return out.to(x.dtype)
 
     def _velocity(
         self, x: Tensor, time: Tensor, label: int | Tensor | None, bias: Tensor | None

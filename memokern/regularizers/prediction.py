@@ -24,7 +24,7 @@ class Prediction:
     Attributes:
         x: the queries [\*batch, \*shape]. sigma, alpha: as asked, [\*batch] float64.
         x0: mean + (R' - R) / alpha. residual: R' = sigma^2 score. Both [\*batch, \*shape], in x's
-            type.
+            type, float32 for half-precision queries.
         posterior: of the sweep behind it, with the sigma and temperature that the regulariser
         chose. query, regularizer: what `log_potential` is computed from.
     """
@@ -124,6 +124,7 @@ def evaluate(
             f"expected regularizer as a memokern.regularizers.Regularizer, got"
             f" {type(regularizer).__name__}; parse('tikhonov:c=0.01') makes one from text"
         )
+    x = validate.computable(x)
     asked = _query(x, data, sigma, alpha, bias)
     replicated = reg.replicate(asked)
     query = reg.prepare(replicated, data)
