@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from memokern import functional, regularizers, validate
 from memokern.data.training_set import TrainingSet
+from memokern.edm_network import EVERY_ROW, EDMNetwork, Label, label_numbers
 from memokern.processes import EDM, Process
 from memokern.regularizers import Prediction, Query, Regularizer
 from memokern.regularizers.joined import joined
@@ -21,7 +22,7 @@ PREDICTIONS = ("x0", "eps", "v", "score", "velocity")
 NEAR_ZERO = 1e-6
 
 
-class Denoiser(nn.Module):
+class Denoiser(EDMNetwork, nn.Module):
     r"""The minimiser of the denoising loss on a training set, regularised, at a process's times.
 
     There is nothing to train. The one parameter, `kind`, is empty: it tells pipelines that ask for
@@ -46,6 +47,7 @@ class Denoiser(nn.Module):
             Velocity holds a time past the data, up to the length of the process, at the data's
             (solvers step there), where eps is the noise's mean, 0.
         method: as :func:`memokern.posterior`.
+        persistent: False leaves the data out of `state_dict`, which is then empty.
 
     Raises:
         TypeError, ValueError: wrong types, an unknown prediction or method.
@@ -79,6 +81,7 @@ class Denoiser(nn.Module):
         prediction: str = "x0",
         *,
         method: str = "auto",
+        persistent: bool = True,
     ) -> None:
         super().__init__()
         process = EDM() if process is None else process
@@ -103,21 +106,24 @@ class Denoiser(nn.Module):
         self.process, self.regularizer = process, regularizer
         self.prediction, self.method = prediction, method
         self._name = data.name
-        self.register_buffer("rows", data.rows.reshape((data.n, *data.shape)))
-        self.register_buffer("affine", self._affine(data).to(data.device))
-        self.register_buffer("labels", data.labels)
-        self.register_buffer("log_weights", data.log_weights)
         self._data = data
+        for name, value in {
+            "rows": data.rows.reshape((data.n, *data.shape)),
+            "affine": self._affine(data).to(data.device),
+            "labels": data.labels,
+            "log_weights": data.log_weights,
+        }.items():
+            self.register_buffer(name, value, persistent=persistent)
         # What pipelines ask for a network's type; state_dict leaves it out.
         kind = torch.empty(0, dtype=data.compute_dtype, device=data.device)
         self.kind = nn.Parameter(kind, requires_grad=False)
         # For labels that were asked for: which rows have them, and these rows.
-        self._classes: dict[int, tuple[Tensor, TrainingSet]] = {}
+        self._classes: dict[int, tuple[Tensor | slice, TrainingSet]] = {}
 
     # --- the data ---------------------------------------------------------------------------
 
     @property
-    def data(self) -> TrainingSet:
+    def data(self) -> TrainingSet:  # type: ignore[override]
         """The training set, on the buffers' device."""
         return self._data
 
@@ -184,7 +190,9 @@ class Denoiser(nn.Module):
         """Takes the tensors as new buffers, because copying into the old ones would write into the
         caller's training set."""
         found = {k: v for k, v in state_dict.items() if k.startswith(prefix)}
-        names = {prefix + k for k, v in self._buffers.items() if v is not None}
+        left_out = self._non_persistent_buffers_set
+        kept = {k for k, v in self._buffers.items() if v is not None and k not in left_out}
+        names = {prefix + k for k in kept}
         missing_keys.extend(sorted(names - found.keys()))
         if strict:
             unexpected_keys.extend(sorted(found.keys() - names))
@@ -208,19 +216,35 @@ class Denoiser(nn.Module):
                 if not may_be_infinite and not bool(torch.isfinite(value).all()):
                     error_msgs.append(f"{key}: expected finite values, got NaN or inf")
                 fresh[key.removeprefix(prefix)] = value
-        if not error_msgs:
+        if fresh and not error_msgs:
             self._buffers.update(fresh)
             known = self._data
             affine = [known.scale, known.shift] if self.affine.is_meta else self.affine.tolist()
             self._renew(*affine)
 
-    def _of_label(self, label: int) -> tuple[Tensor, TrainingSet]:
-        """The indices of the rows with this label, and those rows."""
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and deepcopy: rows that are the training set's memory go with it, once."""
+        state = {**self.__dict__, "_classes": {}}
+        if self.rows.data_ptr() == self._data.rows.data_ptr():
+            state["_buffers"] = {**self._buffers, "rows": None}
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self._buffers["rows"] is None:
+            data = self._data
+            self._buffers["rows"] = data.rows.reshape((data.n, *data.shape))
+
+    def _of_label(self, label: int) -> tuple[Tensor | slice, TrainingSet]:
+        """Which rows have this label, as an index, and those rows."""
+        known_labels = self._data.labels
+        if label == EVERY_ROW and (known_labels is None or not bool((known_labels == label).any())):
+            return slice(None), self._data
         known = self._classes.get(label)
         if known is None or (known[1].index is None) != (self._data.index is None):
             chosen = self._data.where(label)  # ValueError where there are none
-            assert self._data.labels is not None
-            index = (self._data.labels == label).nonzero()[:, 0]
+            assert known_labels is not None
+            index = (known_labels == label).nonzero()[:, 0]
             self._classes[label] = index, chosen
         return self._classes[label]
 
@@ -234,7 +258,7 @@ class Denoiser(nn.Module):
         self,
         x: Tensor,
         t: float | Tensor,
-        label: int | Tensor | None = None,
+        label: Label = None,
         *,
         bias: Tensor | None = None,
         certificate: bool = False,
@@ -245,7 +269,8 @@ class Denoiser(nn.Module):
             x: [\*batch, \*shape], in a type as for :func:`memokern.posterior`. t: process
                 time, a number or a tensor that broadcasts to the batch.
             label: which rows to use: those with this label, one for all queries or [\*batch]
-                integers. None uses all rows.
+                integers, or one-hot [\*batch, label_dim]. None uses all rows; so do a list's None,
+                -1 where no row has it, and one-hot zeros, the null class of guidance.
             bias: [N], added to the rows' logits.
             certificate: as :func:`memokern.posterior`; it is in the result's posterior.
 
@@ -269,19 +294,12 @@ class Denoiser(nn.Module):
                 "labels choose rows by their values, and a Denoiser on the meta device has none:"
                 " load a state first, or leave label out"
             )
-        labels = torch.as_tensor(label, device=self.rows.device)
-        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-            raise TypeError(f"expected label as integers, got {labels.dtype}")
+        batch = validate.batch_shape(x, self._data)
+        labels = label_numbers(label, batch, self)
         if labels.dim() == 0:
             index, rows = self._of_label(int(labels))
             chosen = None if bias is None else bias[index]
             return self._evaluate(x, rows, sigma, alpha, chosen, certificate)
-        batch = validate.batch_shape(x, self._data)
-        if labels.shape != batch:
-            raise ValueError(
-                f"expected label as one integer or one per query {tuple(batch)}, got"
-                f" {tuple(labels.shape)}"
-            )
         sigma, alpha = sigma.expand(batch), alpha.expand(batch)
         return self._by_label(x, sigma, alpha, labels, bias, certificate)
 
@@ -328,7 +346,7 @@ class Denoiser(nn.Module):
         self,
         x: Tensor,
         t: float | Tensor,
-        label: int | Tensor | None = None,
+        label: Label = None,
         *,
         bias: Tensor | None = None,
     ) -> Tensor:
@@ -340,9 +358,7 @@ class Denoiser(nn.Module):
         out: Tensor = getattr(self.evaluate(query, t, label, bias=bias), self.prediction)
         return out.to(x.dtype)
 
-    def _velocity(
-        self, x: Tensor, time: Tensor, label: int | Tensor | None, bias: Tensor | None
-    ) -> Tensor:
+    def _velocity(self, x: Tensor, time: Tensor, label: Label, bias: Tensor | None) -> Tensor:
         """dx/dt of the probability flow, also at the data and a little past them."""
         process = self.process
         length = process.t_noise - process.t_data
@@ -359,22 +375,6 @@ class Denoiser(nn.Module):
             score = torch.nan_to_num(found.score, nan=0.0, posinf=0.0, neginf=0.0)
             velocity = torch.where(wide(singular, x) != 0, velocity - slope * score, velocity)
         return velocity
-
-    # --- what EDM's samplers ask of a network -------------------------------------------------
-
-    @property
-    def sigma_min(self) -> float:
-        """The lowest level > 0 of the process's grid."""
-        return self.process.sigma_min
-
-    @property
-    def sigma_max(self) -> float:
-        """The level at which the process starts."""
-        return float(self.process.sigma(torch.tensor(self.process.t_noise, dtype=torch.float64)))
-
-    def round_sigma(self, sigma: float | Tensor) -> Tensor:
-        """sigma as a tensor, not rounded, because every level is possible."""
-        return torch.as_tensor(sigma)
 
     def extra_repr(self) -> str:
         return (

@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from memokern.denoiser import Denoiser
+from memokern.edm_network import Label
 from memokern.samplers.base import (
     Level,
     Run,
@@ -43,7 +44,7 @@ def ode(
     churn_noise: float = 1.0,
     rtol: float | None = None,
     atol: float | None = None,
-    label: int | Tensor | None = None,
+    label: Label = None,
     bias: Tensor | None = None,
     seed: int | None = None,
     generator: torch.Generator | None = None,
