@@ -51,8 +51,7 @@ def posterior(
 
     Args:
         x: [\*batch, \*shape] float32 or float64, any strides; float16 and bfloat16 are computed in
-            float32, which the result's tensors have, and functions that return one tensor like x
-            return it in x's type.
+            float32, as the result's tensors are; what is one tensor like x is returned in its type.
         data: N rows of that shape: a TrainingSet, or a tensor [N, \*shape] of float64, float32,
             bfloat16, float16 or uint8 (then y = 2/255 u - 1).
         sigma: noise level >= 0. 0 is the limit: the nearest of the rows that are not left out;
@@ -119,6 +118,7 @@ def posterior(
     if index is None or not _selects_rows(asked):
         sums = ops.posterior(query, rows)
     else:
+        pruned.warn_of_gradients(sigma=sigma, alpha=alpha, temperature=temperature)
         sums, bounds = pruned.posterior(
             query, rows, index,
             eps=pruned.weight_allowed(query, rows, index, tol),
