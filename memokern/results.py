@@ -55,17 +55,18 @@ class Posterior:
 
     @property
     def score(self) -> Tensor:
-        """(alpha mean - x) / sigma^2; not finite at sigma = 0, even where x is a row (0 / 0)."""
+        """(alpha mean - x) / sigma^2; not finite at sigma = 0, even where x is a row (0 / 0). Gated
+        scores are, see :class:`memokern.regularizers.Prediction`."""
         return self.residual / self._wide(self.sigma) / self._wide(self.sigma)
 
     @property
     def eps(self) -> Tensor:
-        """(x - alpha mean) / sigma = -sigma score."""
+        """(x - alpha mean) / sigma = -sigma score; not finite at sigma = 0."""
         return -self.residual / self._wide(self.sigma)
 
     @property
     def v(self) -> Tensor:
-        """alpha eps - sigma mean (Salimans & Ho, arXiv 2202.00512)."""
+        """alpha eps - sigma mean (Salimans & Ho, arXiv 2202.00512); not finite at sigma = 0."""
         return self._wide(self.alpha) * self.eps - self._wide(self.sigma) * self.mean
 
     def velocity(self, d_alpha: PerQuery = 1.0, d_sigma: PerQuery = -1.0) -> Tensor:
