@@ -3,12 +3,14 @@
 # make bench    the benchmarks, with the peers that are installed (ARGS="--quick", ARGS="--help")
 # make lint     ruff, clang-format and mypy
 # make peers    what make bench compares with
-# make gpu-check  where there is a GPU: its tests, then times beside the peers'; else: every kernel compiled
+# make gpu-check  where there is a GPU: each operation against float64, then times beside the peers', within minutes
+#                 (ARGS="--minutes 15", ARGS="--help"); else: every kernel compiled
 # make kernels  every Triton kernel compiled, into docs/triton-kernels.md (45 minutes of a core; then what changed)
 # make sanitize the Triton kernels watched for races and for what lies outside of tensors (ttsem, experimental)
 # make neon     the portable kernels on an emulated ARM processor (needs g++-aarch64-linux-gnu and qemu-user)
 #
 # Everything runs in .venv, made on first use. PYTHON chooses the interpreter, TORCH the PyTorch.
+# make gpu-check PYTHON=python3 VENV=   runs in that interpreter as it is: nothing is installed, no network is needed
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -55,8 +57,16 @@ peers: $(VENV)/.dev-installed
 bench: $(VENV)/.dev-installed
 	$(BIN)/python -m bench $(ARGS)
 
+# A GPU may be there for minutes only, on a machine where nothing can be installed. Its kernels do without the compiled
+# ones of the CPU.
+ifeq ($(VENV),)
+gpu-check:
+	$(PYTHON) setup.py -q build_ext --inplace || echo "The CPU's kernels are not built; the GPU's are checked without."
+	$(PYTHON) -m tools.gpu_check $(ARGS)
+else
 gpu-check: $(if $(shell command -v nvidia-smi || command -v rocm-smi),peers,$(VENV)/.dev-installed)
-	$(BIN)/python -m bench.gpu $(ARGS)
+	$(BIN)/python -m tools.gpu_check $(ARGS)
+endif
 
 kernels: $(VENV)/.dev-installed
 	$(BIN)/python -m tools.aot --markdown docs/triton-kernels.md

@@ -20,11 +20,10 @@ from memokern.functional import (
     log_density,
     nearest,
     posterior,
-    posterior_state,
     score,
     weights,
 )
-from memokern.results import PosteriorState, merge
+from memokern.partial import PosteriorState, merge, posterior_state
 from memokern.strategies.certificate import Certificate
 
 __version__ = "0.1.0"

@@ -17,7 +17,7 @@ from memokern.calls import Rows
 from memokern.data.training_set import TrainingSet
 from memokern.index.index import Index
 from memokern.ops.flat import tensors
-from memokern.results import Nearest, Posterior, PosteriorState
+from memokern.results import Nearest, Posterior
 from memokern.strategies import costs, explanation, pruned, pruned_nearest
 from memokern.strategies.certificate import nothing_dropped
 from memokern.strategies.dense import weights as dense_weights
@@ -153,49 +153,6 @@ def _selects_rows(asked: Asked) -> bool:
     and no transform or compiler is at work, which could not follow the choice."""
     every = tensors(asked.query, asked.data.rows)
     return asked.query.weighting == "gaussian" and not (under_transform(*every) or traced(*every))
-
-
-def posterior_state(
-    x: Tensor,
-    data: TrainingSet | Tensor,
-    sigma: PerQuery,
-    alpha: PerQuery = 1.0,
-    temperature: PerQuery = 1.0,
-    *,
-    bias: Tensor | None = None,
-    weighting: str = "gaussian",
-    precision: str = "auto",
-) -> PosteriorState:
-    r"""The sums of :func:`posterior` before they are normalised, for a part of the data.
-
-    States of several parts, on several machines or read one after the other, are joined by
-    :func:`merge`; `merge(...).posterior()` is then that of all rows, at sigma = 0 too, where the
-    nearest row of all parts takes all and ties share.
-
-    Args, errors, numerics, gradients and cost: as :func:`posterior` with method="dense"; `bias` is
-    that of these rows.
-
-    Example:
-        >>> import torch, memokern
-        >>> rows, x = torch.tensor([[-1.0], [1.0]]), torch.zeros(1, 1)
-        >>> left, right = (memokern.posterior_state(x, part, 0.5) for part in rows.split(1))
-        >>> memokern.merge(left, right).posterior().mean
-        tensor([[0.]])
-    """
-    asked = checked(x, data, sigma, alpha, temperature, bias, weighting, precision)
-    query, rows = asked.query, asked.data.rows
-    return PosteriorState(
-        x=x,
-        sigma=asked.sigma,
-        alpha=asked.alpha,
-        temperature=asked.temperature,
-        weighting=weighting,
-        state=ops.posterior_state(query, rows),
-        n=rows.n,
-        log_weight_total=torch.as_tensor(
-            log_total(query.bias, rows.n), dtype=torch.float64, device=x.device
-        ),
-    )
 
 
 def explain(

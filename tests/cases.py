@@ -182,7 +182,7 @@ def feature_tails(backend: str) -> Table:
     cases = [
         Case(b, n, d, t, known=d == 63 or b == 5) for b, n, d in each for t in row_types(backend)
     ]
-    return _grouped(cases, lambda c: f"features{c.d}-{name_of(c.rows)}")
+    return _grouped(cases, lambda c: f"features-{name_of(c.rows)}")
 
 
 def row_and_query_tails(backend: str) -> Table:
@@ -198,7 +198,7 @@ def row_and_query_tails(backend: str) -> Table:
             for b in (1, 2, 7, 9, 63, *([260] if n in (1, 9, 33) else []))
             for t in (F32, F64)
         ]
-    return _grouped(cases, lambda c: f"rows{c.n}-{name_of(c.x)}-{name_of(c.rows)}")
+    return _grouped(cases, lambda c: f"rows-{name_of(c.x)}-{name_of(c.rows)}")
 
 
 def fields(backend: str) -> Table:
@@ -233,13 +233,32 @@ def noise_levels(backend: str) -> Table:
         plain = Case(b, n, d, sigma=sigma)
         cases += [replace(plain, known=True), replace(plain, repeat=sigma / 30)]
         cases += [replace(plain, offset=1000.0), replace(plain, d=2), replace(plain, rows=U8)]
-    return _grouped(cases, lambda c: f"sigma{c.sigma:g}-{c.b}-{c.d}")
+    return _grouped(cases, lambda c: f"sigma{c.sigma:g}")
 
 
 def posterior(backend: str) -> Table:
     """All of the above."""
     tables = (feature_tails, row_and_query_tails, fields, noise_levels)
     return {name: cases for table in tables for name, cases in table(backend).items()}
+
+
+def states(backend: str) -> Table:
+    """Every type, few features and many, every noise, a bias with rows left out, both weightings."""
+    if backend == "triton":
+        shapes = [(2, 40, 5, 0.7), (2, 40, 300, 0.7), (2, 20, 40, 1e-3), (2, 20, 40, 80.0)]
+        types = [(t, F32) for t in (F32, U8)]
+    else:
+        shapes = [(b, 70, d, s) for b in (2, 24) for d in (3, 300) for s in (1e-3, 0.1, 1.0, 80.0)]
+        types = [*((t, F32) for t in ROW_TYPES), (F32, F64), (F64, F64)]
+    cases = [
+        Case(b, n, d, t, x, s, 0.9, 1.3, bias, weighting)
+        for b, n, d, s in shapes
+        for t, x in types
+        for bias in (None, "holes")
+        for weighting in ("gaussian", "log")
+        if weighting == "gaussian" or s == 0.7 or s == 1.0
+    ]
+    return _grouped(cases, lambda c: f"{c.weighting}-{name_of(c.x)}-{name_of(c.rows)}")
 
 
 def contract(backend: str) -> dict[str, tuple[torch.dtype, float]]:
@@ -302,6 +321,33 @@ def random_like(values: Any, seed: int) -> Any:
     g = torch.Generator().manual_seed(seed)
     drawn = [torch.randn(v.shape, dtype=v.dtype, generator=g) for v in values]
     return type(values)(*drawn) if hasattr(values, "_fields") else drawn
+
+
+# --- nearest ------------------------------------------------------------------------------------
+
+
+def nearest(backend: str) -> Table:
+    """One row, few features, many, a large offset; float64 queries where they are taken."""
+    shapes = ((1, 1, 0.0), (33, 7, 0.0), (300, 40, 0.0), (300, 40, 500.0))
+    if backend == "triton":
+        queries = [(1, t, F32) for t in row_types(backend)] + [(17, F32, F32), (17, U8, F32)]
+    else:
+        shapes = (*shapes[:2], (700, 40, 0.0), (700, 40, 500.0), (129, 300, 0.0))
+        queries = [(b, t, F32) for t in ROW_TYPES for b in (1, 7, 40)]
+        queries += [(7, F32, F64), (7, U8, F64), (7, F64, F64)]
+    cases = [
+        Case(b, n, d, t, x, 0.3, offset=offset, known=b == 7)
+        for b, t, x in queries
+        for n, d, offset in shapes
+    ]
+    return _grouped(cases, lambda c: f"{c.b}-{name_of(c.x)}-{name_of(c.rows)}")
+
+
+def neighbours(backend: str, case: Case) -> set[int]:
+    """How many are asked for; at 50 nearly all groups of rows are candidates."""
+    if backend != "triton":
+        return {1, min(2, case.n), min(50, case.n)}
+    return {1, min(2, case.n)} | ({50} if case.b == 1 and case.offset else set())
 
 
 # --- lists of rows ------------------------------------------------------------------------------

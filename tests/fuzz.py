@@ -1,5 +1,5 @@
-"""A differential fuzz: random problems, every operation on every backend and instruction set that takes
-it, against the definition in float64.
+"""A differential fuzz: random problems, every operation on every backend and instruction set that
+takes it, against the definition in float64.
 
     make fuzz ARGS="--minutes 10 --seed 3"
 
@@ -77,7 +77,7 @@ def findings(case: Case) -> Iterator[str]:
         yield from _pruned(case, query, rows, want)
 
 
-def _checks(name, kind, query, rows, want, grads, pulled, near):  # noqa: PLR0917
+def _checks(name, kind, query, rows, want, grads, pulled, near):
     def forward() -> None:
         compare.sums(harness.posterior(name, query, rows), want, query, rows, kind, name)
 
@@ -125,7 +125,8 @@ def _pruned(case: Case, query: Query, rows: Rows, want: calls.Sums) -> Iterator[
         kind = compare.unit(name, query, rows)
         largest = oracle.values(rows).abs().max().item()
         off = torch.linalg.vector_norm(sums.mean.double() - want.mean, dim=1)
-        allowed = bounds.mean_error + math.sqrt(rows.dim) * (compare.MEAN[kind] + 1e-7) * largest
+        rounding = math.sqrt(rows.dim) * (compare.MEAN[kind] + 1e-7) * largest
+        allowed = bounds.mean_error + rounding
         if bool((off > allowed).any()):
             yield f"{name} pruned: the mean is off by {off.max():.3g}, {allowed.min():.3g} is proven"
 

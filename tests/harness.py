@@ -23,15 +23,24 @@ from memokern.backends import protocol
 from memokern.backends.protocol import Backend, Call
 from memokern.calls import Gradients, LogitBounds, Query, RowLists, Rows, Scan, State, Sums
 from memokern.util import env
+from tests import isas
 from tests.triton_interpreter import DEVICE
 
 CPU = torch.device("cpu")
 INSTALLED = [name for name in protocol.NAMES if protocol.get(name).unavailable() is None]
+# The compiled kernels by every other instruction set that runs here: "cpu:baseline", and so on.
+ISAS = [f"cpu:{isa}" for isa in isas.others()] if "cpu" in INSTALLED else []
+COMPILED = [name for name in (*INSTALLED, *ISAS) if name != "reference"]
 
 
 def device_of(name: str) -> torch.device:
     """Where the backend's tensors lie in the tests."""
     return DEVICE if name == "triton" else CPU
+
+
+def backend_of(name: str) -> Backend:
+    """The backend of a name, of which an instruction set may be a part."""
+    return protocol.get(name.partition(":")[0])
 
 
 # That take tensors on the CPU, so that public functions are tested through them where they lie.
@@ -67,7 +76,7 @@ def poisoned() -> Iterator[None]:
 def refusal(name: str, operation: str, x: Tensor, rows: Rows, k: int = 0) -> str | None:
     """Why the backend does not take the call, or None."""
     call = Call.of(x, rows.data, k)._replace(device=device_of(name).type)
-    return protocol.get(name).refusal(operation, call)
+    return backend_of(name).refusal(operation, call)
 
 
 def ask(name: str, operation: str, x: Tensor, rows: Rows, k: int = 0) -> Backend:
@@ -75,13 +84,13 @@ def ask(name: str, operation: str, x: Tensor, rows: Rows, k: int = 0) -> Backend
     reason = refusal(name, operation, x, rows, k)
     if reason is not None:
         pytest.skip(f"{name}, {operation}: {reason}")
-    return protocol.get(name)
+    return backend_of(name)
 
 
 def _run(name: str, operation: str, x: Tensor, rows: Rows, *args: Any, k: int = 0) -> Any:
     """The operation with these arguments; its results on the CPU."""
     backend = ask(name, operation, x, rows, k)
-    with poisoned():
+    with poisoned(), isas.selected(name.partition(":")[2]):
         return moved(getattr(backend, operation)(*moved(args, device_of(name))), CPU)
 
 
@@ -135,7 +144,9 @@ def listed_double_backward(
 
 # --- which backends a test runs over ------------------------------------------------------------
 
-every_backend = pytest.mark.parametrize("backend", INSTALLED)
+every_backend = pytest.mark.parametrize("backend", [*INSTALLED, *ISAS])
+plain_backends = pytest.mark.parametrize("backend", INSTALLED)  # of the CPU's, the one in use
+compiled_backends = pytest.mark.parametrize("backend", COMPILED)
 
 
 def over(table: Any, *arguments: str, backends: Sequence[str] = ()) -> Any:
@@ -143,7 +154,7 @@ def over(table: Any, *arguments: str, backends: Sequence[str] = ()) -> Any:
     as a list or as a dict whose keys name the cases. One case follows the other, each over every
     backend that has it, so that what is known of a case may be kept from one to the next."""
     found: dict[str, list[Any]] = {}
-    for name in backends or INSTALLED:
+    for name in backends or (*INSTALLED, *ISAS):
         cases = table(name)
         pairs = cases.items() if isinstance(cases, dict) else ((_label(c), c) for c in cases)
         for label, values in pairs:

@@ -33,7 +33,7 @@ LAYERS = (
     ("validate",),
     ("strategies",),
     ("results",),
-    ("functional",),
+    ("functional", "partial"),
     ("processes", "regularizers", "memorization"),
     ("denoiser",),
     ("samplers", "likelihood"),

@@ -12,11 +12,11 @@ from triton_interpreter import DEVICE
 
 pytest.importorskip("triton")
 
+from memokern import ops
 from memokern.backends.protocol import Call, choose
 from memokern.backends.triton.core import machine
 from memokern.backends.triton.posterior import planner
 from memokern.calls import Query, Rows
-from memokern import ops
 from memokern.util import env
 
 reference = Flat("reference")

@@ -12,7 +12,6 @@ from triton_interpreter import DEVICE
 pytest.importorskip("triton")
 
 from memokern.backends.protocol import Call
-from memokern.backends.triton.core import machine
 from memokern.backends.triton.core.centering import centred
 from memokern.backends.triton.nearest import kernels, launch
 from memokern.calls import Rows

@@ -89,9 +89,7 @@ def test_exact_hits_ties_limits_and_lost_queries() -> None:
     torch.testing.assert_close(got[4][:2], column(0.0625 + 0.5625, 2))  # 1/4 and 3/4
     ones = [torch.ones_like(v) for v in got]
     back = backward(x, rows, *how, bias, start, index, *got, *ones, 1.0, 0.0)
-    want = cpu.posterior_listed_backward(
-        x, rows, *how, bias, start, index, *got, *ones, 1.0, 0.0
-    )
+    want = cpu.posterior_listed_backward(x, rows, *how, bias, start, index, *got, *ones, 1.0, 0.0)
     assert torch.equal(back[0][1], torch.zeros(2)) and back[1][1].item() == 0
     assert bool(back[0][2].isnan().all()) and bool(back[4][[0, 3]].isnan().all())
     for a, e in zip(back[:4], want[:4], strict=True):

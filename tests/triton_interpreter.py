@@ -61,6 +61,73 @@ def product(a: np.ndarray, b: np.ndarray, precision: str) -> np.ndarray:
     raise NotImplementedError(f"no kernel multiplies in {precision}")
 
 
+def remember() -> None:
+    """Make each type and each shape once: that is most of what the interpreter does for an operation,
+    which is the same few thousands of times."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    make_block, make_tensor = tl.block_type.__init__, tl.tensor.__init__
+    blocks: dict[Any, dict[str, Any]] = {}
+    tensors: dict[Any, dict[str, Any]] = {}
+    numbers: dict[Any, np.dtype] = {}
+    in_numpy = interpreter._get_np_dtype
+
+    def block(self: Any, element_ty: Any, shape: Any) -> None:
+        sizes = [s.value if isinstance(s, tl.constexpr) else s for s in shape]
+        key = (element_ty.name, *sizes)
+        known = blocks.get(key)
+        if known is None:
+            make_block(self, element_ty, shape)
+            blocks[key] = {k: v for k, v in vars(self).items() if k != "element_ty"}
+            return
+        self.element_ty = element_ty
+        vars(self).update(known)
+
+    def tensor(self: Any, handle: Any, kind: Any) -> None:
+        key = kind.name if kind.is_block() else ""
+        known = tensors.get(key)
+        if known is None:
+            make_tensor(self, handle, kind)
+            own = ("handle", "type", "dtype")
+            tensors[key] = {k: v for k, v in vars(self).items() if k not in own}
+            return
+        self.handle, self.type, self.dtype = handle, kind, kind.scalar
+        vars(self).update(known)
+
+    def np_dtype(wanted: Any) -> np.dtype:
+        known = numbers.get(wanted.name)
+        if known is None:
+            known = numbers[wanted.name] = in_numpy(wanted)
+        return known
+
+    tl.block_type.__init__, tl.tensor.__init__ = block, tensor
+    interpreter._get_np_dtype = np_dtype
+    semantic = type(interpreter.interpreter_semantic)
+    to_one_shape = semantic.broadcast_impl_value
+
+    def broadcast(self: Any, left: Any, right: Any) -> Any:
+        a, b = left.type, right.type
+        if a.is_block() and b.is_block() and [*a.shape] == [*b.shape]:
+            return left, right
+        return to_one_shape(self, left, right)
+
+    def check_overflow(self: Any, left: Any, right: Any, operation: Any) -> None:
+        """Triton forms every sum and product of integers a second time, in 64 bits, and looks at it
+        in debug mode only. Here it is looked at, in one step; but for differences, of which one is
+        meant to overflow (m & -m is the lowest bit of a mask)."""
+        wide = {"add": np.add, "mul": np.multiply}.get(operation.__name__)
+        if wide is None or left.type.scalar.int_bitwidth >= 64:
+            return
+        value = wide(left.handle.data.astype(np.int64), right.handle.data.astype(np.int64))
+        bounds = np.iinfo(interpreter._get_np_dtype(left.type.scalar))
+        if value.size and not (bounds.min <= value.min() and value.max() <= bounds.max):
+            raise OverflowError(f"{left.type.scalar} overflows in a kernel's {operation.__name__}")
+
+    semantic.broadcast_impl_value = broadcast
+    semantic.binary_op_sanitize_overflow_impl = check_overflow
+
+
 def install() -> None:
     """Replace the operations, once; Triton must be there and interpreting."""
     import triton.language as tl
@@ -69,11 +136,17 @@ def install() -> None:
     builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
     if getattr(builder, "exact", False):
         return
+    remember()
     binary, cast, dot = builder.binary_op, builder.cast_impl, builder.create_dot
     unary, fused, convert = builder.unary_op, builder.create_fma, builder.create_fp_to_fp
 
+    bfloat16 = tl.bfloat16.name
+
     def is_short(*values: Any) -> bool:
-        return any(v.dtype.scalar == tl.bfloat16 for v in values)
+        for v in values:  # a generator would take as long as the operation
+            if v.dtype.scalar.name == bfloat16:
+                return True
+        return False
 
     def plain(value: Any) -> np.ndarray:
         return widen(value.data) if is_short(value) else value.data

@@ -23,11 +23,12 @@ from unittest import mock
 import torch
 
 from bench import report
-from memokern.backends.triton import dense as triton
-from memokern.backends.triton.core.common import operand
+from memokern.backends.triton import BACKEND
+from memokern.backends.triton.core import machine
+from memokern.backends.triton.core.machine import Machine
+from memokern.backends.triton.core.operands import operand_of
 from memokern.backends.triton.core.variant import Variant
-from memokern.backends.triton.listed import launch as triton_select
-from memokern.backends.triton.posterior.planner import Machine
+from memokern.calls import Query, Rows
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- roofline: begin -->", "<!-- roofline: end -->"
@@ -80,7 +81,7 @@ def _product(launch: Launch, size: float, second: bool = False) -> tuple[str, fl
     if rows == torch.float32:
         return ("tf32", 3 * size) if how["PRECISION"] == "tf32x3" else ("fp32", size)
     # Weights are two terms, queries as many as the type needs.
-    return "half", (2 if second else operand(rows, "tf32x3").terms) * size
+    return "half", (2 if second else operand_of(rows, "tf32x3").terms) * size
 
 
 def _rows(launch: Launch, n: int) -> float:
@@ -132,12 +133,12 @@ def _sum(launch: Launch, gpu: Gpu) -> Cost:
 # Kernels that are not here pass over a few numbers of each query, or over what is in the L2 cache.
 COSTS: dict[str, Callable[[Launch, Gpu], Cost]] = {
     "sweep_kernel": _sweep,
-    "dots_kernel": _dots,
+    "dot_products_kernel": _dots,
     "accumulate_kernel": _accumulate,
     "nearest_groups_kernel": _groups,
     "nearest_exact_kernel": _exact,
-    "support_pairs_kernel": _pairs,
-    "support_sum_kernel": _sum,
+    "pairs_kernel": _pairs,
+    "listed_sum_kernel": _sum,
 }
 
 
@@ -155,8 +156,7 @@ def launches_on(gpu: Gpu) -> Iterator[list[Launch]]:
 
     with (
         mock.patch.object(Variant, "launch", write_down),
-        mock.patch.object(triton, "machine", lambda _: Machine(gpu.multiprocessors, gpu.l2)),
-        mock.patch.object(triton_select, "multiprocessors", lambda _: gpu.multiprocessors),
+        mock.patch.object(machine, "of", lambda _: Machine(gpu.multiprocessors, gpu.l2)),
     ):
         yield found
 
@@ -181,12 +181,13 @@ class Problem(NamedTuple):
     def launch(self) -> None:
         """Through the launchers, on rows that take no memory."""
         one = torch.ones(self.b, dtype=torch.float64)
-        rows = torch.zeros(1, self.d, dtype=self.dtype).expand(self.n, self.d)
-        x, data = torch.zeros(self.b, self.d), (torch.zeros(self.d), one.new_ones(self.n))
+        data = torch.zeros(1, self.d, dtype=self.dtype).expand(self.n, self.d)
+        rows = Rows(data, center=torch.zeros(self.d), sq_norms=one.new_ones(self.n))
+        x = torch.zeros(self.b, self.d)
         if self.operation == "nearest":
-            triton_select.nearest(x, rows, 1, *data, 1.0, 0.0)
+            BACKEND.nearest(x, rows, 1)
         else:
-            triton.posterior(x, rows, one, one, one, None, *data, 1.0, 0.0, "gaussian")
+            BACKEND.posterior(Query(x, one, one, one), rows)
 
     def on(self, gpu: Gpu) -> Prediction:
         with launches_on(gpu) as found:

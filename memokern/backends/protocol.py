@@ -138,11 +138,6 @@ class Backend:
         raise NotImplementedError
 
 
-def name_of(dtype: torch.dtype) -> str:
-    """float32 for torch.float32."""
-    return str(dtype).removeprefix("torch.")
-
-
 class Answer(NamedTuple):
     """One backend's answer: whether it runs here or takes the call, and what it is or why not."""
 

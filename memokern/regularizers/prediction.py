@@ -13,6 +13,7 @@ from memokern.results import Posterior
 from memokern.util.torch_internals import traced
 from memokern.validate import PerQuery, wide
 
+# It stands for sigma = 0 where a gate is divided by sigma^2: its square is still a normal float64.
 SMALLEST = 1e-150
 
 

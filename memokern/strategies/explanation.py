@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from memokern.backends import protocol
 from memokern.backends.protocol import Answer, Call
 from memokern.calls import Query, Rows
+from memokern.calls.checks import name_of
 from memokern.index.index import Index
 from memokern.ops.flat import tensors
 from memokern.util import env
@@ -32,8 +33,8 @@ class Explanation:
 
     def __str__(self) -> str:
         c = self.call
-        asked = f"{c.b} queries of {protocol.name_of(c.x)} on {c.n} rows [{c.dim}] of "
-        asked += f"{protocol.name_of(c.rows)}, {c.device}" + (f", k = {c.k}" if c.k else "")
+        asked = f"{c.b} queries of {name_of(c.x)} on {c.n} rows [{c.dim}] of "
+        asked += f"{name_of(c.rows)}, {c.device}" + (f", k = {c.k}" if c.k else "")
         lines = [f"{self.operation}: {asked}", f"strategy: {self.strategy}"]
         for answer in self.backends:
             if answer.name == self.runs:

@@ -85,12 +85,17 @@ def test_distance_to_the_end_point_shrinks_like_sigma(numbers, process) -> None:
     assert found["constant"].max() < 10
 
 
+def test_falling_allows_for_the_samples_noise_only() -> None:
+    assert sweeps.falling([1.0, 0.5, 0.0025, 0.005, 0.0], 400)
+    assert not sweeps.falling([0.1, 0.2], 400) and not sweeps.falling([0.0, 0.1], 400)
+
+
 @pytest.mark.parametrize("name", ["tikhonov-sweep", "empirical-bayes-sweep"])
 def test_all_collapse_without_regularisation_and_fewer_the_stronger_it_is(numbers, name) -> None:
     n = numbers(name)
     assert n["unregularised_fraction"] == 1.0
     by_strength = [f for _, f in sorted(zip(n["strengths"], n["fractions"], strict=True))]
-    assert by_strength == sorted(by_strength, reverse=True)
+    assert sweeps.falling(by_strength, n["starts"])
     assert by_strength[0] > 0.9 and by_strength[-1] < 0.02
 
 
@@ -153,10 +158,15 @@ def test_every_experiment_can_be_drawn_and_concluded(numbers, name, tmp_path) ->
 def test_defaults_are_frozen_seeded_and_quick_is_known(name) -> None:
     experiment = experiments.get(name)
     parameters = experiment.parameters()
-    assert parameters.seed == 0
+    assert parameters.seed == (1 if hasattr(parameters, "points") else 0)
     assert dataclasses.replace(parameters, **experiment.quick) != parameters
     with pytest.raises(dataclasses.FrozenInstanceError):
         parameters.seed = 1
+
+
+def test_the_points_are_the_papers_own() -> None:
+    points = planar.training_points(planar.Planar().points, planar.Planar().seed)
+    assert points.tolist() == np.random.RandomState(1).randn(20, 2).tolist()
 
 
 def test_defaults_are_the_papers() -> None:

@@ -11,7 +11,7 @@ import torch
 from memokern.calls import Gradients, Query, Rows, Sums
 from tests import cases, compare, harness, oracle
 from tests.cases import F16, F32, F64, U8, Case, normal, query_of, random_like
-from tests.harness import every_backend, over, sized
+from tests.harness import INSTALLED, every_backend, over, plain_backends, sized
 
 
 def _backward(backend: str, query: Query, rows: Rows, seed: int) -> tuple[Sums, Sums, Gradients]:
@@ -143,7 +143,7 @@ def _grads(query: Query, seed: int) -> Sums:
     return random_like(Sums(query.x, *[query.sigma] * 4), seed)
 
 
-@over(cases.row_gradients, "group")
+@over(cases.row_gradients, "group", backends=INSTALLED)
 def test_rows_as_autograd_through_the_definition(backend: str, group: list[Case]) -> None:
     for case in group:
         query, rows = case.problem()
@@ -151,7 +151,7 @@ def test_rows_as_autograd_through_the_definition(backend: str, group: list[Case]
         compare.row_gradient(got, want, rows, compare.unit(backend, query, rows), str(case))
 
 
-@every_backend
+@plain_backends
 def test_rows_with_a_unit_and_a_stride(backend: str) -> None:
     query, rows = Case(5, 70, 20, F16, sigma=3.0, alpha=0.8).problem()
     data = torch.cat([rows.data, rows.data], 1)[:, 7:27]
@@ -162,7 +162,7 @@ def test_rows_with_a_unit_and_a_stride(backend: str) -> None:
 
 
 @pytest.mark.parametrize(("weighting", "sigma"), [("log", 1.0), ("gaussian", 1e-6)])
-@every_backend
+@plain_backends
 def test_rows_beside_a_query(backend: str, weighting: str, sigma: float) -> None:
     """r = 1e-6, and an alpha that float32 does not hold: nothing may cancel."""
     data = normal(30, 40, dtype=F32)
@@ -174,7 +174,7 @@ def test_rows_beside_a_query(backend: str, weighting: str, sigma: float) -> None
         assert (got[n].double() - want[n]).abs().max() <= 1e-6 * want[n].abs().max()
 
 
-@every_backend
+@plain_backends
 def test_rows_follow_the_mean_alone(backend: str) -> None:
     """One row has all the weight: what is left is g, and not what the mean's rounding does to it,
     which x - alpha y over sigma^2 would make large."""
@@ -189,7 +189,7 @@ def test_rows_follow_the_mean_alone(backend: str) -> None:
 @pytest.mark.parametrize(
     ("weighting", "sigma"), [("gaussian", 0.0), ("gaussian", 1.0), ("log", 1.0)]
 )
-@every_backend
+@plain_backends
 def test_rows_of_exact_hits(backend: str, weighting: str, sigma: float) -> None:
     """At a limit ties share g by their weights, and nothing else moves."""
     data = normal(9, 4, dtype=F32)
@@ -210,7 +210,7 @@ def test_rows_of_exact_hits(backend: str, weighting: str, sigma: float) -> None:
 # --- second derivatives -------------------------------------------------------------------------
 
 
-@over(cases.second_derivatives, "case")
+@over(cases.second_derivatives, "case", backends=INSTALLED)
 def test_second_derivatives_as_autograd_through_the_definition(backend: str, case: Case) -> None:
     """With rows left out too: a bias of -inf must not make 0 times infinity of anything."""
     query, rows = case.problem()

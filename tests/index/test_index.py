@@ -6,6 +6,7 @@ no tolerance is added anywhere.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
@@ -13,12 +14,25 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from memokern.backends import protocol
 from memokern.data.training_set import TrainingSet
 from memokern.index.projection import Projected, rounded_up
+from memokern.util import env
 from tests.data.rows import DTYPES
-from tests.index_cases import backend  # noqa: F401  # the compiled projection, and the one in PyTorch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+# The compiled projection, and the one in PyTorch, which Triton's tensors go through too.
+BACKENDS = [answer.name for answer in protocol.here() if answer.runs and answer.name != "triton"]
+
+
+@pytest.fixture(params=BACKENDS, autouse=True, scope="module")
+def backend(request):
+    """Every test runs with the projection of each backend."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(env.BACKEND, request.param)
+        yield request.param
+
 
 KINDS = ["random", "clustered", "low rank", "duplicated", "constant", "far", "smooth"]
 
@@ -53,6 +67,12 @@ def set_of(values: torch.Tensor, dtype: torch.dtype = torch.float32) -> Training
         scale = (high - low) / 255 or 1.0
         return TrainingSet(((values - low) / scale).round().to(dtype), scale=scale, shift=low)
     return TrainingSet(values.to(dtype))
+
+
+@functools.cache
+def indexed(kind: str, dtype: torch.dtype, basis: str) -> TrainingSet:
+    """30 rows with an index, built once for all backends, since none takes part in it."""
+    return set_of(values_of(kind, 30, (3, 8, 9)), dtype).build_index(basis)
 
 
 def truth(data: TrainingSet, x: torch.Tensor, alpha: torch.Tensor):
@@ -127,7 +147,7 @@ def assert_bounded(data: TrainingSet, x: torch.Tensor, alpha: torch.Tensor) -> N
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_bound_holds(kind, dtype, basis):
-    data = set_of(values_of(kind, 30, (3, 8, 9)), dtype).build_index(basis)
+    data = indexed(kind, dtype, basis)
     assert data.index.dims == (32, 64, 128, 216)
     for sigma, wide in ((0.0, torch.float32), (0.5, torch.float64), (20.0, torch.float32)):
         x = queries_of(data, sigma).to(wide)
@@ -221,7 +241,7 @@ def test_margins_are_small():
 
 @pytest.mark.parametrize("basis", ["dct", "pca"])
 @pytest.mark.parametrize("precision", ["ieee", "tf32", "bf16"])
-def test_shorter_products_do_not_loosen_it(basis, precision, backend):  # noqa: F811
+def test_shorter_products_do_not_loosen_it(basis, precision, backend):
     """bfloat16 products, by autocast or by the settings, would break the float32 bound."""
     data = set_of(values_of("random", 30, (3, 8, 8)))
     settings = torch.backends.mkldnn.matmul

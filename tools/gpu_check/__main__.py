@@ -27,7 +27,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=ROOT / "gpu-check.md",
                         help="the page; its JSON lies beside it")  # fmt: skip
     parser.add_argument("--only", default="", metavar="WORDS",
-                        help="only steps whose name has all these words")  # fmt: skip
+                        help="only steps whose name has all these words, and none that begins"
+                             " with - (--only='mean -compiled')")  # fmt: skip
     parser.add_argument("--tests", nargs="?", const="-m gpu tests", metavar="ARGUMENTS",
                         help="run pytest too, whatever time is left (-m gpu tests)")  # fmt: skip
     parser.add_argument("--compile", action="store_true",

@@ -92,9 +92,10 @@ class Check:
 
     def _checked(self) -> None:
         options, plan, pool = self.options, self.plan, self.pool
-        smoke_until = min(self.until, time.monotonic() + SMOKE_SECONDS)
-        begin_until = smoke_until - SMOKE_SECONDS / 6
-        pool.run([*plan.smoke, *plan.warm], smoke_until, self.hear, begin_until)
+        # Interpreted kernels take longer.
+        seconds = 30 * options.minutes if options.rehearsed else SMOKE_SECONDS
+        smoke_until = min(self.until, time.monotonic() + seconds)
+        pool.run([*plan.smoke, *plan.warm], smoke_until, self.hear, smoke_until - seconds / 6)
         pool.keep(1)
         pool.run(plan.time, self.until, self.hear)
         pool.keep(0)
@@ -121,7 +122,7 @@ class Check:
             if answer.done and any("failed" in line for line in lines):
                 # What was told before it failed is kept.
                 lines = [*record.told(step), *lines]
-            said = record.timed(step, lines, answer.done)
+            said = record.timed(step, lines, answer.done, answer.seconds)
         record.save()
         if answer.done:
             print(*said, sep="\n", flush=True)

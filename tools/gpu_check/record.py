@@ -90,12 +90,15 @@ class Record:
         self.result["smoke"].append(found)
         return page.smoke_line(found)
 
-    def timed(self, step: Step, runs: list[dict[str, Any]], done: bool) -> list[str]:
+    def timed(
+        self, step: Step, runs: list[dict[str, Any]], done: bool, seconds: float
+    ) -> list[str]:
         """A problem's lines, in words; they take the place of those that were told before it was
-        done."""
+        done. seconds: that the step took, for planning."""
         case = step.case
         assert case is not None
-        entry = {"name": case.name, "rows": case.rows, "kind": step.kind, "runs": runs}
+        entry: dict[str, Any] = {"name": case.name, "rows": case.rows, "kind": step.kind}
+        entry |= {"took": round(seconds, 1), "runs": runs}
         times = self.result["times"]
         key = ("name", "rows", "kind")
         times[:] = [old for old in times if any(old[k] != entry[k] for k in key)]

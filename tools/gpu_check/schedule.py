@@ -3,6 +3,7 @@ there can stop it."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import selectors
@@ -55,11 +56,10 @@ class Process:
         assert self.run.stdin is not None
         self.step, self.began = step, time.monotonic()
         self.deadline = self.began + step.limit + (0.0 if self.answered else STARTING)
-        try:
-            self.run.stdin.write(json.dumps({**step.message(), "rates": rates}).encode() + b"\n")
+        message = json.dumps({**step.message(), "rates": rates})
+        with contextlib.suppress(BrokenPipeError):  # it is gone, which reading from it will tell
+            self.run.stdin.write(message.encode() + b"\n")
             self.run.stdin.flush()
-        except BrokenPipeError:
-            pass  # it is gone, which reading from it will tell
 
     def read(self) -> list[dict[str, Any]] | None:
         """What it has answered; None where it is gone."""
@@ -75,8 +75,9 @@ class Process:
         self.run.kill()
         self.run.wait()
         for pipe in (self.run.stdin, self.run.stdout):
-            if pipe is not None:
-                pipe.close()
+            with contextlib.suppress(BrokenPipeError):  # it was not read to the end
+                if pipe is not None:
+                    pipe.close()
 
 
 class Pool:

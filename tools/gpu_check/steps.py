@@ -114,7 +114,7 @@ def smoke() -> list[Smoke]:
         Smoke("posterior", F32, 3, 7, 5, sigma=0.0),
         Smoke("state", F32, 19, 515, 300, sigma=0.0),
         Smoke("state", BF16, 19, 515, 13, weighting="log"),
-        Smoke("gradients", F32, 65, 1030, 3072),
+        Smoke("gradients", F32, 65, 515, 3072),
         Smoke("gradients", F32, 9, 1030, 13, weighting="log"),
         Smoke("rows' gradient", F32, 9, 515, 13, weighting="log"),
         Smoke("nearest", U8, 1, 5000, 3072),
@@ -127,7 +127,10 @@ def smoke() -> list[Smoke]:
 
 def problems() -> list[Problem]:
     """What is timed. 3072 features are an image of CIFAR-10, 12,288 one of ImageNet at 64 x 64."""
-    wide = [(1, U8), (64, BF16), (256, F32), (64, U8), (1, F32), (256, BF16), (1, BF16), (64, F32)]
+    wide = [
+        *((1, U8), (64, BF16), (256, F32), (64, U8), (1, F32)),
+        *((256, BF16), (1, BF16), (64, F32), (256, U8)),
+    ]
     n, d = 50_000, 3072
     return [
         *(Problem("mean", t, b, n, d) for b, t in wide),
@@ -135,7 +138,6 @@ def problems() -> list[Problem]:
         Problem("nearest", F32, 64, n, d),
         Problem("pruned", U8, 64, n, d, 0.3),
         Problem("backward", F32, 64, n, d),
-        Problem("mean", U8, 256, n, d),
         Problem("nearest", U8, 64, n, d),
         Problem("pruned", U8, 64, n, d, 1.1),
         Problem("rows' gradient", F32, 64, n, d),
@@ -175,12 +177,17 @@ class Plan(NamedTuple):
 
 
 def plan(rehearsed: bool, only: str) -> Plan:
-    """only: words, all of which a step's name must have."""
+    """only: words that a step's name must have, or must not where they begin with -."""
+
+    def is_asked_for(name: str) -> bool:
+        return all(w[1:] not in name if w[0] == "-" else w in name for w in only.split())
 
     def steps(kind: str, cases: list[Any], limit: float) -> list[Step]:
-        found = [Step(kind, smaller(case) if rehearsed else case, limit) for case in cases]
+        if rehearsed:  # Triton's interpreter is slow
+            cases, limit = [smaller(case) for case in cases], 10 * limit
+        found = [Step(kind, case, limit) for case in cases]
         unique = list(dict.fromkeys(found))  # small ones may be alike
-        return [step for step in unique if all(word in step.name for word in only.split())]
+        return [step for step in unique if is_asked_for(step.name)]
 
     timed = problems()
     return Plan(

@@ -52,7 +52,7 @@ def mistaken() -> Iterator[None]:
     from memokern.backends import protocol
     from memokern.util import env
 
-    kind = type(protocol.get(env.backend()))
+    backend = protocol.get(env.backend())
 
     def off(value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -65,10 +65,10 @@ def mistaken() -> Iterator[None]:
     def wrong(right: Any) -> Any:
         return lambda *args, **kwargs: off(right(*args, **kwargs))
 
-    names = [n for n in (*protocol.OPERATIONS, "small_mean") if hasattr(kind, n)]
+    names = [n for n in (*protocol.OPERATIONS, "small_mean") if hasattr(backend, n)]
     with contextlib.ExitStack() as stack:
         for name in names:
-            stack.enter_context(mock.patch.object(kind, name, wrong(getattr(kind, name))))
+            stack.enter_context(mock.patch.object(backend, name, wrong(getattr(backend, name))))
         yield
 
 

@@ -80,8 +80,8 @@ def memorization(
     rows = common.load_rows(samples, samples_key, training, "SAMPLES")
     common.check_two_rows(training, "DATA")
     # Where many neighbours of few rows are wanted, all rows are swept even with an index.
-    few = min(neighbours, training.n) <= MOST_ASKED * training.n
-    common.index_for(training, method, few * len(rows), progress=common.progress_wanted())
+    helps = min(neighbours, training.n) <= MOST_ASKED * training.n
+    common.index_for(training, method, helps * len(rows), progress=common.progress_wanted())
     meanings = {
         "collapse": f"distance to the nearest row < {tolerance:g}",
         "ratio": f"nearest / second nearest < {ratio_threshold:.3g}",

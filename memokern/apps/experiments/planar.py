@@ -38,7 +38,7 @@ class Planar:
     starts: int = 30
     process: str = "ve"
     sigma_min: float = 1e-4
-    seed: int = 0
+    seed: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,10 +47,10 @@ class PlanarVP(Planar):
 
 
 def training_points(count: int, seed: int) -> torch.Tensor:
-    """[count, 2] float64 standard normal points: the paper's planar training set, drawn from
-    `seed`.
+    """[count, 2] float64 standard normal points. With seed 1 the first 20 are the paper's own, so
+    that figures can be laid over its figures: it draws them from numpy's RandomState(1).
     """
-    return torch.randn(count, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.from_numpy(np.random.RandomState(seed).randn(count, 2))
 
 
 def integrate(
@@ -151,7 +151,7 @@ class Weights:
     starts: int = 4
     process: str = "ve"
     sigma_min: float = 1e-3
-    seed: int = 0
+    seed: int = 1
 
 
 def run_weights(p: Weights) -> Numbers:
@@ -234,7 +234,7 @@ class Rate:
     starts: int = 30
     sigma_min: float = 1e-5
     sigma_fit: float = 1e-2
-    seed: int = 0
+    seed: int = 1
 
 
 def run_rate(p: Rate) -> Numbers:

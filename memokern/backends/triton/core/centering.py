@@ -25,9 +25,10 @@ def check_types(x: Tensor, rows: Rows) -> None:
     """TypeError for what there are no kernels for; callers ask ``Triton.refuses`` first."""
     check_rows(rows)
     if x.dtype != _F32 or rows.data.dtype not in ROW_TYPES:
+        known = ", ".join(name_of(t) for t in ROW_TYPES)
         raise TypeError(
-            f"the Triton kernels take float32 queries and rows of {', '.join(map(name_of, ROW_TYPES))},"
-            f" not {name_of(x.dtype)} and {name_of(rows.data.dtype)}"
+            f"the Triton kernels take float32 queries and rows of {known}, not"
+            f" {name_of(x.dtype)} and {name_of(rows.data.dtype)}"
         )
 
 

@@ -1,8 +1,8 @@
 """The partial result of a sweep as the kernels hold it, and the monoid that joins two of them.
 
-:class:`memokern.calls.State` defines the numbers; :func:`memokern.calls.merge` is the same monoid in
-PyTorch, and the tests hold both to the same laws. What the kernels of the sweep accumulate with the
-weights is the rows as they enter products, not y - center: `finish_kernel` turns one into the other.
+:class:`memokern.calls.State` defines the numbers. :func:`memokern.calls.merge` is the same monoid
+in PyTorch, and the tests hold both to the same laws. Until the last step of a sweep, accumulators
+are sums of the rows as they enter products; `finish_kernel` makes sums of y - center of them.
 """
 
 from __future__ import annotations
@@ -113,4 +113,4 @@ def merge_states(a: State, b: State) -> State:
         state_b=torch.stack(b[:6]), acc_a=a.acc.contiguous(), acc_b=b.acc.contiguous(),
         center_a=a.center, center_b=b.center, state=joined, acc=acc, B=size, D=d,
     )  # fmt: skip
-    return State(*joined.unbind(0), acc, a.center)
+    return State._make([*joined.unbind(0), acc, a.center])

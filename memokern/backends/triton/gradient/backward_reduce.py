@@ -1,5 +1,5 @@
-"""The last steps of the backward sweep: sums over the queries for the bias, and sums over the rows to
-gradients for the queries."""
+"""The last steps of the backward sweep: the sum over the queries, which is the bias's gradient, and
+the gradients of a query from its sums over the rows."""
 
 from __future__ import annotations
 
@@ -104,8 +104,8 @@ def bias_gradient_variant() -> Variant:
 
 
 def query_gradients_variant() -> Variant:
-    wide = ("sums", "table", "sigma", "alpha", "temperature", "center", "scale_shift", "stats", "grads",
-            "grad_sigma", "grad_alpha", "grad_temperature")  # fmt: skip
+    wide = ("sums", "table", "sigma", "alpha", "temperature", "center", "scale_shift", "stats",
+            "grads", "grad_sigma", "grad_alpha", "grad_temperature")  # fmt: skip
     return Variant(
         name="query_gradients",
         kernel=query_gradients_kernel,

@@ -1,4 +1,4 @@
-"""The gradient for the rows: a sum of direct differences, since it is largest where a row is near."""
+"""The gradient for the rows: a sum of direct differences, because near rows have the largest."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Between the products of the backward sweep: from two products to the coefficients of the pairs.
 
-With the weights w, the incoming gradients g of the mean and those of the other sums, the gradient is
-a sum over the rows of q times the derivative of the row's logit; q is the coefficient of a pair.
+The gradient is a sum over the rows of q times the derivative of the row's logit. q, the coefficient
+of a pair, follows from the pair's weight, the incoming gradients g of the mean, and those of the
+other sums.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ from memokern.backends.triton.posterior.weigh import STRIPS, chunk_sizes, regist
 from memokern.calls import WEIGHTINGS
 
 # The rows of a query's sums over the data, [SUMS, b] float64. w are the weights; h is what
-# multiplies d w; q = w (...) multiplies d l; and d l / d x = c (alpha y - x) / sigma^2. The sums are
-# W: of w. DRIFT: of w <g, y - mean> / T, which is zero but for rounding; what it is, is subtracted
-# at the end. Q: of q. QC: of q c, without the rows that are evaluated exactly. QL: of q (l - b).
-# QA: of q c <x - alpha y, yc>. WA: of w <x - alpha y, yc>. TEMP: of w (l - E) h.
+# multiplies d w; q = w (...) multiplies d l; and d l / d x = c (alpha y - x) / sigma^2. The sums:
+#   W: of w. Q: of q. QC: of q c, without the rows that are evaluated exactly. QL: of q (l - b).
+#   QA: of q c <x - alpha y, yc>. WA: of w <x - alpha y, yc>. TEMP: of w (l - E) h.
+#   DRIFT: of w <g, y - mean> / T, which is zero but for rounding, and is subtracted at the end.
 W, DRIFT, Q, QC, QL, QA, WA, TEMP = (tl.constexpr(i) for i in range(8))
 SUMS = 8
 
@@ -75,10 +76,10 @@ def split_gradients_kernel(
 
 @triton.jit
 def coefficients_kernel(
-    dots,  # [parts, b, n] in: parts of <x, u>; the first one out: q c / unit, 0 for rows that are
-           # evaluated exactly; FOR_ROWS: q c of all rows
-    dots_g,  # [parts, b, n] in: parts of <g, u>; the first one out: the pair's part of the bias's
-             # gradient; FOR_ROWS: w
+    products,  # [parts, b, n] in: parts of <x, u>; the first one out: q c / unit, 0 for rows that
+               # are evaluated exactly; FOR_ROWS: q c of all rows
+    products_g,  # [parts, b, n] in: parts of <g, u>; the first one out: the pair's part of the
+                 # bias's gradient; FOR_ROWS: w
     sq_norms,  # [N]
     bias,  # [N], read if has_bias
     table,  # [TABLE, B]
@@ -129,8 +130,8 @@ def coefficients_kernel(
     dot_g = tl.zeros([STRIPS, WIDTH], tl.float32)
     for i in range(0, parts):
         at = (tl.cast(i, tl.int64) * b + i_b) * n + o_j
-        dot += tl.load(dots + at, mask=mask, other=0.0)
-        dot_g += tl.load(dots_g + at, mask=mask, other=0.0)
+        dot += tl.load(products + at, mask=mask, other=0.0)
+        dot_g += tl.load(products_g + at, mask=mask, other=0.0)
     sq = tl.load(sq_norms + n0 + o_j, mask=mask, other=0.0).to(tl.float32)
     b_b = tl.load(bias + n0 + o_j, mask=mask & (has_bias != 0), other=0.0).to(tl.float32)
     mask = mask & (b_b != -inf)
@@ -179,8 +180,8 @@ def coefficients_kernel(
     if FOR_ROWS:
         # The rows' gradient is NaN where a query is lost.
         none = tl.where(mode == LOST, float("nan"), 0.0)
-        tl.store(dots + i_b * n + o_j, qc, mask=(o_j < n) & (exact == 0))
-        tl.store(dots_g + i_b * n + o_j, w + none, mask=(o_j < n) & (exact == 0))
+        tl.store(products + i_b * n + o_j, qc, mask=(o_j < n) & (exact == 0))
+        tl.store(products_g + i_b * n + o_j, w + none, mask=(o_j < n) & (exact == 0))
     else:
         xy = dot * tl.load(p_t + DOT * B).to(tl.float32) + tl.load(p_t + XO * B).to(tl.float32)
         xy = tl.where(rest, xy - b_alpha.to(tl.float32) * sq, 0.0)
@@ -196,9 +197,9 @@ def coefficients_kernel(
         one = tl.where(size > 0.0, power_of_two(size) * 2.0, 1.0)
         tl.store(unit + i_b, one)
         tl.store(factor + i_b, tl.where(n0 > 0, 1.0, 0.0))
-        tl.store(dots + i_b * n + o_j, qc / one, mask=o_j < n)
+        tl.store(products + i_b * n + o_j, qc / one, mask=o_j < n)
         moved = tl.where(rest, q + g_b.to(tl.float32) * w, 0.0)
-        tl.store(dots_g + i_b * n + o_j, moved, mask=(o_j < n) & (exact == 0) & (has_bias != 0))
+        tl.store(products_g + i_b * n + o_j, moved, mask=(o_j < n) & (exact == 0) & (has_bias != 0))
         if n0 == 0:
             for d in range(0, D, BLOCK_D):
                 o_f = d + tl.arange(0, BLOCK_D)
@@ -245,8 +246,8 @@ def coefficients_kernel(
         x_ho = (g_e * x_le + g_b * (x_b - Eb) + 2.0 * g_s * (x_w - S)) * inv_t
         x_q = x_w * (g_l + g_e + x_hg + x_ho)
         if FOR_ROWS:
-            tl.store(dots + i_b * n + o_n, (x_q * x_c).to(tl.float32), mask=found)
-            tl.store(dots_g + i_b * n + o_n, x_w.to(tl.float32), mask=found)
+            tl.store(products + i_b * n + o_n, (x_q * x_c).to(tl.float32), mask=found)
+            tl.store(products_g + i_b * n + o_n, x_w.to(tl.float32), mask=found)
         else:
             z_w += tl.sum(x_w, 0)
             z_drift += tl.sum(x_w * x_hg, 0)
@@ -256,7 +257,7 @@ def coefficients_kernel(
             z_wa += tl.sum(x_w * x_xy, 0)
             z_t += tl.sum(x_w * x_le * (x_hg + x_ho), 0)
             x_moved = (x_q + g_b * x_w).to(tl.float32)
-            tl.store(dots_g + i_b * n + o_n, x_moved, mask=found & (has_bias != 0))
+            tl.store(products_g + i_b * n + o_n, x_moved, mask=found & (has_bias != 0))
             for d in range(0, D, BLOCK_D):
                 o_f = d + tl.arange(0, BLOCK_D)
                 m_f = found[:, None] & (o_f < D)[None, :]
@@ -306,7 +307,7 @@ def coefficients_variant(
         name=f"coefficients {row_name(rows)} N{size} {weighting}" + " for rows" * for_rows,
         kernel=coefficients_kernel,
         signature={
-            "dots": "*fp32", "dots_g": "*fp32", **dict.fromkeys(wide, "*fp64"),
+            "products": "*fp32", "products_g": "*fp32", **dict.fromkeys(wide, "*fp64"),
             "x": "*fp32", "mean": "*fp32", "grad_mean": "*fp32", "rows": POINTERS[rows],
             "near": "*fp32", "factor": "*fp32", "unit": "*fp32", "B": "i32", "b0": "i32",
             "b": "i32", "n0": "i64", "n": "i32", "D": "i32", "stride_n": "i64", "parts": "i32",
@@ -318,8 +319,8 @@ def coefficients_variant(
         },
         num_warps=warps(size),
         registers=registers(size),
-        aligned=("dots", "dots_g", "sq_norms", "bias", "x", "mean", "grad_mean", "rows", "center",
-                 "near", "n", "D", "stride_n"),
+        aligned=("products", "products_g", "sq_norms", "bias", "x", "mean", "grad_mean", "rows",
+                 "center", "near", "n", "D", "stride_n"),
     )  # fmt: skip
 
 

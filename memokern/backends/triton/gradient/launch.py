@@ -1,11 +1,11 @@
 """The launchers of the backward sweep, in chunks of rows: three products for each, to the forward's
 two.
 
-For each chunk come the products of all queries, and of all incoming gradients of the mean, with its
-rows; the coefficient of every pair (`coefficients_kernel`); and the product of the coefficients with
-the rows, and their sum over the queries, which is the gradient for the bias. The work space is
-WORKSPACE bytes for the two products, the split queries and gradients, and two arrays of sums [B, D]
-at least.
+Each chunk is multiplied by all queries, and by all incoming gradients of the mean. From both
+products comes the coefficient of every pair (`coefficients_kernel`). Then the coefficients are
+multiplied by the rows, and summed over the queries, which is the gradient for the bias. The work
+space is WORKSPACE bytes for the two products, the split queries and gradients, and two arrays of
+sums [B, D] at least.
 
 The gradient for the rows is a sweep of its own, whose coefficients go to `row_gradient_kernel`. A
 sweep for the sums alone comes before it: sum w <g, y - mean>, which would be zero without the
@@ -41,11 +41,10 @@ def posterior_backward(query: Query, rows: Rows, sums: Sums, grads: Sums) -> Gra
     """The gradients for the query, given those for the sums."""
     q, data = prepare(query, rows)
     (b, d), device = q.x.shape, q.x.device
-    out = Gradients(
-        torch.empty(b, d, dtype=_F32, device=device),
-        *(torch.empty(b, dtype=_F64, device=device) for _ in range(3)),
-        torch.zeros(data.n if data.has_bias else 0, dtype=_F64, device=device),
-    )
+    columns = [torch.empty(b, dtype=_F64, device=device) for _ in range(3)]
+    grad_bias = torch.zeros(data.n if data.has_bias else 0, dtype=_F64, device=device)
+    grad_x = torch.empty(b, d, dtype=_F32, device=device)
+    out = Gradients._make([grad_x, *columns, grad_bias])
     if b:
         _into_gradients(_Backward(q, data, sums, grads), out)
     return out._replace(x=out.x.to(query.x.dtype))
@@ -53,14 +52,14 @@ def posterior_backward(query: Query, rows: Rows, sums: Sums, grads: Sums) -> Gra
 
 def posterior_backward_rows(query: Query, rows: Rows, grads: Sums) -> Tensor:
     """The gradient for floating-point rows [N, D], in their type."""
-    like = {"dtype": rows.data.dtype, "device": rows.data.device}
+    data = rows.data
     if query.x.shape[0] == 0:
-        return torch.zeros(rows.data.shape, **like)
-    q, data = prepare(query, rows)
+        return torch.zeros(data.shape, dtype=data.dtype, device=data.device)
+    q, stored = prepare(query, rows)
     sums = finish.empty_sums(q)
-    sweep(q, data, sums)
-    out = torch.empty(rows.data.shape, **like)
-    _into_rows(_Backward(q, data, sums, grads), rows, out)
+    sweep(q, stored, sums)
+    out = torch.empty(data.shape, dtype=data.dtype, device=data.device)
+    _into_rows(_Backward(q, stored, sums, grads), rows, out)
     return out
 
 
@@ -81,7 +80,9 @@ class _Backward:
         self.part_d = planner.part_size(self.d, self.plan.parts_d, self.dot_v.constexprs["BLOCK_D"])
         self.parts_d = -(-self.d // self.part_d)
         pairs = self.parts_d * self.plan.queries * self.chunk
-        self.dots, self.dots_g = self.floats(pairs), self.floats(pairs)
+        # Hold the parts of the products with x and with g, then what the coefficients' kernel puts
+        # in the place of the first.
+        self.buffer, self.buffer_g = self.floats(pairs), self.floats(pairs)
         self.near = self.floats(self.plan.queries * self.d)
         self.factor, self.unit = self.floats(self.plan.queries), self.floats(self.plan.queries)
         self.sums = self.doubles(coefficients.SUMS * self.plan.queries)
@@ -132,17 +133,19 @@ class _Backward:
         """The products of a block and a chunk, and from them the coefficients, in their place."""
         v = self.dot_v
         tiles = -(-b // v.constexprs["BLOCK_B"]) * -(-n // v.constexprs["BLOCK_N"])
-        for terms, into in ((self.q.terms, self.dots), (self.terms_g, self.dots_g)):
+        for terms, into in ((self.q.terms, self.buffer), (self.terms_g, self.buffer_g)):
             tuning.launch(
-                v, (tiles, self.parts_d), self.device, terms=terms, rows=self.dot_rows, dots=into,
-                B=self.total, b0=b0, b=b, n0=n0, n=n, part_d=self.part_d, **self.sizes,
+                v, (tiles, self.parts_d), self.device, terms=terms, rows=self.dot_rows,
+                products=into, B=self.total, b0=b0, b=b, n0=n0, n=n, part_d=self.part_d,
+                **self.sizes,
             )  # fmt: skip
         size = weigh.chunk_size(self.plan.rows)
         coefficients.coefficients_variant(
             self.dtype, size, self.q.weighting, for_rows
         ).launch(
-            (b,), self.device, dots=self.dots, dots_g=self.dots_g, sq_norms=self.data.sq_norms,
-            grad_table=self.grad_table, grad_mean=self.grad_mean, sigma=self.q.sigma,
+            (b,), self.device, products=self.buffer, products_g=self.buffer_g,
+            sq_norms=self.data.sq_norms, grad_table=self.grad_table, grad_mean=self.grad_mean,
+            sigma=self.q.sigma,
             center=self.q.center, sums=self.sums, near=self.near, factor=self.factor,
             unit=self.unit, b0=b0, b=b, n0=n0, n=n, parts=self.parts_d, **self.of_bias,
             **self.of_rows, **self.of_queries, **self.of_grads,
@@ -152,7 +155,7 @@ class _Backward:
         """After `coefficients`, for the queries whose nearest rows share all weight."""
         zero_sigma.tie_gradients_variant(self.dtype).launch(
             (b,), self.device, grad_mean=self.grad_mean, ties=self.ties, sums=self.sums,
-            pairs=self.dots_g, b0=b0, b=b, n0=n0, n=n, for_rows=int(for_rows), **self.of_bias,
+            pairs=self.buffer_g, b0=b0, b=b, n0=n0, n=n, for_rows=int(for_rows), **self.of_bias,
             **self.of_rows, **self.of_queries, **self.of_grads,
         )  # fmt: skip
 
@@ -177,14 +180,14 @@ def _into_gradients(back: _Backward, out: Gradients) -> None:
         for n0, n in back.chunks():
             back.coefficients(b0, b, n0, n)
             tuning.launch(
-                add_v, (tiles_b * tiles_d, parts_n), device, changes=("acc",), weights=back.dots,
+                add_v, (tiles_b * tiles_d, parts_n), device, changes=("acc",), weights=back.buffer,
                 rows=add_rows, factor=back.factor, unit=back.unit, acc=acc, b=b, n0=n0, n=n,
                 part_n=part_n, **back.sizes,
             )  # fmt: skip
             if data.has_bias:
                 back.tie_gradients(b0, b, n0, n)
                 bias_v.launch(
-                    (-(-n // bias_v.constexprs["BLOCK_N"]),), device, pairs=back.dots_g,
+                    (-(-n // bias_v.constexprs["BLOCK_N"]),), device, pairs=back.buffer_g,
                     grad_bias=out.bias, b=b, n0=n0, n=n,
                 )  # fmt: skip
         query_v.launch(
@@ -216,8 +219,8 @@ def _into_rows(back: _Backward, rows: Rows, out: Tensor) -> None:
             back.coefficients(b0, b, n0, n, for_rows=True)
             back.tie_gradients(b0, b, n0, n, for_rows=True)
             variant.launch(
-                (-(-n // step_n) * -(-back.d // step_d),), back.device, coefficients=back.dots,
-                weights=back.dots_g, factors=factors, x=q.x, grad_mean=back.grad_mean, acc=acc,
+                (-(-n // step_n) * -(-back.d // step_d),), back.device, coefficients=back.buffer,
+                weights=back.buffer_g, factors=factors, x=q.x, grad_mean=back.grad_mean, acc=acc,
                 grad_rows=out, B=back.total, b0=b0, b=b, n0=n0, n=n,
                 is_last=int(b0 + b == back.total), scale=rows.scale, **back.of_rows,
             )  # fmt: skip

@@ -1,8 +1,8 @@
 """Queries at sigma = 0 in the backward sweep, and exact hits with weighting "log".
 
 Only the nearest rows have weight there, and only the bias and the temperature still move it. Both
-kernels end at once for all other queries. They are launched where there is a bias, or where the rows
-want a gradient: without either there is nothing that moves.
+kernels end at once for all other queries. They are launched where there is a bias, or a gradient
+for the rows is wanted: without either there is nothing that moves.
 """
 
 from __future__ import annotations

@@ -219,7 +219,7 @@ def listed_sum_kernel(
 
 
 def _of_lists(what: str, kernel: Any, floats: tuple[str, ...], biased: bool) -> Variant:
-    """A kernel of one program for each list, whose arguments are float64 but for the list itself."""
+    """A kernel of one program for each list. Its arguments are float64, but for the list itself."""
     return Variant(
         name=f"listed_{what} {'bias' if biased else 'plain'}",
         kernel=kernel,

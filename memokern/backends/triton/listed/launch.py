@@ -31,7 +31,8 @@ def posterior_listed(query: Query, rows: Rows, lists: RowLists) -> Sums:
     # mean_logit a number.
     nothing = each.lost | torch.isnan(stats[1])
     mean = torch.where(nothing[:, None], torch.nan, each.sum(w)).to(query.x.dtype)
-    return Sums(mean, *(torch.where(each.lost, torch.nan, v) for v in stats[:4].unbind(0)))
+    columns = [torch.where(each.lost, torch.nan, v) for v in stats[:4].unbind(0)]
+    return Sums._make([mean, *columns])
 
 
 def posterior_listed_backward(query: Query, rows: Rows, lists: RowLists, grads: Sums) -> Gradients:
@@ -39,7 +40,7 @@ def posterior_listed_backward(query: Query, rows: Rows, lists: RowLists, grads: 
     grad_bias = query.sigma.new_zeros(0 if query.bias is None else rows.n)
     if len(query.x) == 0:
         empty = [query.sigma.new_empty(0) for _ in range(3)]
-        return Gradients(query.x.new_empty(query.x.shape), *empty, grad_bias)
+        return Gradients._make([query.x.new_empty(query.x.shape), *empty, grad_bias])
     each = _Lists(query, rows, lists)
     grads = Sums(*(v.detach().to(_F64) for v in grads))
     products = each.pairs(grads.mean.contiguous())
@@ -54,7 +55,7 @@ def posterior_listed_backward(query: Query, rows: Rows, lists: RowLists, grads: 
         grad_bias = grad_bias.index_put((each.index,), grad_b, accumulate=True)
     grad_x = torch.where(each.lost[:, None], torch.nan, grad_x).to(query.x.dtype)
     columns = [torch.where(each.lost, torch.nan, v) for v in out[:3].unbind(0)]
-    return Gradients(grad_x, *columns, grad_bias)
+    return Gradients._make([grad_x, *columns, grad_bias])
 
 
 class _Lists:

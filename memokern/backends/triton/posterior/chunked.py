@@ -1,9 +1,9 @@
 """The sweep in chunks of rows, for any number of features: two products for each chunk.
 
-For each chunk come the products of all queries with its rows (`dot_products_kernel`); weights
-relative to the largest logit so far (`weigh_kernel`); and the weighted sum of the rows, which are in
-the L2 cache now (`accumulate_kernel`). The work space is WORKSPACE bytes, the split queries and the
-accumulators.
+Each chunk is multiplied by all queries (`dot_products_kernel`). From the products come weights
+relative to the largest logit so far (`weigh_kernel`). Then the weighted rows, which are in the L2
+cache now, are added up (`accumulate_kernel`). The work space is WORKSPACE bytes, the split queries
+and the accumulators.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def launch(q: KernelQueries, data: KernelRows, plan: planner.Chunked, into: Sums
     part_d = planner.part_size(d, plan.parts_d, dot_v.constexprs["BLOCK_D"])
     part_n = planner.part_size(chunk, plan.parts_n, add_v.constexprs["BLOCK_N"])
     parts_d, parts_n = -(-d // part_d), -(-chunk // part_n)
-    dots = torch.empty(parts_d * plan.queries * chunk, dtype=torch.float32, device=device)
+    # Holds the parts of the products, then weights in the place of the first.
+    buffer = torch.empty(parts_d * plan.queries * chunk, dtype=torch.float32, device=device)
     acc = torch.empty(parts_n * plan.queries * d, dtype=torch.float32, device=device)
     state = torch.empty(STATE.value * plan.queries, dtype=torch.float64, device=device)
     factor = torch.empty(plan.queries, dtype=torch.float32, device=device)
@@ -47,17 +48,17 @@ def launch(q: KernelQueries, data: KernelRows, plan: planner.Chunked, into: Sums
             tiles_n = -(-n // dot_v.constexprs["BLOCK_N"])
             tuning.launch(
                 dot_v, (tiles_b * tiles_n, parts_d), device, terms=q.terms, rows=dot_rows,
-                dots=dots, B=total, b0=b0, b=b, n0=n0, n=n, part_d=part_d, **at,
+                products=buffer, B=total, b0=b0, b=b, n0=n0, n=n, part_d=part_d, **at,
             )  # fmt: skip
             weigh_v.launch(
-                (b,), device, dots=dots, sq_norms=data.sq_norms, bias=data.bias_or_any,
+                (b,), device, products=buffer, sq_norms=data.sq_norms, bias=data.bias_or_any,
                 table=q.table, x=q.x, sigma=q.sigma, alpha=q.alpha, scale_shift=q.scale_shift,
                 state=state, factor=factor, B=total, b0=b0, b=b, n0=n0, n=n, parts=parts_d,
                 rows=data.data, has_bias=data.has_bias, **at,
             )  # fmt: skip
             tiles_d = -(-d // add_v.constexprs["BLOCK_D"])
             tuning.launch(
-                add_v, (tiles_b * tiles_d, parts_n), device, changes=("acc",), weights=dots,
+                add_v, (tiles_b * tiles_d, parts_n), device, changes=("acc",), weights=buffer,
                 rows=add_rows, factor=factor, unit=unit, acc=acc, b=b, n0=n0, n=n, part_n=part_n,
                 **at,
             )  # fmt: skip

@@ -31,10 +31,10 @@ def finish_kernel(
     total, b0, B, D, n_states, n_accs, offset,
     NORMALISED: tl.constexpr, PARTS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Parts joined by the monoid, for the queries b0 .. b0 + B. One program owns a query and BLOCK_D
-    features, and streams the parts: once for the smallest key, once for the largest m, once for the
-    sums. There are as many states as accumulators, or one, to which all accumulators are relative.
-    Writes the normalised sums, or the state of calls.State."""
+    """Joins the parts of the queries b0 .. b0 + B, by the monoid. One program owns a query and
+    BLOCK_D features, and streams the parts: once for the smallest key, once for the largest m, once
+    for the sums. There are as many states as accumulators, or one to which all accumulators are
+    relative. It writes the normalised sums of calls.Sums, or a calls.State."""
     i_b = tl.program_id(0).to(tl.int64)
     i_d = tl.program_id(1)
     o_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -168,7 +168,7 @@ def empty_state(q: KernelQueries) -> State:
     b, device = q.x.shape[0], q.x.device
     columns = [torch.empty(b, dtype=torch.float64, device=device) for _ in range(6)]
     acc = torch.empty(q.x.shape, dtype=torch.float32, device=device)
-    return State(*columns, acc, q.center)
+    return State._make([*columns, acc, q.center])
 
 
 def launch(q: KernelQueries, b0: int, b: int, parts: Parts, into: Sums | State) -> None:

@@ -1,5 +1,5 @@
-"""The sweep in one pass: one kernel for the products, one for the rows that it marked, one that joins
-the parts of both."""
+"""The sweep in one pass: a kernel for the products, a kernel for the rows that it marked, and one
+that joins the parts of both."""
 
 from __future__ import annotations
 

@@ -109,7 +109,8 @@ def chunked(
     for chunk in more:
         if chunk * d * size <= machine.l2_bytes // 2:
             rows = chunk
-    # Of very wide rows a chunk is one tile of the first product, which may be more than stays there.
+    # A chunk is at least one tile of the first product, which of very wide rows is more than stays
+    # in the cache.
     while rows > dots.n and rows * d * size > machine.l2_bytes // 2:
         rows //= 2
     queries = min(b, max(dots.b, WORKSPACE // (4 * products * rows) // dots.b * dots.b))

@@ -81,14 +81,15 @@ def load_rows(
 def dot_products_kernel(
     terms,  # [TERMS, B, D]
     rows,  # [N, D], or its descriptor
-    dots,  # [parts, b, n] out
+    products,  # [parts, b, n] out
     B, b0, b, n0, n, D, stride_n, part_d,
     DESCRIBED: tl.constexpr, TERMS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program owns BLOCK_B of the queries b0 .. b0 + b, BLOCK_N of the rows n0 .. n0 + n and
     part_d of the features, which it streams; acc is the product of those so far. It writes a tile
-    of dots. Programs of the same rows are neighbours, so a chunk is read from device memory once."""
+    of products. Programs of the same rows are neighbours, so a chunk is read from device memory
+    once."""
     n_b = tl.cdiv(b, BLOCK_B)
     i_b, i_n, i_p = tl.program_id(0) % n_b, tl.program_id(0) // n_b, tl.program_id(1)
     o_b = (i_b * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
@@ -106,7 +107,7 @@ def dot_products_kernel(
         mask_x = mask_b[:, None] & mask_d
         stride = tl.cast(B, tl.int64) * D
         acc = dot_terms(p_x + o_d[None, :], stride, mask_x, b_u, acc, TERMS, PRECISION)
-    p_out = dots + (i_p.to(tl.int64) * b + o_b)[:, None] * n + o_n[None, :]
+    p_out = products + (i_p.to(tl.int64) * b + o_b)[:, None] * n + o_n[None, :]
     tl.store(p_out, acc, mask=mask_b[:, None] & mask_n[None, :])
 
 
@@ -178,14 +179,14 @@ def dot_products_variant(
         name=f"dot_products {row_name(rows)} B{tile.b} {precision}",
         kernel=dot_products_kernel,
         signature={
-            "terms": POINTERS[operand.dtype], "rows": POINTERS[rows], "dots": "*fp32", "B": "i32",
-            "b0": "i32", "b": "i32", "n0": "i64", "n": "i32", "D": "i32", "stride_n": "i64",
-            "part_d": "i32",
+            "terms": POINTERS[operand.dtype], "rows": POINTERS[rows], "products": "*fp32",
+            "B": "i32", "b0": "i32", "b": "i32", "n0": "i64", "n": "i32", "D": "i32",
+            "stride_n": "i64", "part_d": "i32",
         },
         constexprs=constexprs,
         unaligned_fields=unaligned,
         num_warps=tile.warps, num_stages=tile.stages,
-        aligned=("terms", "rows", "dots", "n", "D", "stride_n", "part_d"),
+        aligned=("terms", "rows", "products", "n", "D", "stride_n", "part_d"),
         matrix=operand.terms > 1 or precision != "ieee",
         registers=128 if tight else None,
     )  # fmt: skip

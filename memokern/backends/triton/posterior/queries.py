@@ -1,4 +1,4 @@
-"""What is known of a query before the rows are looked at: its terms, and its column of the table."""
+"""What is known of a query before the rows are read: its terms, and its column of the table."""
 
 from __future__ import annotations
 

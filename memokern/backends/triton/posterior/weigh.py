@@ -36,7 +36,7 @@ STRIPS = 16
 
 @triton.jit
 def weigh_kernel(
-    dots,  # [parts, b, n] in: parts of <x, u>; the first one out: weights
+    products,  # [parts, b, n] in: parts of <x, u>; the first one out: weights
     sq_norms,  # [N] |yc|^2
     bias,  # [N], read if has_bias
     table,  # [TABLE, B]
@@ -73,7 +73,8 @@ def weigh_kernel(
     mask = (o_j < n) & (mode != LOST)
     dot = tl.zeros([STRIPS, WIDTH], tl.float32)
     for i in range(0, parts):
-        dot += tl.load(dots + (tl.cast(i, tl.int64) * b + i_b) * n + o_j, mask=o_j < n, other=0.0)
+        p_part = products + (tl.cast(i, tl.int64) * b + i_b) * n
+        dot += tl.load(p_part + o_j, mask=o_j < n, other=0.0)
     sq = tl.load(sq_norms + n0 + o_j, mask=mask, other=0.0).to(tl.float32)
     bias64 = tl.load(bias + n0 + o_j, mask=mask & (has_bias != 0), other=0.0)
     mask = mask & (bias64 != -inf)
@@ -152,7 +153,7 @@ def weigh_kernel(
     gap = tl.where(counts, v - m_safe, 0.0).to(tl.float32)
     p = tl.where(counts, tl.exp(gap), 0.0)
     moved = p * gap
-    tl.store(dots + i_b * n + o_j, p, mask=o_j < n)
+    tl.store(products + i_b * n + o_j, p, mask=o_j < n)
     tl.store(factor + i_b, f.to(tl.float32))
     s_v0 = tl.load(state + S_V * b + i_b, mask=n0 > 0, other=0.0)
     s_bias0 = tl.load(state + S_BIAS * b + i_b, mask=n0 > 0, other=0.0)
@@ -196,17 +197,18 @@ def variant(rows: torch.dtype, size: int, weighting: str) -> Variant:
         name=f"weigh {row_name(rows)} N{size} {weighting}",
         kernel=weigh_kernel,
         signature={
-            "dots": "*fp32", "sq_norms": "*fp64", "bias": "*fp64", "table": "*fp64", "x": "*fp32",
-            "rows": POINTERS[rows], "sigma": "*fp64", "alpha": "*fp64", "scale_shift": "*fp64",
-            "state": "*fp64", "factor": "*fp32", "B": "i32", "b0": "i32", "b": "i32", "n0": "i64",
-            "n": "i32", "D": "i32", "stride_n": "i64", "parts": "i32", "has_bias": "i32",
+            "products": "*fp32", "sq_norms": "*fp64", "bias": "*fp64", "table": "*fp64",
+            "x": "*fp32", "rows": POINTERS[rows], "sigma": "*fp64", "alpha": "*fp64",
+            "scale_shift": "*fp64", "state": "*fp64", "factor": "*fp32", "B": "i32", "b0": "i32",
+            "b": "i32", "n0": "i64", "n": "i32", "D": "i32", "stride_n": "i64", "parts": "i32",
+            "has_bias": "i32",
         },
         constexprs={
             "IS_LOG": weighting == "log", "STRIPS": STRIPS, "WIDTH": size // STRIPS, "BLOCK_D": 64,
         },
         num_warps=warps(size),
         registers=registers(size),
-        aligned=("dots", "sq_norms", "bias", "table", "x", "rows", "scale_shift", "n", "D",
+        aligned=("products", "sq_norms", "bias", "table", "x", "rows", "scale_shift", "n", "D",
                  "stride_n"),
     )  # fmt: skip
 

@@ -38,8 +38,8 @@ def bound_scan(query: Query, rows: Rows, bounds: LogitBounds) -> Scan:
     check_types(query.x, rows)
     if rows.center is None or rows.sq_norms is None:
         raise ValueError("bound_scan needs the center of the rows that the bounds were made about")
-    known = {"center": contiguous64(rows.center), "sq_norms": contiguous64(rows.sq_norms)}
-    rows, m = rows._replace(**known), len(query.x)
+    rows = rows._replace(center=contiguous64(rows.center), sq_norms=contiguous64(rows.sq_norms))
+    m = len(query.x)
     bounds = prepared_bounds(bounds, m, rows)
     step = max(1, _PAIRS // rows.n)
     blocks = [slice(i, i + step) for i in range(0, m, step)]
@@ -168,7 +168,8 @@ class _Scan:
         launch(kernels.PROMISE, none)
         top = place.gather(1, value.topk(min(_PROMISING, blocks), dim=1).indices)
         each = torch.arange(self.b, device=device)[:, None].expand_as(top)
-        reached = self.consider(each.reshape(-1), top.reshape(-1))
+        # Of one query `each` is one number seen several times, which a kernel must not be given.
+        reached = self.consider(each.reshape(-1).contiguous(), top.reshape(-1))
         self.best = reached.reshape(top.shape).amax(1)
         least = self.least()
         launch(kernels.COUNT, least)

@@ -20,7 +20,7 @@ from triton.runtime.errors import OutOfResources
 from memokern.backends.triton import variants as listing
 from memokern.backends.triton.core import tuning
 from memokern.backends.triton.core.variant import Variant
-from memokern.backends.triton.posterior import onepass, products
+from memokern.backends.triton.posterior import fused, products
 from memokern.util import env
 
 BF16 = torch.bfloat16
@@ -75,7 +75,7 @@ def gpu(monkeypatch, tmp_path) -> Gpu:
 
 
 def sweep_v() -> Variant:
-    return onepass.sweep_variant(BF16, 64, True, "tf32x3")
+    return fused.sweep_variant(BF16, 64, True, "tf32x3")
 
 
 def launched(gpu: Gpu, variant: Variant, device: torch.device = DEVICE, **how) -> str:
@@ -95,7 +95,7 @@ def test_every_choice_is_listed_and_computes_the_same() -> None:
     listed = {v.name: v for v in listing.variants()}
     assert len(listed) == len(listing.variants())
     several = 0
-    for variant in onepass.variants() + products.variants():
+    for variant in fused.variants() + products.variants():
         options = tuning.choices(variant)
         assert options[0] == variant and len(options) <= 3
         several += len(options) > 1
@@ -125,7 +125,7 @@ def test_the_fastest_is_taken_and_remembered(gpu: Gpu) -> None:
     (key,) = json.loads(tuning.cache_file().read_text())
     assert key.startswith("NVIDIA Test, Triton ") and key.endswith(default.name)
     # Another kernel, and another device, are measured for themselves, and nothing is forgotten.
-    few, many = (onepass.sweep_variant(torch.float32, 16, few, "tf32x3") for few in (True, False))
+    few, many = (fused.sweep_variant(torch.float32, 16, few, "tf32x3") for few in (True, False))
     for variant in (few, many):
         gpu.times = {v.name: float(i) for i, v in enumerate(tuning.choices(variant))}
         assert launched(gpu, variant) == variant.name
@@ -242,7 +242,7 @@ def test_triton_leaves_out_what_the_device_has_no_room_for(tmp_path: Path) -> No
     wants: it refuses, and the other configuration is launched."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_INTERPRET")}
     here = Path(__file__).resolve().parent
-    path = os.pathsep.join([str(here.parent), environment.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(here.parents[2]), environment.get("PYTHONPATH", "")])
     environment |= {"PYTHONPATH": path, env.AUTOTUNE: "1", "XDG_CACHE_HOME": str(tmp_path)}
     run = subprocess.run(
         [sys.executable, str(here / "fake_driver.py"), "tuning"],

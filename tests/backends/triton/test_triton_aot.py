@@ -9,6 +9,7 @@ from __future__ import annotations
 import concurrent.futures
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -24,10 +25,10 @@ from triton_interpreter import DEVICE
 
 from memokern.backends.triton import variants as listing
 from memokern.backends.triton.core.variant import Variant
-from memokern.backends.triton.listed import kernels as support
+from memokern.backends.triton.posterior import fused
 from tools import aot, resources
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 PAGE = resources.read(resources.PAGE.read_text())
 VARIANTS = {v.name: v for v in listing.variants()}
 
@@ -65,13 +66,12 @@ def test_a_page_of_other_kernels_is_noticed(monkeypatch, tmp_path) -> None:
         assert resources.digest([*variants[:i], other, *variants[i + 1 :]]) != known
     assert resources.digest(variants[:-1]) != known
     with monkeypatch.context() as patch:
-        patch.setattr(support, "_SOFT", tl.constexpr(support.SOFT + 7))
+        patch.setattr(fused, "WORD", tl.constexpr(2 * fused.WORD.value))
         assert resources.digest(variants) != known
-    for path in resources.SOURCES.glob("*.py"):
-        (tmp_path / path.name).write_text(path.read_text())
-    monkeypatch.setattr(resources, "SOURCES", tmp_path)
+    shutil.copytree(resources.SOURCES, tmp_path / "triton")
+    monkeypatch.setattr(resources, "SOURCES", tmp_path / "triton")
     assert resources.digest(variants) == known
-    products = tmp_path / "products.py"
+    products = tmp_path / "triton" / "posterior" / "products.py"
     changed = products.read_text().replace("tl.zeros(", "tl.zeros_like(", 1)
     assert changed != products.read_text()
     products.write_text(changed)
@@ -174,10 +174,10 @@ def test_described_rows_are_copied_by_the_device() -> None:
     counts = json.loads(compiling(
         "import json, torch\n"
         "from tools import aot\n"
-        "from memokern.kernels import products\n"
+        "from memokern.backends.triton.posterior import products\n"
         "found = []\n"
         "for described in (False, True):\n"
-        "    v = products.dots_variant(torch.bfloat16, False, 'tf32x3', described)\n"
+        "    v = products.dot_products_variant(torch.bfloat16, False, 'tf32x3', described)\n"
         "    text = aot.compiled(v, aot.TARGETS['sm_90']).asm['ptx']\n"
         "    found.append([text.count(s) for s in ('cp.async.bulk.tensor', 'wgmma.mma_async')])\n"
         "print(json.dumps(found))"
@@ -192,8 +192,8 @@ def test_what_is_no_good_is_noticed() -> None:
     row = json.loads(compiling(
         "import dataclasses, json\n"
         "from tools import aot\n"
-        "from memokern.kernels import scan\n"
-        "v = scan.level0_variant(scan.LIST, True, False)._replace(num_warps=2)\n"
+        "from memokern.backends.triton.scan import kernels\n"
+        "v = kernels.first_level_variant(kernels.LIST, True, False)._replace(num_warps=2)\n"
         "print(json.dumps(dataclasses.asdict(aot.resources(v, aot.TARGETS['sm_80']))))"
     ))  # fmt: skip
     variant = VARIANTS[row["variant"]]
@@ -227,7 +227,7 @@ def test_the_gpu_takes_what_was_said() -> None:
     name = "sm_{}{}".format(*torch.cuda.get_device_capability(DEVICE))
     if name not in aot.TARGETS or triton.__version__ != PAGE.triton:
         pytest.skip(f"there is no page with a column for {name} and Triton {triton.__version__}")
-    variant = VARIANTS["support_weights plain"]
+    variant = VARIANTS["listed_weights plain"]
     code = aot.compiled(variant, aot.TARGETS[name])
     code._init_handles()
     assert code.n_regs == PAGE.cells[variant.name, name].registers and code.n_spills == 0

@@ -6,10 +6,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import re
 import sys
 from typing import Any
 
 import torch
+from triton.backends import backends
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.errors import OutOfResources
@@ -105,13 +108,32 @@ def activate(target: GPUTarget, shared: int = 227 << 10) -> Machine:
     return machine
 
 
+def without_code() -> None:
+    """Triton reads kernels and goes no further: what is asked here is what a kernel is compiled
+    for, not its machine code, which takes most of the time. The caller sets TRITON_CACHE_DIR, so
+    that no other process finds kernels without code."""
+    assert "TRITON_CACHE_DIR" in os.environ
+
+    def add_stages(backend: Any, stages: dict[str, Any], *_: Any) -> None:
+        def code(module: Any, metadata: dict[str, Any]) -> bytes:
+            name = re.search(r"tt\.func public @(\w+)", str(module))
+            metadata.update(name=name[1], shared=0)
+            return b""
+
+        stages["ttir"] = lambda module, metadata: module
+        stages[backend.binary_ext] = code
+
+    for found in backends.values():
+        found.compiler.add_stages = add_stages
+
+
 def weights(device: torch.device, b: int) -> None:
     """One launch whose sizes are b."""
-    from memokern.backends.triton.listed import kernels as support
+    from memokern.backends.triton.listed import kernels
 
     start = torch.arange(b + 1)
     some = torch.ones(b, dtype=torch.float64)
-    support.weights_variant(False).launch(
+    kernels.weights_variant(False).launch(
         (b,), device, r2=some, index=start[:-1].clone(), bias=some, start=start,
         mode=torch.zeros(b, dtype=torch.int32), sigma=some, temperature=some, w=some.clone(),
         stats=torch.empty(6, b, dtype=torch.float64), B=b,
@@ -119,20 +141,22 @@ def weights(device: torch.device, b: int) -> None:
 
 
 def nearest(b: int, d: int) -> None:
-    """Of 200 rows whose norms are known."""
-    from memokern.backends.triton.listed import launch as triton_select
+    """The nearest of 200 rows whose norms are known, on 132 multiprocessors."""
+    from memokern.backends.triton import BACKEND
+    from memokern.backends.triton.core import machine
+    from memokern.calls import Rows
 
-    known = (torch.zeros(d), torch.ones(200, dtype=torch.float64))
-    triton_select.nearest(torch.zeros(b, d), torch.zeros(200, d), 3, *known, 1.0, 0.0)
+    machine.of = lambda device: machine.Machine(132, 1 << 20)
+    about = {"center": torch.zeros(d), "sq_norms": torch.ones(200, dtype=torch.float64)}
+    BACKEND.nearest(torch.zeros(b, d), Rows(torch.zeros(200, d), **about), 3)
 
 
 def hopper() -> dict[str, Any]:
     machine = activate(GPUTarget("cuda", 90, 32))
-    from memokern.backends.triton import dense as triton
+    without_code()
     from memokern.backends.triton import variants as listing
-    from memokern.backends.triton.listed import launch as triton_select
 
-    assert triton.posterior and triton_select.nearest and listing.variants()
+    assert listing.variants()
     facts: dict[str, Any] = {"compiled at import": list(machine.compiled)}
     for b in (16, 1, 17, 1000):
         weights(torch.device("cpu"), b)
@@ -150,18 +174,19 @@ def hopper() -> dict[str, Any]:
 
 def described(machine: Machine) -> dict[str, Any]:
     """What the products are given of rows that lie as a descriptor wants them."""
-    from memokern.backends.triton import dense as triton
+    from memokern.backends.triton import BACKEND
+    from memokern.backends.triton.core import machine as known
     from memokern.backends.triton.core import rows as stored
     from memokern.backends.triton.posterior import planner
+    from memokern.calls import Query, Rows
 
     stored.has_descriptors = lambda device: True
-    triton.machine = lambda device: planner.Machine(132, 1 << 18)
+    known.of = lambda device: known.Machine(132, 1 << 18)
     planner.one_pass = lambda *_: None
     rows = torch.zeros(300, 200, dtype=torch.bfloat16)[:, :192]
     one = torch.ones(20, dtype=torch.float64)
     machine.launches.clear()
-    triton.posterior(torch.zeros(20, 192), rows, one, one, one, None, None, None, 1.0, 0.0,
-                     "gaussian")  # fmt: skip
+    BACKEND.posterior(Query(torch.zeros(20, 192), one, one, one), Rows(rows))
     found: dict[str, Any] = {}
     for launch in machine.launches:
         if launch["described"]:
@@ -170,13 +195,16 @@ def described(machine: Machine) -> dict[str, Any]:
 
 
 def alignment() -> dict[str, Any]:
-    """The sweep both ways, gradients, neighbours and lists, of rows that lie in several ways."""
+    """Every operation but the scan, the sweep both ways, on rows that lie in several ways."""
     machine = activate(GPUTarget("cuda", 80, 32))
-    from memokern.backends.triton import dense as triton
-    from memokern.backends.triton.listed import launch as triton_select
+    without_code()
+    from memokern.backends.triton import BACKEND
+    from memokern.backends.triton.core import machine as figures
+    from memokern.backends.triton.core.state import merge_states
     from memokern.backends.triton.posterior import planner
+    from memokern.calls import Query, RowLists, Rows
 
-    triton.machine = lambda device: planner.Machine(108, 40 << 20)
+    figures.of = lambda device: figures.Machine(108, 40 << 20)
     memory, one = torch.zeros(48 * 64 + 16), torch.ones(20, dtype=torch.float64)
     layouts = {
         "plain": memory[: 48 * 32].view(48, 32), "odd features": memory[: 48 * 7].view(48, 7),
@@ -185,23 +213,21 @@ def alignment() -> dict[str, Any]:
         "odd bias": memory[: 48 * 32].view(48, 32),
     }  # fmt: skip
     one_pass, facts = planner.one_pass, {}
-    for name, rows in layouts.items():
+    for name, data in layouts.items():
         machine.launches.clear()
-        x, bias = torch.zeros(20, rows.shape[1]), torch.zeros(49, dtype=torch.float64)
+        x, bias = torch.zeros(20, data.shape[1]), torch.zeros(49, dtype=torch.float64)
         bias = bias[1:] if name == "odd bias" else bias[:48]
-        rest = (None, None, 1.0, 0.0, "gaussian")
+        query, rows = Query(x, one, one, one, bias), Rows(data)
         for plan in (one_pass, lambda *_: None):
             planner.one_pass = plan
-            out = triton.posterior(x, rows, one, one, one, bias, *rest)
-        triton.posterior_backward(x, rows, one, one, one, bias, None, None, *out, *out, *rest[2:])
-        triton.posterior_backward_rows(x, rows, one, one, one, bias, None, list(out), *rest[2:])
-        triton_select.nearest(x, rows, 3, None, None, 1.0, 0.0)
-        start, index = torch.arange(21), torch.zeros(20, dtype=torch.int64)
-        lists = (start, index)
-        out = triton_select.posterior_on_support(x, rows, one, one, one, bias, *lists, 1.0, 0.0)
-        triton_select.posterior_on_support_backward(
-            x, rows, one, one, one, bias, *lists, *out, *out, 1.0, 0.0
-        )
+            out, state = BACKEND.posterior(query, rows), BACKEND.posterior_state(query, rows)
+        merge_states(state, state)
+        BACKEND.posterior_backward(query, rows, out, out)
+        BACKEND.posterior_backward_rows(query, rows, out)
+        BACKEND.nearest(x, rows, 3)
+        lists = RowLists(torch.arange(21), torch.zeros(20, dtype=torch.int64))
+        out = BACKEND.posterior_listed(query, rows, lists)
+        BACKEND.posterior_listed_backward(query, rows, lists, out, out)
         facts[name] = list(machine.launches)
     return facts
 
@@ -218,6 +244,7 @@ def small() -> dict[str, Any]:
 
 def amd() -> dict[str, Any]:
     machine = activate(GPUTarget("hip", "gfx942", 64), shared=64 << 10)
+    without_code()
     torch.version.hip = "6.0"
     nearest(20, 32)
     return {"nearest": machine.launches}
@@ -238,7 +265,8 @@ def tuning() -> dict[str, Any]:
         measured += 1
         return 1.0
 
-    tuning.timer, tuning.capturing = timer, lambda device: False
+    tuning.timer = timer
+    torch.cuda.is_current_stream_capturing = lambda: False
     tuning.has_clock = lambda device: True
     tuning.device_name = lambda device: "small"
     some, row = torch.zeros(1, 64), torch.zeros(16, 64, dtype=torch.bfloat16)

@@ -19,18 +19,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import memokern
-from memokern import processes
-from memokern import validate as queries
-from memokern.backends import protocol as backends
-from memokern.backends.triton import dense as backend
+from memokern import functional, partial, processes, validate
+from memokern.backends.triton import BACKEND
 from memokern.backends.triton import variants as listing
+from memokern.backends.triton.core import machine
 from memokern.backends.triton.core import rows as stored
+from memokern.backends.triton.core.machine import Machine
+from memokern.backends.triton.core.state import merge_states
 from memokern.backends.triton.core.variant import POINTERS, Variant
-from memokern.backends.triton.listed import launch as triton_select
+from memokern.backends.triton.listed import launch as listed
 from memokern.backends.triton.posterior import planner
-from memokern.backends.triton.posterior.planner import Machine
 from memokern.backends.triton.scan import kernels as scan
-from memokern.backends.triton.scan import launch as triton_scan
+from memokern.backends.triton.scan import launch as scan_launch
+from memokern.calls import LogitBounds, Query, RowLists, Rows, Sums
 from memokern.regularizers import parse
 from memokern.util import env
 
@@ -38,20 +39,23 @@ F32, F64 = torch.float32, torch.float64
 LISTED = {v.name: v for v in listing.variants()}
 
 
-def driver(machine: str) -> dict:
-    env = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_INTERPRET")}
+def driver(machine: str, cache: Path) -> dict:
+    """What the fake driver was asked for, in a process whose Triton compiles into a cache of its
+    own."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_INTERPRET")}
     here = Path(__file__).resolve().parent
-    env["PYTHONPATH"] = os.pathsep.join([str(here.parent), env.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(here.parents[2]), environment.get("PYTHONPATH", "")])
+    environment |= {"PYTHONPATH": path, "TRITON_CACHE_DIR": str(cache)}
     run = subprocess.run(
         [sys.executable, str(here / "fake_driver.py"), machine],
-        capture_output=True, text=True, env=env,
+        capture_output=True, text=True, env=environment,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout.splitlines()[-1])
 
 
-def test_streams_devices_options_and_no_compilation_that_is_not_needed() -> None:
-    facts = driver("hopper")
+def test_streams_devices_options_and_no_compilation_that_is_not_needed(tmp_path: Path) -> None:
+    facts = driver("hopper", tmp_path)
     assert facts["compiled at import"] == []
     compiled, launches = facts["sizes"]
     assert len(compiled) == 1  # for all sizes, multiples of 16 or not, and 1
@@ -67,14 +71,14 @@ def test_streams_devices_options_and_no_compilation_that_is_not_needed() -> None
     assert (exact["warps"], exact["maxnreg"]) == (8, 96)
     # 300 rows in two chunks, through descriptors: shape, strides, tile.
     assert facts["described"] == {
-        "dots_kernel": [[[300, 192], [200, 1], [128, 64]]] * 2,
+        "dot_products_kernel": [[[300, 192], [200, 1], [128, 64]]] * 2,
         "accumulate_kernel": [[[300, 192], [200, 1], [64, 64]]] * 2,
     }
 
 
-def test_what_is_launched_is_what_was_compiled_ahead_of_time() -> None:
+def test_what_is_launched_is_what_was_compiled_ahead_of_time(tmp_path: Path) -> None:
     """Whatever the numbers and addresses: types, and what is taken for granted of the arguments."""
-    facts = driver("alignment")
+    facts = driver("alignment", tmp_path)
     assert facts.keys() == {"plain", "odd features", "odd stride", "odd address", "odd bias"}
     for layout, launches in facts.items():
         kernels = set()
@@ -87,18 +91,19 @@ def test_what_is_launched_is_what_was_compiled_ahead_of_time() -> None:
             if same[0].signature.get("rows"):
                 kernels.add((launch["kernel"], bool(launch["aligned"])))
         # Rows decide; other values that lie oddly are moved.
-        assert {"sweep_kernel", "exact_kernel", "dots_kernel"} <= {name for name, _ in kernels}
+        names = {name for name, _ in kernels}
+        assert {"sweep_kernel", "exact_kernel", "dot_products_kernel"} <= names
         assert {aligned for _, aligned in kernels} == {layout in ("plain", "odd bias")}
 
 
-def test_a_device_that_is_too_small_says_so_before_anything_runs() -> None:
-    facts = driver("small")
+def test_a_device_that_is_too_small_says_so_before_anything_runs(tmp_path: Path) -> None:
+    facts = driver("small", tmp_path)
     assert "shared memory" in facts["error"] and "8192" in facts["error"]
     assert facts["launches"] == []
 
 
-def test_amd_is_asked_for_nothing_that_is_nvidias() -> None:
-    launches = driver("amd")["nearest"]
+def test_amd_is_asked_for_nothing_that_is_nvidias(tmp_path: Path) -> None:
+    launches = driver("amd", tmp_path)["nearest"]
     assert [launch["maxnreg"] for launch in launches] == [None, None]
 
 
@@ -135,8 +140,7 @@ def launched(monkeypatch) -> Launched:
     """Launches as an H100 would get them; nothing runs."""
     asked = Launched()
     monkeypatch.setattr(Variant, "launch", lambda self, *a, **k: asked.ask(self, *a, **k))
-    monkeypatch.setattr(backend, "machine", lambda device: Machine(132, 50 << 20))
-    monkeypatch.setattr(triton_select, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(machine, "of", lambda device: Machine(132, 50 << 20))
     return asked
 
 
@@ -146,26 +150,29 @@ SIZES = [
 ]  # fmt: skip
 
 
-def problem(b: int, n: int, d: int, dtype: torch.dtype = torch.uint8):
-    """Arguments of any size: rows that are all one row."""
+def problem(b: int, n: int, d: int, dtype: torch.dtype = torch.uint8) -> tuple[Query, Rows]:
+    """A call of any size: rows that are all one row."""
     one = torch.ones(b, dtype=F64)
-    rows = torch.zeros(1, d, dtype=dtype).expand(n, d)
-    return torch.zeros(b, d), rows, one, one.clone(), one.clone()
+    data = torch.zeros(1, d, dtype=dtype).expand(n, d)
+    rows = Rows(data, 2 / 255, -1.0, torch.zeros(d), torch.ones(n, dtype=F64))
+    return Query(torch.zeros(b, d), one, one.clone(), one.clone()), rows
 
 
 @pytest.mark.parametrize(
-    ("b", "n", "d", "kernel"),
+    ("b", "n", "d", "weighting"),
     [(*size, "gaussian") for size in SIZES] + [(64, 50_000, 3072, "log"), (65_536, 20, 2, "log")],
 )
-def test_the_sweep_at_all_sizes(launched: Launched, b: int, n: int, d: int, kernel: str) -> None:
-    x, rows, *how = problem(b, n, d)
-    center, sq_norms = torch.zeros(d), torch.ones(n, dtype=F64)
-    data = (center, sq_norms, 2 / 255, -1.0, kernel)
-    out = backend.posterior(x, rows, *how, None, *data)
-    assert out[0].shape == x.shape and len(launched) >= 2
+def test_the_sweep_at_all_sizes(launched: Launched, b: int, n: int, d: int, weighting: str) -> None:
+    query, rows = problem(b, n, d)
+    query = query._replace(weighting=weighting)
+    out = BACKEND.posterior(query, rows)
+    assert out.mean.shape == query.x.shape and len(launched) >= 2
     count = len(launched)
-    backend.posterior_backward(x, rows, *how, None, *data[:2], *out, *out, *data[2:])
-    assert len(launched) > count
+    state = BACKEND.posterior_state(query, rows)
+    assert state.acc.shape == query.x.shape and len(launched) == 2 * count
+    merge_states(state, state)
+    BACKEND.posterior_backward(query, rows, out, out)
+    assert len(launched) > 2 * count + 1
     programs = max(grid[0] * (grid[1] if len(grid) > 1 else 1) for _, grid, _ in launched)
     if n >= 50_000:  # B = 1 fills the chip too
         assert programs >= 128  # of 132 multiprocessors
@@ -185,22 +192,22 @@ def test_rows_are_described_where_a_descriptor_takes_them(launched: Launched, mo
     monkeypatch.setattr(planner, "one_pass", lambda *_: None)
     for knows in (True, False):
         monkeypatch.setattr(stored, "has_descriptors", lambda _, k=knows: k)
-        for name, rows in layouts.items():
+        for name, data in layouts.items():
             launched.clear()
-            n, d = rows.shape
+            n, d = data.shape
             one = torch.ones(20, dtype=F64)
-            data = (torch.zeros(d), torch.ones(n, dtype=F64), 1.0, 0.0, "gaussian")
-            backend.posterior(torch.zeros(20, d), rows, one, one, one, None, *data)
+            rows = Rows(data, 1.0, 0.0, torch.zeros(d), torch.ones(n, dtype=F64))
+            BACKEND.posterior(Query(torch.zeros(20, d), one, one, one), rows)
             products = [(what, args["rows"]) for what, _, args in launched
-                        if what.split()[0] in ("dots", "accumulate")]  # fmt: skip
+                        if what.split()[0] in ("dot_products", "accumulate")]  # fmt: skip
             assert len(products) >= 2
             for what, given in products:
                 if not (knows and name in described):
-                    assert given is rows and "described" not in what, (name, what)
+                    assert given is data and "described" not in what, (name, what)
                     continue
-                assert "described" in what and given.base is rows, (name, what)
+                assert "described" in what and given.base is data, (name, what)
                 assert (given.shape, given.padding) == ([n, d], "zero")
-                assert given.strides == [rows.stride(0) if n > 1 else d, 1]
+                assert given.strides == [data.stride(0) if n > 1 else d, 1]
                 tile = LISTED[what].constexprs
                 assert given.block_shape == [tile["BLOCK_N"], tile["BLOCK_D"]]
             # What a descriptor cannot know: where a chunk ends. All but the last are whole tiles.
@@ -211,18 +218,19 @@ def test_rows_are_described_where_a_descriptor_takes_them(launched: Launched, mo
 def test_full_precision_reads_by_pointers(launched: Launched, monkeypatch) -> None:
     monkeypatch.setattr(stored, "has_descriptors", lambda _: True)
     monkeypatch.setattr(planner, "one_pass", lambda *_: None)
-    x, rows, *how = problem(2, 8, 64, F32)
-    args = (x, rows.contiguous(), *how, None, None, None, 1.0, 0.0, "gaussian")
+    query, rows = problem(2, 8, 64, F32)
+    rows = Rows(rows.data.contiguous())
     for precision in ("tf32x3", "ieee"):
         # The argument counts, and where it leaves the choice, the environment.
         for said, environment in ((precision, "tf32x3"), ("auto", precision)):
             monkeypatch.setenv(env.PRECISION, environment)
             launched.clear()
-            out = backend.posterior(*args, said)
-            backend.posterior_backward(*args[:8], *out, *out, *args[8:], said)
-            grads = [v.clone() for v in out]
-            backend.posterior_backward_rows(*args[:6], None, grads, *args[8:], said)
-            names = [name for name, _, _ in launched if name.split()[0] in ("dots", "accumulate")]
+            asked = query._replace(precision=said)
+            out = BACKEND.posterior(asked, rows)
+            BACKEND.posterior_backward(asked, rows, out, out)
+            BACKEND.posterior_backward_rows(asked, rows, out)
+            names = [name for name, *_ in launched
+                     if name.split()[0] in ("dot_products", "accumulate")]  # fmt: skip
             assert {name.split()[3] for name in names} == {precision}
             assert {"described" in name for name in names} == {precision == "tf32x3"}
 
@@ -230,12 +238,12 @@ def test_full_precision_reads_by_pointers(launched: Launched, monkeypatch) -> No
 @pytest.mark.parametrize(("b", "n", "d"), [(1, 1, 1), (64, 50_000, 3072), (65_536, 2000, 64)])
 def test_the_gradient_for_rows_at_all_sizes(launched: Launched, b: int, n: int, d: int) -> None:
     """Two sweeps; the gradient is written once for each row, by the last block of queries."""
-    x, _, *how = problem(b, 1, d)
+    query, _ = problem(b, 1, d)
     rows, stat = torch.zeros(n, d, dtype=torch.bfloat16), torch.zeros(b, dtype=F64)
-    grads = [x, stat, stat, stat, stat]
-    out = backend.posterior_backward_rows(x, rows, *how, None, None, grads, 1.0, 0.0, "gaussian")
+    out = BACKEND.posterior_backward_rows(query, Rows(rows), Sums(query.x, stat, stat, stat, stat))
     assert out.shape == rows.shape and out.dtype == rows.dtype
-    last = [args for name, _, args in launched if name.startswith("rows ") and args["is_last"]]
+    last = [args for name, _, args in launched
+            if name.startswith("row_gradient ") and args["is_last"]]  # fmt: skip
     assert sum(args["n"] for args in last) == n
     spent = max(args["coefficients"].numel() for args in last)
     assert 2 * 4 * spent <= 64 << 20
@@ -246,9 +254,9 @@ def test_the_gradient_for_rows_at_all_sizes(launched: Launched, b: int, n: int, 
 
 @pytest.mark.parametrize(("b", "n", "d"), SIZES)
 def test_the_nearest_rows_at_all_sizes(launched: Launched, b: int, n: int, d: int) -> None:
-    x, rows, *_ = problem(b, n, d)
+    query, rows = problem(b, n, d)
     k = min(n, 10)
-    out = triton_select.nearest(x, rows, k, torch.zeros(d), torch.ones(n, dtype=F64), 1.0, 0.0)
+    out = BACKEND.nearest(query.x, rows, k)
     assert out[0].shape == out[1].shape == (b, k)
     spent = max(args["least"].numel() for _, _, args in launched)
     assert 4 * spent <= max(64 << 20, 4 * -(-n // 64))  # the work space that is stated
@@ -256,16 +264,23 @@ def test_the_nearest_rows_at_all_sizes(launched: Launched, b: int, n: int, d: in
 
 @pytest.mark.parametrize(("b", "n", "d"), SIZES)
 def test_lists_at_all_sizes(launched: Launched, b: int, n: int, d: int) -> None:
-    x, rows, *how = problem(b, n, d)
-    start = torch.arange(b + 1)
-    index = torch.arange(b) % n
-    out = triton_select.posterior_on_support(x, rows, *how, None, start, index, 1.0, 0.0)
-    triton_select.posterior_on_support_backward(
-        x, rows, *how, None, start, index, *out, *out, 1.0, 0.0
-    )
+    query, rows = problem(b, n, d)
+    lists = RowLists(torch.arange(b + 1), torch.arange(b) % n)
+    out = BACKEND.posterior_listed(query, rows, lists)
+    BACKEND.posterior_listed_backward(query, rows, lists, out, out)
     assert {name.split()[0] for name, *_ in launched} == {
-        "support_pairs", "support_weights", "support_sum", "support_coefficients",
+        "pairs", "listed_weights", "listed_sum", "listed_coefficients",
     }  # fmt: skip
+
+
+def test_lists_that_are_too_long(monkeypatch) -> None:
+    """Kernels count pairs with 32 bits."""
+    query, rows = problem(2, 8, 3)
+    monkeypatch.setattr(listed, "MOST_PAIRS", 9)
+    with pytest.raises(ValueError, match="a call can list at most 9 rows in all, not 10"):
+        BACKEND.posterior_listed(
+            query, rows, RowLists(torch.tensor([0, 4, 10]), torch.arange(10) % 8)
+        )
 
 
 class Captured(TorchDispatchMode):
@@ -279,31 +294,31 @@ class Captured(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("kernel", ["gaussian", "log"])
+@pytest.mark.parametrize("weighting", ["gaussian", "log"])
 @pytest.mark.parametrize("cached", [False, True])
 def test_nothing_waits_for_the_device(
-    launched: Launched, kernel: str, cached: bool, monkeypatch
+    launched: Launched, weighting: str, cached: bool, monkeypatch
 ) -> None:
     """After a first call all can be captured in a CUDA graph, but for the scan."""
-    monkeypatch.setattr(triton_select._Lists, "_check", lambda self: None)  # left out then
-    x, _, *how = problem(20, 1, 100)
-    rows, bias = torch.zeros(300, 100), torch.zeros(300, dtype=F64)
+    monkeypatch.setattr(listed, "capturing", lambda device: True)  # the lists are not checked then
+    query, _ = problem(20, 1, 100)
+    query = query._replace(bias=torch.zeros(300, dtype=F64), weighting=weighting)
     known = (torch.zeros(100), torch.ones(300, dtype=F64)) if cached else (None, None)
-    lists = (torch.arange(21), torch.arange(20))
+    rows = Rows(torch.zeros(300, 100), 1.0, 0.0, *known)
+    lists = RowLists(torch.arange(21), torch.arange(20))
     plan = planner.one_pass
 
     def calls() -> None:
         for one_pass in (plan, lambda *_: None):
             monkeypatch.setattr(planner, "one_pass", one_pass)
-            args = (x, rows, *how, bias, *known)
-            out = backend.posterior(*args, 1.0, 0.0, kernel)
-            backend.posterior_backward(*args, *out, *out, 1.0, 0.0, kernel)
-            grads = list(out)
-            backend.posterior_backward_rows(*args[:6], known[0], grads, 1.0, 0.0, kernel)
-        triton_select.nearest(x, rows, 3, *known, 1.0, 0.0)
-        args = (x, rows, *how, bias, *lists)
-        out = triton_select.posterior_on_support(*args, 1.0, 0.0)
-        triton_select.posterior_on_support_backward(*args, *out, *out, 1.0, 0.0)
+            out, state = BACKEND.posterior(query, rows), BACKEND.posterior_state(query, rows)
+            merge_states(state, state)
+            BACKEND.posterior_backward(query, rows, out, out)
+            BACKEND.posterior_backward_rows(query, rows, out)
+        BACKEND.nearest(query.x, rows, 3)
+        plain = query._replace(weighting="gaussian")
+        out = BACKEND.posterior_listed(plain, rows, lists)
+        BACKEND.posterior_listed_backward(plain, rows, lists, out, out)
 
     calls()
     count = len(launched)
@@ -311,14 +326,13 @@ def test_nothing_waits_for_the_device(
         calls()
     assert len(launched) == 2 * count > 0
     with pytest.raises(AssertionError, match="waits for the device"), Captured():
-        x.sum().item()
+        query.x.sum().item()
 
 
 def test_the_public_functions_can_be_captured_too(launched: Launched, monkeypatch) -> None:
     """What they check of values is left out while a CUDA graph is captured."""
     monkeypatch.setenv(env.BACKEND, "triton")
-    monkeypatch.setattr(backend, "refuses", lambda device_type: None)  # not even CPU tensors
-    backends._choose.cache_clear()
+    monkeypatch.setattr(BACKEND, "refuses", lambda operation, call: None)  # not even CPU tensors
     x, sigma = torch.zeros(20, 30), torch.full((20,), 0.5, dtype=F64)
     data, bias = memokern.TrainingSet(torch.zeros(300, 30)), torch.zeros(300, dtype=F64)
     models = [
@@ -340,24 +354,24 @@ def test_the_public_functions_can_be_captured_too(launched: Launched, monkeypatc
 
     calls()
     count = len(launched)
-    monkeypatch.setattr(queries, "capturing", lambda tensor: True)
+    for module in (functional, partial, validate):
+        monkeypatch.setattr(module, "traced", lambda *_: True)
     with Captured():
         calls()
     assert len(launched) == 2 * count > 0
-    backends._choose.cache_clear()
 
 
 @pytest.mark.parametrize(("b", "n", "d"), [(1, 1, 1), (1, 2_000_000, 3072), (65_536, 1000, 64)])
 def test_the_scan_at_all_sizes(launched: Launched, b: int, n: int, d: int) -> None:
-    x, rows, *how = problem(b, n, d)
+    query, rows = problem(b, n, d)
     k, bands = min(d, 32), 4
-    found = triton_scan.bound_scan(
-        x, rows, *how, None, torch.zeros(d), torch.ones(n, dtype=F64), 1.0, 0.0,
+    bounds = LogitBounds(
         torch.zeros(1, k + bands + 1).expand(n, -1), torch.zeros(n, 0, dtype=torch.float16),
         torch.zeros(b, k), torch.zeros(b, bands + 1), torch.zeros(b, dtype=F64),
-        torch.ones(b, dtype=F64), [k], [0], 1e-6, n,
+        torch.ones(b, dtype=F64), (k,), (0,), 1e-6, n,
     )  # fmt: skip
-    assert found[0].shape == (b + 1,) and len(found[1]) == 0
+    found = BACKEND.bound_scan(query, rows, bounds)
+    assert found.lists.start.shape == (b + 1,) and len(found.lists.index) == 0
     steps = [name.split()[0] for name, *_ in launched if name.startswith("scan")]
-    turns = -(-b * n // triton_scan._PAIRS) if b > 1 else 1
+    turns = -(-b * n // scan_launch._PAIRS) if b > 1 else 1
     assert steps[:2] == ["scan_promise", "scan_count"] and len(steps) >= 2 * turns

@@ -9,7 +9,6 @@ from triton_interpreter import DEVICE
 pytest.importorskip("triton")
 
 import memokern
-from memokern.backends import protocol as backends
 from memokern.util import env
 
 SIGMA = 0.5
@@ -18,9 +17,6 @@ SIGMA = 0.5
 @pytest.fixture(autouse=True)
 def by_triton(monkeypatch):
     monkeypatch.setenv(env.BACKEND, "triton")
-    backends._choose.cache_clear()
-    yield
-    backends._choose.cache_clear()
 
 
 def problem(device: torch.device = DEVICE, d: int = 40):
