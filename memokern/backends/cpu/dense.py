@@ -10,7 +10,6 @@ from memokern.backends.cpu.native import (
     module,
     native_query,
     native_rows,
-    pointer,
     row_types,
     threads,
 )
@@ -57,8 +56,9 @@ def small_mean(
         center.data_ptr(), sq_norms.data_ptr(),
     )  # fmt: skip
     module().small_mean(
-        native, x.data_ptr(), x.dtype == _F64, x.numel() // d, numbers, pointer(log_weights),
-        mean.data_ptr(), threads(),
+        native, x.data_ptr(), x.dtype == _F64, x.numel() // d, numbers,
+        0 if log_weights is None else log_weights.data_ptr(), mean.data_ptr(),
+        threads(),
     )  # fmt: skip
     return mean
 
