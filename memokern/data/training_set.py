@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 
 from memokern.calls import Rows
 from memokern.data import digits, files, sources
+from memokern.data import layout as layouts
 from memokern.data.storage import (
     UINT8_SCALE,
     UINT8_SHIFT,
@@ -56,6 +57,10 @@ class TrainingSet:
         name: what repr shows.
         key: which array of a `.npz` or `.safetensors` file holds the rows; for the default see
             `memokern.data.files.read_tensor`.
+        shape: of one row, where the source has rows of as many elements in another shape, such as
+            flat ones: (3, 32, 32).
+        layout: "hwc" turns images [N, H, W, C] (after `shape`) into [N, C, H, W], a copy. None
+            leaves them as they are.
         check: False skips the search for NaN and infinite values, which reads floating-point rows
             once (so, of a memory-mapped file, the whole file).
         index: False leaves out the index that a file written by `save` may have. It is left out too
@@ -108,11 +113,15 @@ class TrainingSet:
         shift: float | None = None,
         name: str | None = None,
         key: str | None = None,
+        shape: Sequence[int] | None = None,
+        layout: str | None = None,
         check: bool = True,
         index: bool = True,
     ) -> None:
         found = sources.read(rows, key)
-        tensor = found["rows"]
+        tensor = layouts.arranged(found["rows"], shape, layout)
+        if tensor.shape != found["rows"].shape:  # which the index is for
+            found.pop("index", None)
         labels = found.get("labels") if labels is None else labels
         log_weights = found.get("log_weights") if log_weights is None else log_weights
         scale = found.get("scale") if scale is None else scale

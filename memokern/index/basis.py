@@ -298,6 +298,21 @@ def is_image(shape: Sequence[int]) -> bool:
     return channels <= 4 and min(height, width) >= 8
 
 
+def image_shape(dim: int) -> tuple[int, ...] | None:
+    """The shape that flat rows of so many features have if they are square images in colour of at
+    least 24 x 24 pixels, or of MNIST's size; None for others, which are rarely images.
+
+    Example:
+        >>> from memokern.index.basis import image_shape
+        >>> image_shape(3072), image_shape(784), image_shape(1024)
+        ((3, 32, 32), (28, 28), None)
+    """
+    if dim == 784:
+        return (28, 28)
+    side = math.isqrt(dim // 3)
+    return (3, side, side) if side >= 24 and 3 * side * side == dim else None
+
+
 def _axes(shape: tuple[int, ...]) -> tuple[int, int, int]:
     """(C, H, W) of a row's shape."""
     if len(shape) == 2:
