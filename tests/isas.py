@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Iterator
 
 from memokern.backends.cpu import native
@@ -10,6 +11,8 @@ from memokern.backends.cpu import native
 
 def usable() -> list[str]:
     """Their names; raises ImportError without the compiled module."""
+    with contextlib.suppress(ImportError):  # it adds avx2w16: AVX2 in the width of AVX-512
+        importlib.import_module("memokern._testing")
     return [name for name, supported in native.module().isas() if supported]
 
 

@@ -14,6 +14,7 @@ import torch
 
 import memokern
 from memokern.backends import protocol
+from memokern.calls.checks import name_of
 
 # Each distribution, and what memokern uses it for.
 _LIBRARIES = {
@@ -71,9 +72,9 @@ def explained_calls() -> list[dict[str, Any]]:
             rows = torch.zeros(8, 2, dtype=rows_dtype, device=device)
             explanation = memokern.explain(x, rows, 1.0, k=int(operation == "nearest"))
             call, runs = explanation.call, explanation.runs
-            types = protocol.name_of(call.x)
+            types = name_of(call.x)
             if call.rows != call.x:
-                types += f"/{protocol.name_of(call.rows)}"
+                types += f"/{name_of(call.rows)}"
             found.append(
                 {
                     "call": f"{operation} {types}",

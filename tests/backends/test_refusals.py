@@ -18,7 +18,6 @@ from tests.harness import DEVICE, plain_backends
 BY_OPERATION = {
     "reference": {},
     "cpu": {
-        "posterior_state": "not written yet",
         "posterior_double_backward": "second derivatives are taken in plain PyTorch",
         "posterior_listed_double_backward": "second derivatives are taken in plain PyTorch",
         "posterior_backward_rows": "the gradient for the rows is taken in plain PyTorch",

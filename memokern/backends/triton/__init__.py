@@ -13,8 +13,9 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from memokern.backends.protocol import Backend, Call, name_of
+from memokern.backends.protocol import Backend, Call
 from memokern.calls import Gradients, LogitBounds, Query, RowLists, Rows, Scan, State, Sums
+from memokern.calls.checks import name_of
 from memokern.util.torch_internals import capturing
 
 ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
