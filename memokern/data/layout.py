@@ -79,7 +79,7 @@ def _advice(found: tuple[int, ...], wanted: tuple[int, ...]) -> str:
         text = f"if they are flattened in the order of the rows, give shape={wanted}"
         return text + (", else the order they have and layout='hwc'" if len(wanted) == 3 else "")
     if len(wanted) == 1:
-        return f"make the training set with rows of shape {list(found)} if they are flattened in this order"
+        return f"make the training set with rows {list(found)} if they are flattened in this order"
     return (
         f"as many elements in another order are other samples; give shape={wanted} only if they "
         "are stored in the order of the rows"

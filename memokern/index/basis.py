@@ -130,7 +130,8 @@ class Cosine:
         """The coordinates [m, M] of centred rows [m, D] float64 or float32, in their type."""
         parts = self._typed.get(value.dtype)
         if parts is None:
-            parts = [tuple(m.to(value.dtype) for m in part) for part in self._parts]
+            with torch.inference_mode(False):
+                parts = [tuple(m.to(value.dtype) for m in part) for part in self._parts]
             self._typed[value.dtype] = parts
         m, (channels, height, width) = len(value), self.axes
         if self.channels_last:

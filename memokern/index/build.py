@@ -30,6 +30,7 @@ CHUNK_ELEMENTS = 1 << 18
 HALF_RANGE = (1e-2, 6e4)
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def build(
     rows: Rows,

@@ -79,6 +79,10 @@ class Projector:
         self._compiled: Callable[..., tuple[Tensor, ...]] | None = None
         self._indicator = band_indicator(edges, basis.size, center.device)
 
+    def __getstate__(self) -> dict[str, object]:
+        # The compiled projection is made again at first use: it is no Python object to copy.
+        return self.__dict__ | {"_compiled": None}
+
     def __call__(self, x: Tensor, alpha: Tensor) -> Projected:
         """The projection of x [B, D] float32 or float64 with alpha [B] float64; see
         `Index.project`."""
@@ -138,6 +142,7 @@ class Projector:
         z = coordinates[:, : self._kept].to(torch.float32).contiguous()
         return Projected(z, rounded_up(torch.cat(norms, dim=1)), margin, low.clamp(min=0) ** 2)
 
+    @torch.inference_mode(False)
     def _margins(self, u: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The coefficients of four bounds that are linear in the computed |xc| and in |alpha|.
 
