@@ -3,11 +3,14 @@ were."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor
 
 from memokern.data.storage import mean, sq_norms
-from memokern.index.index import Index
+from memokern.index.checksum import AT_ONCE_BYTES, require_seal
+from memokern.index.index import REBUILD_HINT, Index, restored
 from memokern.util.torch_internals import version
 
 
@@ -34,6 +37,29 @@ class Derived:
         self._center64: Tensor | None = None
         self._sq_norms = sq_norms
         self._version = version(rows)
+        # The index and norms of a file, while their checksums and those of the rows are not known
+        # to be right.
+        self._unchecked: tuple[str, Mapping[str, Tensor]] | None = None
+
+    def read(self, index: tuple[str, Mapping[str, Tensor]], shape: Sequence[int]) -> None:
+        """Takes what a file has: the description of its index, and tensors. All checksums are
+        compared now, or for large data at the first use.
+
+        Raises: ValueError for an index that is damaged or of other rows.
+        """
+        found, norms = restored(*index, shape)
+        found.require_match(self.rows, self.scale, self.shift)
+        self.index, self._center, self._sq_norms = found, found.center, norms
+        self._unchecked = index
+        if self.rows.nbytes + sum(part.nbytes for part in index[1].values()) <= AT_ONCE_BYTES:
+            self.require_checked()
+
+    def require_checked(self) -> None:
+        """Compares the checksums of what a file had, unless that was done; ValueError where one
+        differs."""
+        if self._unchecked is not None:
+            require_seal(*self._unchecked, self.rows, REBUILD_HINT)
+            self._unchecked = None
 
     def is_of(self, rows: Tensor) -> bool:
         """Whether it was computed from these rows as they are now. What other libraries write into

@@ -30,7 +30,7 @@ from memokern.data.storage import (
     rows_of_label,
 )
 from memokern.index.build import build
-from memokern.index.index import Index, fingerprint, restored
+from memokern.index.index import Index, fingerprint
 from memokern.util import checks
 from memokern.util.text import byte_size
 
@@ -144,15 +144,11 @@ class TrainingSet:
             raise ValueError("expected a scale other than 0, which would make all rows equal")
         self.labels = checked_labels(labels, self.n, self.device)
         self.log_weights = checked_log_weights(log_weights, self.n, self.device)
-        self.name = name
-        self._derived = Derived(self.rows, self.scale, self.shift)
+        self.name, self._derived = name, Derived(self.rows, self.scale, self.shift)
         if check:
             require_finite(self.rows)
         if index and "index" in found and (scale, shift) == (found["scale"], found["shift"]):
-            described, parts = found["index"]
-            read, norms = restored(described, parts, self.shape)
-            read.require_match(self.rows, self.scale, self.shift)
-            self._derived = Derived(self.rows, self.scale, self.shift, sq_norms=norms, index=read)
+            self._derived.read(found["index"], self.shape)
 
     @classmethod
     def digits(cls) -> TrainingSet:
@@ -212,12 +208,12 @@ class TrainingSet:
 
     # --- what queries need, computed once -----------------------------------------------------
 
-    def _current(self) -> Derived:
-        """What was computed of the rows; of rows that changed since then, what is computed anew."""
+    def _current(self) -> Derived:  # of the rows as they are now
         if not self._derived.is_of(self.rows):
             if self._derived.index is not None:
                 raise ValueError("the rows changed after the index: call build_index() anew")
             self._derived = Derived(self.rows, self.scale, self.shift)
+        self._derived.require_checked()
         return self._derived
 
     @property
@@ -379,17 +375,16 @@ class TrainingSet:
         tensors = {"rows": rows, "labels": self.labels, "log_weights": self.log_weights}
         # The repr of a float reads back as the same float.
         metadata = {"scale": repr(self.scale), "shift": repr(self.shift), "name": self.name}
-        index = None if self.index is None else self.index.state(self.sq_norms)
+        index = None if self.index is None else self.index.state(self.rows, self.sq_norms)
         sources.write(path, tensors, metadata, index)
 
     @classmethod
     def load(
         cls, path: str | os.PathLike[str], *, check: bool = True, index: bool = True
     ) -> TrainingSet:
-        """Read a file written by `save`; rows and index stay memory-mapped.
-
-        Raises: ValueError for other files, and if the index does not belong to the rows there
-        (index=False leaves it out).
+        """Read a file written by `save`; rows and index stay memory-mapped. An index has checksums
+        of itself and of all rows, compared now, or above 256 MiB, which are then read, at first
+        use. ValueError where one differs (index=False leaves the index out), and for other files.
 
         Example:
             >>> from memokern.data.training_set import TrainingSet
