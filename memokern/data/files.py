@@ -115,6 +115,8 @@ def as_tensor(array: np.ndarray, what: str = "array") -> torch.Tensor:
     """
     if array.dtype.hasobject:
         raise ValueError(_pickled(what))
+    if isinstance(array, np.ma.MaskedArray):
+        raise TypeError(f"{what} is a masked array, whose mask a tensor loses: fill or drop first")
     if not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))
     if any(stride < 0 for stride in array.strides):

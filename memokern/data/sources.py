@@ -121,7 +121,7 @@ def from_dataset(dataset: Dataset) -> tuple[torch.Tensor, torch.Tensor | None]:
                 f"got {type(value).__name__}: give it a transform to a tensor"
             )
         if rows is None:
-            rows = torch.empty(n, *value.shape, dtype=value.dtype)
+            rows = torch.empty(n, *value.shape, dtype=value.dtype, device=value.device)
         if value.shape != rows.shape[1:] or value.dtype != rows.dtype:
             raise ValueError(
                 f"expected all items to be alike: item 0 is {list(rows.shape[1:])} {rows.dtype}, "
@@ -131,7 +131,7 @@ def from_dataset(dataset: Dataset) -> tuple[torch.Tensor, torch.Tensor | None]:
         labels += [int(x) for x in label if _is_label(x)]
     if rows is None:
         raise ValueError("the data set has no items")
-    return rows, torch.tensor(labels) if len(labels) == n else None
+    return rows, torch.tensor(labels, device="cpu") if len(labels) == n else None
 
 
 def _is_label(value: Any) -> bool:

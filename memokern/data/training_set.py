@@ -305,7 +305,7 @@ class TrainingSet:
         if isinstance(item, tuple):
             raise TypeError("expected one index, for the rows; index the result for the rest")
         # torch raises IndexError past the last row, which ends `for row in data`.
-        picked = self.rows[item]
+        picked = self.rows[files.as_tensor(item) if isinstance(item, np.ndarray) else item]
         return self.dequantize(picked).reshape((*picked.shape[:-1], *self.shape))
 
     # --- other training sets ------------------------------------------------------------------

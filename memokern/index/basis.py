@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -153,7 +153,7 @@ class Cosine:
     def boxes(self, side: int) -> Boxes:
         """The transform for a kernel that pads the frequencies down to multiples of `side`."""
         channel, row, column = torch.unravel_index(self.order, self.axes)
-        box = torch.zeros(self.axes[0], 2, dtype=torch.int64)
+        box = torch.zeros(self.axes[0], 2, dtype=torch.int64, device="cpu")
         place = torch.empty_like(channel)
         count = 0
         for c in range(self.axes[0]):
@@ -212,7 +212,12 @@ class Principal:
             vectors = torch.linalg.eigh(sample.T @ sample).eigenvectors
             return cls(vectors.flip(1)[:, :size].T.contiguous())
         generator = torch.Generator().manual_seed(0)
-        start = torch.randn(dim, min(dim, size + 32), generator=generator, dtype=torch.float32)
+        draw: dict[str, Any] = {
+            "generator": generator,
+            "dtype": torch.float32,
+            "device": generator.device,
+        }
+        start = torch.randn(dim, min(dim, size + 32), **draw)
         # float32 is enough for these products, since the directions only have to be good; they are
         # made orthonormal in float64 at the end.
         scale = float(sample.abs().amax()) or 1.0
@@ -275,7 +280,9 @@ def cosines(n: int) -> Tensor:
         tensor([[ 0.7071,  0.7071],
                 [ 0.7071, -0.7071]], dtype=torch.float64)
     """
-    place, frequency = torch.arange(n), torch.arange(n)[:, None]
+    # Matrices are made on the CPU, whatever torch.device() context this is called in.
+    place = torch.arange(n, device="cpu")
+    frequency = place[:, None]
     # The angle is a whole multiple of pi / 2n, and is reduced to one turn while it is an integer:
     # the cosine of a large float angle would be less exact.
     turn = ((2 * place + 1) * frequency) % (4 * n)

@@ -276,11 +276,12 @@ def evenly_spaced_rows(n: int, most: int) -> Tensor:
         ([0, 1, 2], [0, 236, 618, 854])
     """
     if n <= most:
-        return torch.arange(n)
+        return torch.arange(n, device="cpu")
     # Multiples of the golden ratio modulo 1 leave no large gap, and rows that repeat with any
     # period are not all hit alike.
     golden = 0x9E3779B97F4A7C15
-    return torch.tensor(sorted({(i * golden % 2**64) * n >> 64 for i in range(most)}))
+    chosen = sorted({(i * golden % 2**64) * n >> 64 for i in range(most)})
+    return torch.tensor(chosen, device="cpu")
 
 
 def fingerprint(rows: Tensor, scale: float, shift: float) -> str:
