@@ -54,8 +54,13 @@ def _vector(name: str, value: Any, n: int) -> torch.Tensor:
         raise TypeError(
             f"expected {name} as a tensor, array or list of numbers, got {type(value).__name__}"
         ) from None
+    if name == "labels" and tuple(tensor.shape) == (n, 1):
+        tensor = tensor[:, 0]
     if tuple(tensor.shape) != (n,):
-        raise ValueError(f"expected {name} [{n}], one for each row, got {list(tensor.shape)}")
+        one_hot = name == "labels" and tensor.ndim == 2 and len(tensor) == n
+        hint = ": of one-hot labels take labels.argmax(1)" if one_hot else ""
+        got = f"got {list(tensor.shape)}{hint}"
+        raise ValueError(f"expected {name} [{n}], one for each row, {got}")
     if tensor.requires_grad:
         raise ValueError(
             f"{name} require a gradient, which a TrainingSet cannot pass on: give them as bias= "
@@ -68,6 +73,13 @@ def checked_labels(labels: Any, n: int, device: torch.device) -> torch.Tensor | 
     """The labels as [n] int64 on the device, or None; TypeError or ValueError for anything else."""
     if labels is None:
         return None
+    kind = getattr(labels, "dtype", None)
+    first = labels[0] if isinstance(labels, (list, tuple)) and labels else None
+    if isinstance(first, str) or (isinstance(kind, np.dtype) and kind.kind in "OSU"):
+        raise TypeError(
+            "expected labels as integers, got strings or objects: "
+            "np.unique(labels, return_inverse=True)[1] numbers them"
+        )
     tensor = _vector("labels", labels, n)
     if not sources.is_integer(tensor.dtype):
         raise TypeError(f"expected labels of an integer type, got {tensor.dtype}")

@@ -351,7 +351,7 @@ class TrainingSet:
             183
         """
         if self.labels is None:
-            raise ValueError("this training set has no labels: give labels= when making it")
+            raise ValueError("this training set has no labels (integers): make it with labels=")
         return self.subset(rows_of_label(self.labels, label))
 
     @torch.inference_mode(False)
