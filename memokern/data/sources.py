@@ -68,8 +68,10 @@ def _from_pinned(
                 f"expected {FORMAT_VERSION}: another memokern wrote it"
             )
         found["name"] = metadata.get("name")
-        found["scale"] = float(metadata["scale"])
-        found["shift"] = float(metadata["shift"])
+        try:
+            found |= {"scale": float(metadata["scale"]), "shift": float(metadata["shift"])}
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"{str(path)!r} is damaged: no scale and shift ({error})") from None
         if "log_weights" in names:
             found["log_weights"] = files.read_tensor(file, "log_weights")
         if "index" in metadata and key in (None, "rows"):

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import re
 import sys
 import warnings
@@ -26,6 +27,8 @@ from memokern.index.index import REBUILD_HINT
 # An index is built without being asked for where a sweep over so many rows and features takes long
 # enough for bounds to save time, and after so many queries (samples times evaluations) it has paid.
 INDEX_ROWS, INDEX_DIM, INDEX_PAYS = 2000, 256, 4000
+
+MOST_NAME_BYTES = 255  # of a file, with all common file systems
 
 DIGITS = "digits"  # stands for the embedded data set where a file is expected
 
@@ -310,9 +313,9 @@ def picture_folder(out: Path) -> None:
     with wrong_input():
         figures.require()
     check_machine()
-    if out.exists() and not out.is_dir():
-        raise WrongInput(f"--out: {str(out)!r} is a file, not a folder")
     with wrong_input("--out"):
+        if out.exists() and not out.is_dir():
+            raise ValueError(f"{str(out)!r} is a file, not a folder")
         out.mkdir(parents=True, exist_ok=True)
 
 
@@ -327,21 +330,27 @@ def check_outputs(outputs: Sequence[tuple[str, Path | None, tuple[str, ...]]], f
     for option, path, suffixes in outputs:
         if path is None:
             continue
-        if path.suffix.lower() not in suffixes:
-            raise WrongInput(
-                f"{option}: the name must end in {', '.join(suffixes)}, got {str(path)!r}"
-            )
-        if not path.parent.is_dir():
-            raise WrongInput(f"{option}: no such folder: {str(path.parent)!r}; make it first")
-        if path.is_dir():
-            raise WrongInput(f"{option}: {str(path)!r} is a folder")
-        if path.exists() and not force:
-            raise WrongInput(f"{option}: {str(path)!r} exists; give --force to replace it")
-        if path.resolve() in seen:
-            raise WrongInput(
-                f"{option}: {str(path)!r} is also what {seen[path.resolve()]} would write"
-            )
-        seen[path.resolve()] = option
+        with wrong_input(option):  # the system may refuse the name or the folder
+            _check_output(path, suffixes, force)
+            whole = path.resolve()
+            if whole in seen:
+                raise ValueError(f"{str(path)!r} is also what {seen[whole]} would write")
+            seen[whole] = option
+
+
+def _check_output(path: Path, suffixes: tuple[str, ...], force: bool) -> None:
+    if path.suffix.lower() not in suffixes:
+        raise ValueError(f"the name must end in {', '.join(suffixes)}, got {str(path)!r}")
+    if not path.parent.is_dir():
+        raise ValueError(f"no such folder: {str(path.parent)!r}; make it first")
+    if path.is_dir():
+        raise ValueError(f"{str(path)!r} is a folder")
+    if path.exists() and not force:
+        raise ValueError(f"{str(path)!r} exists; give --force to replace it")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise ValueError(f"cannot write into the folder {str(path.parent)!r}")
+    if len(os.fsencode(path.name)) > MOST_NAME_BYTES:
+        raise ValueError(f"the name is too long: {len(os.fsencode(path.name))} bytes")
 
 
 def progress_wanted() -> bool:
