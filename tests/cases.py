@@ -248,7 +248,7 @@ def states(backend: str) -> Table:
         shapes = [(2, 40, 5, 0.7), (2, 40, 300, 0.7), (2, 20, 40, 1e-3), (2, 20, 40, 80.0)]
         types = [(t, F32) for t in (F32, U8)]
     else:
-        shapes = [(b, 70, d, s) for b in (2, 24) for d in (3, 300) for s in (1e-3, 0.1, 1.0, 80.0)]
+        shapes = [(2, 70, 3, 0.1), (24, 70, 3, 80.0), (2, 70, 300, 1e-3), (24, 70, 300, 1.0)]
         types = [*((t, F32) for t in ROW_TYPES), (F32, F64), (F64, F64)]
     cases = [
         Case(b, n, d, t, x, s, 0.9, 1.3, bias, weighting)

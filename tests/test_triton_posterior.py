@@ -249,7 +249,6 @@ def test_refusals() -> None:
     assert refuses("posterior", usual) is None
     assert refuses("posterior", usual._replace(x=F64)) == "it has no kernel for float64"
     assert refuses("posterior", usual._replace(rows=F64)) == "it has no kernel for float64"
-    assert "rows of float32, bfloat16" in refuses("posterior", usual._replace(rows=torch.int32))
     assert "at most 134,217,728 queries" in refuses("posterior", usual._replace(b=2**27 + 1))
     assert "at most 2,147,467,264 rows" in refuses("posterior", usual._replace(n=2**31 - 1))
     assert "no torch.func transforms" in refuses("posterior", usual._replace(transform=True))

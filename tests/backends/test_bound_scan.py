@@ -16,6 +16,7 @@ from tests.cases import F16, F32, F64, ROW_TYPES, U8, UINT8_UNIT, column, normal
 from tests.harness import compiled_backends, every_backend, over, sized
 from tests.plain_index import PlainIndex, U, check_lists
 
+EPS = 1e-6
 DIMS, EDGES = (8, 12, 16, 24), (8, 10, 12, 16, 24, 32)  # of the levels and of the bands
 
 
@@ -260,37 +261,44 @@ def test_arguments_are_checked(backend: str) -> None:
     refused(r"margin must be float64 \[2\]", margin=column(0.0, 3))
 
 
-@pytest.mark.parametrize("x_dtype", [F32, F64], ids=["float32", "float64"])
-@over(lambda name: ROW_TYPES if name.startswith("cpu") else (), "dtype")
-def test_the_last_level_is_the_product_of_all_features(
-    backend: str, dtype: torch.dtype, x_dtype: torch.dtype
-) -> None:
+@functools.lru_cache(maxsize=2)
+def beyond_the_levels(
+    dtype: torch.dtype, x_dtype: torch.dtype
+) -> tuple[Query, Rows, PlainIndex, LogitBounds, Tensor]:
     """Rows that differ only beyond the levels, in 3000 features (more than one sum in float, or in
-    32 bits, takes), and a threshold in their midst: every row above it is listed, and of those
-    below only such as rounding cannot tell from it. The compiled kernels have such a level."""
-    n, d, b, eps = 400, 3001, 6, 1e-6
+    32 bits, takes), and a threshold in their midst; not to be written to."""
+    n, d, b = 400, 3001, 6
     g = torch.Generator().manual_seed(5)
     values = torch.rand(n, d, dtype=F64, generator=g)
     values[:, :40] = values[:1, :40]
     unit = UINT8_UNIT if dtype == U8 else (1.0, 0.0)
     data = (values * 255 if dtype == U8 else values).to(dtype)
     rows, index = indexed(data, unit, dims=(8, 16), edges=(8, 16), basis="axes")
-    y, shift = oracle.values(rows), unit[1]
+    y = oracle.values(rows)
     x = (y[:b] + 0.01 * torch.randn(b, d, dtype=F64, generator=g)).to(x_dtype)
-    typical = torch.stack([(q.to(F64) - y).square().sum(1).median() for q in x])
-    sigma = (typical / (2 * math.log(n / eps))).sqrt()
-    query = query_of(x, sigma)
-    found = scan(backend, query, rows, index)
-    t = oracle.logits(query, rows)
-    check_lists(found, t, eps)
-    start, listed, threshold, level = found
+    typical = oracle.squares(x, y).median(1).values
+    query = query_of(x, (typical / (2 * math.log(n / EPS))).sqrt())
+    return query, rows, index, index.bounds(query, EPS), oracle.logits(query, rows)
+
+
+@pytest.mark.parametrize("x_dtype", [F32, F64], ids=["float32", "float64"])
+@over(lambda name: ROW_TYPES if name.startswith("cpu") else (), "dtype")
+def test_the_last_level_is_the_product_of_all_features(
+    backend: str, dtype: torch.dtype, x_dtype: torch.dtype
+) -> None:
+    """Every row above the threshold is listed, and of those below only such as rounding cannot tell
+    from it. The compiled kernels have such a level."""
+    query, rows, index, bounds, t = beyond_the_levels(dtype, x_dtype)
+    (start, listed), threshold, level = harness.bound_scan(backend, query, rows, bounds)
+    check_lists((start, listed, threshold, level), t, EPS)
     # The error of that product, and of a bound (the slack in csrc).
-    pad = (shift - index.center).norm() + index.center.norm()
-    length = (x.to(F64) - index.center).norm(dim=1)
+    pad = (rows.shift - index.center).norm() + index.center.norm()
+    length = (query.x.to(F64) - index.center).norm(dim=1)
     error = U * (length * (300 * index.y_max + 4 * pad) + 300 * index.y_max**2)
     if dtype == U8:  # no sharper than need be: kLastError
-        error = error + 0.04 * sigma**2 * math.log(n / eps)
-    for i in range(b):
+        error = error + 0.04 * query.sigma**2 * math.log(rows.n / EPS)
+    for i in range(len(query.x)):
         mine = listed[start[i] : start[i + 1]]
         assert 100 < len(mine) < 300 and level[i] > 0
-        assert bool((t[i][mine] >= threshold[i] - 2 * error[i] / sigma[i] ** 2).all())
+        off = 2 * error[i] / query.sigma[i] ** 2
+        assert bool((t[i][mine] >= threshold[i] - off).all())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 
-import torch
 from torch import Tensor
 
 from memokern.backends.cpu import dense, listed, native
@@ -52,7 +51,7 @@ class Cpu(Backend):
         return str(native.module().isa())
 
     def detail(self) -> str:
-        threads = torch.get_num_threads() if native.module().openmp else 1
+        threads = native.threads() if native.module().openmp else 1
         return f"compiled kernels, {self.isa()}, {threads} thread{'s' if threads > 1 else ''}"
 
     def posterior_state(self, query: Query, rows: Rows) -> State:

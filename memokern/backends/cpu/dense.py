@@ -10,8 +10,8 @@ from memokern.backends.cpu.native import (
     module,
     native_query,
     native_rows,
-    pointer,
     row_types,
+    threads,
 )
 from memokern.calls import Gradients, Query, Rows, State, Sums
 from memokern.calls.checks import check_neighbours, prepared, prepared_x
@@ -24,7 +24,7 @@ def posterior(query: Query, rows: Rows) -> Sums:
     q = prepared(query, rows)
     native, keep = native_rows(rows)
     sums = empty_sums(q)
-    module().posterior(native, native_query(q), addresses(sums), torch.get_num_threads())
+    module().posterior(native, native_query(q), addresses(sums), threads())
     del keep
     return sums if q.x.dtype == query.x.dtype else sums._replace(mean=sums.mean.to(query.x.dtype))
 
@@ -36,7 +36,7 @@ def posterior_state(query: Query, rows: Rows) -> State:
     columns = [torch.empty_like(q.sigma) for _ in range(6)]
     center = torch.empty(rows.dim, dtype=_F64)
     state = State._make([*columns, torch.empty_like(q.x), center])
-    module().posterior_state(native, native_query(q), addresses(state), torch.get_num_threads())
+    module().posterior_state(native, native_query(q), addresses(state), threads())
     del keep
     return state
 
@@ -56,8 +56,9 @@ def small_mean(
         center.data_ptr(), sq_norms.data_ptr(),
     )  # fmt: skip
     module().small_mean(
-        native, x.data_ptr(), x.dtype == _F64, x.numel() // d, numbers, pointer(log_weights),
-        mean.data_ptr(), torch.get_num_threads(),
+        native, x.data_ptr(), x.dtype == _F64, x.numel() // d, numbers,
+        0 if log_weights is None else log_weights.data_ptr(), mean.data_ptr(),
+        threads(),
     )  # fmt: skip
     return mean
 
@@ -72,7 +73,7 @@ def posterior_backward(query: Query, rows: Rows, sums: Sums, grads: Sums) -> Gra
     known, given, out = in_float64(sums), in_float64(grads), empty_gradients(q)
     module().posterior_backward(
         native, native_query(q), addresses(known), addresses(given), native_gradients(out, q),
-        torch.get_num_threads(),
+        threads(),
     )  # fmt: skip
     del keep
     return out._replace(x=out.x.to(query.x.dtype))
@@ -109,7 +110,7 @@ def nearest(x: Tensor, rows: Rows, k: int) -> tuple[Tensor, Tensor]:
     index = torch.empty(q.shape[0], k, dtype=torch.int64)
     module().nearest(
         native, q.data_ptr(), q.dtype == _F64, q.shape[0], k, sq_dist.data_ptr(),
-        index.data_ptr(), torch.get_num_threads(),
+        index.data_ptr(), threads(),
     )  # fmt: skip
     del keep
     return sq_dist, index

@@ -13,7 +13,7 @@ from memokern.backends.cpu.dense import (
     in_float64,
     native_gradients,
 )
-from memokern.backends.cpu.native import addresses, module, native_query, native_rows
+from memokern.backends.cpu.native import addresses, module, native_query, native_rows, threads
 from memokern.calls import Gradients, LogitBounds, Query, RowLists, Rows, Scan, Sums
 from memokern.calls.checks import bands_of, prepared, prepared_bounds, prepared_lists
 
@@ -31,7 +31,7 @@ def bound_scan(query: Query, rows: Rows, bounds: LogitBounds) -> Scan:
     threshold, level = torch.empty(b, dtype=_F64), torch.empty(b, dtype=torch.int64)
     found = module().bound_scan(
         native, native_query(q), _native_bounds(held, dims, first_band), start.data_ptr(),
-        threshold.data_ptr(), level.data_ptr(), torch.get_num_threads(),
+        threshold.data_ptr(), level.data_ptr(), threads(),
     )  # fmt: skip
     index = torch.empty(found.count, dtype=torch.int64)
     found.copy(index.data_ptr())
@@ -55,7 +55,7 @@ def posterior_listed(query: Query, rows: Rows, lists: RowLists) -> Sums:
     native, keep = native_rows(rows._replace(center=None, sq_norms=None))
     held, sums = prepared_lists(lists, q.x.shape[0]), empty_sums(q)
     module().posterior_listed(
-        native, native_query(q), _native_lists(held), addresses(sums), torch.get_num_threads()
+        native, native_query(q), _native_lists(held), addresses(sums), threads()
     )
     del keep
     return sums._replace(mean=sums.mean.to(query.x.dtype))
@@ -73,7 +73,7 @@ def posterior_listed_backward(query: Query, rows: Rows, lists: RowLists, grads: 
     out = empty_gradients(q)
     module().posterior_listed_backward(
         native, native_query(q), _native_lists(held), addresses(given), native_gradients(out, q),
-        torch.get_num_threads(),
+        threads(),
     )  # fmt: skip
     del keep
     return out._replace(x=out.x.to(query.x.dtype))

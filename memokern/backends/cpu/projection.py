@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from memokern.backends.cpu.native import addresses, module
+from memokern.backends.cpu.native import addresses, module, threads
 
 _F64 = torch.float64
 
@@ -66,6 +66,6 @@ class CosineProjection:
         out = (z, norms, alpha.new_empty(b), alpha.new_empty(b))
         module().project(
             self._native, x.data_ptr(), alpha.data_ptr(), b, addresses(out),
-            torch.get_num_threads(),
+            threads(),
         )  # fmt: skip
         return out

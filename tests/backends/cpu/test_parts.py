@@ -66,10 +66,11 @@ def test_threads(b: int, d: int, threads) -> None:
         outputs[i] = run()
 
     workers = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    with harness.poisoned():  # which is a setting of the process: no thread may change it
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
     for out in outputs:
         compare.equal(out, results[1])
 

@@ -43,7 +43,8 @@ def call(b: int, n: int, d: int, dtype: torch.dtype, sigma: float) -> tuple[Quer
     g = torch.Generator().manual_seed(b + n + d)
     rows = Rows(torch.randn(n, d, generator=g).to(dtype))
     rows.data[n // 2] = rows.data[0]
-    x = 0.9 * rows.data.to(F64)[torch.arange(b) % n] + sigma * torch.randn(b, d, dtype=F64, generator=g)
+    noise = torch.randn(b, d, dtype=F64, generator=g)
+    x = 0.9 * rows.data.to(F64)[torch.arange(b) % n] + sigma * noise
     bias = torch.randn(n, dtype=F64, generator=g)
     bias[n // 2], bias[n // 3] = bias[0], -math.inf
     columns = [torch.full((b,), v, dtype=F64) for v in (sigma, 0.9, 1.3)]
