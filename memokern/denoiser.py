@@ -14,6 +14,7 @@ from memokern.data.training_set import TrainingSet
 from memokern.processes import EDM, Process
 from memokern.regularizers import Prediction, Regularizer
 from memokern.results import Certificate
+from memokern.util.held import Held
 
 PREDICTIONS = ("x0", "eps", "v", "score", "velocity")
 BOUNDS = [field.name for field in fields(Certificate)]
@@ -100,6 +101,8 @@ class Denoiser(nn.Module):
         self.register_buffer("labels", data.labels)
         self.register_buffer("log_weights", data.log_weights)
         self._data = data
+        self._held = Held(self._buffers)
+        self._spare: tuple[Held, TrainingSet, dict[int, Any]] | None = None
         # For labels that were asked for: which rows have them, and these rows.
         self._classes: dict[int, tuple[Tensor, TrainingSet]] = {}
 
@@ -107,8 +110,25 @@ class Denoiser(nn.Module):
 
     @property
     def data(self) -> TrainingSet:
-        """The training set, on the buffers' device."""
+        """The training set, on the buffers' device. It is made anew where a buffer is another one
+        (assigned, of torch.func.functional_call, of a replica) or was written to in place."""
+        changed = self._held.changed(self._buffers)
+        if changed == {"rows"} and self._held.tensors["rows"] is self.rows:
+            # Written to, which the training set sees itself.
+            self._held, self._classes = Held(self._buffers), {}
+        elif changed:
+            # Where the buffers come back, as after functional_call, so does what is known of them.
+            spare, self._spare = self._spare, (self._held, self._data, self._classes)
+            if spare is not None and not spare[0].changed(self._buffers):
+                self._held, self._data, self._classes = spare
+            else:
+                known = [self._data.scale, self._data.shift]
+                self._renew(*(self.affine.tolist() if "affine" in changed else known))
         return self._data
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._held, self._spare = Held(self._buffers), None  # copies count from 0
 
     @staticmethod
     def _affine(data: TrainingSet) -> Tensor:
@@ -126,7 +146,7 @@ class Denoiser(nn.Module):
             name=self._name,
             check=False,
         )
-        self._classes = {}
+        self._held, self._classes = Held(self._buffers), {}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Denoiser:
         rows, exact = self.rows, {"affine": self.affine, "log_weights": self.log_weights}
@@ -186,6 +206,7 @@ class Denoiser(nn.Module):
             affine = [known.scale, known.shift] if self.affine.is_meta else self.affine.tolist()
             self._renew(*affine)
 
+    @torch.inference_mode(False)  # what is kept must serve calls that record a gradient
     def _of_label(self, label: int) -> tuple[Tensor, TrainingSet]:
         """The indices of the rows with this label, and those rows."""
         known = self._classes.get(label)
@@ -200,7 +221,7 @@ class Denoiser(nn.Module):
 
     def _time(self, x: Tensor, t: float | Tensor) -> Tensor:
         r"""t as scalar or [\*batch] float64; other samplers give it as [\*batch, 1, ..., 1]."""
-        return validate.broadcastable("t", t, validate.batch_shape(x, self._data), x.device)
+        return validate.broadcastable("t", t, validate.batch_shape(x, self.data), x.device)
 
     def evaluate(
         self,
@@ -234,7 +255,7 @@ class Denoiser(nn.Module):
         time = self._time(x, t)
         sigma, alpha = self.process.sigma(time), self.process.alpha(time)
         if label is None:
-            return self._evaluate(x, self._data, sigma, alpha, bias, certificate)
+            return self._evaluate(x, self.data, sigma, alpha, bias, certificate)
         if self.rows.is_meta:
             raise RuntimeError(
                 "labels choose rows by their values, and a Denoiser on the meta device has none:"
@@ -247,7 +268,7 @@ class Denoiser(nn.Module):
             index, rows = self._of_label(int(labels))
             chosen = None if bias is None else bias[index]
             return self._evaluate(x, rows, sigma, alpha, chosen, certificate)
-        batch = validate.batch_shape(x, self._data)
+        batch = validate.batch_shape(x, self.data)
         if labels.shape != batch:
             raise ValueError(
                 f"expected label as one integer or one per query {tuple(batch)}, got"
