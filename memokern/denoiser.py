@@ -14,12 +14,10 @@ from memokern.edm_network import EVERY_ROW, EDMNetwork, Label, label_numbers
 from memokern.processes import EDM, Process
 from memokern.regularizers import Prediction, Query, Regularizer
 from memokern.regularizers.joined import joined
-from memokern.util.torch_internals import traced
-from memokern.validate import wide
+from memokern.util.held import Held
+from memokern.velocity import held_at_data, velocity
 
 PREDICTIONS = ("x0", "eps", "v", "score", "velocity")
-# The noise level at which slopes stand for those at sigma = 0.
-NEAR_ZERO = 1e-6
 
 
 class Denoiser(EDMNetwork, nn.Module):
@@ -117,6 +115,8 @@ class Denoiser(EDMNetwork, nn.Module):
         # What pipelines ask for a network's type; state_dict leaves it out.
         kind = torch.empty(0, dtype=data.compute_dtype, device=data.device)
         self.kind = nn.Parameter(kind, requires_grad=False)
+        self._held = Held(self._buffers)
+        self._spare: tuple[Held, TrainingSet, dict[int, Any]] | None = None
         # For labels that were asked for: which rows have them, and these rows.
         self._classes: dict[int, tuple[Tensor | slice, TrainingSet]] = {}
 
@@ -124,7 +124,20 @@ class Denoiser(EDMNetwork, nn.Module):
 
     @property
     def data(self) -> TrainingSet:  # type: ignore[override]
-        """The training set, on the buffers' device."""
+        """The training set, on the buffers' device. It is made anew where a buffer is another one
+        (assigned, of torch.func.functional_call, of a replica) or was written to in place."""
+        changed = self._held.changed(self._buffers)
+        if changed == {"rows"} and self._held.tensors["rows"] is self.rows:
+            # Written to, which the training set sees itself.
+            self._held, self._classes = Held(self._buffers), {}
+        elif changed:
+            # Where the buffers come back, as after functional_call, so does what is known of them.
+            spare, self._spare = self._spare, (self._held, self._data, self._classes)
+            if spare is not None and not spare[0].changed(self._buffers):
+                self._held, self._data, self._classes = spare
+            else:
+                known = [self._data.scale, self._data.shift]
+                self._renew(*(self.affine.tolist() if "affine" in changed else known))
         return self._data
 
     @property
@@ -160,7 +173,7 @@ class Denoiser(EDMNetwork, nn.Module):
             name=self._name,
             check=False,
         )
-        self._classes = {}
+        self._held, self._classes = Held(self._buffers), {}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Denoiser:
         rows, exact = self.rows, {"affine": self.affine, "log_weights": self.log_weights}
@@ -223,8 +236,9 @@ class Denoiser(EDMNetwork, nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: rows that are the training set's memory go with it, once."""
-        state = {**self.__dict__, "_classes": {}}
-        if self.rows.data_ptr() == self._data.rows.data_ptr():
+        shared = self.rows.data_ptr() == self.data.rows.data_ptr()
+        state = {**self.__dict__, "_classes": {}, "_held": None, "_spare": None}
+        if shared:
             state["_buffers"] = {**self._buffers, "rows": None}
         return state
 
@@ -233,7 +247,9 @@ class Denoiser(EDMNetwork, nn.Module):
         if self._buffers["rows"] is None:
             data = self._data
             self._buffers["rows"] = data.rows.reshape((data.n, *data.shape))
+        self._held = Held(self._buffers)  # copies count from 0
 
+    @torch.inference_mode(False)  # what is kept must serve calls that record a gradient
     def _of_label(self, label: int) -> tuple[Tensor | slice, TrainingSet]:
         """Which rows have this label, as an index, and those rows."""
         known_labels = self._data.labels
@@ -251,7 +267,7 @@ class Denoiser(EDMNetwork, nn.Module):
 
     def _time(self, x: Tensor, t: float | Tensor) -> Tensor:
         r"""t as scalar or [\*batch] float64; other samplers give it as [\*batch, 1, ..., 1]."""
-        return validate.broadcastable("t", t, validate.batch_shape(x, self._data), x.device)
+        return validate.broadcastable("t", t, validate.batch_shape(x, self.data), x.device)
 
     def evaluate(
         self,
@@ -287,13 +303,13 @@ class Denoiser(EDMNetwork, nn.Module):
         time = self._time(x, t)
         sigma, alpha = self.process.sigma(time), self.process.alpha(time)
         if label is None:
-            return self._evaluate(x, self._data, sigma, alpha, bias, certificate)
+            return self._evaluate(x, self.data, sigma, alpha, bias, certificate)
         if self.rows.is_meta:
             raise RuntimeError(
                 "labels choose rows by their values, and a Denoiser on the meta device has none:"
                 " load a state first, or leave label out"
             )
-        batch = validate.batch_shape(x, self._data)
+        batch = validate.batch_shape(x, self.data)
         labels = label_numbers(label, batch, self)
         if labels.dim() == 0:
             index, rows = self._of_label(int(labels))
@@ -353,27 +369,11 @@ class Denoiser(EDMNetwork, nn.Module):
         `evaluate`."""
         query = validate.computable(x)
         if self.prediction == "velocity":
-            return self._velocity(query, self._time(query, t), label, bias).to(x.dtype)
+            time = held_at_data(self.process, self._time(query, t))
+            found = self.evaluate(query, time, label, bias=bias)
+            return velocity(found, self.process, time).to(x.dtype)
         out: Tensor = getattr(self.evaluate(query, t, label, bias=bias), self.prediction)
         return out.to(x.dtype)
-
-    def _velocity(self, x: Tensor, time: Tensor, label: Label, bias: Tensor | None) -> Tensor:
-        """dx/dt of the probability flow, also at the data and a little past them."""
-        process = self.process
-        length = process.t_noise - process.t_data
-        past = (process.t_data - time) / length
-        time = torch.where((past > 0) & (past <= 1), process.t_data, time)
-        found = self.evaluate(x, time, label, bias=bias)
-        d_alpha, d_sigma = process.d_alpha(time), process.d_sigma(time)
-        velocity = found.velocity(d_alpha, d_sigma)
-        singular = (found.sigma == 0) & ~torch.isfinite(d_sigma)
-        if not traced(singular) and bool(singular.any()):
-            # sigma' eps = -sigma sigma' score, and sigma sigma' has a limit where sigma' has none.
-            near = process.time_of_sigma(NEAR_ZERO).to(time.device)
-            slope = wide(process.sigma(near) * process.d_sigma(near), x)
-            score = torch.nan_to_num(found.score, nan=0.0, posinf=0.0, neginf=0.0)
-            velocity = torch.where(wide(singular, x) != 0, velocity - slope * score, velocity)
-        return velocity
 
     def extra_repr(self) -> str:
         return (

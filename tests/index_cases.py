@@ -83,5 +83,5 @@ class PlainIndex:
 
 def with_index(data, **kwargs):
     """The data set, indexed."""
-    data._index = PlainIndex(data, **kwargs)
+    data._derived.index = PlainIndex(data, **kwargs)
     return data

@@ -120,7 +120,7 @@ class PlainIndex:
 
 def with_index(data: TrainingSet, **kwargs: object) -> TrainingSet:
     """The data set, indexed plainly."""
-    data._index = PlainIndex(data.as_rows(), **kwargs)
+    data._derived.index = PlainIndex(data.as_rows(), **kwargs)
     return data
 
 

@@ -35,7 +35,7 @@ LAYERS = (
     ("results",),
     ("functional", "partial"),
     ("processes", "regularizers", "memorization"),
-    ("edm_network",),
+    ("edm_network", "velocity"),
     ("denoiser",),
     ("samplers", "likelihood"),
     ("training", "integrations"),

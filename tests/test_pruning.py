@@ -188,8 +188,8 @@ def test_the_property_notices_rounding_that_is_not_paid_for():
     data = TrainingSet(rows)
     index = PlainIndex(data, dims=(k0, k), basis=torch.eye(d, dtype=F64))
     # The set's own center would take the common 1000 away, and with it the rounding.
-    data._center = torch.zeros(d, dtype=F64)
-    data._sq_norms = None
+    data._derived._center = torch.zeros(d, dtype=F64)
+    data._derived._sq_norms = None
     index = PlainIndex(data, dims=(k0, k), basis=torch.eye(d, dtype=F64))
     x = rows[:2].clone()
     holds(data, index, x, 0.05)

@@ -54,7 +54,7 @@ def problems(draw):
     wide = draw(st.booleans())
     data = TrainingSet(rows if wide else rows.float())
     if draw(st.booleans()):
-        data._index = PlainIndex(
+        data._derived.index = PlainIndex(
             data, storage=draw(st.sampled_from([torch.float16, torch.float32]))
         )
     elif d > 16:
@@ -142,7 +142,7 @@ def test_a_bound_that_is_too_small_is_noticed():
     data = TrainingSet(rows)
     x = rows[:1].clone()
     x[:, :20] = rows[1, :20]  # in the first coordinates it is another row
-    index = data._index = PlainIndex(data, dims=(4, 8), basis=torch.eye(24, dtype=F64))
+    index = data._derived.index = PlainIndex(data, dims=(4, 8), basis=torch.eye(24, dtype=F64))
     want = memokern.nearest(x, data, method="dense").index
     assert want == 0 and torch.equal(pruned(x, data, 1)[1], want)
     index.coarse[0, index.dims[0] :] = 0.0

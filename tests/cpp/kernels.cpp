@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "memokern/abi.h"
+#include "memokern/state.h"
 
 using namespace memokern;
 typedef std::vector<double> Doubles;
@@ -94,7 +95,7 @@ struct Truth {  // of one query
   }
 };
 
-static double worst[5];  // mean, log_z, grad_x, nearest, support: error over its bound
+static double worst[6];  // error over its bound: mean, log_z, grad_x, nearest, listed, joined states
 static void note(int what, double error, double bound, const Case& c) {
   const double ratio = error / bound;
   if (!(ratio <= worst[what])) worst[what] = ratio;
@@ -102,6 +103,67 @@ static void note(int what, double error, double bound, const Case& c) {
     std::printf("operation %d: error %g, bound %g: N=%d D=%d B=%d type=%d f64=%d sigma=%g\n", what, error,
                 bound, (int)c.n, (int)c.d, (int)c.b, c.type, c.f64, c.sigma);
 }
+
+struct Numbers {  // float or double, as a kernel computes
+  Doubles wide;
+  std::vector<float> narrow;
+  bool f64;
+  Numbers(int64_t n, bool f64) : wide(f64 ? n : 0), narrow(f64 ? 0 : n), f64(f64) {}
+  void* data() { return f64 ? (void*)wide.data() : (void*)narrow.data(); }
+  double at(int64_t i) const { return f64 ? wide[i] : narrow[i]; }
+  Doubles values() const { return f64 ? wide : Doubles(narrow.begin(), narrow.end()); }
+};
+static Sums sums_of(Numbers& mean, Doubles& stats, int64_t b) {
+  return {mean.data(), &stats[0], &stats[b], &stats[2 * b], &stats[3 * b]};
+}
+
+struct Joined {  // the states of two parts of the rows, merged and normalised
+  Doubles mean, log_z;
+  int failed;
+  Joined(const Table& table, const Rows& rows, const Queries& in) : log_z(in.b), failed(0) {
+    const int64_t D = rows.d, cut = rows.n / 3;
+    Doubles columns[2], center[2];
+    Numbers acc[2] = {Numbers(in.b * D, in.f64), Numbers(in.b * D, in.f64)};
+    for (int i = 0; i < 2; i++) {
+      Rows part = rows;
+      Queries q = in;
+      part.n = i ? rows.n - cut : cut;
+      if (part.n == 0) part.n = rows.n;  // of a single row both parts are the whole
+      const int64_t first = i ? rows.n - part.n : 0, bytes[] = {8, 4, 2, 2, 1};
+      part.data = (const char*)rows.data + first * rows.stride * bytes[rows.type];
+      if (in.bias) q.bias = in.bias + first;
+      columns[i].resize(6 * in.b);
+      center[i].resize(D);
+      double* at = columns[i].data();
+      const States to = {at,
+                         at + in.b,
+                         at + 2 * in.b,
+                         at + 3 * in.b,
+                         at + 4 * in.b,
+                         at + 5 * in.b,
+                         acc[i].data(),
+                         center[i].data()};
+      failed |= table.posterior_state(part, q, to, 2);
+    }
+    for (int64_t b = 0; b < in.b; b++) {
+      State s[2];
+      for (int i = 0; i < 2; i++) {
+        const double* at = columns[i].data() + b;
+        s[i] = {at[0], at[in.b], at[2 * in.b], at[3 * in.b], at[4 * in.b], at[5 * in.b]};
+      }
+      const double weight[2] = {s[0].s, s[1].s};
+      double f[2];
+      merge(s[0], s[1], f[0], f[1]);
+      log_z[b] = s[0].m + std::log(s[0].s) - (cut == 0 ? std::log(2) : 0);
+      for (int64_t d = 0; d < D; d++) {
+        double sum = 0;
+        for (int i = 0; i < 2; i++)
+          if (f[i] != 0) sum += f[i] * (acc[i].at(b * D + d) + weight[i] * center[i][d]);
+        mean.push_back(sum / s[0].s);
+      }
+    }
+  }
+};
 
 static void check(const Table& table, const Case& c) {
   Data data(c);
@@ -119,59 +181,42 @@ static void check(const Table& table, const Case& c) {
     }
   }
   const void* query = c.f64 ? (const void*)x.data() : (const void*)xf.data();
-  const Queries in = {query,    c.b, sigma.data(), alpha.data(), one.data(), c.bias ? bias.data() : nullptr,
-                      kGaussian};
-  Doubles m64(c.b * c.d), stats(4 * c.b), s64(c.b * c.d), stats2(4 * c.b), gx64(c.b * c.d), g3(3 * c.b),
-      gb(c.n);
-  std::vector<float> m32(c.b * c.d), s32(c.b * c.d), gx32(c.b * c.d);
-  const Posterior out = {c.f64 ? (void*)m64.data() : (void*)m32.data(), &stats[0], &stats[c.b],
-                         &stats[2 * c.b], &stats[3 * c.b]};
-  int failed = table.posterior(data.rows, in, out, c.f64, 2);
-  if (!c.f64)
-    for (size_t i = 0; i < m32.size(); i++) m64[i] = m32[i];
-  const Gradients io = {m64.data(),
-                        &stats[0],
-                        &stats[c.b],
-                        &stats[2 * c.b],
-                        &stats[3 * c.b],
-                        g.data(),
-                        zero.data(),
-                        zero.data(),
-                        zero.data(),
-                        zero.data(),
-                        c.f64 ? (void*)gx64.data() : (void*)gx32.data(),
-                        &g3[0],
-                        &g3[c.b],
-                        &g3[2 * c.b],
-                        c.bias ? gb.data() : nullptr};
-  failed |= table.backward(data.rows, in, io, c.f64, 2);
-  if (!c.f64)
-    for (size_t i = 0; i < gx32.size(); i++) gx64[i] = gx32[i];
+  const double* row_bias = c.bias ? bias.data() : nullptr;
+  const Queries in = {query, c.f64, c.b, sigma.data(), alpha.data(), one.data(), row_bias, kGaussian};
+  Numbers mean(c.b * c.d, c.f64), listed_mean(c.b * c.d, c.f64), grad_x(c.b * c.d, c.f64);
+  Doubles stats(4 * c.b), listed_stats(4 * c.b), grads(3 * c.b), grad_bias(c.n);
+  int failed = table.posterior(data.rows, in, sums_of(mean, stats, c.b), 2);
+  const Doubles mean64 = mean.values();
+  const SumsIn forward = {mean64.data(), &stats[0], &stats[c.b], &stats[2 * c.b], &stats[3 * c.b]};
+  const SumsIn given = {g.data(), zero.data(), zero.data(), zero.data(), zero.data()};
+  const Gradients out = {grad_x.data(), &grads[0], &grads[c.b], &grads[2 * c.b],
+                         c.bias ? grad_bias.data() : nullptr};
+  failed |= table.posterior_backward(data.rows, in, forward, given, out, 2);
   const int64_t k = std::min<int64_t>(2, c.n);
   Doubles dist(c.b * k);
   std::vector<int64_t> index(c.b * k), start(c.b + 1), list;
-  Queries plain = in;
-  plain.alpha = one.data();
-  failed |= table.nearest(data.rows, plain, {k, dist.data(), index.data()}, c.f64, 2);
+  failed |= table.nearest(data.rows, in, {dist.data(), index.data(), k}, 2);
   for (int64_t b = 0; b < c.b; b++) {
     for (int64_t n = 0; n < c.n; n++) list.push_back(n);
     start[b + 1] = (int64_t)list.size();
   }
-  const Posterior out2 = {c.f64 ? (void*)s64.data() : (void*)s32.data(), &stats2[0], &stats2[c.b],
-                          &stats2[2 * c.b], &stats2[3 * c.b]};
-  failed |= table.support(data.rows, in, {start.data(), list.data(), (int64_t)list.size()}, out2, c.f64, 2);
+  const RowLists lists = {start.data(), list.data(), (int64_t)list.size()};
+  failed |= table.posterior_listed(data.rows, in, lists, sums_of(listed_mean, listed_stats, c.b), 2);
+  const Joined joined(table, data.rows, in);
+  failed |= joined.failed;
   if (failed) std::exit(2);
   const double u = c.f64 ? 1e-12 : 1e-5;  // weights to 1e-4 and means to 1e-5 in float
   for (int64_t b = 0; b < c.b; b++) {
     const Doubles gq(g.begin() + b * c.d, g.begin() + (b + 1) * c.d);
     const Truth t(c, data.y, &x[b * c.d], alpha[b], bias, gq), near(c, data.y, &x[b * c.d], 1, bias, gq);
-    double size = 0, off = 0, off2 = 0, gs = 0, goff = 0, spread = 0, gn = 0;
+    double size = 0, off = 0, off2 = 0, off3 = 0, gs = 0, goff = 0, spread = 0, gn = 0;
     for (double v : data.y) size = std::max(size, std::fabs(v));
     for (int64_t d = 0; d < c.d; d++) {
-      off = std::max(off, std::fabs(m64[b * c.d + d] - t.mean[d]));
-      off2 = std::max(off2, std::fabs((c.f64 ? s64[b * c.d + d] : s32[b * c.d + d]) - t.mean[d]));
+      off = std::max(off, std::fabs(mean.at(b * c.d + d) - t.mean[d]));
+      off3 = std::max(off3, std::fabs(joined.mean[b * c.d + d] - t.mean[d]));
+      off2 = std::max(off2, std::fabs(listed_mean.at(b * c.d + d) - t.mean[d]));
       gs += t.grad[d] * t.grad[d];
-      goff += (gx64[b * c.d + d] - t.grad[d]) * (gx64[b * c.d + d] - t.grad[d]);
+      goff += (grad_x.at(b * c.d + d) - t.grad[d]) * (grad_x.at(b * c.d + d) - t.grad[d]);
       gn += gq[d] * gq[d];
     }
     for (int64_t n = 0; n < c.n; n++)
@@ -193,6 +238,8 @@ static void check(const Table& table, const Case& c) {
     for (double v : near.r2) first = std::min(first, v);
     note(3, std::fabs(dist[b * k] - first), 1e-13 * (1 + first), c);
     note(4, off2, (c.f64 ? 1e-12 : 2e-7) * size, c);
+    note(5, off3, u * size, c);
+    note(5, std::fabs(joined.log_z[b] - t.log_z), (c.f64 ? 1e-12 : 1e-6) * (10 + std::fabs(t.log_z)), c);
   }
 }
 
@@ -207,9 +254,10 @@ int main() {
             check(table, {n, d, b, type, type == kF64, cases % 3 == 0 && n > 4, sigma});
             cases++;
           }
-  const char* names[] = {"posterior mean", "posterior log_z", "gradient for x", "nearest", "sums over lists"};
+  const char* names[] = {"posterior mean", "posterior log_z", "gradient for x",
+                         "nearest",        "sums over lists", "joined states"};
   bool good = true;
-  for (int i = 0; i < 5; i++) {
+  for (int i = 0; i < 6; i++) {
     std::printf("%-16s largest error %.3f of its bound\n", names[i], worst[i]);
     good &= worst[i] <= 1;
   }

@@ -1,5 +1,6 @@
 // The two matrix products of a sweep for up to DIRECT_B queries. They read the rows as they are stored:
-// nothing is packed, since each row serves too few operations to pay for it.
+// nothing is packed, since each row serves too few operations to pay for it. u = raw + offset, as in
+// source-inl.h.
 #pragma once
 #include "cpu/core/tile-inl.h"
 
@@ -124,7 +125,7 @@ struct Direct {
       which[count] = t.n0 + j;
       count += any;
     }
-    // With one query, as many lines as leave room for the rows in L2.
+    // With one query a line at a step is asked for, which leaves its rows room in L2.
     const int64_t ahead = pl.B == 1 ? 1 : next.lines_per_step((pl.B - b + 3) / 4 * count * (pl.D / (N * W)));
     acc += b * pl.Dp;
     for (; d + N * W <= pl.D; d += N * W) {

@@ -28,8 +28,8 @@ struct Precision<double> {
 };
 
 // A tile's logits are handled as t = (l + |xc|^2 / (2 sigma^2)) / T, which is l / T without the part that all
-// rows share, so that a float holds what differs. At sigma = 0, and with weighting "log", t is (|xc|^2 - r^2)
-// / 2.
+// rows share, so that a float holds what differs. At sigma = 0, and with weighting "log", t is half of
+// |xc|^2 - r^2.
 template <class R>
 struct Query {
   const R* x;  // [D] as given

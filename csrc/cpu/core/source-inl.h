@@ -20,9 +20,8 @@ struct Source {
 
 MK_INLINE int64_t size_of(int type) { return type == kF64 ? 8 : type == kF32 ? 4 : type == kU8 ? 1 : 2; }
 
-// The type of the rows is looked up once per sweep: each function below has one instance for each of them,
-// and a
-// `*_for(src)` that returns the right one.
+// The type of the rows is looked up once per sweep. Each function below has an instance for each type, and a
+// function `..._for(src)` returns the right one.
 #define MK_BY_TYPE(R, call)            \
   switch (src.rows.type) {             \
     case kF32: return call<R, float>;  \
@@ -32,7 +31,7 @@ MK_INLINE int64_t size_of(int type) { return type == kF64 ? 8 : type == kF32 ? 4
     default: return call<R, double>;   \
   }
 
-// Features d0 .. d0 + cnt of row n, as raw + offset, into dst.
+// Writes the features d0 .. d0 + cnt of row n to dst, as raw + offset.
 template <class R, class S>
 MK_INLINE void fetch(const Source<R>& src, int64_t n, int64_t d0, int64_t cnt, R* dst) {
   enum { W = Vec<R>::W };
@@ -118,7 +117,7 @@ static typename Exact<R>::F exact_for(const Source<R>& src) {
   MK_BY_TYPE(R, exact_typed)
 }
 
-// The values of row n as they were given, not centred, in double.
+// Writes the values of row n to dst in double, as they were given and not centred.
 template <class R, class S>
 static void values_typed(const Source<R>& src, int64_t n, double* dst) {
   enum { W = Vec<double>::W };

@@ -3,9 +3,9 @@
 // a vector.
 //
 // The vectors are those of GCC and Clang. Nothing here, nor in any file that includes this one, comes from
-// the C++ library, and every function is `static` or in the namespace of its instruction set: of an inline
-// function that several source files have in common the linker keeps one copy for all, and that could be the
-// one compiled for AVX-512.
+// the C++ library, and every function is `static` or in the namespace of its instruction set. The reason is
+// that the linker keeps one copy of an inline function for all source files that have it, and that could be
+// the copy compiled for AVX-512.
 #pragma once
 #include <stdint.h>
 #include <stdlib.h>

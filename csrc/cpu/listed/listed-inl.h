@@ -117,8 +117,7 @@ static Query<double> listed_query(const Queries& in, const double* x, int64_t b,
   return q;
 }
 
-// The state of `count` rows n of a piece. t holds their squared distances and becomes their weights e^(v -
-// m).
+// The state of the `count` rows n of a piece. t holds their squared distances, and becomes their weights.
 static State weigh_listed(const Query<double>& q, const double* bias, const int64_t* n, double* t,
                           int64_t count) {
   State st = empty_state();

@@ -11,8 +11,8 @@ struct Output {
   const States* states;
 };
 
-// log_z, mean_logit, mean_bias and weight_sq of query b. A query without rows that have weight has log_z =
-// -inf and knows nothing else; one that is not finite knows nothing at all.
+// Writes log_z, mean_logit, mean_bias and weight_sq of query b. A query without rows that have weight has
+// log_z = -inf and knows nothing else; one that is not finite knows nothing at all.
 template <class R>
 static void write_stats(const Query<R>& q, const State& st, int64_t b, const Sums& out) {
   const double nan = __builtin_nan("");
@@ -42,7 +42,7 @@ static void write_stats(const Query<R>& q, const State& st, int64_t b, const Sum
   out.weight_sq[b] = weight_sq;
 }
 
-// The state of query b, but for its accumulator, as memokern/calls/state.py defines it.
+// Writes the state of query b, but for its accumulator, as memokern/calls/state.py defines it.
 template <class R>
 static void write_state(const Query<R>& q, const State& st, int64_t b, const States& out) {
   const double nan = __builtin_nan("");
@@ -56,8 +56,8 @@ static void write_state(const Query<R>& q, const State& st, int64_t b, const Sta
   out.s_sq[b] = v.s_sq;
 }
 
-// All results of query b. run(d) is where its accumulator has the features d .. d + 2 W, d a multiple of 2 W;
-// `unit` is what a unit of the accumulator is in those of the rows' values.
+// Writes all results of query b. run(d) is where its accumulator has the features d .. d + 2 W, d a multiple
+// of 2 W; multiplied by `unit` they are in the units of the rows' values.
 template <class R, class Run>
 static void finish(const Source<R>& src, const Query<R>& q, const State& st, double unit, Run run, int64_t b,
                    const Output& out) {

@@ -64,7 +64,8 @@ static int posterior_general(const CentredRows<R>& c, const Queries& in, const O
   return kDone;
 }
 
-// The queries that the sweep of few features handed back: gathered, swept in general, and scattered.
+// Gathers the queries that the sweep of few features handed back, sweeps them in general, and scatters the
+// results.
 template <class R>
 static int posterior_handed_back(const CentredRows<R>& c, const Queries& in, const Output& out, double b_max,
                                  int threads, const char* handed_back, int64_t count) {

@@ -4,8 +4,9 @@
 // A part owns a range of queries and sweeps all rows in chunks of SMALL_ROWS. For each chunk and vector of
 // queries it computes logits by direct differences into L1, then the largest one, then exponentials and sums
 // in registers. A query's result depends on nothing but the rows: neither on the threads, nor on how the
-// batch is split. Queries whose logits a float cannot hold (small sigma, large bias), or that have a limit to
-// take, are handed back for the general sweep, which evaluates exactly.
+// batch is split. Queries whose logits a float cannot hold (small sigma, large bias), and those without a
+// softmax (sigma = 0, numbers that are not finite, no row with weight), are handed back for the general
+// sweep.
 #pragma once
 #include "cpu/posterior/finish-inl.h"
 

@@ -1,8 +1,8 @@
 // One sweep: rows n0 .. n1 for a block of queries.
 //
 // A part (a thread) owns a range of rows, or of query blocks, and streams tiles of NT rows. After each tile,
-// m of a query's state is the largest logit seen, s the sum of e^(v - m), and its accumulator the sum of e^(v
-// - m) (y - center), so that center + acc / s is the mean so far. The rows are read once for each block of
+// m of a query's state is the largest v = l / T seen, s the sum of w = e^(v - m), and the accumulator the sum
+// of w (y - center), so that center + acc / s is the mean so far. The rows are read once for each block of
 // queries; no array is N x B.
 #pragma once
 #include "cpu/core/products-inl.h"

@@ -20,18 +20,19 @@ enum {
   SCAN_CHUNK_BYTES = 256 << 10,    // of the bounds of a chunk of rows, which are read again at once, from L2
   SCAN_TILE_ROWS = 10 * ROW_UNIT,  // rows of a tile of the further levels, at most
   SCAN_TILE_NUMBERS = 4096,        // of that tile, about: with a panel of queries and bounds they stay in L1
-  SCAN_LIST_ROWS = 4096,           // that a list may grow to, if it costs less than a sweep for its query
+  SCAN_LIST_ROWS = 4096,           // that any list may grow to before it is cut down
   LOOK_COORDINATES = 16,           // of the first look
   SAMPLE_ROWS = 256,               // that show how long a list would be
   READING_COST = 2,                // of all rows for a sweep, in queries of that sweep, about
   WORTH_EVALUATING = 24            // rows: a longer list pays for an exact logit, or a full product
 };
-// What a listed row costs in cycles per feature, about. The shares of it are those of the full product, for
-// each query and once for all queries that have the row, and those of the index: reading it costs as much as
-// computing on it for so many queries. They come from CIFAR-10 as uint8 and 1 to 64 queries.
+// A listed row costs about kListedCycles for each feature. As shares of that, the full product costs
+// kFullProductShare for each query, and kRowShare once for all queries that have the row. To read the index
+// costs as much as to compute on it for kIndexReading queries. Measured on CIFAR-10 as uint8, 1 to 64
+// queries.
 static const double kListedCycles = 1.3, kFullProductShare = 0.09, kRowShare = 0.6, kIndexReading = 12;
-// What a list becomes shorter by once the whole index has shown better rows than the first look did. It comes
-// from images that were held out, at sigma = 1.9 to 3.3.
+// A list's length, as a share of what it was expected to be, once the whole index has shown better rows than
+// the first look did. It comes from images that were held out, at sigma = 1.9 to 3.3.
 static const double kBetterRows = 0.5;
 // How much the bands count in a guess of s_n, against the coordinates. Bounds alone prefer rows of large
 // norm, coordinates alone those of small norm. On CIFAR-10 with 32 coordinates, 0.15 to 0.3 find the best row

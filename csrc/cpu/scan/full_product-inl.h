@@ -22,7 +22,7 @@ namespace MEMOKERN_ISA_NS {
 
 enum {
   FULL_SUM = 2048,  // features of a product that are added up in float
-  PAIR_SUM = 1024   // features of a sum of 32-bit integers: 64 times 16 lanes of at most 255 * 2^15 each
+  PAIR_SUM = 1024   // features of a sum of 32-bit integers: a lane adds up 64 of at most 2 * 255 * 2^15
 };
 
 struct FullProductQuery {
