@@ -13,7 +13,7 @@ from memokern.calls import merge as merge_states
 from memokern.data.training_set import TrainingSet
 from memokern.results import Posterior
 from memokern.util.torch_internals import traced
-from memokern.validate import PerQuery, checked, log_total
+from memokern.validate import PerQuery, checked, computable, log_total
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +156,7 @@ def posterior_state(
         >>> memokern.merge(left, right).posterior().mean
         tensor([[0.]])
     """
+    x = computable(x)
     asked = checked(x, data, sigma, alpha, temperature, bias, weighting, precision)
     query, rows = asked.query, asked.data.rows
     return PosteriorState(
