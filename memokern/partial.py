@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from memokern import ops
-from memokern.calls import Query, State, to_sums
+from memokern.calls import Query, State, by_key, to_sums
 from memokern.calls import merge as merge_states
 from memokern.data.training_set import TrainingSet
 from memokern.results import Posterior
@@ -107,7 +107,7 @@ def merge(*states: PosteriorState) -> PosteriorState:
     n, log_weight_total = first.n, first.log_weight_total
     for state in rest:
         _require_same_queries(first, state)
-        total = merge_states(total, state.state)
+        total = merge_states(total, state.state, by_key(first.query))
         n += state.n
         log_weight_total = torch.logaddexp(log_weight_total, state.log_weight_total)
     return replace(first, state=total, n=n, log_weight_total=log_weight_total)

@@ -191,13 +191,13 @@ def test_settled_states_can_be_joined_where_the_parts_saw_different_limits(sigma
     limit = State(
         r2.min()[None], 0 * one, one, 0 * one, 0 * one, one, rows.data[at], torch.zeros(2, dtype=F64)
     )
-    got = calls.settled(limit, query)
+    got = oracle.settled(limit, query)
     if sigma == 0.5:  # the other rows have weight, of which this state does not know
         torch.testing.assert_close(got.m, want.m)
     else:
         _same(got, want, "pytorch")
     log = query._replace(weighting="log")
-    assert calls.settled(limit, log) is limit
+    assert oracle.settled(limit, log) is limit
 
 
 def test_derivatives_flow_through_a_merge() -> None:
