@@ -106,7 +106,7 @@ class Denoiser(EDMNetwork, nn.Module):
             data = TrainingSet(data)
         self.process, self.regularizer = process, regularizer
         self.prediction, self.method = prediction, method
-        self._name = data.name
+        self._name, self._persistent = data.name, persistent
         self._data = data
         for name, value in {
             "rows": data.rows.reshape((data.n, *data.shape)),
@@ -195,9 +195,8 @@ class Denoiser(EDMNetwork, nn.Module):
         """Takes the tensors as new buffers, because copying into the old ones would write into the
         caller's training set."""
         found = {k: v for k, v in state_dict.items() if k.startswith(prefix)}
-        left_out = self._non_persistent_buffers_set
-        kept = {k for k, v in self._buffers.items() if v is not None and k not in left_out}
-        names = {prefix + k for k in kept}
+        kept = self._buffers if self._persistent else {}
+        names = {prefix + k for k, v in kept.items() if v is not None}
         missing_keys.extend(sorted(names - found.keys()))
         if strict:
             unexpected_keys.extend(sorted(found.keys() - names))
