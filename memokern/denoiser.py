@@ -15,9 +15,12 @@ from memokern.processes import EDM, Process
 from memokern.regularizers import Prediction, Query, Regularizer
 from memokern.regularizers.joined import joined
 from memokern.util.held import Held
-from memokern.velocity import held_at_data, velocity
+from memokern.util.torch_internals import traced
+from memokern.validate import wide
 
 PREDICTIONS = ("x0", "eps", "v", "score", "velocity")
+# The noise level at which slopes stand for those at sigma = 0.
+NEAR_ZERO = 1e-6
 
 
 class Denoiser(EDMNetwork, nn.Module):
@@ -140,17 +143,6 @@ class Denoiser(EDMNetwork, nn.Module):
                 self._renew(*(self.affine.tolist() if "affine" in changed else known))
         return self._data
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type that pipelines take for x: that of float64 rows, else float32, or what `.to()`
-        asked for."""
-        return self.kind.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the rows, where x has to be."""
-        return self.rows.device
-
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
@@ -236,9 +228,8 @@ class Denoiser(EDMNetwork, nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: rows that are the training set's memory go with it, once."""
-        shared = self.rows.data_ptr() == self.data.rows.data_ptr()
-        state = {**self.__dict__, "_classes": {}, "_held": None, "_spare": None}
-        if shared:
+        state = {**self.__dict__, "_classes": {}}
+        if self.rows.data_ptr() == self._data.rows.data_ptr():
             state["_buffers"] = {**self._buffers, "rows": None}
         return state
 
@@ -247,7 +238,7 @@ class Denoiser(EDMNetwork, nn.Module):
         if self._buffers["rows"] is None:
             data = self._data
             self._buffers["rows"] = data.rows.reshape((data.n, *data.shape))
-        self._held = Held(self._buffers)  # copies count from 0
+        self._held, self._spare = Held(self._buffers), None  # copies count from 0
 
     @torch.inference_mode(False)  # what is kept must serve calls that record a gradient
     def _of_label(self, label: int) -> tuple[Tensor | slice, TrainingSet]:
@@ -309,12 +300,18 @@ class Denoiser(EDMNetwork, nn.Module):
                 "labels choose rows by their values, and a Denoiser on the meta device has none:"
                 " load a state first, or leave label out"
             )
-        batch = validate.batch_shape(x, self.data)
+        batch = validate.batch_shape(x, self._data)
         labels = label_numbers(label, batch, self)
         if labels.dim() == 0:
             index, rows = self._of_label(int(labels))
             chosen = None if bias is None else bias[index]
             return self._evaluate(x, rows, sigma, alpha, chosen, certificate)
+        batch = validate.batch_shape(x, self.data)
+        if labels.shape != batch:
+            raise ValueError(
+                f"expected label as one integer or one per query {tuple(batch)}, got"
+                f" {tuple(labels.shape)}"
+            )
         sigma, alpha = sigma.expand(batch), alpha.expand(batch)
         return self._by_label(x, sigma, alpha, labels, bias, certificate)
 
@@ -369,11 +366,27 @@ class Denoiser(EDMNetwork, nn.Module):
         `evaluate`."""
         query = validate.computable(x)
         if self.prediction == "velocity":
-            time = held_at_data(self.process, self._time(query, t))
-            found = self.evaluate(query, time, label, bias=bias)
-            return velocity(found, self.process, time).to(x.dtype)
+            return self._velocity(query, self._time(query, t), label, bias).to(x.dtype)
         out: Tensor = getattr(self.evaluate(query, t, label, bias=bias), self.prediction)
         return out.to(x.dtype)
+
+    def _velocity(self, x: Tensor, time: Tensor, label: Label, bias: Tensor | None) -> Tensor:
+        """dx/dt of the probability flow, also at the data and a little past them."""
+        process = self.process
+        length = process.t_noise - process.t_data
+        past = (process.t_data - time) / length
+        time = torch.where((past > 0) & (past <= 1), process.t_data, time)
+        found = self.evaluate(x, time, label, bias=bias)
+        d_alpha, d_sigma = process.d_alpha(time), process.d_sigma(time)
+        velocity = found.velocity(d_alpha, d_sigma)
+        singular = (found.sigma == 0) & ~torch.isfinite(d_sigma)
+        if not traced(singular) and bool(singular.any()):
+            # sigma' eps = -sigma sigma' score, and sigma sigma' has a limit where sigma' has none.
+            near = process.time_of_sigma(NEAR_ZERO).to(time.device)
+            slope = wide(process.sigma(near) * process.d_sigma(near), x)
+            score = torch.nan_to_num(found.score, nan=0.0, posinf=0.0, neginf=0.0)
+            velocity = torch.where(wide(singular, x) != 0, velocity - slope * score, velocity)
+        return velocity
 
     def extra_repr(self) -> str:
         return (

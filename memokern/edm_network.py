@@ -20,6 +20,19 @@ class EDMNetwork:
 
     process: Process
     data: TrainingSet
+    kind: Tensor
+    rows: Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that pipelines take for x: that of float64 rows, else float32, or what `.to()`
+        asked for."""
+        return self.kind.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the rows, where x has to be."""
+        return self.rows.device
 
     @property
     def sigma_min(self) -> float:

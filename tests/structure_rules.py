@@ -35,7 +35,7 @@ LAYERS = (
     ("results",),
     ("functional", "partial"),
     ("processes", "regularizers", "memorization"),
-    ("edm_network", "velocity"),
+    ("edm_network",),
     ("denoiser",),
     ("samplers", "likelihood"),
     ("training", "integrations"),

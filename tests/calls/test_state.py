@@ -219,7 +219,14 @@ def test_settled_states_can_be_joined_where_the_parts_saw_different_limits(sigma
     at = r2 == r2.min()
     one = torch.ones(1, dtype=F64)
     limit = State(
-        r2.min()[None], 0 * one, one, 0 * one, 0 * one, one, rows.data[at], torch.zeros(2, dtype=F64)
+        r2.min()[None],
+        0 * one,
+        one,
+        0 * one,
+        0 * one,
+        one,
+        rows.data[at],
+        torch.zeros(2, dtype=F64),
     )
     got = oracle.settled(limit, query)
     if sigma == 0.5:  # the other rows have weight, of which this state does not know

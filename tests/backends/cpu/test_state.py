@@ -12,7 +12,7 @@ from torch import Tensor
 from memokern.backends import protocol
 from memokern.calls import WEIGHTINGS, Query, Rows, State, Sums, merge, to_sums
 from memokern.calls.checks import MOST_LEVELS, ROW_DTYPES
-from tests import compare
+from tests import compare, oracle
 from tests.cases import F32, F64, ROW_TYPES, U8, Case, name_of
 
 _C = pytest.importorskip("memokern._C")
