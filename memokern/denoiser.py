@@ -228,8 +228,9 @@ class Denoiser(EDMNetwork, nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: rows that are the training set's memory go with it, once."""
-        state = {**self.__dict__, "_classes": {}}
-        if self.rows.data_ptr() == self._data.rows.data_ptr():
+        shared = self.rows.data_ptr() == self.data.rows.data_ptr()
+        state = {**self.__dict__, "_classes": {}, "_held": None, "_spare": None}
+        if shared:
             state["_buffers"] = {**self._buffers, "rows": None}
         return state
 
@@ -300,18 +301,12 @@ class Denoiser(EDMNetwork, nn.Module):
                 "labels choose rows by their values, and a Denoiser on the meta device has none:"
                 " load a state first, or leave label out"
             )
-        batch = validate.batch_shape(x, self._data)
+        batch = validate.batch_shape(x, self.data)
         labels = label_numbers(label, batch, self)
         if labels.dim() == 0:
             index, rows = self._of_label(int(labels))
             chosen = None if bias is None else bias[index]
             return self._evaluate(x, rows, sigma, alpha, chosen, certificate)
-        batch = validate.batch_shape(x, self.data)
-        if labels.shape != batch:
-            raise ValueError(
-                f"expected label as one integer or one per query {tuple(batch)}, got"
-                f" {tuple(labels.shape)}"
-            )
         sigma, alpha = sigma.expand(batch), alpha.expand(batch)
         return self._by_label(x, sigma, alpha, labels, bias, certificate)
 
