@@ -279,7 +279,7 @@ def test_the_last_level_is_the_product_of_all_features(
     t = logits(x, y, *how, None)
     check_lists(found, t, eps)
     start, listed, threshold, level = found
-    # The error of a product (csrc/cpu/scan/full_product-inl.h), and of a bound (`slack` in bounds-inl.h).
+    # The error of a product (csrc/cpu/scan/full_product-inl.h), and of a bound (bounds-inl.h).
     pad = (shift - index.center).norm() + index.center.norm()
     length = (x.to(F64) - index.center).norm(dim=1)
     error = U * (length * (300 * index.y_max + 4 * pad) + 300 * index.y_max**2)
