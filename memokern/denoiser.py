@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -11,16 +10,25 @@ from torch import Tensor, nn
 
 from memokern import functional, regularizers, validate
 from memokern.data.training_set import TrainingSet
+from memokern.edm_network import EVERY_ROW, EDMNetwork, Label, label_numbers
 from memokern.processes import EDM, Process
-from memokern.regularizers import Prediction, Regularizer
-from memokern.results import Certificate
+from memokern.regularizers import Prediction, Query, Regularizer
+from memokern.regularizers.joined import joined
+from memokern.util.held import Held
+from memokern.util.torch_internals import traced
+from memokern.validate import wide
 
 PREDICTIONS = ("x0", "eps", "v", "score", "velocity")
-BOUNDS = [field.name for field in fields(Certificate)]
+# The noise level at which slopes stand for those at sigma = 0.
+NEAR_ZERO = 1e-6
 
 
-class Denoiser(nn.Module):
+class Denoiser(EDMNetwork, nn.Module):
     r"""The minimiser of the denoising loss on a training set, regularised, at a process's times.
+
+    There is nothing to train. The one parameter, `kind`, is empty: it tells pipelines that ask for
+    `next(model.parameters())` or `model.dtype` which type to run in. Half-precision x is computed
+    in float32, and the result has x's type.
 
     Buffers: `rows` [N, \*shape] (the training set's own memory), `affine` (scale, shift), and
     `labels` and `log_weights` where the set has them. `state_dict` has these, but not the process
@@ -36,8 +44,11 @@ class Denoiser(nn.Module):
         regularizer: from memokern.regularizers; None for the score that memorises.
         prediction: what `forward` returns. "x0" is the denoised x; "eps" the noise, -sigma score;
             "v" alpha eps - sigma x0; "score" the score; "velocity" dx/dt of the probability flow.
-            At sigma = 0 only x0 is finite.
+            At sigma = 0 x0 and velocity are finite, score and eps with a gate like Tikhonov's.
+            Velocity holds a time past the data, up to the length of the process, at the data's
+            (solvers step there), where eps is the noise's mean, 0.
         method: as :func:`memokern.posterior`.
+        persistent: False leaves the data out of `state_dict`, which is then empty.
 
     Raises:
         TypeError, ValueError: wrong types, an unknown prediction or method.
@@ -71,6 +82,7 @@ class Denoiser(nn.Module):
         prediction: str = "x0",
         *,
         method: str = "auto",
+        persistent: bool = True,
     ) -> None:
         super().__init__()
         process = EDM() if process is None else process
@@ -94,21 +106,48 @@ class Denoiser(nn.Module):
             data = TrainingSet(data)
         self.process, self.regularizer = process, regularizer
         self.prediction, self.method = prediction, method
-        self._name = data.name
-        self.register_buffer("rows", data.rows.reshape((data.n, *data.shape)))
-        self.register_buffer("affine", self._affine(data).to(data.device))
-        self.register_buffer("labels", data.labels)
-        self.register_buffer("log_weights", data.log_weights)
+        self._name, self._persistent = data.name, persistent
         self._data = data
+        for name, value in {
+            "rows": data.rows.reshape((data.n, *data.shape)),
+            "affine": self._affine(data).to(data.device),
+            "labels": data.labels,
+            "log_weights": data.log_weights,
+        }.items():
+            self.register_buffer(name, value, persistent=persistent)
+        # What pipelines ask for a network's type; state_dict leaves it out.
+        kind = torch.empty(0, dtype=data.compute_dtype, device=data.device)
+        self.kind = nn.Parameter(kind, requires_grad=False)
+        self._held = Held(self._buffers)
+        self._spare: tuple[Held, TrainingSet, dict[int, Any]] | None = None
         # For labels that were asked for: which rows have them, and these rows.
-        self._classes: dict[int, tuple[Tensor, TrainingSet]] = {}
+        self._classes: dict[int, tuple[Tensor | slice, TrainingSet]] = {}
 
     # --- the data ---------------------------------------------------------------------------
 
     @property
-    def data(self) -> TrainingSet:
-        """The training set, on the buffers' device."""
+    def data(self) -> TrainingSet:  # type: ignore[override]
+        """The training set, on the buffers' device. It is made anew where a buffer is another one
+        (assigned, of torch.func.functional_call, of a replica) or was written to in place."""
+        changed = self._held.changed(self._buffers)
+        if changed == {"rows"} and self._held.tensors["rows"] is self.rows:
+            # Written to, which the training set sees itself.
+            self._held, self._classes = Held(self._buffers), {}
+        elif changed:
+            # Where the buffers come back, as after functional_call, so does what is known of them.
+            spare, self._spare = self._spare, (self._held, self._data, self._classes)
+            if spare is not None and not spare[0].changed(self._buffers):
+                self._held, self._data, self._classes = spare
+            else:
+                known = [self._data.scale, self._data.shift]
+                self._renew(*(self.affine.tolist() if "affine" in changed else known))
         return self._data
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        del destination[prefix + "kind"]
 
     @staticmethod
     def _affine(data: TrainingSet) -> Tensor:
@@ -126,7 +165,7 @@ class Denoiser(nn.Module):
             name=self._name,
             check=False,
         )
-        self._classes = {}
+        self._held, self._classes = Held(self._buffers), {}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Denoiser:
         rows, exact = self.rows, {"affine": self.affine, "log_weights": self.log_weights}
@@ -156,7 +195,8 @@ class Denoiser(nn.Module):
         """Takes the tensors as new buffers, because copying into the old ones would write into the
         caller's training set."""
         found = {k: v for k, v in state_dict.items() if k.startswith(prefix)}
-        names = {prefix + k for k, v in self._buffers.items() if v is not None}
+        kept = self._buffers if self._persistent else {}
+        names = {prefix + k for k, v in kept.items() if v is not None}
         missing_keys.extend(sorted(names - found.keys()))
         if strict:
             unexpected_keys.extend(sorted(found.keys() - names))
@@ -180,19 +220,37 @@ class Denoiser(nn.Module):
                 if not may_be_infinite and not bool(torch.isfinite(value).all()):
                     error_msgs.append(f"{key}: expected finite values, got NaN or inf")
                 fresh[key.removeprefix(prefix)] = value
-        if not error_msgs:
+        if fresh and not error_msgs:
             self._buffers.update(fresh)
             known = self._data
             affine = [known.scale, known.shift] if self.affine.is_meta else self.affine.tolist()
             self._renew(*affine)
 
-    def _of_label(self, label: int) -> tuple[Tensor, TrainingSet]:
-        """The indices of the rows with this label, and those rows."""
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and deepcopy: rows that are the training set's memory go with it, once."""
+        state = {**self.__dict__, "_classes": {}}
+        if self.rows.data_ptr() == self._data.rows.data_ptr():
+            state["_buffers"] = {**self._buffers, "rows": None}
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self._buffers["rows"] is None:
+            data = self._data
+            self._buffers["rows"] = data.rows.reshape((data.n, *data.shape))
+        self._held, self._spare = Held(self._buffers), None  # copies count from 0
+
+    @torch.inference_mode(False)  # what is kept must serve calls that record a gradient
+    def _of_label(self, label: int) -> tuple[Tensor | slice, TrainingSet]:
+        """Which rows have this label, as an index, and those rows."""
+        known_labels = self._data.labels
+        if label == EVERY_ROW and (known_labels is None or not bool((known_labels == label).any())):
+            return slice(None), self._data
         known = self._classes.get(label)
         if known is None or (known[1].index is None) != (self._data.index is None):
             chosen = self._data.where(label)  # ValueError where there are none
-            assert self._data.labels is not None
-            index = (self._data.labels == label).nonzero()[:, 0]
+            assert known_labels is not None
+            index = (known_labels == label).nonzero()[:, 0]
             self._classes[label] = index, chosen
         return self._classes[label]
 
@@ -200,13 +258,13 @@ class Denoiser(nn.Module):
 
     def _time(self, x: Tensor, t: float | Tensor) -> Tensor:
         r"""t as scalar or [\*batch] float64; other samplers give it as [\*batch, 1, ..., 1]."""
-        return validate.broadcastable("t", t, validate.batch_shape(x, self._data), x.device)
+        return validate.broadcastable("t", t, validate.batch_shape(x, self.data), x.device)
 
     def evaluate(
         self,
         x: Tensor,
         t: float | Tensor,
-        label: int | Tensor | None = None,
+        label: Label = None,
         *,
         bias: Tensor | None = None,
         certificate: bool = False,
@@ -214,10 +272,11 @@ class Denoiser(nn.Module):
         r"""All predictions at once: x0, score, eps, v, velocity and the posterior behind them.
 
         Args:
-            x: [\*batch, \*shape] float32 or float64. t: process time, a number or a tensor that
-                broadcasts to the batch.
+            x: [\*batch, \*shape], in a type as for :func:`memokern.posterior`. t: process
+                time, a number or a tensor that broadcasts to the batch.
             label: which rows to use: those with this label, one for all queries or [\*batch]
-                integers. None uses all rows.
+                integers, or one-hot [\*batch, label_dim]. None uses all rows; so do a list's None,
+                -1 where no row has it, and one-hot zeros, the null class of guidance.
             bias: [N], added to the rows' logits.
             certificate: as :func:`memokern.posterior`; it is in the result's posterior.
 
@@ -231,23 +290,23 @@ class Denoiser(nn.Module):
             >>> found.posterior.n, found.x0.shape
             (183, torch.Size([2, 8, 8]))
         """
+        x = validate.computable(x)
         time = self._time(x, t)
         sigma, alpha = self.process.sigma(time), self.process.alpha(time)
         if label is None:
-            return self._evaluate(x, self._data, sigma, alpha, bias, certificate)
+            return self._evaluate(x, self.data, sigma, alpha, bias, certificate)
         if self.rows.is_meta:
             raise RuntimeError(
                 "labels choose rows by their values, and a Denoiser on the meta device has none:"
                 " load a state first, or leave label out"
             )
-        labels = torch.as_tensor(label, device=self.rows.device)
-        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-            raise TypeError(f"expected label as integers, got {labels.dtype}")
+        batch = validate.batch_shape(x, self._data)
+        labels = label_numbers(label, batch, self)
         if labels.dim() == 0:
             index, rows = self._of_label(int(labels))
             chosen = None if bias is None else bias[index]
             return self._evaluate(x, rows, sigma, alpha, chosen, certificate)
-        batch = validate.batch_shape(x, self._data)
+        batch = validate.batch_shape(x, self.data)
         if labels.shape != batch:
             raise ValueError(
                 f"expected label as one integer or one per query {tuple(batch)}, got"
@@ -281,7 +340,6 @@ class Denoiser(nn.Module):
         certificate: bool,
     ) -> Prediction:
         """One evaluation per label that occurs, joined in the queries' order."""
-        batch = labels.shape
         flat = x.reshape(-1, *self._data.shape)
         sigmas, alphas, wanted = sigma.reshape(-1), alpha.reshape(-1), labels.reshape(-1)
         order, parts = [], []
@@ -293,76 +351,42 @@ class Denoiser(nn.Module):
                 self._evaluate(flat[at], rows, sigmas[at], alphas[at], chosen, certificate)
             )
             order.append(at)
-        back = torch.argsort(torch.cat(order))
-
-        def join(values: list[Tensor], axis: int) -> Tensor:
-            whole = torch.cat(values, axis).index_select(axis, back)
-            return whole.reshape(*whole.shape[:axis], *batch, *whole.shape[axis + 1 :])
-
-        # A regulariser may have replicated the queries along first axes; their own axis comes last.
-        axis = parts[0].posterior.sigma.dim() - 1
-
-        def joined(values: list[Any], *fields: str) -> dict[str, Any]:
-            return {name: join([getattr(v, name) for v in values], axis) for name in fields}
-
-        asked = ("x", "sigma", "alpha", "temperature")
-        sums = ("mean", "log_z", "mean_logit", "mean_bias", "weight_sq")
-        posteriors = [part.posterior for part in parts]
-        bounds = [p.certificate for p in posteriors if p.certificate is not None]
-        queries = [part.query for part in parts]
-        posterior = replace(
-            posteriors[0],
-            n=self._data.n,
-            certificate=Certificate(**joined(bounds, *BOUNDS)) if bounds else None,
-            log_weight_total=join(
-                [torch.zeros_like(p.sigma) + p.log_weight_total for p in posteriors], axis
-            ),
-            **joined(posteriors, *asked, *sums),
-        )
-        query = replace(queries[0], bias=bias, **joined(queries, *asked))
-        return replace(
-            parts[0],
-            x=x,
-            sigma=sigma,
-            alpha=alpha,
-            x0=join([p.x0 for p in parts], 0),
-            residual=join([p.residual for p in parts], 0),
-            posterior=posterior,
-            query=query,
-        )
+        whole = Query(x, sigma, alpha, torch.ones_like(sigma), bias)
+        return joined(parts, torch.argsort(torch.cat(order)), whole, self._data.n)
 
     def forward(
         self,
         x: Tensor,
         t: float | Tensor,
-        label: int | Tensor | None = None,
+        label: Label = None,
         *,
         bias: Tensor | None = None,
     ) -> Tensor:
         r"""The chosen prediction [\*batch, \*shape] in x's type. Arguments, errors: as
         `evaluate`."""
-        found = self.evaluate(x, t, label, bias=bias)
+        query = validate.computable(x)
         if self.prediction == "velocity":
-            time = self._time(x, t)
-            return found.velocity(self.process.d_alpha(time), self.process.d_sigma(time))
-        out: Tensor = getattr(found, self.prediction)
-        return out
+            return self._velocity(query, self._time(query, t), label, bias).to(x.dtype)
+        out: Tensor = getattr(self.evaluate(query, t, label, bias=bias), self.prediction)
+        return out.to(x.dtype)
 
-    # --- what EDM's samplers ask of a network -------------------------------------------------
-
-    @property
-    def sigma_min(self) -> float:
-        """The lowest level > 0 of the process's grid."""
-        return self.process.sigma_min
-
-    @property
-    def sigma_max(self) -> float:
-        """The level at which the process starts."""
-        return float(self.process.sigma(torch.tensor(self.process.t_noise, dtype=torch.float64)))
-
-    def round_sigma(self, sigma: float | Tensor) -> Tensor:
-        """sigma as a tensor, not rounded, because every level is possible."""
-        return torch.as_tensor(sigma)
+    def _velocity(self, x: Tensor, time: Tensor, label: Label, bias: Tensor | None) -> Tensor:
+        """dx/dt of the probability flow, also at the data and a little past them."""
+        process = self.process
+        length = process.t_noise - process.t_data
+        past = (process.t_data - time) / length
+        time = torch.where((past > 0) & (past <= 1), process.t_data, time)
+        found = self.evaluate(x, time, label, bias=bias)
+        d_alpha, d_sigma = process.d_alpha(time), process.d_sigma(time)
+        velocity = found.velocity(d_alpha, d_sigma)
+        singular = (found.sigma == 0) & ~torch.isfinite(d_sigma)
+        if not traced(singular) and bool(singular.any()):
+            # sigma' eps = -sigma sigma' score, and sigma sigma' has a limit where sigma' has none.
+            near = process.time_of_sigma(NEAR_ZERO).to(time.device)
+            slope = wide(process.sigma(near) * process.d_sigma(near), x)
+            score = torch.nan_to_num(found.score, nan=0.0, posinf=0.0, neginf=0.0)
+            velocity = torch.where(wide(singular, x) != 0, velocity - slope * score, velocity)
+        return velocity
 
     def extra_repr(self) -> str:
         return (

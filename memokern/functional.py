@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from memokern import ops
+from memokern import ops, validate
 from memokern.calls import Rows
 from memokern.data.training_set import TrainingSet
 from memokern.index.index import Index
@@ -50,7 +50,8 @@ def posterior(
     l_n = -\|x - alpha y_n\|^2 / (2 sigma^2) + b_n,  w = softmax(l / T),  mean = sum w_n y_n.
 
     Args:
-        x: [\*batch, \*shape] float32 or float64, any strides.
+        x: [\*batch, \*shape] float32 or float64, any strides; float16 and bfloat16 are computed in
+            float32, as the result's tensors are; what is one tensor like x is returned in its type.
         data: N rows of that shape: a TrainingSet, or a tensor [N, \*shape] of float64, float32,
             bfloat16, float16 or uint8 (then y = 2/255 u - 1).
         sigma: noise level >= 0. 0 is the limit: the nearest of the rows that are not left out;
@@ -107,6 +108,7 @@ def posterior(
         >>> round(p.covariance_trace.item(), 4)
         1.0
     """
+    x = validate.computable(x)
     index = _index_for(data, method)
     if tol is not None and not (isinstance(tol, float | int) and 0 < tol < math.inf):
         raise ValueError(f"expected tol as a finite number > 0, or None, got {tol!r}")
@@ -116,6 +118,7 @@ def posterior(
     if index is None or not _selects_rows(asked):
         sums = ops.posterior(query, rows)
     else:
+        pruned.warn_of_gradients(sigma=sigma, alpha=alpha, temperature=temperature)
         sums, bounds = pruned.posterior(
             query, rows, index,
             eps=pruned.weight_allowed(query, rows, index, tol),
@@ -181,7 +184,7 @@ def explain(
         'posterior: 4 queries of float32 on 10 rows [2] of float32, cpu'
     """
     index = _index_for(data, method)
-    asked = checked(x, data, sigma, alpha, temperature, bias, weighting)
+    asked = checked(validate.computable(x), data, sigma, alpha, temperature, bias, weighting)
     if k:
         _check_k(k, asked.data.rows)
     return explanation.explain(asked.query, asked.data.rows, index, method, k)
@@ -217,13 +220,15 @@ def score(
         >>> memokern.score(torch.tensor([[3.0]]), torch.tensor([[1.0]]), sigma=2.0).tolist()
         [[-0.5]]
     """
-    mean = small_mean(x, data, sigma, alpha, temperature, bias, method)
+    query = validate.computable(x)
+    mean = small_mean(query, data, sigma, alpha, temperature, bias, method)
     if mean is None:
-        return posterior(
-            x, data, sigma, alpha, temperature, bias=bias, method=method, precision=precision
-        ).score
+        found = posterior(
+            query, data, sigma, alpha, temperature, bias=bias, method=method, precision=precision
+        )
+        return found.score.to(x.dtype)
     s, a = float(sigma), float(alpha)  # what small_mean has taken are single numbers
-    return mean.mul_(a).sub_(x).div_(s).div_(s)  # the same, in place
+    return mean.mul_(a).sub_(query).div_(s).div_(s).to(x.dtype)  # the same, in place
 
 
 def denoise(
@@ -245,12 +250,13 @@ def denoise(
         >>> memokern.denoise(torch.tensor([[0.2]]), rows, sigma=0.0).tolist()
         [[1.0]]
     """
-    mean = small_mean(x, data, sigma, alpha, temperature, bias, method)
+    query = validate.computable(x)
+    mean = small_mean(query, data, sigma, alpha, temperature, bias, method)
     if mean is None:
         mean = posterior(
-            x, data, sigma, alpha, temperature, bias=bias, method=method, precision=precision
+            query, data, sigma, alpha, temperature, bias=bias, method=method, precision=precision
         ).mean
-    return mean
+    return mean.to(x.dtype)
 
 
 def log_density(
@@ -285,7 +291,7 @@ def nearest(x: Tensor, data: TrainingSet | Tensor, k: int = 1, *, method: str = 
     reference without an index (MEMOKERN_BACKEND=reference) evaluates all.
 
     Args:
-        x: [\*batch, \*shape] float32 or float64. data: N rows, as for :func:`posterior`.
+        x: [\*batch, \*shape], and data: N rows, as for :func:`posterior`.
         k: 1 <= k <= N. method: as :func:`posterior`; the result is the same, to the bit.
 
     Returns:
@@ -300,7 +306,7 @@ def nearest(x: Tensor, data: TrainingSet | Tensor, k: int = 1, *, method: str = 
         >>> memokern.nearest(torch.tensor([[0.0, 1.0]]), torch.eye(2), k=2).index.tolist()
         [[1, 0]]
     """
-    index = _index_for(data, method)
+    x, index = validate.computable(x), _index_for(data, method)
     found = as_data(data)
     batch, rows = batch_shape(x, found), found.rows
     _check_k(k, rows)
@@ -357,10 +363,11 @@ def jvp(
         raise ValueError(f"expected v like x, {x.dtype} {tuple(x.shape)}, got {got}")
     keep = torch.is_grad_enabled() and (x.requires_grad or v.requires_grad)
     with torch.enable_grad():
-        query = x if x.requires_grad else x.detach().requires_grad_()
+        query, along = validate.computable(x), validate.computable(v)
+        query = query if query.requires_grad else query.detach().requires_grad_()
         mean = posterior(query, data, sigma, alpha, temperature, bias=bias).mean
-        (out,) = torch.autograd.grad(mean, query, v, create_graph=keep)
-    return out
+        (out,) = torch.autograd.grad(mean, query, along, create_graph=keep)
+    return out.to(x.dtype)
 
 
 def weights(
@@ -383,7 +390,7 @@ def weights(
         >>> memokern.weights(torch.zeros(1, 1), torch.tensor([[-1.0], [1.0]]), 0.5).tolist()
         [[0.5, 0.5]]
     """
-    asked = checked(x, data, sigma, alpha, temperature, bias, weighting)
+    asked = checked(validate.computable(x), data, sigma, alpha, temperature, bias, weighting)
     b, n = math.prod(asked.batch), asked.data.rows.n
     if b * n > MAX_DENSE_WEIGHTS:
         raise ValueError(

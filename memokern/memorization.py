@@ -15,8 +15,10 @@ from tqdm import tqdm
 
 from memokern import functional
 from memokern.data import files
+from memokern.data import layout as layouts
 from memokern.data.storage import chunks
 from memokern.data.training_set import TrainingSet
+from memokern.index.index import evenly_spaced_rows
 
 # One search for nearest rows takes this many samples, after which the progress bar moves.
 CHUNK = 1024
@@ -57,6 +59,7 @@ def collapse(
     tol: float = 1e-2,
     *,
     method: str = "auto",
+    layout: str | None = None,
     progress: bool = False,
 ) -> Memorization:
     """Collapse onto a training point: value = min_n |x - y_n|, memorised where value < tol.
@@ -67,6 +70,8 @@ def collapse(
         tol: L2 distance > 0 in the data's units, all features together. Usual values are 1e-2 in
             the plane and for closed-form scores, up to 0.5 for networks.
         method: as :func:`memokern.nearest`; "auto" uses the data's index where that is faster.
+        layout: "hwc" for samples that are images [S, H, W, C] of rows [N, C, H, W]. None takes
+            samples in the order of the rows.
         progress: whether to show a progress bar.
 
     Returns: a :class:`Memorization` whose value is the distance.
@@ -74,6 +79,9 @@ def collapse(
     Raises:
         TypeError: samples that are not floating point.
         ValueError: no samples, shapes that differ, tol not positive.
+
+    Warns: where the ranges of samples and data show that their units differ, such as [0, 1] or
+    0..255 for data in [-1, 1].
 
     Numerics: distances by direct differences, accumulated in float64.
 
@@ -90,7 +98,7 @@ def collapse(
         collapse: 2 of 3 memorised (66.7%)
     """
     _require_positive("tol", tol)
-    distance, index = _nearest(*_checked(samples, data), 1, method, progress)
+    distance, index = _nearest(*_checked(samples, data, layout), 1, method, progress)
     return _collapse(distance, index, tol)
 
 
@@ -100,6 +108,7 @@ def ratio(
     threshold: float = 1 / 3,
     *,
     method: str = "auto",
+    layout: str | None = None,
     progress: bool = False,
 ) -> Memorization:
     """Ratio criterion: value = d1 / d2, the distances of the nearest and the second nearest row.
@@ -119,7 +128,7 @@ def ratio(
         tensor([0.2500, 0.6667], dtype=torch.float64)
     """
     _require_positive("threshold", threshold)
-    samples, data = _checked(samples, data)
+    samples, data = _checked(samples, data, layout)
     if data.n < 2:
         raise ValueError("the ratio criterion needs at least 2 training rows, got 1")
     return _ratio(*_nearest(samples, data, 2, method, progress), threshold)
@@ -132,6 +141,7 @@ def carlini(
     threshold: float = 0.5,
     *,
     method: str = "auto",
+    layout: str | None = None,
     progress: bool = False,
 ) -> Memorization:
     """Normalised distance: value = d1 / mean(d1, ..., dk) over the k nearest rows, in [0, 1].
@@ -151,7 +161,7 @@ def carlini(
         tensor([0.1034], dtype=torch.float64)
     """
     _require_positive("threshold", threshold)
-    samples, data = _checked(samples, data)
+    samples, data = _checked(samples, data, layout)
     if not 2 <= k <= data.n:
         raise ValueError(f"expected 2 <= k <= {data.n}, the number of training rows, got k = {k}")
     return _carlini(*_nearest(samples, data, k, method, progress), threshold)
@@ -162,6 +172,7 @@ def exact_match(
     data: TrainingSet | torch.Tensor,
     threshold: float,
     *,
+    layout: str | None = None,
     progress: bool = False,
 ) -> Memorization:
     """Binary images: a sample is memorised if, thresholded, it equals a thresholded training row.
@@ -187,7 +198,7 @@ def exact_match(
     """
     if not np.isfinite(threshold):
         raise ValueError(f"expected a finite threshold, got {threshold}")
-    samples, data = _checked(samples, data)
+    samples, data = _checked(samples, data, layout)
     bits = torch.cat(
         [(data.dequantize(chunk) > threshold).to(torch.uint8) for chunk in chunks(data.rows)]
     )
@@ -208,12 +219,13 @@ def report(
     k: int = 50,
     level: float | None = None,
     method: str = "auto",
+    layout: str | None = None,
     progress: bool = False,
 ) -> dict[str, Memorization]:
     """All criteria that apply, by name, from one search for the nearest rows.
 
     Args:
-        samples, data, method, progress: as `collapse`.
+        samples, data, method, layout, progress: as `collapse`.
         tol, threshold: of `collapse` and `ratio`. k: of `carlini`; at most N is used.
         level: the threshold of `exact_match`, which is left out without it.
 
@@ -233,7 +245,7 @@ def report(
     _require_positive("threshold", threshold)
     if k < 2:
         raise ValueError(f"expected k >= 2, got {k}")
-    samples, data = _checked(samples, data)
+    samples, data = _checked(samples, data, layout)
     distance, index = _nearest(samples, data, min(k, data.n), method, progress)
     found = {"collapse": _collapse(distance, index, tol)}
     if data.n >= 2:
@@ -284,7 +296,9 @@ def _result(
 
 
 def _checked(
-    samples: torch.Tensor | np.ndarray, data: TrainingSet | torch.Tensor
+    samples: torch.Tensor | np.ndarray,
+    data: TrainingSet | torch.Tensor,
+    layout: str | None,
 ) -> tuple[torch.Tensor, TrainingSet]:
     """Samples and data as the search takes them, checked."""
     if not isinstance(data, TrainingSet):
@@ -298,13 +312,14 @@ def _checked(
             f"expected samples of a floating type in the data's units, got {samples.dtype}: "
             "stored rows become values with data.dequantize(samples)"
         )
-    if samples.shape[1:] != data.shape or samples.ndim == 0:
-        expected = ", ".join(["S", *map(str, data.shape)])
-        raise ValueError(f"expected samples [{expected}] like the rows, got {list(samples.shape)}")
+    samples = layouts.arranged(samples, None, layout, "samples")
+    layouts.require_same_shape(samples, data.shape)
     if len(samples) == 0:
         raise ValueError("expected at least one sample, got none")
     double = samples.dtype == torch.float64
     samples = samples.detach().to(data.device, torch.float64 if double else torch.float32)
+    some = evenly_spaced_rows(data.n, layouts.RANGE_ROWS).to(data.device)
+    layouts.warn_of_other_range(samples, data.dequantize(data.rows.index_select(0, some)))
     return samples, data
 
 

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from memokern import ops
-from memokern.calls import Query, State, to_sums
+from memokern.calls import Query, State, by_key, to_sums
 from memokern.calls import merge as merge_states
 from memokern.data.training_set import TrainingSet
 from memokern.results import Posterior
 from memokern.util.torch_internals import traced
-from memokern.validate import PerQuery, checked, log_total
+from memokern.validate import PerQuery, checked, computable, log_total
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +107,7 @@ def merge(*states: PosteriorState) -> PosteriorState:
     n, log_weight_total = first.n, first.log_weight_total
     for state in rest:
         _require_same_queries(first, state)
-        total = merge_states(total, state.state)
+        total = merge_states(total, state.state, by_key(first.query))
         n += state.n
         log_weight_total = torch.logaddexp(log_weight_total, state.log_weight_total)
     return replace(first, state=total, n=n, log_weight_total=log_weight_total)
@@ -156,6 +156,7 @@ def posterior_state(
         >>> memokern.merge(left, right).posterior().mean
         tensor([[0.]])
     """
+    x = computable(x)
     asked = checked(x, data, sigma, alpha, temperature, bias, weighting, precision)
     query, rows = asked.query, asked.data.rows
     return PosteriorState(

@@ -55,26 +55,28 @@ class Posterior:
 
     @property
     def score(self) -> Tensor:
-        """(alpha mean - x) / sigma^2; not finite at sigma = 0, even where x is a row (0 / 0)."""
+        """(alpha mean - x) / sigma^2; not finite at sigma = 0, even where x is a row (0 / 0). Gated
+        scores are, see :class:`memokern.regularizers.Prediction`."""
         return self.residual / self._wide(self.sigma) / self._wide(self.sigma)
 
     @property
     def eps(self) -> Tensor:
-        """(x - alpha mean) / sigma = -sigma score."""
+        """(x - alpha mean) / sigma = -sigma score; not finite at sigma = 0."""
         return -self.residual / self._wide(self.sigma)
 
     @property
     def v(self) -> Tensor:
-        """alpha eps - sigma mean (Salimans & Ho, arXiv 2202.00512)."""
+        """alpha eps - sigma mean (Salimans & Ho, arXiv 2202.00512); not finite at sigma = 0."""
         return self._wide(self.alpha) * self.eps - self._wide(self.sigma) * self.mean
 
     def velocity(self, d_alpha: PerQuery = 1.0, d_sigma: PerQuery = -1.0) -> Tensor:
         """alpha' mean + sigma' eps: dx/dt of the probability flow.
 
         The default derivatives are those of flow matching's straight path, alpha = t,
-        sigma = 1 - t, where it is (mean - x) / (1 - t) (arXiv 2506.03719).
+        sigma = 1 - t, where it is (mean - x) / (1 - t) (arXiv 2506.03719). At sigma = 0 eps is the
+        noise's mean, 0.
         """
-        return flow_velocity(self.mean, self.eps, self.sigma.shape, d_alpha, d_sigma)
+        return flow_velocity(self.mean, self.residual, self.sigma, d_alpha, d_sigma)
 
     @property
     def log_density(self) -> Tensor:
@@ -125,9 +127,15 @@ class Nearest(NamedTuple):
 
 
 def flow_velocity(
-    x0: Tensor, eps: Tensor, batch: torch.Size, d_alpha: PerQuery, d_sigma: PerQuery
+    x0: Tensor, residual: Tensor, sigma: Tensor, d_alpha: PerQuery, d_sigma: PerQuery
 ) -> Tensor:
-    """alpha' x0 + sigma' eps, the probability flow's dx/dt: it is finite wherever eps is."""
-    da = per_query("d_alpha", d_alpha, batch, x0.device)
-    ds = per_query("d_sigma", d_sigma, batch, x0.device)
-    return wide(da, x0) * x0 + wide(ds, x0) * eps
+    """alpha' x0 + sigma' eps with eps = -residual / sigma, the probability flow's dx/dt.
+
+    At sigma = 0, where x says nothing about the noise, eps is the noise's mean, 0.
+    """
+    da = per_query("d_alpha", d_alpha, sigma.shape, x0.device)
+    ds = per_query("d_sigma", d_sigma, sigma.shape, x0.device)
+    zero = sigma == 0
+    eps = -residual / wide(torch.where(zero, 1.0, sigma), x0)
+    turn = torch.where(wide(zero, x0) != 0, 0.0, wide(ds, x0) * eps)
+    return wide(da, x0) * x0 + turn

@@ -18,6 +18,7 @@ from memokern.data.training_set import TrainingSet
 from memokern.util import env
 from memokern.util.torch_internals import is_plain, traced
 
+HALVES = (torch.float16, torch.bfloat16)
 # A number, or one for each query.
 PerQuery = float | int | np.number | np.ndarray | Tensor
 
@@ -65,6 +66,11 @@ def as_data(data: TrainingSet | Tensor) -> Data:
     if rows.stride(1) != 1:  # the kernels read whole rows; a TrainingSet copies once, not per call
         rows = rows.contiguous()
     return Data(Rows(rows, scale, shift), tuple(data.shape[1:]), None)
+
+
+def computable(x: Tensor) -> Tensor:
+    """x, or half-precision queries in the float32 that they are computed in; differentiable."""
+    return x.to(torch.float32) if isinstance(x, Tensor) and x.dtype in HALVES else x
 
 
 def batch_shape(x: Tensor, data: Data | TrainingSet | Tensor) -> torch.Size:

@@ -89,8 +89,8 @@ def _checks(name, kind, query, rows, want, grads, pulled, near):
             asked = query if query.bias is None else query._replace(bias=query.bias[at])
             if part.n:
                 found = harness.posterior_state(name, asked, part)
-                whole.append(calls.settled(found, asked))
-        state = whole[0] if len(whole) == 1 else calls.merge(*whole)
+                whole.append(found)
+        state = whole[0] if len(whole) == 1 else calls.merge(*whole, calls.by_key(query))
         compare.sums(calls.to_sums(state, query), want, query, rows, kind, name)
 
     def backward() -> None:

@@ -184,9 +184,14 @@ def preferred(name: str) -> Iterator[None]:
         patch.delenv(env.BACKEND, raising=False)
         names = tuple(dict.fromkeys((name, "reference")))
         patch.setattr(protocol, "PREFERENCE", {device_of(name).type: names})
-        protocol._candidates.cache_clear()
+        _forget_choices()
         yield
+    _forget_choices()
+
+
+def _forget_choices() -> None:
     protocol._candidates.cache_clear()
+    protocol._preferred.cache_clear()
 
 
 def sized(*values: Any, triton: Sequence[Any]) -> Any:

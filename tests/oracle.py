@@ -165,6 +165,22 @@ def state(query: Query, rows: Rows, center: Tensor) -> State:
     return State(*table[:, :6].unbind(1), table[:, 6:], center)
 
 
+def settled(state: State, query: Query) -> State:
+    """The same state, with key 0 wherever sigma > 0.
+
+    A sweep treats a sigma so small that r^2 / sigma^2 nearly overflows as 0. Whether it does may
+    differ from part to part of the data; here the squared distance that it kept as a key becomes
+    what it is, a part of the logit, so that such parts can be merged.
+    """
+    if query.weighting != "gaussian":
+        return state
+    pull = -0.5 * (state.key / query.sigma) / query.sigma / query.temperature
+    fits = (query.sigma > 0) & torch.isfinite(pull)
+    return state._replace(
+        key=torch.where(fits, 0.0, state.key), m=torch.where(fits, state.m + pull, state.m)
+    )
+
+
 def nearest(x: Tensor, rows: Rows, k: int) -> tuple[Tensor, Tensor]:
     """The k smallest |x - y_n|^2, ascending, ties to the lower index."""
     distance, order = torch.sort(squares(x, values(rows)), dim=1, stable=True)

@@ -105,7 +105,9 @@ class PlainIndex:
         margin = margin + 2.0**-17 * self.y_max * (size - low.sqrt())
         return Projected(true[:, : self.dims[-1]].float(), norms, margin, low)
 
-    def bounds(self, query: Query, eps: float = 1e-6, most_listed: int | None = None) -> LogitBounds:
+    def bounds(
+        self, query: Query, eps: float = 1e-6, most_listed: int | None = None
+    ) -> LogitBounds:
         """What bound_scan is given of these queries."""
         p = self.project(query.x, query.alpha)
         most = self.n if most_listed is None else most_listed
@@ -120,7 +122,7 @@ class PlainIndex:
 
 def with_index(data: TrainingSet, **kwargs: object) -> TrainingSet:
     """The data set, indexed plainly."""
-    data._index = PlainIndex(data.as_rows(), **kwargs)
+    data._derived.index = PlainIndex(data.as_rows(), **kwargs)
     return data
 
 

@@ -35,6 +35,7 @@ LAYERS = (
     ("results",),
     ("functional", "partial"),
     ("processes", "regularizers", "memorization"),
+    ("edm_network",),
     ("denoiser",),
     ("samplers", "likelihood"),
     ("training", "integrations"),

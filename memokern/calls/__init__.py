@@ -6,7 +6,7 @@ A new input of the sweep is a field of :class:`Query` or :class:`Rows`; a new ou
 
 from memokern.calls.arguments import WEIGHTINGS, LogitBounds, Query, RowLists, Rows
 from memokern.calls.results import Gradients, Scan, Sums
-from memokern.calls.state import State, empty_state, merge, settled, to_sums, without
+from memokern.calls.state import State, by_key, empty_state, merge, to_sums, without
 
 __all__ = [
     "WEIGHTINGS",
@@ -18,9 +18,9 @@ __all__ = [
     "Scan",
     "State",
     "Sums",
+    "by_key",
     "empty_state",
     "merge",
-    "settled",
     "to_sums",
     "without",
 ]

@@ -26,7 +26,8 @@ class State(NamedTuple):
     sigma > 0; at sigma = 0, where the nearest row takes all, its squared distance; with weighting
     "log", 0 for a row that x hits exactly and 1 for the others. Over the rows that have weight,
 
-    key, m: [B] float64, their key and the largest v. At sigma = 0, and for an exact hit of "log",
+    key, m: [B] float64, their key and the largest v. At sigma = 0 (and where sigma is so small that
+    r^2 / sigma^2 nearly overflows), and for an exact hit of "log",
     v is bias / T alone, since the rest is infinite.
     s, s_v, s_bias, s_sq: [B] float64, the sums of e^(v - m), e^(v - m) (v - m), e^(v - m) bias and
     e^(2 (v - m)).
@@ -63,17 +64,21 @@ def without(state: State, lost: Tensor) -> State:
     return State._make([*known, torch.where(lost[:, None], torch.nan, acc), center])
 
 
-def merge(a: State, b: State) -> State:
+def merge(a: State, b: State, by_key: Tensor | None = None) -> State:
     """The state of the rows of both: associative and commutative up to rounding.
+
+    by_key: [B] float64, what a key takes from v for each 1 that it is larger, from :func:`by_key`.
+    None stands for infinity: only the smallest key counts. That is right unless a sweep took a
+    sigma > 0 for 0 because r^2 / sigma^2 nearly overflows, which may differ from part to part.
 
     The result is about a's center. Cost: a few operations on [B, D].
     """
     key = torch.minimum(a.key, b.key)
-    # Comparisons with NaN are false, so a query that is not finite counts as having weight.
-    has_a, has_b = (a.key == key) & ~(a.s == 0), (b.key == key) & ~(b.s == 0)
-    m = torch.maximum(torch.where(has_a, a.m, -torch.inf), torch.where(has_b, b.m, -torch.inf))
+    m_a, m_b = (_beside(state, key, by_key) for state in (a, b))
+    has_a, has_b = ~torch.isneginf(m_a), ~torch.isneginf(m_b)
+    m = torch.maximum(m_a, m_b)
     # 0 where neither has weight, whose m is -inf.
-    gap_a, gap_b = torch.where(has_a, a.m - m, 0.0), torch.where(has_b, b.m - m, 0.0)
+    gap_a, gap_b = torch.where(has_a, m_a - m, 0.0), torch.where(has_b, m_b - m, 0.0)
     f_a, f_b = torch.where(has_a, gap_a.exp(), 0.0), torch.where(has_b, gap_b.exp(), 0.0)
     return State(
         torch.where(has_a | has_b, key, torch.inf),
@@ -87,6 +92,25 @@ def merge(a: State, b: State) -> State:
     )
 
 
+def by_key(query: Query) -> Tensor:
+    """1 / (2 sigma^2 T) [B] for the gaussian weighting, whose keys are squared distances; inf at
+    sigma = 0, and for "log", whose hits take all."""
+    if query.weighting != "gaussian":
+        return torch.full_like(query.sigma, torch.inf)
+    return (0.5 / query.sigma / query.sigma / query.temperature).detach()
+
+
+def _beside(state: State, key: Tensor, by_key: Tensor | None) -> Tensor:
+    """m as if the state had this key, which is no larger than its own; -inf without weight."""
+    same = (state.key == key) & ~torch.isinf(key)
+    if by_key is None:
+        m = torch.where(same, state.m, -torch.inf)
+    else:
+        m = torch.where(same, state.m, state.m - (state.key - key) * by_key)
+    # A query that is not finite counts as having weight: a comparison with NaN is false.
+    return torch.where(state.s == 0, -torch.inf, m)
+
+
 def _add(f_a: Tensor, a: Tensor, f_b: Tensor, b: Tensor) -> Tensor:
     """f_a a + f_b b, where a factor of 0 leaves its sum out, whatever it is."""
     return torch.where(f_a == 0, 0.0, f_a * a) + torch.where(f_b == 0, 0.0, f_b * b)
@@ -97,22 +121,6 @@ def _about(state: State, center: Tensor) -> Tensor:
     if state.center is center:
         return state.acc
     return state.acc.to(_F64) + state.s[:, None] * (state.center - center)
-
-
-def settled(state: State, query: Query) -> State:
-    """The same state, with key 0 wherever sigma > 0.
-
-    A sweep treats a sigma so small that r^2 / sigma^2 nearly overflows as 0. Whether it does may
-    differ from part to part of the data; here the squared distance that it kept as a key becomes
-    what it is, a part of the logit, so that such parts can be merged.
-    """
-    if query.weighting != "gaussian":
-        return state
-    pull = -0.5 * (state.key / query.sigma) / query.sigma / query.temperature
-    fits = (query.sigma > 0) & torch.isfinite(pull)
-    return state._replace(
-        key=torch.where(fits, 0.0, state.key), m=torch.where(fits, state.m + pull, state.m)
-    )
 
 
 def to_sums(state: State, query: Query) -> Sums:

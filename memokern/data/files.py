@@ -12,10 +12,9 @@ import math
 import os
 import struct
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors
@@ -32,7 +31,31 @@ USUAL_KEYS = ("rows", "images", "samples", "data", "x", "arr_0")
 # --- reading ----------------------------------------------------------------------------------
 
 
-def read_tensor(path: str | os.PathLike[str], key: str | None = None) -> torch.Tensor:
+class Pinned(NamedTuple):
+    """A file: its name, for messages, and where to open it."""
+
+    path: Path
+    at: Path
+
+
+@contextlib.contextmanager
+def pinned(path: str | os.PathLike[str]) -> Iterator[Pinned]:
+    """The file that is there now, for several reads, also where another takes its place meanwhile.
+    Where the system has no names for open files, as Linux has, each read opens the path.
+
+    Errors: as `read_tensor`.
+    """
+    path = _existing(path).path
+    try:
+        handle = open(path, "rb")  # noqa: SIM115
+    except OSError as error:
+        raise ValueError(f"{str(path)!r} cannot be read ({error.strerror})") from error
+    with handle:
+        own = Path(f"/proc/self/fd/{handle.fileno()}")
+        yield Pinned(path, own if own.exists() else path)
+
+
+def read_tensor(path: str | os.PathLike[str] | Pinned, key: str | None = None) -> torch.Tensor:
     """One array of a `.npy`, `.npz` or `.safetensors` file as a CPU tensor.
 
     Args:
@@ -56,54 +79,54 @@ def read_tensor(path: str | os.PathLike[str], key: str | None = None) -> torch.T
         >>> read_tensor(path).shape
         torch.Size([3, 2])
     """
-    path = _existing(path)
-    if path.suffix.lower() == ".safetensors":
-        with _safetensors(path) as file:
-            return file.get_tensor(_choose(path, list(file.keys()), key))
-    return as_tensor(_read_numpy(path, key), str(path))
+    file = _existing(path)
+    if file.path.suffix.lower() == ".safetensors":
+        with _safetensors(file) as opened:
+            return opened.get_tensor(_choose(file.path, list(opened.keys()), key))
+    return as_tensor(_read_numpy(file, key), str(file.path))
 
 
-def read_array(path: str | os.PathLike[str], key: str | None = None) -> np.ndarray:
+def read_array(path: str | os.PathLike[str] | Pinned, key: str | None = None) -> np.ndarray:
     """As `read_tensor`, but a numpy array; TypeError for bfloat16, which numpy lacks."""
-    path = _existing(path)
-    if path.suffix.lower() != ".safetensors":
-        return _read_numpy(path, key)
-    return _to_numpy(read_tensor(path, key), path)
+    file = _existing(path)
+    if file.path.suffix.lower() != ".safetensors":
+        return _read_numpy(file, key)
+    return _to_numpy(read_tensor(file, key), file.path)
 
 
-def read_table(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+def read_table(path: str | os.PathLike[str] | Pinned) -> dict[str, np.ndarray]:
     """All arrays of a file by name; the array of a `.npy` is "arr_0". Errors as `read_array`."""
-    path = _existing(path)
-    suffix = path.suffix.lower()
+    file = _existing(path)
+    suffix = file.path.suffix.lower()
     if suffix == ".safetensors":
-        with _safetensors(path) as file:
-            names = list(file.keys())
-            return {key: _to_numpy(file.get_tensor(key), path) for key in names}
+        with _safetensors(file) as opened:
+            names = list(opened.keys())
+            return {key: _to_numpy(opened.get_tensor(key), file.path) for key in names}
     if suffix == ".npz":
-        with _zip(path) as archive:
-            return {key: _read_member(path, archive, key) for key in _members(archive)}
-    return {"arr_0": _read_numpy(path, None)}
+        with _zip(file) as archive:
+            return {key: _read_member(file, archive, key) for key in _members(archive)}
+    return {"arr_0": _read_numpy(file, None)}
 
 
-def keys(path: str | os.PathLike[str]) -> list[str]:
+def keys(path: str | os.PathLike[str] | Pinned) -> list[str]:
     """The names of the arrays in a file; [] for a `.npy`, whose one array has no name."""
-    path = _existing(path)
-    if path.suffix.lower() == ".safetensors":
-        with _safetensors(path) as file:
-            return list(file.keys())
-    if path.suffix.lower() == ".npz":
-        with _zip(path) as archive:
+    file = _existing(path)
+    if file.path.suffix.lower() == ".safetensors":
+        with _safetensors(file) as opened:
+            return list(opened.keys())
+    if file.path.suffix.lower() == ".npz":
+        with _zip(file) as archive:
             return _members(archive)
     return []
 
 
-def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+def read_metadata(path: str | os.PathLike[str] | Pinned) -> dict[str, str]:
     """The string metadata of a `.safetensors` file; {} for the other formats, which carry none."""
-    path = _existing(path)
-    if path.suffix.lower() != ".safetensors":
+    file = _existing(path)
+    if file.path.suffix.lower() != ".safetensors":
         return {}
-    with _safetensors(path) as file:
-        return dict(file.metadata() or {})
+    with _safetensors(file) as opened:
+        return dict(opened.metadata() or {})
 
 
 def as_tensor(array: np.ndarray, what: str = "array") -> torch.Tensor:
@@ -115,6 +138,8 @@ def as_tensor(array: np.ndarray, what: str = "array") -> torch.Tensor:
     """
     if array.dtype.hasobject:
         raise ValueError(_pickled(what))
+    if isinstance(array, np.ma.MaskedArray):
+        raise TypeError(f"{what} is a masked array, whose mask a tensor loses: fill or drop first")
     if not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))
     if any(stride < 0 for stride in array.strides):
@@ -140,8 +165,10 @@ class _Shared:
         self.__array_interface__ = interface
 
 
-def _existing(path: str | os.PathLike[str]) -> Path:
-    """The path of a file that is there and has a suffix that can be read."""
+def _existing(path: str | os.PathLike[str] | Pinned) -> Pinned:
+    """A file that is there and has a suffix that can be read."""
+    if isinstance(path, Pinned):
+        return path
     path = Path(path)
     if path.suffix.lower() not in FORMATS:
         hint = (
@@ -155,26 +182,28 @@ def _existing(path: str | os.PathLike[str]) -> Path:
         raise FileNotFoundError(f"no such file: {str(path)!r}")
     if not path.is_file():
         raise ValueError(f"{str(path)!r} is not a file")
-    return path
+    return Pinned(path, path)
 
 
 @contextlib.contextmanager
-def _safetensors(path: Path) -> Iterator[Any]:
+def _safetensors(file: Pinned) -> Iterator[Any]:
     try:
-        file = safetensors.safe_open(path, framework="pt")
+        handle = safetensors.safe_open(file.at, framework="pt")
     except (safetensors.SafetensorError, OSError) as error:
-        raise ValueError(f"{str(path)!r} is not a valid .safetensors file ({error})") from error
-    with file as opened:
+        raise ValueError(
+            f"{str(file.path)!r} is not a valid .safetensors file ({error})"
+        ) from error
+    with handle as opened:
         yield opened
 
 
 @contextlib.contextmanager
-def _zip(path: Path) -> Iterator[zipfile.ZipFile]:
+def _zip(file: Pinned) -> Iterator[zipfile.ZipFile]:
     try:
-        archive = zipfile.ZipFile(path)
+        archive = zipfile.ZipFile(file.at)
     except (zipfile.BadZipFile, OSError) as error:
         raise ValueError(
-            f"{str(path)!r} is not a valid .npz file ({error}): write it with np.savez"
+            f"{str(file.path)!r} is not a valid .npz file ({error}): write it with np.savez"
         ) from error
     with archive:
         yield archive
@@ -198,32 +227,34 @@ def _choose(path: Path, known: list[str], key: str | None) -> str:
     raise ValueError(f"{str(path)!r} holds the arrays {known}: say which with key=")
 
 
-def _read_numpy(path: Path, key: str | None) -> np.ndarray:
-    if path.suffix.lower() == ".npz":
-        with _zip(path) as archive:
-            return _read_member(path, archive, _choose(path, _members(archive), key))
+def _read_numpy(file: Pinned, key: str | None) -> np.ndarray:
+    if file.path.suffix.lower() == ".npz":
+        with _zip(file) as archive:
+            return _read_member(file, archive, _choose(file.path, _members(archive), key))
     if key is not None:
-        raise ValueError(f"{str(path)!r} holds one array without a name: leave out key={key!r}")
-    with open(path, "rb") as file:
-        if file.read(6) != np.lib.format.MAGIC_PREFIX:
+        raise ValueError(
+            f"{str(file.path)!r} holds one array without a name: leave out key={key!r}"
+        )
+    with open(file.at, "rb") as opened:
+        if opened.read(6) != np.lib.format.MAGIC_PREFIX:
             raise ValueError(
-                f"{str(path)!r} is not a valid .npy file: write it with np.save(path, array)"
+                f"{str(file.path)!r} is not a valid .npy file: write it with np.save(path, array)"
             )
-    return _guarded(path, lambda: np.load(path, mmap_mode="c", allow_pickle=False))
+    return _guarded(file.path, lambda: np.load(file.at, mmap_mode="c", allow_pickle=False))
 
 
-def _read_member(path: Path, archive: zipfile.ZipFile, key: str) -> np.ndarray:
+def _read_member(file: Pinned, archive: zipfile.ZipFile, key: str) -> np.ndarray:
     info = archive.getinfo(key + ".npy")
 
     def read() -> np.ndarray:
         if info.compress_type == zipfile.ZIP_STORED:
-            mapped = _map_member(path, info)
+            mapped = _map_member(file.at, info)
             if mapped is not None:
                 return mapped
         with archive.open(info) as member:
             return np.lib.format.read_array(member, allow_pickle=False)
 
-    return _guarded(path, read)
+    return _guarded(file.path, read)
 
 
 def _map_member(path: Path, info: zipfile.ZipInfo) -> np.ndarray | None:
@@ -255,8 +286,11 @@ def _map_member(path: Path, info: zipfile.ZipInfo) -> np.ndarray | None:
 def _guarded(path: Path, read: Callable[[], np.ndarray]) -> np.ndarray:
     """What `read` returns; ValueError with the path for whatever numpy raises."""
     try:
-        return read()
-    except (ValueError, EOFError, OSError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        with np.errstate(over="ignore"):  # of sizes in a damaged header, which is refused
+            return read()
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged file raises almost anything, such as a TokenError
         # These are numpy's words for an object array that is read, and for one that is mapped.
         if "allow_pickle" in str(error) or "Python objects" in str(error):
             raise ValueError(_pickled(repr(str(path)))) from None
@@ -310,4 +344,7 @@ def write_safetensors(
         raise ValueError(f"expected a path ending in .safetensors, got {str(path)!r}")
     contiguous = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     with atomic(path) as temporary:
-        safetensors.torch.save_file(contiguous, temporary, dict(metadata or {}))
+        try:
+            safetensors.torch.save_file(contiguous, temporary, dict(metadata or {}))
+        except safetensors.SafetensorError as error:  # of a full disk, for instance
+            raise OSError(str(error)) from error

@@ -36,19 +36,31 @@ def check_rows(rows: torch.Tensor) -> None:
         raise ValueError(f"expected rows [N, *shape] with N >= 1 and D >= 1, got {got}")
 
 
+def as_given(value: Any, what: str) -> torch.Tensor:
+    """A tensor of the caller's numbers: of an array of any strides and byte order, a list or a
+    number, which are read on the CPU, whatever torch.device() context this is called in."""
+    if isinstance(value, np.ndarray):
+        return files.as_tensor(value, what)
+    return value if isinstance(value, torch.Tensor) else torch.as_tensor(value, device="cpu")
+
+
 def _vector(name: str, value: Any, n: int) -> torch.Tensor:
     """A copy of the caller's [n] values, so that what is checked of them stays true."""
-    if isinstance(value, np.ndarray):
-        value = files.as_tensor(value, name)
     try:
-        # Lists are read on the CPU, whatever torch.device() context this is called in.
-        tensor = value if isinstance(value, torch.Tensor) else torch.as_tensor(value, device="cpu")
+        tensor = as_given(value, name)
     except (TypeError, ValueError, RuntimeError):
+        if isinstance(value, np.ndarray):
+            raise
         raise TypeError(
             f"expected {name} as a tensor, array or list of numbers, got {type(value).__name__}"
         ) from None
+    if name == "labels" and tuple(tensor.shape) == (n, 1):
+        tensor = tensor[:, 0]
     if tuple(tensor.shape) != (n,):
-        raise ValueError(f"expected {name} [{n}], one for each row, got {list(tensor.shape)}")
+        one_hot = name == "labels" and tensor.ndim == 2 and len(tensor) == n
+        hint = ": of one-hot labels take labels.argmax(1)" if one_hot else ""
+        got = f"got {list(tensor.shape)}{hint}"
+        raise ValueError(f"expected {name} [{n}], one for each row, {got}")
     if tensor.requires_grad:
         raise ValueError(
             f"{name} require a gradient, which a TrainingSet cannot pass on: give them as bias= "
@@ -61,6 +73,13 @@ def checked_labels(labels: Any, n: int, device: torch.device) -> torch.Tensor | 
     """The labels as [n] int64 on the device, or None; TypeError or ValueError for anything else."""
     if labels is None:
         return None
+    kind = getattr(labels, "dtype", None)
+    first = labels[0] if isinstance(labels, (list, tuple)) and labels else None
+    if isinstance(first, str) or (isinstance(kind, np.dtype) and kind.kind in "OSU"):
+        raise TypeError(
+            "expected labels as integers, got strings or objects: "
+            "np.unique(labels, return_inverse=True)[1] numbers them"
+        )
     tensor = _vector("labels", labels, n)
     if not sources.is_integer(tensor.dtype):
         raise TypeError(f"expected labels of an integer type, got {tensor.dtype}")
@@ -93,7 +112,7 @@ def checked_choice(
     ValueError for anything else, and for nothing at all."""
     if isinstance(index, slice):
         return index
-    index = torch.as_tensor(index, device=device)
+    index = as_given(index, "index").to(device)
     if index.numel() == 0:
         raise ValueError("the subset has no rows")
     if index.ndim != 1 or index.is_floating_point() or index.is_complex():
@@ -110,7 +129,7 @@ def checked_choice(
 
 def checked_index(index: torch.Tensor, n: int, device: torch.device) -> torch.Tensor:
     """Row numbers in 0..n-1, of any shape, as int64; TypeError or IndexError otherwise."""
-    index = torch.as_tensor(index)
+    index = as_given(index, "index")
     if index.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"expected an index of int64, got {index.dtype}")
     index = index.to(device, torch.int64)
@@ -125,9 +144,9 @@ def rows_of_label(labels: torch.Tensor, label: int | Sequence[int]) -> torch.Ten
     """A mask [n] of the rows with this label, or one of these labels. TypeError for anything but
     integers, ValueError where no row has one."""
     try:
-        wanted = torch.as_tensor(label, device=labels.device).reshape(-1)
+        wanted = as_given(label, "label").to(labels.device).reshape(-1)
     except (TypeError, ValueError, RuntimeError):  # no number, or beyond int64
-        wanted = torch.empty(0)
+        wanted = torch.empty(0, device="cpu")
     if not sources.is_integer(wanted.dtype):
         raise TypeError(f"expected a label, or several, of integers (int64), got {label!r}")
     mask = torch.isin(labels, wanted)

@@ -16,6 +16,8 @@ from torch.utils.data import Dataset
 
 from memokern.calls import Rows
 from memokern.data import digits, files, sources
+from memokern.data import layout as layouts
+from memokern.data.derived import Derived
 from memokern.data.storage import (
     UINT8_SCALE,
     UINT8_SHIFT,
@@ -24,13 +26,11 @@ from memokern.data.storage import (
     checked_index,
     checked_labels,
     checked_log_weights,
-    mean,
     require_finite,
     rows_of_label,
-    sq_norms,
 )
 from memokern.index.build import build
-from memokern.index.index import Index, fingerprint, restored
+from memokern.index.index import Index, fingerprint
 from memokern.util import checks
 from memokern.util.text import byte_size
 
@@ -41,7 +41,8 @@ class TrainingSet:
     Args:
         rows: [N, *shape] float64, float32, bfloat16, float16 or uint8, kept in that type; one of
             - a tensor or numpy array, whose memory is shared, not copied, where it is contiguous:
-              do not change it afterwards, since norms and mean are cached;
+              changes by PyTorch are followed until there is an index, which they make an error;
+              changes by others, such as numpy, must not happen, since norms and mean are cached;
             - a path: `.npy` and `.safetensors` are memory-mapped, and so is `.npz` where it is
               uncompressed and aligned. Pickles are never loaded. A file that `save` wrote brings
               everything else with it;
@@ -56,10 +57,13 @@ class TrainingSet:
         name: what repr shows.
         key: which array of a `.npz` or `.safetensors` file holds the rows; for the default see
             `memokern.data.files.read_tensor`.
-        check: False skips the search for NaN and infinite values, which reads floating-point rows
-            once (so, of a memory-mapped file, the whole file).
+        shape: of one row, where the source has rows of as many elements in another shape, such as
+            flat ones: (3, 32, 32).
+        layout: "hwc" turns images [N, H, W, C] (after `shape`) into [N, C, H, W], a copy. None
+            leaves them as they are.
+        check: False skips the search for NaN and infinite values, which reads all rows once.
         index: False leaves out the index that a file written by `save` may have. It is left out too
-            where scale or shift differ from the file's.
+            where scale, shift, shape or layout differ from the file's.
 
     Attributes:
         rows: [N, D] as stored, contiguous. shape: of one row. n, dim: N and D. dtype, device: of
@@ -75,11 +79,11 @@ class TrainingSet:
             wrong lengths; a pickle; an index of other rows; rows that require a gradient, which
             the cached norms would not follow (pass the tensor itself to memokern's functions).
 
-    Numerics: center and sq_norms are accumulated in float64 from the values y; sq_norms belongs to
-    the center exactly as it is stored, rounded.
+    Numerics: center and sq_norms are accumulated in float64; sq_norms belongs to the center as it
+    is stored, rounded.
 
-    Cost: the check reads floating-point rows once; center and sq_norms, at first use, read the rows
-    once each. They take 8 N + 8 D bytes beside the rows, and 32 MiB while they are computed.
+    Cost: the check, and at first use center and sq_norms, read the rows once each. They take
+    8 N + 8 D bytes beside the rows, and 32 MiB while they are computed.
 
     Example:
         >>> from memokern.data.training_set import TrainingSet
@@ -98,6 +102,7 @@ class TrainingSet:
     log_weights: torch.Tensor | None
     name: str | None
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         rows: torch.Tensor | np.ndarray | str | os.PathLike[str] | Dataset,
@@ -108,11 +113,15 @@ class TrainingSet:
         shift: float | None = None,
         name: str | None = None,
         key: str | None = None,
+        shape: Sequence[int] | None = None,
+        layout: str | None = None,
         check: bool = True,
         index: bool = True,
     ) -> None:
         found = sources.read(rows, key)
-        tensor = found["rows"]
+        tensor = layouts.arranged(found["rows"], shape, layout)
+        if tensor.shape != found["rows"].shape:  # which the index is for
+            found.pop("index", None)
         labels = found.get("labels") if labels is None else labels
         log_weights = found.get("log_weights") if log_weights is None else log_weights
         scale = found.get("scale") if scale is None else scale
@@ -124,6 +133,8 @@ class TrainingSet:
                 "rows require a gradient, and a TrainingSet caches norms that would not follow "
                 "them: pass rows.detach(), or the tensor itself to memokern's functions"
             )
+        if tensor.is_inference():  # autograd cannot save it
+            tensor = tensor.clone()
         self.shape = tuple(tensor.shape[1:])
         self.rows = tensor.reshape(tensor.shape[0], -1).contiguous()
         default = (UINT8_SCALE, UINT8_SHIFT) if tensor.dtype == torch.uint8 else (1.0, 0.0)
@@ -133,18 +144,11 @@ class TrainingSet:
             raise ValueError("expected a scale other than 0, which would make all rows equal")
         self.labels = checked_labels(labels, self.n, self.device)
         self.log_weights = checked_log_weights(log_weights, self.n, self.device)
-        self.name = name
-        self._center: torch.Tensor | None = None
-        self._center64: torch.Tensor | None = None
-        self._sq_norms: torch.Tensor | None = None
-        self._index: Index | None = None
+        self.name, self._derived = name, Derived(self.rows, self.scale, self.shift)
         if check:
             require_finite(self.rows)
         if index and "index" in found and (scale, shift) == (found["scale"], found["shift"]):
-            described, parts = found["index"]
-            self._index, self._sq_norms = restored(described, parts, self.shape)
-            self._index.require_match(self.rows, self.scale, self.shift)
-            self._center = self._index.center
+            self._derived.read(found["index"], self.shape)
 
     @classmethod
     def digits(cls) -> TrainingSet:
@@ -184,7 +188,7 @@ class TrainingSet:
     @property
     def nbytes(self) -> int:
         """How many bytes the rows (in memory or mapped), labels, weights and caches take."""
-        held = (self.rows, self.labels, self.log_weights, self._center, self._sq_norms, self._index)
+        held = (self.rows, self.labels, self.log_weights, self._derived)
         return sum(part.nbytes for part in held if part is not None)
 
     def __len__(self) -> int:
@@ -198,42 +202,44 @@ class TrainingSet:
         parts.append(byte_size(self.nbytes))
         parts += ["labels"] * (self.labels is not None)
         parts += ["log_weights"] * (self.log_weights is not None)
-        parts += [] if self._index is None else [f"{self._index.basis} index"]
+        parts += [] if self._derived.index is None else [f"{self._derived.index.basis} index"]
         parts.append(str(self.device))
         return f"TrainingSet({f'{self.name}: ' if self.name else ''}{', '.join(parts)})"
 
     # --- what queries need, computed once -----------------------------------------------------
 
+    def _current(self) -> Derived:  # of the rows as they are now
+        if not self._derived.is_of(self.rows):
+            if self._derived.index is not None:
+                raise ValueError("the rows changed after the index: call build_index() anew")
+            self._derived = Derived(self.rows, self.scale, self.shift)
+        self._derived.require_checked()
+        return self._derived
+
     @property
     def center(self) -> torch.Tensor:
         """The mean of the rows, [D] float32 (float64 for float64 rows); computed at first use."""
-        if self._center is None:
-            self._center = mean(self.rows, self.scale, self.shift, self.compute_dtype)
-        return self._center
+        return self._current().center
 
     @property
     def center64(self) -> torch.Tensor:
         """`center` as float64, as the operations take it."""
-        if self._center64 is None:
-            with torch.inference_mode(False):
-                self._center64 = self.center.to(torch.float64)
-        return self._center64
+        return self._current().center64
 
     @property
     def sq_norms(self) -> torch.Tensor:
         """|y_n - center|^2 for the center as stored, [N] float64; computed at first use."""
-        if self._sq_norms is None:
-            self._sq_norms = sq_norms(self.rows, self.scale, self.shift, self.center64)
-        return self._sq_norms
+        return self._current().sq_norms
 
     def as_rows(self) -> Rows:
         """The rows as the operations take them."""
-        return Rows(self.rows, self.scale, self.shift, self.center64, self.sq_norms)
+        known = self._current()
+        return Rows(self.rows, self.scale, self.shift, known.center64, known.sq_norms)
 
     @property
     def index(self) -> Index | None:
         """The index that proves rows to have no weight, or None before `build_index`."""
-        return self._index
+        return self._derived.index and self._current().index
 
     def build_index(
         self,
@@ -261,16 +267,19 @@ class TrainingSet:
 
         Raises: ValueError for D <= 16, for rows that do not suit the basis, for unknown choices.
 
+        Warns: of flat rows that have the size of images, for which dct is much faster.
+
         Cost: per row, a matrix product along each axis for dct, D max(dims) multiplications for
-        pca, in float64, 2 MiB at a time; center and sq_norms if they were not known. 4 (dims[0] +
-        bands + 1) + 2 (max(dims) - dims[0]) bytes per row are kept.
+        pca, in float64; 4 (dims[0] + bands + 1) + 2 (max(dims) - dims[0]) bytes per row are kept.
 
         Example:
             >>> from memokern.data.training_set import TrainingSet
             >>> TrainingSet.digits().build_index(dims=(8, 16)).index.dims
             (8, 16)
         """
-        self._index = build(
+        if not self._derived.is_of(self.rows):
+            self._derived = Derived(self.rows, self.scale, self.shift)
+        self._derived.index = build(
             self.as_rows(), self.center, self.shape,
             basis=basis, dims=dims, storage=storage, progress=progress,
         )  # fmt: skip
@@ -286,9 +295,7 @@ class TrainingSet:
 
     def gather(self, index: torch.Tensor) -> torch.Tensor:
         """The values of the rows at `index` (any shape): [*index.shape, *shape] in `compute_dtype`.
-
-        Raises TypeError for an index that is not of integers, IndexError outside 0..N-1.
-        """
+        TypeError for an index that is not of integers, IndexError outside 0..N-1."""
         index = checked_index(index, self.n, self.device)
         taken = self.rows.index_select(0, index.reshape(-1))
         return self.dequantize(taken).reshape((*index.shape, *self.shape))
@@ -298,18 +305,18 @@ class TrainingSet:
         if isinstance(item, tuple):
             raise TypeError("expected one index, for the rows; index the result for the rest")
         # torch raises IndexError past the last row, which ends `for row in data`.
-        picked = self.rows[item]
+        picked = self.rows[files.as_tensor(item) if isinstance(item, np.ndarray) else item]
         return self.dequantize(picked).reshape((*picked.shape[:-1], *self.shape))
 
     # --- other training sets ------------------------------------------------------------------
 
+    @torch.inference_mode(False)
     def subset(self, index: torch.Tensor | np.ndarray | Sequence[int] | slice) -> TrainingSet:
         """The rows chosen by an index, a mask [N] or a slice, with their labels and weights.
 
         A slice shares memory. The log weights are not renormalised. The subset of a set with an
-        index has the rows' part of it, and the center of the whole set.
-
-        Raises: ValueError if nothing is chosen, or only rows of weight 0.
+        index has the rows' part of it, and the center of the whole set. ValueError if nothing is
+        chosen, or only rows of weight 0.
         """
         index = checked_choice(index, self.n, self.device)
         rows = self.rows[index]
@@ -317,23 +324,26 @@ class TrainingSet:
             raise ValueError("the subset has no rows")
         labels, weights = (v if v is None else v[index] for v in (self.labels, self.log_weights))
         part = self._like(rows, labels, weights)
-        if self._index is not None:
-            part._index = self._index.take(index, fingerprint(rows, self.scale, self.shift))
-            part._center, part._sq_norms = part._index.center, self.sq_norms[index].contiguous()
+        whole = self.index
+        if whole is not None:
+            taken = whole.take(index, fingerprint(rows, self.scale, self.shift))
+            norms = self.sq_norms[index].contiguous()
+            known: dict[str, Any] = {"sq_norms": norms, "index": taken}
+            part._derived = Derived(part.rows, self.scale, self.shift, **known)
         return part
 
-    def _like(
-        self, rows: torch.Tensor, labels: torch.Tensor | None, weights: torch.Tensor | None
-    ) -> TrainingSet:
-        return TrainingSet(
-            rows.reshape((-1, *self.shape)), labels=labels, log_weights=weights,
-            scale=self.scale, shift=self.shift, name=self.name, check=False,
-        )  # fmt: skip
+    def _like(self, rows: torch.Tensor, labels: Any, log_weights: Any) -> TrainingSet:
+        own: dict[str, Any] = {
+            "shape": self.shape,
+            "scale": self.scale,
+            "shift": self.shift,
+            "name": self.name,
+        }
+        return TrainingSet(rows, labels=labels, log_weights=log_weights, check=False, **own)
 
     def where(self, label: int | Sequence[int]) -> TrainingSet:
-        """The rows with this label, or one of these labels: the empirical p(y | label).
-
-        Raises: ValueError if there are none; TypeError for labels that are not integers.
+        """The rows with this label, or one of these labels: the empirical p(y | label). ValueError
+        if there are none; TypeError for labels that are not integers.
 
         Example:
             >>> from memokern.data.training_set import TrainingSet
@@ -341,50 +351,40 @@ class TrainingSet:
             183
         """
         if self.labels is None:
-            raise ValueError("this training set has no labels: give labels= when making it")
+            raise ValueError("this training set has no labels (integers): make it with labels=")
         return self.subset(rows_of_label(self.labels, label))
 
+    @torch.inference_mode(False)
     def to(self, device: torch.device | str) -> TrainingSet:
         """The same set on another device, caches included; itself if it is there already."""
-        device = torch.device(device)
-        rows = self.rows.to(device)
+        rows = self.rows.to(torch.device(device))
         if rows is self.rows:
             return self
         moved = self._like(rows, self.labels, self.log_weights)
-        for cache in ("_center", "_center64", "_sq_norms"):
-            value = getattr(self, cache)
-            setattr(moved, cache, None if value is None else value.to(device))
-        # An index on the meta device could not prove anything.
-        if self._index is not None and device.type != "meta":
-            moved._index = self._index.to(device)
-            moved._center = moved._index.center
+        moved._derived = self._current().to(moved.rows)
         return moved
 
     # --- files --------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the set to a `.safetensors` file, whole or not at all; with an index, its caches
-        too.
-
+        """Write the set to a `.safetensors` file, whole or not at all; with an index, norms too.
         The rows are stored as they are, called "rows"; scale, shift and name are metadata.
-
-        Raises: ValueError for another suffix, FileNotFoundError for a folder that does not exist.
+        ValueError for another suffix, FileNotFoundError for a folder that does not exist.
         """
         rows = self.rows.reshape((self.n, *self.shape))
         tensors = {"rows": rows, "labels": self.labels, "log_weights": self.log_weights}
         # The repr of a float reads back as the same float.
         metadata = {"scale": repr(self.scale), "shift": repr(self.shift), "name": self.name}
-        index = None if self._index is None else self._index.state(self.sq_norms)
+        index = None if self.index is None else self.index.state(self.rows, self.sq_norms)
         sources.write(path, tensors, metadata, index)
 
     @classmethod
     def load(
         cls, path: str | os.PathLike[str], *, check: bool = True, index: bool = True
     ) -> TrainingSet:
-        """Read a file written by `save`; rows and index stay memory-mapped.
-
-        Raises: ValueError for other files, and if the index does not belong to the rows there
-        (index=False leaves it out).
+        """Read a file written by `save`; rows and index stay memory-mapped. An index has checksums
+        of itself and of all rows, compared now, or above 256 MiB, which are then read, at first
+        use. ValueError where one differs (index=False leaves the index out), and for other files.
 
         Example:
             >>> from memokern.data.training_set import TrainingSet

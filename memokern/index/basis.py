@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -130,7 +130,8 @@ class Cosine:
         """The coordinates [m, M] of centred rows [m, D] float64 or float32, in their type."""
         parts = self._typed.get(value.dtype)
         if parts is None:
-            parts = [tuple(m.to(value.dtype) for m in part) for part in self._parts]
+            with torch.inference_mode(False):
+                parts = [tuple(m.to(value.dtype) for m in part) for part in self._parts]
             self._typed[value.dtype] = parts
         m, (channels, height, width) = len(value), self.axes
         if self.channels_last:
@@ -152,7 +153,7 @@ class Cosine:
     def boxes(self, side: int) -> Boxes:
         """The transform for a kernel that pads the frequencies down to multiples of `side`."""
         channel, row, column = torch.unravel_index(self.order, self.axes)
-        box = torch.zeros(self.axes[0], 2, dtype=torch.int64)
+        box = torch.zeros(self.axes[0], 2, dtype=torch.int64, device="cpu")
         place = torch.empty_like(channel)
         count = 0
         for c in range(self.axes[0]):
@@ -211,7 +212,12 @@ class Principal:
             vectors = torch.linalg.eigh(sample.T @ sample).eigenvectors
             return cls(vectors.flip(1)[:, :size].T.contiguous())
         generator = torch.Generator().manual_seed(0)
-        start = torch.randn(dim, min(dim, size + 32), generator=generator, dtype=torch.float32)
+        draw: dict[str, Any] = {
+            "generator": generator,
+            "dtype": torch.float32,
+            "device": generator.device,
+        }
+        start = torch.randn(dim, min(dim, size + 32), **draw)
         # float32 is enough for these products, since the directions only have to be good; they are
         # made orthonormal in float64 at the end.
         scale = float(sample.abs().amax()) or 1.0
@@ -274,7 +280,9 @@ def cosines(n: int) -> Tensor:
         tensor([[ 0.7071,  0.7071],
                 [ 0.7071, -0.7071]], dtype=torch.float64)
     """
-    place, frequency = torch.arange(n), torch.arange(n)[:, None]
+    # Matrices are made on the CPU, whatever torch.device() context this is called in.
+    place = torch.arange(n, device="cpu")
+    frequency = place[:, None]
     # The angle is a whole multiple of pi / 2n, and is reduced to one turn while it is an integer:
     # the cosine of a large float angle would be less exact.
     turn = ((2 * place + 1) * frequency) % (4 * n)
@@ -296,6 +304,21 @@ def is_image(shape: Sequence[int]) -> bool:
         return False
     channels, height, width = _axes(tuple(shape))
     return channels <= 4 and min(height, width) >= 8
+
+
+def image_shape(dim: int) -> tuple[int, ...] | None:
+    """The shape that flat rows of so many features have if they are square images in colour of at
+    least 24 x 24 pixels, or of MNIST's size; None for others, which are rarely images.
+
+    Example:
+        >>> from memokern.index.basis import image_shape
+        >>> image_shape(3072), image_shape(784), image_shape(1024)
+        ((3, 32, 32), (28, 28), None)
+    """
+    if dim == 784:
+        return (28, 28)
+    side = math.isqrt(dim // 3)
+    return (3, side, side) if side >= 24 and 3 * side * side == dim else None
 
 
 def _axes(shape: tuple[int, ...]) -> tuple[int, int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from memokern.calls import Rows
-from memokern.index.basis import FIT_ROWS, ORDER_ROWS, Cosine, Principal, is_image
+from memokern.index.basis import FIT_ROWS, ORDER_ROWS, Cosine, Principal, image_shape, is_image
 from memokern.index.index import STORAGES, Index, evenly_spaced_rows, fingerprint
 from memokern.index.projection import U64, band_indicator, band_norms, rounded_up
 from memokern.util import checks
@@ -29,6 +30,7 @@ CHUNK_ELEMENTS = 1 << 18
 HALF_RANGE = (1e-2, 6e4)
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def build(
     rows: Rows,
@@ -135,15 +137,25 @@ def _kind(basis: str, shape: Sequence[int], dim: int) -> type[Cosine] | type[Pri
             f"expected rows of more than {SMALL_DIM} features for an index, got {dim}: the dense "
             "sweep needs none there"
         )
+    flat = image_shape(dim) if len(shape) == 1 else None
+    hint = "" if flat is None else f" (here with shape={flat}, if they are images)"
     if basis == "auto":
         if is_image(shape):
             basis = "dct"
         elif dim <= PCA_DIM:
             basis = "pca"
+            if flat is not None:
+                warnings.warn(
+                    f"flat rows of {dim} features take basis 'pca'; if they are images, an index "
+                    f"is built some ten times faster for a training set made with shape={flat}",
+                    UserWarning,
+                    stacklevel=4,
+                )
         else:
             raise ValueError(
                 f"no basis by default for rows {list(shape)}: give images as [C, H, W], [H, W, C] "
-                f"or [H, W]; basis='dct' takes any [C, H, W]; basis='pca' up to {PCA_DIM} features"
+                f"or [H, W]{hint}; basis='dct' takes any [C, H, W]; basis='pca' up to {PCA_DIM} "
+                "features"
             )
     if basis == "dct" and len(shape) not in (2, 3):
         raise ValueError(

@@ -26,10 +26,11 @@ import torch
 from torch import Tensor
 
 from memokern.index.basis import Cosine, Principal, from_state
+from memokern.index.checksum import sealed
 from memokern.index.projection import Projected, Projector
 from memokern.util.text import byte_size
 
-VERSION = 1
+VERSION = 2
 # What to do with an index that cannot be used.
 REBUILD_HINT = "load with index=False, then build_index() anew"
 STORAGES = {"float16": torch.float16, "float32": torch.float32}
@@ -171,8 +172,9 @@ class Index:
 
     # --- files --------------------------------------------------------------------------------
 
-    def state(self, sq_norms: Tensor) -> tuple[str, dict[str, Tensor]]:
-        """What `restored` needs, for a file: JSON, and tensors by name.
+    def state(self, rows: Tensor, sq_norms: Tensor) -> tuple[str, dict[str, Tensor]]:
+        """What `restored` needs, for a file: JSON with checksums of everything and of the rows
+        [N, D], and tensors by name.
 
         The rows' sq_norms and the center go with it, since the bounds are for these very numbers,
         and computing them again could change the last bits.
@@ -189,7 +191,7 @@ class Index:
         tensors = {"coarse": self.coarse, "fine": self.fine, "center": self.center}
         tensors["sq_norms"] = sq_norms
         basis = {f"basis.{name}": tensor for name, tensor in self._basis.state().items()}
-        return json.dumps(described), tensors | basis
+        return sealed(described, tensors | basis, rows), tensors | basis
 
     def _require_consistent(self, dim: int) -> None:
         """ValueError unless the parts fit each other and rows of `dim` features."""
@@ -274,11 +276,12 @@ def evenly_spaced_rows(n: int, most: int) -> Tensor:
         ([0, 1, 2], [0, 236, 618, 854])
     """
     if n <= most:
-        return torch.arange(n)
+        return torch.arange(n, device="cpu")
     # Multiples of the golden ratio modulo 1 leave no large gap, and rows that repeat with any
     # period are not all hit alike.
     golden = 0x9E3779B97F4A7C15
-    return torch.tensor(sorted({(i * golden % 2**64) * n >> 64 for i in range(most)}))
+    chosen = sorted({(i * golden % 2**64) * n >> 64 for i in range(most)})
+    return torch.tensor(chosen, device="cpu")
 
 
 def fingerprint(rows: Tensor, scale: float, shift: float) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -79,6 +79,10 @@ class Projector:
         self._compiled: Callable[..., tuple[Tensor, ...]] | None = None
         self._indicator = band_indicator(edges, basis.size, center.device)
 
+    def __getstate__(self) -> dict[str, object]:
+        # The compiled projection is made again at first use: it is no Python object to copy.
+        return self.__dict__ | {"_compiled": None}
+
     def __call__(self, x: Tensor, alpha: Tensor) -> Projected:
         """The projection of x [B, D] float32 or float64 with alpha [B] float64; see
         `Index.project`."""
@@ -111,7 +115,7 @@ class Projector:
                 channels_last=self._basis.channels_last,
                 **self._basis.boxes(make.side())._asdict(),
                 kept=self._kept,
-                edges=torch.tensor(self._edges),
+                edges=torch.tensor(self._edges, device="cpu"),
                 center=self._center.contiguous(),
                 bound_weights=torch.cat([weights, constants[None]]),
                 largest=1e36 / max(1.0, self._y_max),
@@ -138,6 +142,7 @@ class Projector:
         z = coordinates[:, : self._kept].to(torch.float32).contiguous()
         return Projected(z, rounded_up(torch.cat(norms, dim=1)), margin, low.clamp(min=0) ** 2)
 
+    @torch.inference_mode(False)
     def _margins(self, u: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The coefficients of four bounds that are linear in the computed |xc| and in |alpha|.
 
@@ -168,9 +173,9 @@ class Projector:
         margin = [share * h + y_max * e for h, e in zip(high, error, strict=True)]
         margin[1] += y_max * ((dim + 8) * U64 * y_max + 2 * self._row_error)
         least = dim * 2.0**-126 * (1 + y_max)
-        weights = torch.tensor([high, low, error, margin], dtype=torch.float64).T.contiguous()
-        constants = torch.tensor([0.0, 0.0, 0.0, least], dtype=torch.float64)
-        found = weights.to(self._center.device), constants.to(self._center.device)
+        kind: dict[str, Any] = {"dtype": torch.float64, "device": self._center.device}
+        weights = torch.tensor([high, low, error, margin], **kind).T.contiguous()
+        found = weights, torch.tensor([0.0, 0.0, 0.0, least], **kind)
         self._margin_cache[u, dtype] = found
         return found
 
@@ -181,10 +186,10 @@ def band_indicator(edges: Sequence[int], size: int, device: torch.device) -> Ten
     stands for `step` coordinates, which lie in one band together."""
     inner = [0] + [edge for edge in edges if edge <= size]
     step = math.gcd(*inner)
-    indicator = torch.zeros(size // step, len(inner) - 1, dtype=torch.float64)
+    indicator = torch.zeros(size // step, len(inner) - 1, dtype=torch.float64, device=device)
     for band, (low, high) in enumerate(pairwise(inner)):
         indicator[low // step : high // step, band] = 1
-    return indicator.to(device)
+    return indicator
 
 
 def band_norms(

@@ -8,8 +8,7 @@ y = scale * data + shift, the logits l of the query's weighting and w = softmax(
     One sweep over all rows: the :class:`memokern.calls.Sums`.
 :func:`posterior_state`
     The same, not normalised: a :class:`memokern.calls.State`, to be merged with those of other
-    rows. Settled (:func:`memokern.calls.settled`); acc is float64 where x or the rows are, else
-    float32.
+    rows; acc is float64 where x or the rows are, else float32.
 :func:`nearest`
     The k smallest |x - y_n|^2 [B, k] float64, ascending, ties to the lower index, and the rows
     [B, k] int64.
@@ -31,7 +30,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from memokern.backends.protocol import Backend, Call, choose
-from memokern.calls import LogitBounds, Query, RowLists, Rows, Scan, State, Sums, settled
+from memokern.calls import LogitBounds, Query, RowLists, Rows, Scan, State, Sums
 from memokern.ops import dense, listed, neighbours
 from memokern.ops.flat import flat, tensors
 from memokern.ops.registration import OPS
@@ -71,7 +70,7 @@ def posterior_state(query: Query, rows: Rows) -> State:
     """The dense sweep, not normalised."""
     if under_transform(*tensors(query, rows)):
         backend = choose("posterior_state", Call.of(query.x, rows.data, transform=True))
-        return settled(backend.posterior_state(query, rows), query)
+        return backend.posterior_state(query, rows)
     return State(*OPS.posterior_state(*flat(query, rows)))
 
 

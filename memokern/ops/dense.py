@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from memokern.backends.protocol import Call, choose
-from memokern.calls import Gradients, Query, State, Sums, settled, to_sums
+from memokern.calls import Gradients, Query, State, Sums, to_sums
 from memokern.calls.checks import check_weighting
 from memokern.ops.flat import (
     FIVE,
@@ -47,7 +47,6 @@ def _posterior(*args: Any) -> Sums:
 def _posterior_state(*args: Any) -> State:
     query, rows = query_of(args), rows_of(args)
     state = choose("posterior_state", _call(args)).posterior_state(query, rows)
-    state = settled(state, query)
     center = state.center
     if rows.center is not None and center.data_ptr() == rows.center.data_ptr():
         center = center.clone()  # a result of an operation may not be one of its arguments

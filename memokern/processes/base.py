@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
@@ -15,6 +16,8 @@ RHO = 7.0
 SIGMA_MIN = 0.002
 # So many halvings make an interval of floats one spacing wide, with some to spare.
 BISECTIONS = 70
+# Where alpha is 0 at the start, the first step of the grid goes to this sigma / alpha.
+FIRST_RATIO = 80.0
 
 
 class Process(ABC):
@@ -158,12 +161,17 @@ class RatioGrid(Process):
         count = n - 1 if sigma_min is None else n
         start = scalar(self.t_noise)
         last = self.time_of_sigma(self.sigma_min if sigma_min is None else sigma_min)
-        high, low = (float(self.ratio(t)) ** (1 / self.rho) for t in (start, last))
+        high, low = (float(self.ratio(t)) for t in (start, last))
+        no_signal = [high] if math.isinf(high) else []  # one step to where there is some signal
+        if no_signal:
+            high = max(FIRST_RATIO, 2 * low)
         if count == 1:
             inner = start[None]
         else:
-            roots = torch.linspace(high, low, count, dtype=torch.float64, device="cpu")
-            inner = self.time_of_ratio(roots**self.rho)
+            first, end = high ** (1 / self.rho), low ** (1 / self.rho)
+            inside = count - len(no_signal)
+            roots = torch.linspace(first, end, inside, dtype=torch.float64, device="cpu")
+            inner = self.time_of_ratio(torch.cat([roots.new_tensor(no_signal), roots**self.rho]))
             # The ends are put in as they are, free of the rounding of the way through their levels.
             inner[0], inner[-1] = start, last
         return inner if sigma_min is not None else torch.cat([inner, scalar(self.t_data)[None]])

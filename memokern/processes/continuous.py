@@ -191,39 +191,75 @@ class EDM(RatioGrid):
 
 
 class FlowMatching(Process):
-    """alpha = t, sigma = 1 - t: noise at t = 0, data at t = 1, velocity (x0 - x) / (1 - t).
+    """alpha = t, sigma = 1 - (1 - sigma_min) t: noise at t = 0, data at t = 1.
 
     This is the straight path of flow matching (Lipman et al., arXiv 2210.02747; its closed form is
-    in arXiv 2506.03719). Times are evenly spaced. At t = 0 drift and diffusion are infinite.
+    in arXiv 2506.03719), with velocity (x0 - (1 - sigma_min) x) / sigma. Times are evenly spaced.
+    Where alpha = 0 drift and diffusion are infinite.
+
+    Args:
+        sigma_min: the noise that is left on the data, in [0, 1), as `sigma` of torchcfm's
+            TargetConditionalFlowMatcher. With 0 the velocity grows without bound towards the data;
+            at their time itself see :class:`memokern.Denoiser`.
+        reverse: True lets time run from the data at t = 0 to noise at t = 1, as in rectified flow
+            models of images; the velocity then has the other sign.
+
+    Raises: TypeError, ValueError for sigma_min out of range.
 
     Example:
         >>> from memokern.processes import FlowMatching
-        >>> FlowMatching().times(3).tolist()
-        [0.0, 0.5, 1.0]
+        >>> FlowMatching().times(3).tolist(), FlowMatching(reverse=True).times(3).tolist()
+        ([0.0, 0.5, 1.0], [1.0, 0.5, 0.0])
     """
 
-    t_noise, t_data = 0.0, 1.0
+    def __init__(self, sigma_min: float = 0.0, reverse: bool = False) -> None:
+        self._lowest = checks.number("sigma_min", sigma_min, 0.0)
+        if self._lowest >= 1:
+            raise ValueError(f"expected sigma_min below 1, the noise of the start, got {sigma_min}")
+        self._slope = 1 - self._lowest
+        self.reverse = bool(reverse)
+        if self._lowest > 0:
+            self.sigma_min = self._lowest
+
+    @property
+    def t_noise(self) -> float:  # type: ignore[override]
+        """0, or 1 in reverse."""
+        return 1.0 if self.reverse else 0.0
+
+    @property
+    def t_data(self) -> float:  # type: ignore[override]
+        """1, or 0 in reverse."""
+        return 0.0 if self.reverse else 1.0
 
     def alpha(self, t: Tensor) -> Tensor:
-        return t
+        return 1 - t if self.reverse else t
 
     def sigma(self, t: Tensor) -> Tensor:
-        return 1 - t
+        return self._lowest + self._slope * t if self.reverse else 1 - self._slope * t
 
     def d_alpha(self, t: Tensor) -> Tensor:
-        return torch.ones_like(t)
+        return torch.full_like(t, -1.0 if self.reverse else 1.0)
 
     def d_sigma(self, t: Tensor) -> Tensor:
-        return -torch.ones_like(t)
+        return torch.full_like(t, self._slope if self.reverse else -self._slope)
 
     def drift(self, t: Tensor) -> Tensor:
-        return 1 / t
+        return self.d_alpha(t) / self.alpha(t)
 
     def diffusion(self, t: Tensor) -> Tensor:
-        return (2 * (1 - t) / t).sqrt()
+        return (2 * self.sigma(t) / self.alpha(t)).sqrt()
 
     def _time_of_sigma(self, sigma: Tensor) -> Tensor:
-        return 1 - sigma
+        return ((sigma - self._lowest) if self.reverse else (1 - sigma)) / self._slope
 
     def time_of_ratio(self, ratio: float | Tensor) -> Tensor:
-        return 1 / (1 + level_of("ratio", ratio))
+        r = level_of("ratio", ratio)
+        if not self.reverse:
+            return 1 / (self._slope + r)
+        return torch.where(torch.isinf(r), 1.0, (r - self._lowest) / (self._slope + r))
+
+    def __repr__(self) -> str:
+        shown = [f"sigma_min={self._lowest:g}"] * (self._lowest > 0) + [
+            "reverse=True"
+        ] * self.reverse
+        return f"FlowMatching({', '.join(shown)})"

@@ -16,11 +16,12 @@ class DDPM(RatioGrid):
     """A discrete schedule: alpha^2 = alphas_cumprod[t], sigma^2 = 1 - alpha^2 (arXiv 2006.11239).
 
     t is the index 0 .. T-1 that a DDPM network takes, or any number between: log alpha^2 is
-    interpolated linearly, to 0 at t = -1, where the data are.
+    interpolated linearly, to 0 at t = -1, where the data are. Where the last value is 0 (zero
+    terminal SNR, arXiv 2305.08891), alpha falls linearly in the last piece.
 
     Args:
-        alphas_cumprod: [T], strictly decreasing, in (0, 1). None stands for Ho et al.'s 1000 steps
-            with beta from 1e-4 to 0.02.
+        alphas_cumprod: [T], strictly decreasing, in (0, 1); the last may be 0. None stands for
+            Ho et al.'s 1000 steps with beta from 1e-4 to 0.02.
         rho: exponent of the grid in sigma / alpha, as of :class:`EDM`. None gives evenly spaced t,
             as DDPM's and DDIM's samplers have it. On the probability flow of 2000 photographs
             (SmoothedBank, Heun) the median distance from the exact end was 2.07 in 18 even steps
@@ -52,29 +53,48 @@ class DDPM(RatioGrid):
         if values.dim() != 1 or len(values) == 0:
             raise ValueError(f"expected alphas_cumprod [T], got {tuple(values.shape)}")
         whole = torch.cat([values.new_ones(1), values])
-        if not (bool((whole.diff() < 0).all()) and float(values[-1]) > 0):
+        if not (bool((whole.diff() < 0).all()) and float(values[-1]) >= 0):
             raise ValueError(
-                "expected alphas_cumprod strictly decreasing in (0, 1), the first the least noisy;"
-                f" got {values[0].item():g} ... {values[-1].item():g}"
+                "expected alphas_cumprod strictly decreasing in (0, 1), the first the least noisy"
+                f" and the last perhaps 0; got {values[0].item():g} ... {values[-1].item():g}"
             )
         self._log = whole.log()
+        self._ends_at_zero = float(values[-1]) == 0
 
     @property
     def t_noise(self) -> float:  # type: ignore[override]
         """T - 1, the noisiest index."""
         return float(len(self._log) - 2)
 
-    def _log_square(self, t: Tensor) -> Tensor:
-        """log alpha^2; beyond the ends the first and the last piece are continued."""
+    def _piece(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The piece of the schedule that t is in; the first and the last go on beyond the ends.
+        And log alpha^2, which is not that of a last piece to 0."""
         log = self._log.to(t.device)
         piece = (t.detach() + 1).floor().long().clamp(0, len(log) - 2)
-        return torch.lerp(log.take(piece), log.take(piece + 1), t + 1 - piece)
+        ahead = log.take(piece + 1)
+        if self._ends_at_zero:  # finite, because autograd follows both ways of torch.where
+            ahead = ahead.clamp(min=float(log[-2]) - 1)
+        return piece, torch.lerp(log.take(piece), ahead, t + 1 - piece)
+
+    def _last_alpha(self, t: Tensor) -> Tensor:
+        """alpha in a last piece to 0."""
+        return torch.exp(self._log[-2] / 2).to(t.device) * (self.t_noise - t)
 
     def alpha(self, t: Tensor) -> Tensor:
-        return torch.exp(self._log_square(t) / 2)
+        piece, log = self._piece(t)
+        alpha = torch.exp(log / 2)
+        if not self._ends_at_zero:
+            return alpha
+        return torch.where(piece == len(self._log) - 2, self._last_alpha(t), alpha)
 
     def sigma(self, t: Tensor) -> Tensor:
-        return (0.0 - torch.expm1(self._log_square(t))).sqrt()  # at t = -1 this is 0, not -0
+        piece, log = self._piece(t)
+        square = 0.0 - torch.expm1(log)  # at t = -1 this is 0, not -0
+        if self._ends_at_zero:
+            alpha = self._last_alpha(t)
+            last = piece == len(self._log) - 2
+            square = torch.where(last, (1 - alpha) * (1 + alpha), square)
+        return square.sqrt()
 
     def _time_of_log(self, value: Tensor) -> Tensor:
         """The t at which log alpha^2 is `value`."""
@@ -82,7 +102,11 @@ class DDPM(RatioGrid):
         # searchsorted finds the piece that has the value. It needs rising numbers, and log falls.
         above = torch.searchsorted(-log, -value.contiguous()).clamp(1, len(log) - 1)
         first, second = log[above - 1], log[above]
-        return above - 2 + (value - first) / (second - first)
+        time = above - 2 + (value - first) / (second - first)
+        if self._ends_at_zero:
+            last = self.t_noise - torch.exp((value - log[-2]) / 2)
+            time = torch.where(above == len(log) - 1, last, time)
+        return time
 
     def _time_of_sigma(self, sigma: Tensor) -> Tensor:
         return self._time_of_log(torch.log1p(-sigma.square()))

@@ -72,7 +72,9 @@ class CovarianceTikhonov(Regularizer):
         values, vectors = eigenvalues.to(torch.float64), eigenvectors.to(torch.float64)
         if not bool((values > 0).all()) or not bool(torch.isfinite(values).all()):
             raise ValueError(f"expected finite eigenvalues > 0, got {values.min().item()}")
-        gap = vectors @ vectors.T - torch.eye(len(vectors)).to(vectors)
+        gap = vectors @ vectors.T - torch.eye(
+            len(vectors), dtype=vectors.dtype, device=vectors.device
+        )
         if not bool(gap.abs().max() <= 1e-4):
             raise ValueError(
                 f"expected orthonormal eigenvectors, got rows off by {gap.abs().max().item():.1e}"
@@ -154,7 +156,11 @@ def _leading_directions(rows: TrainingSet, rank: int) -> tuple[Tensor, Tensor, f
 
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(
-        rows.dim, min(rows.dim, rank + OVERSAMPLING), dtype=torch.float64, generator=generator
+        rows.dim,
+        min(rows.dim, rank + OVERSAMPLING),
+        dtype=torch.float64,
+        generator=generator,
+        device="cpu",
     )
     basis, _ = torch.linalg.qr(start.to(rows.device))
     image = covariance(basis)

@@ -15,6 +15,8 @@ from memokern.validate import PerQuery, wide
 
 # It stands for sigma = 0 where a gate is divided by sigma^2: its square is still a normal float64.
 SMALLEST = 1e-150
+# Beyond it, a score at SMALLEST grows without bound as sigma falls.
+LARGEST = 1e100
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Prediction:
     Attributes:
         x: the queries [\*batch, \*shape]. sigma, alpha: as asked, [\*batch] float64.
         x0: mean + (R' - R) / alpha. residual: R' = sigma^2 score. Both [\*batch, \*shape], in x's
-            type.
+            type, float32 for half-precision queries.
         posterior: of the sweep behind it, with the sigma and temperature that the regulariser
         chose. query, regularizer: what `log_potential` is computed from.
     """
@@ -56,7 +58,7 @@ class Prediction:
 
     @property
     def eps(self) -> Tensor:
-        """-sigma score."""
+        """-sigma score; at sigma = 0 it is 0 where the score is finite."""
         sigma = wide(self.sigma, self.x)
         value = -self.residual / sigma
         if self._gated_at_zero():
@@ -70,12 +72,19 @@ class Prediction:
         return gates and not traced(self.sigma) and bool((self.sigma == 0).any())
 
     def _score_near_zero(self) -> Tensor:
-        """The score at SMALLEST in place of sigma = 0, in float64, whose range holds its square."""
+        """The score at SMALLEST in place of sigma = 0, in float64, whose range holds its square;
+        infinite where no gate bounds it."""
         s = self.query.sigma
         near = replace(self.query, sigma=torch.where(s == 0, SMALLEST, s))
         plain = self.posterior.residual.to(torch.float64)
+        # A row that is hit leaves a residual of 0, whatever the rounding of the mean says.
+        x = self.posterior.x
+        size = 8 * torch.finfo(x.dtype).eps * x.flatten(s.dim()).norm(dim=-1)
+        hit = plain.flatten(s.dim()).norm(dim=-1) <= size
+        plain = torch.where(wide(hit, plain) != 0, 0.0, plain)
         gated = self.regularizer.gather(self.regularizer.gate(plain, near, self.posterior))
-        return (gated / SMALLEST / SMALLEST).to(self.x.dtype)
+        score = gated / SMALLEST / SMALLEST
+        return torch.where(score.abs() < LARGEST, score, score * torch.inf).to(self.x.dtype)
 
     @property
     def v(self) -> Tensor:
@@ -83,8 +92,9 @@ class Prediction:
         return wide(self.alpha, self.x) * self.eps - wide(self.sigma, self.x) * self.x0
 
     def velocity(self, d_alpha: PerQuery = 1.0, d_sigma: PerQuery = -1.0) -> Tensor:
-        """alpha' x0 + sigma' eps, dx/dt of the probability flow."""
-        return results.flow_velocity(self.x0, self.eps, self.sigma.shape, d_alpha, d_sigma)
+        """alpha' x0 + sigma' eps, dx/dt of the probability flow. At sigma = 0 eps is the noise's
+        mean, 0."""
+        return results.flow_velocity(self.x0, self.residual, self.sigma, d_alpha, d_sigma)
 
 
 def evaluate(
@@ -123,6 +133,7 @@ def evaluate(
             f"expected regularizer as a memokern.regularizers.Regularizer, got"
             f" {type(regularizer).__name__}; parse('tikhonov:c=0.01') makes one from text"
         )
+    x = validate.computable(x)
     asked = _query(x, data, sigma, alpha, bias)
     replicated = reg.replicate(asked)
     query = reg.prepare(replicated, data)

@@ -62,7 +62,9 @@ class GaussianSmoothing(Regularizer):
         r"""eps_m [M, \*shape] in x's type, in antithetic pairs."""
         shape = query.x.shape[query.sigma.dim() :]
         generator = torch.Generator().manual_seed(self.seed)
-        half = torch.randn(self.samples // 2, *shape, generator=generator, dtype=torch.float64)
+        half = torch.randn(
+            self.samples // 2, *shape, generator=generator, dtype=torch.float64, device="cpu"
+        )
         return torch.cat([half, -half]).to(query.x)
 
     def replicate(self, query: Query) -> Query:

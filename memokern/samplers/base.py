@@ -12,6 +12,7 @@ from torch import Tensor
 
 from memokern import validate
 from memokern.denoiser import Denoiser
+from memokern.edm_network import Label
 from memokern.processes import Process
 from memokern.results import Certificate
 from memokern.util import checks
@@ -95,7 +96,7 @@ class Run:
         denoiser: Denoiser,
         start: int | Tensor,
         *,
-        label: int | Tensor | None,
+        label: Label,
         bias: Tensor | None,
         seed: int | None,
         generator: torch.Generator | None,

@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from memokern.denoiser import Denoiser
+from memokern.edm_network import Label
 from memokern.samplers.base import (
     Level,
     Run,
@@ -43,7 +44,7 @@ def ode(
     churn_noise: float = 1.0,
     rtol: float | None = None,
     atol: float | None = None,
-    label: int | Tensor | None = None,
+    label: Label = None,
     bias: Tensor | None = None,
     seed: int | None = None,
     generator: torch.Generator | None = None,
@@ -62,8 +63,8 @@ def ode(
         solver: "euler" takes x to alpha' x0 + sigma' eps, which is DDIM's step. "heun" does the
             same with the mean of eps at both ends (arXiv 2206.00364, algorithms 1 and 2). "rk45" is
             scipy's adaptive solve_ivp, in the angle atan2(sigma, alpha).
-        sigma_min: the noise level > 0 to stop at. By default the samplers go to the data; rk45
-            stops at the process's own sigma_min and takes the last step from there with x0 held.
+        sigma_min: the noise level > 0 to stop at. By default the samplers go to where the process
+            ends, the data; euler and heun take their last step with x0 held.
         denoise_last: whether an early stop is followed by one more step, to the data with x0 held.
         churn, churn_min, churn_max, churn_noise: EDM's S_churn, S_tmin, S_tmax, S_noise. Before a
             step at sigma / alpha in [churn_min, churn_max], fresh noise raises sigma / alpha by
@@ -170,8 +171,7 @@ def _rk45(
     run.step = None
     process, kind, shape, device = run.process, run.x.dtype, run.x.shape, run.x.device
     first, end = level_of(process, process.t_noise), level_of(process, process.t_data)
-    stop = process.sigma_min if sigma_min is None else sigma_min
-    last = end if stop <= end.sigma else level_of(process, process.time_of_sigma(stop))
+    last = end if sigma_min is None else level_of(process, process.time_of_sigma(sigma_min))
     angles = [math.atan2(level.sigma, level.alpha) for level in (first, last)]
 
     def level_at(angle: float) -> Level:
@@ -190,6 +190,8 @@ def _rk45(
             level = level_at(angle)
             x0, eps = run.evaluate(physical(state, level), level.t)
             bar.update()
+            if level.sigma == 0:  # there x says nothing about the noise, whose mean is 0
+                eps = torch.where(torch.isfinite(eps), eps, 0.0)
             r = math.hypot(level.alpha, level.sigma)
             turn = (level.alpha / r) * eps - (level.sigma / r) * x0
             return turn.reshape(-1).to("cpu", torch.float64).numpy()
@@ -215,7 +217,7 @@ def _rk45(
         levels = [level_at(float(angle)) for angle in found.t]
         states = [physical(y, level) for y, level in zip(found.y.T, levels, strict=True)]
         run.x = states[-1]
-        if (sigma_min is None or denoise_last) and last.sigma > end.sigma:
+        if denoise_last and last.sigma > end.sigma:
             run.x = held(*run.evaluate(run.x, last.t), end)
             levels, states = [*levels, end], [*states, run.x]
     if run.record is not None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from memokern.denoiser import Denoiser
+from memokern.edm_network import Label
 from memokern.samplers.base import Run, Samples, Watch, levels_of
 
 SDE_STEPS = 200
@@ -22,7 +23,7 @@ def sde(
     *,
     sigma_min: float | None = None,
     denoise_last: bool = False,
-    label: int | Tensor | None = None,
+    label: Label = None,
     bias: Tensor | None = None,
     seed: int | None = None,
     generator: torch.Generator | None = None,

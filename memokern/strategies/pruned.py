@@ -14,6 +14,7 @@ What was dropped is bounded by the :class:`.Certificate`. Proofs: ``docs/pruning
 from __future__ import annotations
 
 import math
+import warnings
 
 import torch
 from torch import Tensor
@@ -40,6 +41,22 @@ def weight_allowed(query: Query, rows: Rows, index: Index, tol: float | None) ->
         return eps
     # |mean_dropped - mean_kept| <= 2 y_max: both lie in the ball that holds the rows.
     return min(eps, tol / (2 * index.y_max))
+
+
+def warn_of_gradients(**numbers: object) -> None:
+    """UserWarning where a gradient is recorded for sigma, alpha or temperature: rows that weigh
+    nothing may still matter to it, by their logits times their weight."""
+    if torch.is_grad_enabled():
+        for name, value in numbers.items():
+            if isinstance(value, torch.Tensor) and value.requires_grad:
+                warnings.warn(
+                    f"{name} requires a gradient, and the data's index is used: what dropped rows"
+                    " add to it is left out, which certificate and tol do not bound;"
+                    " method='dense' has the whole gradient",
+                    UserWarning,
+                    stacklevel=4,
+                )
+                return
 
 
 def posterior(

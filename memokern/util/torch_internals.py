@@ -107,3 +107,15 @@ def undispatched(*tensors: Tensor | None) -> bool:
         if record and t.requires_grad:
             return False
     return True
+
+
+_version_of = torch.Tensor._version.__get__  # type: ignore[attr-defined]
+
+
+def version(tensor: Tensor) -> int | None:
+    """How often the memory of this tensor was written to in place, as far as PyTorch did it; None
+    where nobody counts."""
+    if is_compiling() or tensor.is_inference():
+        return None
+    count: int = _version_of(tensor)
+    return count

@@ -35,7 +35,9 @@ def test_as_all_distances(backend: str, group: list[Case]) -> None:
             _check(backend, x, rows, k)
 
 
-@over(sized((1, 400, 4096), (12, 400, 4096), triton=((1, 130, 2048), (4, 130, 2048))), "b", "n", "d")
+@over(
+    sized((1, 400, 4096), (12, 400, 4096), triton=((1, 130, 2048), (4, 130, 2048))), "b", "n", "d"
+)
 def test_where_rounding_is_coherent(backend: str, b: int, n: int, d: int) -> None:
     """Equal features: every addition of a product rounds the same way, as far as it can go.
 

@@ -147,9 +147,7 @@ def test_limit_of_small_sigma(backend: str, b: int, n: int, d: int, dtype: torch
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-@over(
-    sized(*((b, d) for b in (3, 30, 200) for d in (2, 40)), triton=((3, 2), (3, 300))), "b", "d"
-)
+@over(sized(*((b, d) for b in (3, 30, 200) for d in (2, 40)), triton=((3, 2), (3, 300))), "b", "d")
 def test_lost_queries_stay_alone(backend: str, b: int, d: int, value: float) -> None:
     query, rows = Case(b, 40, d).problem()
     clean = harness.posterior(backend, query, rows)
@@ -194,9 +192,7 @@ def test_split_of_the_batch(backend: str, b: int, n: int, d: int) -> None:
     whole = harness.posterior(backend, query, rows)
     compare.equal(harness.posterior(backend, query, rows), whole)
     cut = b // 2 + 1
-    parts = [
-        harness.posterior(backend, query.take(at), rows) for at in (slice(cut), slice(cut, b))
-    ]
+    parts = [harness.posterior(backend, query.take(at), rows) for at in (slice(cut), slice(cut, b))]
     joined = [torch.cat(pair) for pair in zip(*parts, strict=True)]
     compare.close(whole, joined, rtol=1e-5, atol=1e-5)
 

@@ -18,7 +18,7 @@ from tests.harness import INSTALLED, every_backend, over, sized
 
 def _state(backend: str, query: Query, rows: Rows) -> State:
     """Settled, as the operation gives it."""
-    return calls.settled(harness.posterior_state(backend, query, rows), query)
+    return oracle.settled(harness.posterior_state(backend, query, rows), query)
 
 
 def _in_parts(backend: str, query: Query, rows: Rows, sizes: list[int]) -> list[State]:

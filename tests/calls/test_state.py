@@ -147,6 +147,36 @@ def test_the_empty_state_is_neutral(parts: Parts, name: str) -> None:
     assert all(torch.equal(u.to(F64), v) for u, v in zip(nothing, empty, strict=True))
 
 
+def _of_kinds(seed: int, kinds: Tensor) -> State:
+    """Queries of each kind: 0 and 1, at sigma = 0 with two distances; 2, lost; 3, without rows that
+    have weight; 4, with sigma > 0, where much is negligible beside the other state's."""
+    b, center = len(kinds), normal(130, seed=seed)
+    s = normal(b, seed=seed + 1).abs() + 0.1
+    lost, none = kinds == 2, kinds == 3
+    key = torch.where(kinds == 0, 1.0, torch.where(kinds == 1, 2.0, 0.0)).to(F64)
+    m = -1000 * normal(b, seed=seed + 2).abs()
+    sums = [s, -s * normal(b, seed=seed + 3).abs(), normal(b, seed=seed + 4), 0.5 * s.square()]
+    acc = normal(b, 130, seed=seed + 5)
+    gone = [torch.where(lost, math.nan, torch.where(none, 0.0, v)) for v in sums]
+    acc = torch.where(lost[:, None], math.nan, torch.where(none[:, None], 0.0, acc))
+    key = torch.where(none, math.inf, torch.where(lost, 0.0, key))
+    m = torch.where(none, -math.inf, torch.where(lost, 0.0, m))
+    return State(key, m, *gone, acc, center)
+
+
+@every_merge
+def test_every_kind_with_every_other(name: str) -> None:
+    """The laws, and that each merge is the one in PyTorch."""
+    merge, each = MERGES[name], torch.arange(25)
+    drawn = torch.randint(0, 5, (25,), generator=torch.Generator().manual_seed(0))
+    a, b, c = (_of_kinds(10 * i, kinds) for i, kinds in enumerate((each // 5, each % 5, drawn)))
+    for left, right in ((a, b), (b, a), (a, c), (b, c)):
+        _same(merge(left, right), calls.merge(left, right), name)
+        assert torch.equal(merge(left, right).center, left.center)
+    _same(merge(merge(a, b), c), merge(a, merge(b, c)), name)
+    _same(merge(a, b), merge(b, a), name)
+
+
 @every_merge
 def test_only_the_smallest_key_counts(name: str) -> None:
     """At sigma = 0 it is the squared distance: what is farther is left out, whatever its sums are."""
@@ -189,15 +219,22 @@ def test_settled_states_can_be_joined_where_the_parts_saw_different_limits(sigma
     at = r2 == r2.min()
     one = torch.ones(1, dtype=F64)
     limit = State(
-        r2.min()[None], 0 * one, one, 0 * one, 0 * one, one, rows.data[at], torch.zeros(2, dtype=F64)
+        r2.min()[None],
+        0 * one,
+        one,
+        0 * one,
+        0 * one,
+        one,
+        rows.data[at],
+        torch.zeros(2, dtype=F64),
     )
-    got = calls.settled(limit, query)
+    got = oracle.settled(limit, query)
     if sigma == 0.5:  # the other rows have weight, of which this state does not know
         torch.testing.assert_close(got.m, want.m)
     else:
         _same(got, want, "pytorch")
     log = query._replace(weighting="log")
-    assert calls.settled(limit, log) is limit
+    assert oracle.settled(limit, log) is limit
 
 
 def test_derivatives_flow_through_a_merge() -> None:

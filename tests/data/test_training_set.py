@@ -66,9 +66,11 @@ def test_other_layouts_are_made_contiguous():
 
 
 def test_wrong_types():
-    for source in ([[1.0]], 3, None):
-        with pytest.raises(TypeError, match="tensor, a numpy array, a path or a torch Dataset"):
+    for source in (3, None):
+        with pytest.raises(TypeError, match="tensor, a numpy array, a path, a list of tensors, or"):
             TrainingSet(source)
+    with pytest.raises(TypeError, match="item 0 of the data set to be a tensor"):
+        TrainingSet([[1.0]])
     for dtype in (torch.int64, torch.bool, torch.complex64, torch.int8):
         with pytest.raises(TypeError, match=r"expected rows of type .*uint8, got .*\.to\(torch"):
             TrainingSet(torch.zeros(2, 2, dtype=dtype))
@@ -119,7 +121,7 @@ def test_labels():
         TrainingSet(rows, labels=[0, 1])
     with pytest.raises(TypeError, match="integer type"):
         TrainingSet(rows, labels=[0.0, 1.0, 2.0])
-    with pytest.raises(TypeError, match="list of numbers, got list"):
+    with pytest.raises(TypeError, match="labels as integers, got strings"):
         TrainingSet(rows, labels=["a", "b", "c"])
 
 

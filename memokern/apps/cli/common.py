@@ -5,7 +5,11 @@ long work.
 from __future__ import annotations
 
 import contextlib
+import functools
+import os
+import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,12 +20,15 @@ import torch
 from memokern import TrainingSet, functional
 from memokern.apps import figures, info
 from memokern.data import files
+from memokern.data import layout as layouts
 from memokern.index.basis import is_image
 from memokern.index.index import REBUILD_HINT
 
 # An index is built without being asked for where a sweep over so many rows and features takes long
 # enough for bounds to save time, and after so many queries (samples times evaluations) it has paid.
 INDEX_ROWS, INDEX_DIM, INDEX_PAYS = 2000, 256, 4000
+
+MOST_NAME_BYTES = 255  # of a file, with all common file systems
 
 DIGITS = "digits"  # stands for the embedded data set where a file is expected
 
@@ -63,16 +70,27 @@ class WrongInput(click.ClickException):
         self.ctx = click.get_current_context(silent=True)  # names the command in the message
 
 
+# How the library's arguments about a file are named in its messages, as options: the prefix of the
+# file's options comes before them.
+ARGUMENT = re.compile(r"\b(key|shape|layout)=(\([^)]*\)|'[^']*')?")
+
+
+def _as_option(match: re.Match[str], prefix: str) -> str:
+    value = (match[2] or "").strip("'()").replace(" ", "").rstrip(",")
+    return f"{prefix}{match[1]} {value}".rstrip()
+
+
 @contextlib.contextmanager
-def wrong_input(about: str | None = None, key_option: str = "--key") -> Iterator[None]:
+def wrong_input(about: str | None = None, prefix: str = "--") -> Iterator[None]:
     """Turn the library's errors about an input into one line and exit code 2. The line starts with
-    `about`, such as the option that gave the input.
+    `about`, such as the option that gave the input, whose other options start with `prefix`.
     """
     try:
         yield
     except (ValueError, TypeError, OSError, RuntimeError, MemoryError) as error:
         # Arguments and methods of the library are options and commands here.
-        message = (str(error) or type(error).__name__).replace("with key=", f"with {key_option}")
+        message = str(error) or type(error).__name__
+        message = ARGUMENT.sub(functools.partial(_as_option, prefix=prefix), message)
         message = message.replace(
             REBUILD_HINT, "'memokern index' makes a new one, --method dense needs none"
         )
@@ -116,35 +134,50 @@ def failure(
 
 
 def load(
-    source: str, key: str | None, about: str, key_option: str = "--key", *, index: bool = True
+    source: str,
+    key: str | None,
+    about: str,
+    prefix: str = "--",
+    *,
+    shape: tuple[int, ...] | None = None,
+    layout: str | None = None,
+    index: bool = True,
 ) -> TrainingSet:
     """The training set in a file (.npy, .npz, .safetensors), with the file's index if `index`, or
-    the embedded digits for the word "digits".
+    the embedded digits for the word "digits". `prefix` starts the options about the data.
     """
-    with wrong_input(about, key_option):
+    with wrong_input(about, prefix):
         if source == DIGITS and not Path(source).exists():
             if key is not None:
                 raise ValueError(
                     f"a key needs a data file, got {key!r} with the embedded digits: leave it out"
                 )
+            if shape is not None or layout is not None:
+                raise ValueError("shape and layout are for data files, not the embedded digits")
             return TrainingSet.digits()
-        return TrainingSet(source, key=key, index=index)
+        return TrainingSet(source, key=key, shape=shape, layout=layout, index=index)
 
 
-def load_rows(source: str, key: str | None, data: TrainingSet, about: str) -> torch.Tensor:
-    """Samples [S, *data.shape] from a file, floating point, in the data's units; flat rows are
-    reshaped.
+def load_samples(
+    source: str,
+    key: str | None,
+    data: TrainingSet,
+    *,
+    shape: tuple[int, ...] | None = None,
+    layout: str | None = None,
+) -> torch.Tensor:
+    """Samples [S, *data.shape] from a file, floating point, in the data's units. Only axes of one
+    entry may differ from the data's shape, since they change the order of nothing.
     """
-    with wrong_input(about, "--samples-key"):
-        rows = files.read_tensor(source, key)
-        if rows.ndim < 2 or rows[0:1].numel() != (data.dim if len(rows) else 0):
-            raise ValueError(
-                f"expected samples of shape [S, {', '.join(map(str, data.shape))}] like the "
-                f"data's rows, "
-                f"with at least one, got {list(rows.shape)}"
-            )
+    with wrong_input("SAMPLES", "--samples-"):
+        rows = layouts.arranged(files.read_tensor(source, key), shape, layout, "samples")
+        long = [k for k in data.shape if k != 1]
+        if rows.ndim == 0 or [k for k in rows.shape[1:] if k != 1] != long:
+            layouts.require_same_shape(rows, data.shape, "samples of shape")
+        if len(rows) == 0:
+            raise ValueError("expected at least one sample, got none")
         if rows.dtype == torch.uint8 and data.rows.dtype == torch.uint8:
-            rows = data.dequantize(rows.reshape(len(rows), -1))
+            rows = data.dequantize(rows)
         elif not rows.is_floating_point():
             raise TypeError(
                 f"expected samples of a floating type (or uint8 like the data), got {rows.dtype} "
@@ -154,6 +187,63 @@ def load_rows(source: str, key: str | None, data: TrainingSet, about: str) -> to
         if not rows.isfinite().all():
             raise ValueError("samples hold NaN or infinite values")
         return rows.reshape(len(rows), *data.shape)
+
+
+class Shape(click.ParamType):
+    """The shape of a row on the command line: 3,32,32."""
+
+    name = "shape"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            found = tuple(int(part) for part in value.split(","))
+        except ValueError:
+            found = ()
+        if not found or any(not 1 <= k < 2**31 for k in found):
+            self.fail(f"{value!r} is not a shape such as 3,32,32", param, ctx)
+        return found
+
+
+def arrangement(about: str, *prefixes: str) -> Callable[..., Any]:
+    """The options --shape and --layout about a file, each with all these prefixes; the parameter is
+    named by the last."""
+
+    def named(option: str) -> list[str]:
+        names = [f"{prefix}{option}" for prefix in prefixes]
+        return [*names, names[-1].strip("-").replace("-", "_")]
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in (
+            click.option(
+                *named("layout"),
+                type=click.Choice(layouts.LAYOUTS),
+                help=f"hwc: {about} are images [N, H, W, C], channels last, to be taken as "
+                "[N, C, H, W].",
+            ),
+            click.option(
+                *named("shape"),
+                type=Shape(),
+                metavar="C,H,W",
+                help=f"The shape of each of {about} in the file, where they are flat.",
+            ),
+        ):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+@contextlib.contextmanager
+def warnings_in_lines() -> Iterator[None]:
+    """Show the library's warnings as one line each on stderr."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        yield
+    name = click.get_current_context().command_path
+    for warning in caught:
+        click.echo(f"{name}: warning: {' '.join(str(warning.message).split())}", err=True)
 
 
 def method_option(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -223,9 +313,9 @@ def picture_folder(out: Path) -> None:
     with wrong_input():
         figures.require()
     check_machine()
-    if out.exists() and not out.is_dir():
-        raise WrongInput(f"--out: {str(out)!r} is a file, not a folder")
     with wrong_input("--out"):
+        if out.exists() and not out.is_dir():
+            raise ValueError(f"{str(out)!r} is a file, not a folder")
         out.mkdir(parents=True, exist_ok=True)
 
 
@@ -240,21 +330,27 @@ def check_outputs(outputs: Sequence[tuple[str, Path | None, tuple[str, ...]]], f
     for option, path, suffixes in outputs:
         if path is None:
             continue
-        if path.suffix.lower() not in suffixes:
-            raise WrongInput(
-                f"{option}: the name must end in {', '.join(suffixes)}, got {str(path)!r}"
-            )
-        if not path.parent.is_dir():
-            raise WrongInput(f"{option}: no such folder: {str(path.parent)!r}; make it first")
-        if path.is_dir():
-            raise WrongInput(f"{option}: {str(path)!r} is a folder")
-        if path.exists() and not force:
-            raise WrongInput(f"{option}: {str(path)!r} exists; give --force to replace it")
-        if path.resolve() in seen:
-            raise WrongInput(
-                f"{option}: {str(path)!r} is also what {seen[path.resolve()]} would write"
-            )
-        seen[path.resolve()] = option
+        with wrong_input(option):  # the system may refuse the name or the folder
+            _check_output(path, suffixes, force)
+            whole = path.resolve()
+            if whole in seen:
+                raise ValueError(f"{str(path)!r} is also what {seen[whole]} would write")
+            seen[whole] = option
+
+
+def _check_output(path: Path, suffixes: tuple[str, ...], force: bool) -> None:
+    if path.suffix.lower() not in suffixes:
+        raise ValueError(f"the name must end in {', '.join(suffixes)}, got {str(path)!r}")
+    if not path.parent.is_dir():
+        raise ValueError(f"no such folder: {str(path.parent)!r}; make it first")
+    if path.is_dir():
+        raise ValueError(f"{str(path)!r} is a folder")
+    if path.exists() and not force:
+        raise ValueError(f"{str(path)!r} exists; give --force to replace it")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise ValueError(f"cannot write into the folder {str(path.parent)!r}")
+    if len(os.fsencode(path.name)) > MOST_NAME_BYTES:
+        raise ValueError(f"the name is too long: {len(os.fsencode(path.name))} bytes")
 
 
 def progress_wanted() -> bool:

@@ -22,6 +22,8 @@ from memokern.util import writing
 @click.option(
     "--data-key", metavar="NAME", help="Which array of the data's .npz or .safetensors file."
 )
+@common.arrangement("the samples", "--samples-", "--")
+@common.arrangement("the data", "--data-")
 @common.method_option
 @common.criteria
 @click.option(
@@ -59,6 +61,10 @@ def memorization(
     data: str,
     samples_key: str | None,
     data_key: str | None,
+    shape: tuple[int, ...] | None,
+    layout: str | None,
+    data_shape: tuple[int, ...] | None,
+    data_layout: str | None,
     method: str,
     tolerance: float,
     ratio_threshold: float,
@@ -76,8 +82,11 @@ def memorization(
     common.check_positive({"--tolerance": tolerance, "--ratio": ratio_threshold})
     common.check_outputs([("--json", report, (".json",))], force)
     common.check_machine()
-    training = common.load(data, data_key, "DATA", "--data-key", index=method != "dense")
-    rows = common.load_rows(samples, samples_key, training, "SAMPLES")
+    training = common.load(
+        data, data_key, "DATA", "--data-",
+        shape=data_shape, layout=data_layout, index=method != "dense",
+    )  # fmt: skip
+    rows = common.load_samples(samples, samples_key, training, shape=shape, layout=layout)
     common.check_two_rows(training, "DATA")
     # Where many neighbours of few rows are wanted, all rows are swept even with an index.
     helps = min(neighbours, training.n) <= MOST_ASKED * training.n
@@ -88,10 +97,11 @@ def memorization(
         "carlini": f"distance / mean distance to {min(neighbours, training.n)} rows",
         "exact": "" if binary is None else f"equal after thresholding at {binary:g}",
     }
-    found = metrics.report(
-        rows, training, tol=tolerance, threshold=ratio_threshold, k=neighbours, level=binary,
-        method=method, progress=common.progress_wanted(),
-    )  # fmt: skip
+    with common.warnings_in_lines():
+        found = metrics.report(
+            rows, training, tol=tolerance, threshold=ratio_threshold, k=neighbours, level=binary,
+            method=method, progress=common.progress_wanted(),
+        )  # fmt: skip
     if report is not None:
         with common.failure("cannot write"):
             writing.write_json(

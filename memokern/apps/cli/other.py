@@ -87,6 +87,7 @@ def reproduce(
 @click.command(short_help="Save data with an index that speeds up small noise levels.")
 @click.argument("data", metavar="DATA")
 @click.option("--key", metavar="NAME", help="Which array of an .npz or .safetensors file.")
+@common.arrangement("the rows", "--")
 @click.option(
     "-o",
     "--output",
@@ -103,14 +104,22 @@ def reproduce(
     help="dct: cosines, for images; pca: principal directions, up to 4096 features.",
 )
 @click.option("--force", is_flag=True, help="Replace an existing file; without it it is refused.")
-def index(data: str, key: str | None, output: Path, basis: str, force: bool) -> None:
+def index(
+    data: str,
+    key: str | None,
+    shape: tuple[int, ...] | None,
+    layout: str | None,
+    output: Path,
+    basis: str,
+    force: bool,
+) -> None:
     """Save DATA (.npy, .npz or .safetensors, or 'digits') with an index, from which `sample` and
     `memorization` prove, at small noise levels, that most rows have no weight.
 
     Example: memokern index digits --output digits.safetensors
     """
     common.check_outputs([("--output", output, (".safetensors",))], force)
-    training = common.load(data, key, "DATA", index=False)
+    training = common.load(data, key, "DATA", shape=shape, layout=layout, index=False)
     started = time.perf_counter()
     with common.wrong_input("DATA"):
         training.build_index(basis, progress=None if common.progress_wanted() else False)

@@ -33,6 +33,7 @@ REGULARIZER_HELP = (
     "'digits': the embedded 8 x 8 handwritten digits.",
 )
 @click.option("--key", metavar="NAME", help="Which array of an .npz or .safetensors file.")
+@common.arrangement("the rows", "--")
 @click.option(
     "--process",
     default="edm",
@@ -131,6 +132,8 @@ REGULARIZER_HELP = (
 def sample(
     data: str,
     key: str | None,
+    shape: tuple[int, ...] | None,
+    layout: str | None,
     process: str,
     regularizer_texts: tuple[str, ...],
     solver: str,
@@ -177,7 +180,7 @@ def sample(
             figures.require()
     device = common.device(device_name)
     common.check_machine(device)
-    training = common.load(data, key, "--data", index=method != "dense")
+    training = common.load(data, key, "--data", shape=shape, layout=layout, index=method != "dense")
     swept = training.n if label is None else _rows_of_label(training, label)
     if picture is not None and figures.image_layout(training.shape) is None:
         raise common.WrongInput(

@@ -15,10 +15,8 @@ from torch import Tensor
 
 from memokern.backends.protocol import Backend, Call
 from memokern.calls import Gradients, LogitBounds, Query, RowLists, Rows, Scan, State, Sums
-from memokern.calls.checks import name_of
 from memokern.util.torch_internals import capturing
 
-ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
 MOST_NEIGHBOURS = 64
 # Kernels address the numbers that they keep for each query, up to 11, with 32 bits.
 MOST_QUERIES = 1 << 27
@@ -64,9 +62,6 @@ class Triton(Backend):
             return "it has no torch.func transforms and no forward mode"
         if torch.float64 in (call.x, call.rows):
             return "it has no kernel for float64"
-        if call.rows not in ROW_DTYPES:
-            known = ", ".join(name_of(t) for t in ROW_DTYPES)
-            return f"it reads rows of {known}, not {name_of(call.rows)}"
         if call.b > MOST_QUERIES:
             return f"it takes at most {MOST_QUERIES:,} queries in a call, not {call.b:,}"
         if call.n > MOST_ROWS:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from memokern.backends import protocol
-from memokern.calls import WEIGHTINGS, Query, Rows, State, Sums, merge, settled, to_sums
+from memokern.calls import WEIGHTINGS, Query, Rows, State, Sums, merge, to_sums
 from memokern.calls.checks import MOST_LEVELS, ROW_DTYPES
-from tests import compare
+from tests import compare, oracle
 from tests.cases import F32, F64, ROW_TYPES, U8, Case, name_of
 
 _C = pytest.importorskip("memokern._C")
@@ -32,11 +32,11 @@ SIGMAS = (0.0, 1e-200, 1e-16, 0.02, 0.7, 30.0)
 
 def state_of(query: Query, rows: Rows) -> State:
     """As :func:`memokern.ops.posterior_state` returns it."""
-    return settled(CPU.posterior_state(query, rows), query)
+    return oracle.settled(CPU.posterior_state(query, rows), query)
 
 
 def wanted(query: Query, rows: Rows) -> State:
-    return settled(REFERENCE.posterior_state(query, rows), query)
+    return oracle.settled(REFERENCE.posterior_state(query, rows), query)
 
 
 def half(query: Query, rows: Rows, at: slice) -> tuple[Query, Rows]:

@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from index_cases import F64, normal
 
 from memokern import Denoiser, TrainingSet, memorization, processes, samplers
 from memokern.regularizers import CovarianceTikhonov, evaluate, parse
-from memokern.strategies import pruned as pruning
+from memokern.strategies import pruned as pruned_strategy
+from tests.cases import F64, normal
 
 N, SHAPE = 300, (6, 8)
 
@@ -25,14 +25,14 @@ def indexed(n=N):
 def scanned(monkeypatch):
     """How many rows each pruned call kept, of how many."""
     calls = []
-    run = pruning.posterior
+    run = pruned_strategy.posterior
 
     def noted(query, rows, index, **how):
         sums, bounds = run(query, rows, index, **how | {"certificate": True})
         calls.append((index.n, bounds.levels.clone(), bounds.rows_kept.clone()))
         return sums, bounds if how.get("certificate") else None
 
-    monkeypatch.setattr(pruning, "posterior", noted)
+    monkeypatch.setattr(pruned_strategy, "posterior", noted)
     return calls
 
 

@@ -1,45 +1,46 @@
 """The public functions: the formulas, the limits, strange inputs, on every backend here."""
 
 import math
+from itertools import pairwise
 
-import oracle
+import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import memokern
 from memokern import TrainingSet
-from memokern.backends import protocol as backends
-from memokern.util import env
-
-# That take tensors on the CPU: Triton does where it interprets, which is where there is no GPU.
-AVAILABLE = [
-    row.name
-    for row in backends.explain()
-    if row.available and backends.get(row.name).refuses("cpu") is None
-]
+from memokern.calls import Rows
+from tests import cases, harness, oracle
 
 
-@pytest.fixture(params=AVAILABLE, autouse=True)
-def backend(request, monkeypatch):
-    monkeypatch.setenv(env.BACKEND, request.param)
-    return request.param
+@pytest.fixture(params=harness.ON_CPU, autouse=True)
+def backend(request):
+    with harness.preferred(request.param):
+        yield request.param
 
 
 def normal(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+    return cases.normal(*shape, seed=seed, dtype=dtype)
+
+
+def truth(x, rows, sigma, alpha=1.0, temperature=1.0, bias=None, weighting="gaussian"):
+    """The oracle's sums."""
+    query = cases.query_of(x, sigma, alpha, temperature, bias, weighting)
+    return oracle.sums(query, Rows(rows))
 
 
 TAILS = [1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63]
 
 
-@pytest.mark.parametrize("kernel", ["gaussian", "log"])
+@pytest.mark.parametrize("weighting", ["gaussian", "log"])
 @pytest.mark.parametrize("size", TAILS)
-def test_posterior_is_the_definition(size, kernel):
+def test_posterior_is_the_definition(size, weighting):
     b, n, d = (TAILS[(TAILS.index(size) + i * 5) % len(TAILS)] for i in range(3))
     x, rows, bias = normal(b, d), normal(n, d, seed=1), normal(n, seed=2)
     s, a, t = (0.3 + normal(b, seed=i).abs() for i in (3, 4, 5))
-    p = memokern.posterior(x, rows, s, a, t, bias=bias, kernel=kernel)
-    want = oracle.posterior(x, rows, s, a, t, bias, kernel)
+    p = memokern.posterior(x, rows, s, a, t, bias=bias, weighting=weighting)
+    want = truth(x, rows, s, a, t, bias, weighting)
     got = (p.mean, p.log_z, p.mean_logit, p.mean_bias, p.weight_sq)
     for g, w in zip(got, want, strict=True):
         torch.testing.assert_close(g, w, rtol=1e-10, atol=1e-10)
@@ -58,7 +59,7 @@ def test_contract_at_every_sigma_with_near_duplicates(dtype, sigma):
     values = stored.reshape(n, d).double() * data.scale + data.shift
     x = (values[[0, 0, 3, 50]] + sigma * normal(4, d, seed=3)).float()
     p = memokern.posterior(x, data, sigma)
-    mean, log_z, mean_logit, _, weight_sq = oracle.posterior(x, values, sigma)
+    mean, log_z, mean_logit, _, weight_sq = truth(x, values, sigma)
     assert (p.mean - mean).norm() <= 1e-5 * mean.norm()
     torch.testing.assert_close(p.weight_sq, weight_sq, rtol=2e-4, atol=0)
     torch.testing.assert_close(p.log_z, log_z, rtol=1e-6, atol=1e-4)
@@ -145,9 +146,9 @@ def test_the_limit_sigma_to_zero():
     )
 
 
-def test_exact_hits_take_all_the_weight_of_the_log_kernel():
+def test_exact_hits_take_all_the_weight_of_the_log_weighting():
     rows = torch.tensor([[0.0, 0.0], [2.0, 0.0], [2.0, 0.0]])
-    p = memokern.posterior(torch.tensor([[2.0, 0.0]]), rows, 1.0, kernel="log")
+    p = memokern.posterior(torch.tensor([[2.0, 0.0]]), rows, 1.0, weighting="log")
     torch.testing.assert_close(p.mean, torch.tensor([[2.0, 0.0]]))
     assert p.weight_sq.item() == 0.5 and p.log_z.isposinf().all()
 
@@ -245,7 +246,7 @@ X, ROWS = torch.zeros(3, 4), torch.ones(5, 4)
     ("call", "error", "message"),
     [
         (lambda: memokern.score([0.0], ROWS, 1.0), TypeError, "expected x as a tensor"),
-        (lambda: memokern.score(X.half(), ROWS, 1.0), TypeError, r"use x.float\(\)"),
+        (lambda: memokern.score(X.int(), ROWS, 1.0), TypeError, r"use x.float\(\)"),
         (lambda: memokern.score(X, ROWS.int(), 1.0), TypeError, "expected rows of type"),
         (lambda: memokern.score(X, "data.npy", 1.0), TypeError, "wrap arrays and files"),
         (lambda: memokern.score(X, ROWS[0], 1.0), ValueError, r"expected data \[N"),
@@ -270,7 +271,7 @@ X, ROWS = torch.zeros(3, 4), torch.ones(5, 4)
             "no row is left",
         ),
         (lambda: memokern.score(X, ROWS, 1.0, method="fast"), ValueError, "auto, dense"),
-        (lambda: memokern.posterior(X, ROWS, 1.0, kernel="box"), ValueError, "gaussian, log"),
+        (lambda: memokern.posterior(X, ROWS, 1.0, weighting="box"), ValueError, "gaussian, log"),
         (lambda: memokern.nearest(X, ROWS, k=6), ValueError, "1 <= k <= N = 5"),
         (lambda: memokern.nearest(X, ROWS, k=1.5), TypeError, "k as an int"),
         (lambda: memokern.jvp(X, ROWS, X[:1], 1.0), ValueError, "v like x"),
@@ -285,3 +286,62 @@ X, ROWS = torch.zeros(3, 4), torch.ones(5, 4)
 def test_wrong_input_says_what_was_expected(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    "sigma",
+    [np.float32(0.5), np.array(0.5), np.full(3, 0.5), torch.full((3, 1), 0.5), torch.tensor([0.5])],
+    ids=["float32", "array", "array-3", "tensor-3x1", "tensor-1"],
+)
+def test_numbers_per_query_may_be_anybodys(sigma):
+    rows, x = normal(9, 4, seed=1).float(), normal(3, 4).float()
+    for data in (rows, TrainingSet(rows)):
+        want = memokern.posterior(x, data, 0.5)
+        got = memokern.posterior(x, data, sigma)
+        assert torch.equal(got.mean, want.mean) and torch.equal(got.log_z, want.log_z)
+        torch.testing.assert_close(memokern.score(x, data, sigma), memokern.score(x, data, 0.5))
+
+
+def test_the_nearest_distance_has_a_gradient_where_a_row_is_hit():
+    rows = normal(6, 3, seed=1)
+    x = torch.cat([rows[:1], normal(1, 3)]).requires_grad_()
+    distance = memokern.nearest(x, rows, k=3).distance
+    for column in range(3):
+        (grad,) = torch.autograd.grad(distance[:, column].sum(), x, retain_graph=True)
+        away = x.detach() - rows[memokern.nearest(x.detach(), rows, k=3).index[:, column]]
+        length = away.norm(dim=1, keepdim=True)
+        want = torch.where(length == 0, 0.0, away / torch.where(length == 0, 1.0, length))
+        torch.testing.assert_close(grad, want)
+    (square,) = torch.autograd.grad(distance.square().sum(), x)
+    assert torch.isfinite(square).all()
+
+
+def test_second_derivatives_are_finite_beside_rows_that_are_left_out():
+    bias = torch.tensor([0.0, 0.0, 0.0, -torch.inf])
+    x, rows = normal(2, 3).requires_grad_(), normal(4, 3, seed=1)
+    (g,) = torch.autograd.grad(
+        memokern.posterior(x, rows, 1.0, bias=bias).log_z.sum(), x, create_graph=True
+    )
+    (second,) = torch.autograd.grad(g.square().sum(), x)
+    (h,) = torch.autograd.grad(
+        memokern.posterior(x, rows[:3], 1.0).log_z.sum(), x, create_graph=True
+    )
+    (want,) = torch.autograd.grad(h.square().sum(), x)
+    torch.testing.assert_close(second, want)
+
+
+@pytest.mark.parametrize("b", [1, 3])
+def test_one_graph_serves_a_sampler_that_gives_floats(b):
+    data, x = TrainingSet(normal(20, 2, seed=1).float()), normal(b, 2).float()
+
+    def step(x, s, n):
+        return x + (n - s) * (x - memokern.denoise(x, data, s)) / s
+
+    torch._dynamo.reset()
+    counted = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(step, fullgraph=True, backend=counted)
+    levels = [0.9, 0.8, 0.7, 0.6, 0.45, 0.3, 0.2, 0.15, 0.1, 0.05, 0.02, 0.01]
+    for now, later in pairwise(levels):
+        got, want = compiled(x, now, later), step(x, now, later)
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+    assert counted.frame_count <= 2

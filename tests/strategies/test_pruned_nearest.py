@@ -6,42 +6,30 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from index_cases import F64, PlainIndex, backend, normal, with_index
 
 import memokern
 from memokern import TrainingSet
-from memokern.strategies import pruned as pruning
-from memokern.strategies import pruned_nearest as pruning_nearest
-from memokern.validate import as_rows
+from memokern.strategies import pruned_nearest
+from memokern.strategies.costs import Costs
+from tests import oracle
+from tests.cases import F64, normal
+from tests.plain_index import with_index
+from tests.strategies.rows import rows_of
 
-__all__ = ["backend"]  # a fixture that every test here uses
+pytestmark = pytest.mark.usefixtures("backend")
 
 KINDS = ["random", "clustered", "low-rank", "duplicated", "integer"]
 
 
-def rows_of(kind, n, d, seed):
-    z = normal(n, d, seed=seed)
-    if kind == "clustered":
-        return 5 * normal(3, d, seed=seed + 1)[torch.arange(n) % 3] + 0.05 * z
-    if kind == "low-rank":
-        return z[:, :2] @ normal(2, d, seed=seed + 1) + 1e-4 * z
-    if kind == "duplicated":
-        return z[torch.arange(n) % max(1, n // 3)]
-    if kind == "integer":  # many rows at the same distance
-        return z.round()
-    return z
-
-
 def truth(x, data, k):
-    """By all direct differences in float64; a stable sort, for the ties."""
-    y = data.rows.double() * data.scale + data.shift
-    r2 = (x.double()[:, None] - y).square().sum(2)
-    value, order = r2.sort(dim=1, stable=True)
-    return r2, value[:, :k].sqrt(), order[:, :k]
+    """All squared distances, and the k nearest rows' distances and numbers."""
+    rows = data.as_rows()
+    sq, order = oracle.nearest(x, rows, k)
+    return oracle.squares(x, oracle.values(rows)), sq.sqrt(), order
 
 
 def pruned(x, data, k, costs=None):
-    sq, index = pruning_nearest.nearest(x, as_rows(data), data.index, k, costs)
+    sq, index = pruned_nearest.nearest(x, data.as_rows(), data.index, k, costs)
     return sq.sqrt(), index
 
 
@@ -54,13 +42,11 @@ def problems(draw):
     wide = draw(st.booleans())
     data = TrainingSet(rows if wide else rows.float())
     if draw(st.booleans()):
-        data._index = PlainIndex(
-            data, storage=draw(st.sampled_from([torch.float16, torch.float32]))
-        )
+        with_index(data, storage=draw(st.sampled_from([torch.float16, torch.float32])))
     elif d > 16:
         data.build_index()
     else:
-        data = with_index(data)
+        with_index(data)
     sigma = 10 ** draw(st.floats(-4, 3))
     b = draw(st.sampled_from([1, 3, 11]))
     x = data.rows.double()[torch.arange(b) % n] + sigma * normal(b, d, seed=seed + 4)
@@ -100,13 +86,13 @@ def test_few_rows_of_many_are_evaluated(monkeypatch, k, sigma):
     x = data[:20].double() + sigma * normal(20, 3, 16, 16, seed=3)
     want = memokern.nearest(x, data, k, method="dense")
     evaluated = []
-    among = pruning_nearest._among
+    among = pruned_nearest._among
 
     def counted(x, rows, k, some):
         evaluated.append(len(x) * (data.n if some is None else len(some)))
         return among(x, rows, k, some)
 
-    monkeypatch.setattr(pruning_nearest, "_among", counted)
+    monkeypatch.setattr(pruned_nearest, "_among", counted)
     got = memokern.nearest(x, data, k, method="pruned")
     assert torch.equal(got.index, want.index) and torch.equal(got.distance, want.distance)
     assert sum(evaluated) < 20 * data.n
@@ -142,7 +128,7 @@ def test_a_bound_that_is_too_small_is_noticed():
     data = TrainingSet(rows)
     x = rows[:1].clone()
     x[:, :20] = rows[1, :20]  # in the first coordinates it is another row
-    index = data._index = PlainIndex(data, dims=(4, 8), basis=torch.eye(24, dtype=F64))
+    index = with_index(data, dims=(4, 8), basis="axes").index
     want = memokern.nearest(x, data, method="dense").index
     assert want == 0 and torch.equal(pruned(x, data, 1)[1], want)
     index.coarse[0, index.dims[0] :] = 0.0
@@ -154,14 +140,14 @@ def test_auto_sweeps_for_queries_that_keep_too_many_rows(monkeypatch):
     sigma = torch.where(torch.arange(20) % 5 == 0, 50.0, 0.05).to(F64)
     x = (data[:20].double() + sigma[:, None, None, None] * normal(20, 3, 16, 16)).flatten(1)
     swept = []
-    among = pruning_nearest._among
+    among = pruned_nearest._among
 
     def noted(x, rows, k, some):
         swept.extend([len(x)] if some is None else [])
         return among(x, rows, k, some)
 
-    monkeypatch.setattr(pruning_nearest, "_among", noted)
-    costs = pruning.Costs(row=0.0, query=1.0, listed=1.0, call=0.0)
+    monkeypatch.setattr(pruned_nearest, "_among", noted)
+    costs = Costs(row=0.0, query=1.0, listed=1.0, call=0.0)
     want = memokern.nearest(x.reshape(20, 3, 16, 16), data, 1, method="dense")
     swept.clear()
     got = pruned(x, data, 1, costs)

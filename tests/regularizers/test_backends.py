@@ -1,12 +1,9 @@
-"""Every regulariser by Triton's kernels beside the reference, gradients included."""
+"""Every regulariser by every backend beside the reference, gradients included."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from triton_interpreter import DEVICE
-
-pytest.importorskip("triton")
 
 from memokern import TrainingSet
 from memokern.regularizers import (
@@ -21,6 +18,7 @@ from memokern.regularizers import (
     parse,
 )
 from memokern.util import env
+from tests import harness
 
 F32 = torch.float32
 REGULARIZERS = [
@@ -35,10 +33,11 @@ REGULARIZERS = [
 def predict(name, reg, rows, x, monkeypatch):
     """x0, score, log-potential and the gradient of their sum for x, with the backend named."""
     monkeypatch.setenv(env.BACKEND, name)
-    data = TrainingSet(rows.to(DEVICE))
-    left_out = torch.arange(len(rows), device=DEVICE) % 3 == 0  # as a mask of classes does
+    device = harness.device_of(name)
+    data = TrainingSet(rows.to(device))
+    left_out = torch.arange(len(rows), device=device) % 3 == 0  # as a mask of classes does
     bias = torch.where(left_out, -torch.inf, 0.1)
-    at = x.to(DEVICE).requires_grad_()
+    at = x.to(device).requires_grad_()
     out = evaluate(at, data, 0.7, 0.8, regularizer=reg, bias=bias)
     potential = out.log_potential
     total = out.x0.square().sum() + (out.score * 0.3).sum()
@@ -47,17 +46,18 @@ def predict(name, reg, rows, x, monkeypatch):
     return [v.detach().cpu() for v in found]
 
 
+@pytest.mark.parametrize("backend", [n for n in harness.INSTALLED if n != "reference"])
 @pytest.mark.parametrize(
     ("reg", "dtype"), [*((r, F32) for r in REGULARIZERS), (REGULARIZERS[-1], torch.uint8)], ids=repr
 )
-def test_as_the_reference(reg, dtype, monkeypatch) -> None:
+def test_as_the_reference(backend, reg, dtype, monkeypatch) -> None:
     g = torch.Generator().manual_seed(0)
     rows = torch.randn(37, 19, generator=g)
     x = 0.8 * rows[:5] + 0.7 * torch.randn(5, 19, generator=g)
     if dtype == torch.uint8:
         rows = (127.5 + 40 * rows).clamp(0, 255).to(dtype)
         x = 0.3 * x
-    got = predict("triton", reg, rows, x, monkeypatch)
+    got = predict(backend, reg, rows, x, monkeypatch)
     want = predict("reference", reg, rows, x.double(), monkeypatch)
     assert len(got) == len(want)
     for a, e in zip(got, want, strict=True):

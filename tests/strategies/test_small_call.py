@@ -1,5 +1,7 @@
 """Calls that go below PyTorch's dispatcher: when they may, and that nobody can tell."""
 
+import math
+
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
@@ -8,22 +10,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import memokern
 from memokern import TrainingSet
-from memokern import validate as queries
-from memokern.backends import protocol as backends
-from memokern.strategies import small_call as shortcuts
+from memokern.backends import protocol
+from memokern.strategies import small_call
 from memokern.util import env
+from memokern.util.torch_internals import is_plain, undispatched
+from tests import cases
+from tests.cases import F32
 
 pytestmark = pytest.mark.skipif(
-    backends.get("cpu").unavailable() is not None, reason="only the compiled kernels go below it"
+    protocol.get("cpu").unavailable() is not None, reason="only the compiled kernels go below it"
 )
 
 
-def normal(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+def normal(*shape, seed=0, dtype=F32):
+    return cases.normal(*shape, seed=seed, dtype=F32).to(dtype)
 
 
 def small_mean(x, data, sigma=0.5, alpha=1.0, temperature=1.0):
-    return shortcuts.small_mean(x, data, sigma, alpha, temperature, None, "auto")
+    return small_call.small_mean(x, data, sigma, alpha, temperature, None, "auto")
 
 
 class Seen(TorchDispatchMode):
@@ -75,11 +79,44 @@ def test_numbers_as_tensors_may_be_views_of_one_number():
     assert torch.equal(got.mean, want.mean) and torch.equal(got.log_z, want.log_z)
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+@pytest.mark.parametrize("dtype", [torch.float64, F32, torch.int64])
+def test_tensors_of_one_number_go_the_short_way_too(dtype, shape):
+    data, x = TrainingSet(normal(9, 3, seed=1)), normal(4, 3)
+    for numbers in ((2.0, -1.0, 3.0), (0.0, 1.0, 1.0)):
+        tensors = [torch.full(shape, v, dtype=dtype) for v in numbers]
+        short = small_mean(x, data, *tensors)
+        assert torch.equal(short, small_mean(x, data, *numbers))
+        assert torch.equal(short, small_mean(x, data, numbers[0], tensors[1], numbers[2]))
+        with Seen() as seen:
+            want = memokern.posterior(x, data, *tensors)
+        assert "memokern.posterior.default" in seen.names
+        assert torch.equal(memokern.denoise(x, data, *tensors), want.mean)
+        score = memokern.score(x, data, *tensors)
+        torch.testing.assert_close(score, want.score, rtol=0, atol=0, equal_nan=True)
+
+
+def test_tensors_that_do_not_fit_the_short_way_go_the_long_one():
+    data, x, one = TrainingSet(normal(9, 3, seed=1)), normal(4, 3), torch.tensor(0.5)
+    want = memokern.denoise(x, data, 0.5)
+    watched = one.clone().requires_grad_()
+    for other in (watched, torch.nn.Parameter(one), one.expand(4)):
+        for place in range(3):
+            numbers = [0.5, 1.0, 1.0]
+            numbers[place] = other
+            assert small_mean(x, data, *numbers) is None
+        torch.testing.assert_close(memokern.denoise(x, data, other), want)
+    assert memokern.denoise(x, data, watched).requires_grad
+    for wrong in (math.nan, math.inf, -1.0):
+        assert small_mean(x, data, torch.tensor(wrong)) is None
+        assert small_mean(x, data, 0.5, 1.0, torch.tensor(wrong)) is None
+
+
 def test_what_is_plain():
     x = normal(1, 2)
-    assert queries.undispatched(x, x[:, :1], None)
+    assert undispatched(x, x[:, :1], None)
     with torch.inference_mode():
-        assert queries.undispatched(normal(1, 2))
+        assert undispatched(normal(1, 2))
     negative = torch.view_as_complex(normal(1, 2, 2)).conj().imag
     assert negative.is_neg()
     for other in (
@@ -91,9 +128,11 @@ def test_what_is_plain():
         FakeTensorMode().from_tensor(x),
         [0.0],
     ):
-        assert not queries.undispatched(x, other), other
+        assert not undispatched(x, other), other
+    assert is_plain(x) and not is_plain(negative) and not is_plain(x.to("meta"))
+    assert not is_plain(torch.nn.Parameter(x)) and is_plain(x.clone().requires_grad_())
     with torch.no_grad():
-        assert queries.undispatched(x.clone().requires_grad_())
+        assert undispatched(x.clone().requires_grad_())
 
 
 def test_a_negated_view_is_read_as_it_stands():
@@ -109,7 +148,7 @@ def test_modes_transforms_and_profilers_are_given_the_operation():
     answers = []
 
     def ask(q):
-        answers.append(queries.undispatched(x, data.rows))
+        answers.append(undispatched(x, data.rows))
         return q.sum()
 
     with Seen() as seen:
@@ -162,12 +201,12 @@ def test_the_backend_may_change_between_calls(monkeypatch):
     assert small_mean(x, data) is not None
     monkeypatch.setenv(env.BACKEND, " Reference ")
     assert small_mean(x, data) is None
-    assert backends.choose(x.device) is backends.get("reference")
+    assert protocol.preferred("cpu") is protocol.get("reference")
     monkeypatch.setenv(env.BACKEND, "quantum")
     with pytest.raises(RuntimeError, match="must be one of"):
         memokern.denoise(x, data, 0.5)
     monkeypatch.delenv(env.BACKEND)
-    assert backends.choose(x.device) is backends.get("cpu")
+    assert protocol.preferred("cpu") is protocol.get("cpu")
 
 
 def test_memory_that_moved_is_read_where_it_is():
@@ -202,7 +241,7 @@ def test_what_does_not_fit_the_short_way_goes_the_long_one():
     data, x = TrainingSet(normal(9, 3, seed=1)), normal(4, 3)
     odd = normal(3, 4).T
     assert not odd.is_contiguous()
-    for query in (odd, x.double(), normal(shortcuts.SMALL, 3)):
+    for query in (odd, x.double(), normal(small_call.SMALL, 3)):
         assert small_mean(query, data) is None
         torch.testing.assert_close(
             memokern.denoise(query, data, 0.5), memokern.posterior(query, data, 0.5).mean
