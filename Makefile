@@ -1,5 +1,7 @@
 # make demo     sample the digits three ways, with pictures in .demo/
 # make test     the tests
+# make test-all the long ones too
+# make fuzz     random problems on every backend, against the definition (ARGS="--minutes 10 --seed 3")
 # make bench    the benchmarks, with the peers that are installed (ARGS="--quick", ARGS="--help")
 # make lint     ruff, clang-format and mypy
 # make peers    what make bench compares with
@@ -23,7 +25,7 @@ BIN = $(VENV)/bin
 SOURCES = $(shell find csrc -type f) setup.py pyproject.toml
 CPP = $(shell find csrc tests/cpp -name "*.h" -o -name "*.cpp")
 
-.PHONY: demo test bench lint peers gpu-check kernels sanitize neon clean
+.PHONY: demo test test-all fuzz bench lint peers gpu-check kernels sanitize neon clean
 
 # torch first and alone: its pinned build decides what the rest may need.
 $(BIN)/python:
@@ -42,7 +44,13 @@ demo: $(VENV)/.demo-installed
 	$(BIN)/memokern demo --out .demo
 
 test: $(VENV)/.dev-installed
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not long" $(ARGS)
+
+test-all: $(VENV)/.dev-installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+fuzz: $(VENV)/.dev-installed
+	$(BIN)/python -m tests.fuzz $(ARGS)
 
 lint: $(VENV)/.dev-installed
 	$(BIN)/ruff check .

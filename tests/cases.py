@@ -243,7 +243,7 @@ def posterior(backend: str) -> Table:
 
 
 def states(backend: str) -> Table:
-    """Every type, few features and many, every noise, a bias with rows left out, both weightings."""
+    """Every type, few features and many, every noise, rows left out, both weightings."""
     if backend == "triton":
         shapes = [(2, 40, 5, 0.7), (2, 40, 300, 0.7), (2, 20, 40, 1e-3), (2, 20, 40, 80.0)]
         types = [(t, F32) for t in (F32, U8)]

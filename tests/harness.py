@@ -12,6 +12,7 @@ kernel leaves unwritten shows.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -160,7 +161,9 @@ def over(table: Any, *arguments: str, backends: Sequence[str] = ()) -> Any:
         for label, values in pairs:
             row = values if len(arguments) > 1 else (values,)
             found.setdefault(label, []).append(pytest.param(name, *row, id=f"{label}-{name}"))
-    return pytest.mark.parametrize(("backend", *arguments), sum(found.values(), []))
+    return pytest.mark.parametrize(
+        ("backend", *arguments), list(itertools.chain.from_iterable(found.values()))
+    )
 
 
 def _label(values: Any) -> str:

@@ -41,10 +41,11 @@ def logits(query: Query, rows: Rows) -> Tensor:
 class _Weighed(NamedTuple):
     """What one query makes of the rows that have weight.
 
-    Values y [M, D], biases and exponents v = (l - base) / T [M] of these rows, and which of all rows
-    they are. base: -|x - alpha y|^2 / (2 sigma^2) of the nearest row, beside which a bias would be
-    lost to rounding. At a limit (sigma = 0, or so small that the nearest row's logit overflows; an
-    exact hit of "log") v is bias / T alone, and base is 0 or infinite. key: of the state.
+    Values y [M, D], biases and exponents v = (l - base) / T [M] of these rows, and which of all
+    rows they are. base: -|x - alpha y|^2 / (2 sigma^2) of the nearest row, beside which a bias
+    would be lost to rounding. At a limit (sigma = 0, or so small that the nearest row's logit
+    overflows; an exact hit of "log") v is bias / T alone, and base is 0 or infinite. key: of the
+    state.
     """
 
     y: Tensor
@@ -214,7 +215,7 @@ def _gradients(total: Tensor, inputs: Sequence[Tensor], again: bool = False) -> 
 
 
 def _product(values: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
-    """<values, grads>. A value that is infinite (log_z at sigma = 0) is a constant: no derivative."""
+    """<values, grads>. An infinite value (log_z at sigma = 0) is a constant: no derivative."""
     total = torch.zeros((), dtype=F64)
     for value, grad in zip(values, grads, strict=True):
         total = total + (torch.where(torch.isfinite(value), value, 0.0) * grad).sum()

@@ -62,8 +62,8 @@ def product(a: np.ndarray, b: np.ndarray, precision: str) -> np.ndarray:
 
 
 def remember() -> None:
-    """Make each type and each shape once: that is most of what the interpreter does for an operation,
-    which is the same few thousands of times."""
+    """Make each type and each shape once: that is most of what the interpreter does for an
+    operation, which is the same few thousands of times."""
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -143,7 +143,7 @@ def install() -> None:
     bfloat16 = tl.bfloat16.name
 
     def is_short(*values: Any) -> bool:
-        for v in values:  # a generator would take as long as the operation
+        for v in values:  # noqa: SIM110  # a generator would take as long as the operation
             if v.dtype.scalar.name == bfloat16:
                 return True
         return False

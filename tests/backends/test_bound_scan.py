@@ -1,5 +1,5 @@
-"""Which rows can matter: what bound_scan proves is checked literally, in float64, against every row,
-over every backend."""
+"""Which rows can matter: what bound_scan proves is checked literally, in float64, against every
+row, over every backend."""
 
 from __future__ import annotations
 

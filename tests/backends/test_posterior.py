@@ -187,7 +187,7 @@ def test_far_offsets(backend: str, b: int, d: int) -> None:
 
 @over(sized((3, 500, 40), (300, 500, 3), triton=((5, 60, 40),)), "b", "n", "d")
 def test_split_of_the_batch(backend: str, b: int, n: int, d: int) -> None:
-    """A batch evaluated in two parts gives the same within rounding; the same one, the same bits."""
+    """A batch in two parts gives the same within rounding; the same batch, the same bits."""
     query, rows = Case(b, n, d, sigma=1.0).problem()
     whole = harness.posterior(backend, query, rows)
     compare.equal(harness.posterior(backend, query, rows), whole)

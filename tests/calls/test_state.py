@@ -1,5 +1,5 @@
-"""States of parts of the data join to that of the whole: the laws of `merge`, which is written three
-times, held to the same cases."""
+"""States of parts of the data join to that of the whole: the laws of `merge`, which is written
+three times, held to the same cases."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ def test_every_kind_with_every_other(name: str) -> None:
 
 @every_merge
 def test_only_the_smallest_key_counts(name: str) -> None:
-    """At sigma = 0 it is the squared distance: what is farther is left out, whatever its sums are."""
+    """At sigma = 0 it is the squared distance: what is farther is left out, whatever it sums."""
     (near, far, _), _ = _states(Parts(0.0, biased=True))
     near, far = (s._replace(key=torch.full((3,), v, dtype=F64)) for s, v in ((near, 0.5), (far, 2)))
     far = far._replace(acc=torch.full_like(far.acc, math.inf))

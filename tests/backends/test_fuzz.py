@@ -1,0 +1,17 @@
+"""A slice of the differential fuzz; `make fuzz` runs it for as long as one likes."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from tests import fuzz
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_problems(seed: int) -> None:
+    rng = random.Random(seed)
+    for _ in range(3):
+        case = fuzz.draw(rng, most=20_000)
+        assert not list(fuzz.findings(case)), case
