@@ -24,7 +24,16 @@ from memokern.strategies.dense import weights as dense_weights
 from memokern.strategies.explanation import Explanation
 from memokern.strategies.small_call import small_mean
 from memokern.util.torch_internals import traced, under_transform
-from memokern.validate import Asked, PerQuery, as_data, batch_shape, checked, log_total, one_of
+from memokern.validate import (
+    Asked,
+    PerQuery,
+    as_data,
+    batch_shape,
+    checked,
+    log_sum_exp,
+    log_total,
+    one_of,
+)
 
 METHODS = ("auto", "dense", "pruned")
 # weights() is for small problems: 1 GiB of float64.
@@ -173,7 +182,7 @@ def posterior_state(
     nearest row of all parts takes all and ties share.
 
     Args, errors, numerics, gradients and cost: as :func:`posterior` with method="dense"; `bias` is
-    that of these rows.
+    that of these rows, and may leave none of them.
 
     Example:
         >>> import torch, memokern
@@ -182,7 +191,7 @@ def posterior_state(
         >>> memokern.merge(left, right).posterior().mean
         tensor([[0.]])
     """
-    asked = checked(x, data, sigma, alpha, temperature, bias, weighting, precision)
+    asked = checked(x, data, sigma, alpha, temperature, bias, weighting, precision, part=True)
     query, rows = asked.query, asked.data.rows
     return PosteriorState(
         x=x,
@@ -192,8 +201,10 @@ def posterior_state(
         weighting=weighting,
         state=ops.posterior_state(query, rows),
         n=rows.n,
-        log_weight_total=torch.as_tensor(
-            log_total(query.bias, rows.n), dtype=torch.float64, device=x.device
+        log_weight_total=(
+            torch.full((), math.log(rows.n), dtype=torch.float64, device=x.device)
+            if query.bias is None
+            else log_sum_exp(query.bias)
         ),
     )
 

@@ -13,7 +13,7 @@ from memokern.calls import Query, State, to_sums
 from memokern.calls import merge as merge_states
 from memokern.strategies.certificate import Certificate
 from memokern.util.torch_internals import traced
-from memokern.validate import PerQuery, per_query, wide
+from memokern.validate import PerQuery, log_sum_exp, per_query, wide
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,14 +207,16 @@ def merge(*states: PosteriorState) -> PosteriorState:
                 f"expected states of memokern.posterior_state, got {type(state).__name__}"
             )
     first, *rest = states
-    total = first.state
-    n, log_weight_total = first.n, first.log_weight_total
+    if not rest:
+        return first
+    total, n = first.state, first.n
     for state in rest:
         _require_same_queries(first, state)
         total = merge_states(total, state.state)
         n += state.n
-        log_weight_total = torch.logaddexp(log_weight_total, state.log_weight_total)
-    return replace(first, state=total, n=n, log_weight_total=log_weight_total)
+    # Not logaddexp, whose second derivatives are NaN where one part has no rows.
+    totals = torch.stack([state.log_weight_total for state in states])
+    return replace(first, state=total, n=n, log_weight_total=log_sum_exp(totals))
 
 
 def _require_same_queries(a: PosteriorState, b: PosteriorState) -> None:
