@@ -24,7 +24,15 @@ from memokern.strategies.dense import weights as dense_weights
 from memokern.strategies.explanation import Explanation
 from memokern.strategies.small_call import small_mean
 from memokern.util.torch_internals import traced, under_transform
-from memokern.validate import Asked, PerQuery, as_data, batch_shape, checked, log_total, one_of
+from memokern.validate import (
+    Asked,
+    PerQuery,
+    as_data,
+    batch_shape,
+    checked,
+    log_total,
+    one_of,
+)
 
 METHODS = ("auto", "dense", "pruned")
 # weights() is for small problems: 1 GiB of float64.

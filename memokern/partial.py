@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,7 +14,7 @@ from memokern.calls import merge as merge_states
 from memokern.data.training_set import TrainingSet
 from memokern.results import Posterior
 from memokern.util.torch_internals import traced
-from memokern.validate import PerQuery, checked, computable, log_total
+from memokern.validate import PerQuery, checked, computable, log_sum_exp
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,14 +104,16 @@ def merge(*states: PosteriorState) -> PosteriorState:
                 f"expected states of memokern.posterior_state, got {type(state).__name__}"
             )
     first, *rest = states
-    total = first.state
-    n, log_weight_total = first.n, first.log_weight_total
+    if not rest:
+        return first
+    total, n = first.state, first.n
     for state in rest:
         _require_same_queries(first, state)
         total = merge_states(total, state.state, by_key(first.query))
         n += state.n
-        log_weight_total = torch.logaddexp(log_weight_total, state.log_weight_total)
-    return replace(first, state=total, n=n, log_weight_total=log_weight_total)
+    # Not logaddexp, whose second derivatives are NaN where one part has no rows.
+    totals = torch.stack([state.log_weight_total for state in states])
+    return replace(first, state=total, n=n, log_weight_total=log_sum_exp(totals))
 
 
 def _require_same_queries(a: PosteriorState, b: PosteriorState) -> None:
@@ -147,7 +150,7 @@ def posterior_state(
     nearest row of all parts takes all and ties share.
 
     Args, errors, numerics, gradients and cost: as :func:`posterior` with method="dense"; `bias` is
-    that of these rows.
+    that of these rows, and may leave none of them.
 
     Example:
         >>> import torch, memokern
@@ -157,7 +160,7 @@ def posterior_state(
         tensor([[0.]])
     """
     x = computable(x)
-    asked = checked(x, data, sigma, alpha, temperature, bias, weighting, precision)
+    asked = checked(x, data, sigma, alpha, temperature, bias, weighting, precision, part=True)
     query, rows = asked.query, asked.data.rows
     return PosteriorState(
         x=x,
@@ -167,7 +170,9 @@ def posterior_state(
         weighting=weighting,
         state=ops.posterior_state(query, rows),
         n=rows.n,
-        log_weight_total=torch.as_tensor(
-            log_total(query.bias, rows.n), dtype=torch.float64, device=x.device
+        log_weight_total=(
+            torch.full((), math.log(rows.n), dtype=torch.float64, device=x.device)
+            if query.bias is None
+            else log_sum_exp(query.bias)
         ),
     )

@@ -146,8 +146,9 @@ def wide(value: Tensor, like: Tensor) -> Tensor:
     return value.reshape(value.shape + (1,) * (like.dim() - value.dim())).to(like.dtype)
 
 
-def _bias(bias: Tensor | None, data: Data) -> Tensor | None:
-    """The bias with the rows' log weights."""
+def _bias(bias: Tensor | None, data: Data, part: bool) -> Tensor | None:
+    """The bias with the rows' log weights. part: of a part of the data, of which no row may be
+    left."""
     if bias is None:
         return data.log_weights  # a TrainingSet has checked them
     n, device = data.rows.n, data.rows.data.device
@@ -163,11 +164,11 @@ def _bias(bias: Tensor | None, data: Data) -> Tensor | None:
     if not traced(bias):
         if bool((torch.isnan(bias) | torch.isposinf(bias)).any()):
             raise ValueError("expected bias finite or -inf (a row left out), got NaN or +inf")
-        if bool(torch.isneginf(bias).all()):
+        if not part and bool(torch.isneginf(bias).all()):
             raise ValueError("every bias is -inf: no row is left to weigh")
     if data.log_weights is not None:
         bias = bias + data.log_weights
-        if not traced(bias) and bool(torch.isneginf(bias).all()):
+        if not part and not traced(bias) and bool(torch.isneginf(bias).all()):
             raise ValueError("bias and log_weights together leave no row: all sums are -inf")
     return bias
 
@@ -175,6 +176,13 @@ def _bias(bias: Tensor | None, data: Data) -> Tensor | None:
 def log_total(bias: Tensor | None, n: int) -> Tensor | float:
     """log sum exp of the bias []; log N without one."""
     return math.log(n) if bias is None else torch.logsumexp(bias, 0)
+
+
+def log_sum_exp(values: Tensor) -> Tensor:
+    """Of numbers [M] that may all be -inf, as of a part of the data of which the bias leaves no row:
+    then its derivatives are 0 and not NaN."""
+    nothing = torch.isneginf(values).all()
+    return torch.where(nothing, -math.inf, torch.logsumexp(torch.where(nothing, 0.0, values), 0))
 
 
 # What each must be, said of a float or of every entry of a tensor. NaN is never in a range.
@@ -216,8 +224,11 @@ def checked(
     bias: Tensor | None,
     weighting: str = "gaussian",
     precision: str = "auto",
+    *,
+    part: bool = False,
 ) -> Asked:
-    """The arguments of a public function; errors say what was expected and what came."""
+    """The arguments of a public function; errors say what was expected and what came. part: the data
+    are a part of all, of which the bias may leave no row."""
     found = as_data(data)
     batch = batch_shape(x, found)
     one_of("weighting", weighting, WEIGHTINGS)
@@ -225,7 +236,7 @@ def checked(
     s = _number("sigma", sigma, batch, x.device)
     a = _number("alpha", alpha, batch, x.device)
     t = _number("temperature", temperature, batch, x.device)
-    b = _bias(bias, found)
+    b = _bias(bias, found, part)
     flat = x if x.dim() == 2 and len(batch) == 1 else x.reshape(-1, found.rows.dim)
     columns = (s, a, t) if len(batch) == 1 else (s.reshape(-1), a.reshape(-1), t.reshape(-1))
     return Asked(found, Query(flat, *columns, b, weighting, precision), batch, s, a, t)

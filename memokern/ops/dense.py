@@ -172,9 +172,18 @@ class _PosteriorState(torch.autograd.Function):
         with torch.no_grad():
             sums = to_sums(state, query)
         pulled, grad_t = _to_gradients_of_sums(State(*grads), state, query, sums)
+        if query.bias is None:
+            out = _gradients(ctx, args, list(sums), list(pulled))
+            out[4] = out[4] + grad_t
+            return tuple(out)
+        # A part of which the bias leaves no row has no gradient: it is asked as if it had them all,
+        # since 0 times what is NaN would be NaN, and the answer is left out.
+        empty = torch.isneginf(query.bias.detach()).all()
+        args = (*args[:5], torch.where(empty, 0.0, query.bias), *args[6:])
+        sums = Sums(*(torch.where(empty, 0.0, v) for v in sums))
         out = _gradients(ctx, args, list(sums), list(pulled))
         out[4] = out[4] + grad_t
-        return tuple(out)
+        return tuple(None if g is None else torch.where(empty, 0.0, g) for g in out)
 
 
 def _to_gradients_of_sums(
@@ -191,7 +200,8 @@ def _to_gradients_of_sums(
     moves = torch.isfinite(sums.log_z) & (state.s > 0)
     by_log_s, by_mean_v = (torch.where(moves, v, 0.0) for v in (by_log_s, by_mean_v))
     s = torch.where(state.s > 0, state.s, 1.0)
-    log_s, mean_v = state.m + s.log(), state.m + state.s_v / s
+    m = torch.where(moves, state.m, 0.0)
+    log_s, mean_v = m + s.log(), m + state.s_v / s
     grad_t = -(by_log_s * log_s + by_mean_v * mean_v) / query.temperature
     pulled = Sums(
         (grads.acc * state.s[:, None].to(state.acc.dtype)).to(query.x.dtype),

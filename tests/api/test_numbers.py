@@ -1,0 +1,67 @@
+"""Numbers per query, the nearest rows' derivative, and ties over a boundary between parts."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import memokern
+from memokern import TrainingSet
+from tests import cases, harness
+
+
+@pytest.fixture(params=harness.ON_CPU, autouse=True)
+def backend(request):
+    with harness.preferred(request.param):
+        yield request.param
+
+
+def normal(*shape, seed=0, dtype=torch.float64):
+    return cases.normal(*shape, seed=seed, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    "sigma",
+    [np.float32(0.5), np.array(0.5), np.full(3, 0.5), torch.full((3, 1), 0.5), torch.tensor([0.5])],
+    ids=["float32", "array", "array-3", "tensor-3x1", "tensor-1"],
+)
+def test_numbers_per_query_may_be_anybodys(sigma):
+    rows, x = normal(9, 4, seed=1).float(), normal(3, 4).float()
+    for data in (rows, TrainingSet(rows)):
+        want = memokern.posterior(x, data, 0.5)
+        got = memokern.posterior(x, data, sigma)
+        assert torch.equal(got.mean, want.mean) and torch.equal(got.log_z, want.log_z)
+        torch.testing.assert_close(memokern.score(x, data, sigma), memokern.score(x, data, 0.5))
+
+
+def test_the_nearest_distance_has_a_gradient_where_a_row_is_hit():
+    rows = normal(6, 3, seed=1)
+    x = torch.cat([rows[:1], normal(1, 3)]).requires_grad_()
+    distance = memokern.nearest(x, rows, k=3).distance
+    for column in range(3):
+        (grad,) = torch.autograd.grad(distance[:, column].sum(), x, retain_graph=True)
+        away = x.detach() - rows[memokern.nearest(x.detach(), rows, k=3).index[:, column]]
+        length = away.norm(dim=1, keepdim=True)
+        want = torch.where(length == 0, 0.0, away / torch.where(length == 0, 1.0, length))
+        torch.testing.assert_close(grad, want)
+    (square,) = torch.autograd.grad(distance.square().sum(), x)
+    assert torch.isfinite(square).all()
+
+
+@pytest.mark.parametrize("sigma", [0.0, 1e-200, 1e-30])
+def test_ties_over_a_boundary_share_by_their_bias(sigma):
+    """1e-30: in float32 the sweep takes it for 0, and the squared distance that it keeps as a key is
+    so large a part of the logit that a bias would be lost beside it."""
+    rows, x, bias = normal(13, 5, seed=1).float(), normal(2, 5).float(), normal(13, seed=3)
+    rows[9] = rows[2]
+    x[0] = rows[2] + 0.01
+    parts = [
+        memokern.posterior_state(x, rows[at], sigma, bias=bias[at])
+        for at in (slice(0, 6), slice(6, None))
+    ]
+    got = memokern.merge(*parts).posterior()
+    want = memokern.posterior(x, rows, sigma, bias=bias)
+    for name in ("mean", "mean_bias", "weight_sq", "ess"):
+        torch.testing.assert_close(getattr(got, name), getattr(want, name))
+    assert 1.0 < float(want.ess[0]) <= 2.0
