@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from memokern.data.training_set import TrainingSet
 from memokern.denoiser import Denoiser
+from memokern.explaining import explain
 from memokern.functional import (
     Nearest,
     Posterior,
     denoise,
-    explain,
     jvp,
     log_density,
     nearest,

@@ -18,10 +18,9 @@ from memokern.data.training_set import TrainingSet
 from memokern.index.index import Index
 from memokern.ops.flat import tensors
 from memokern.results import Nearest, Posterior
-from memokern.strategies import costs, explanation, pruned, pruned_nearest
+from memokern.strategies import costs, pruned, pruned_nearest
 from memokern.strategies.certificate import nothing_dropped
 from memokern.strategies.dense import weights as dense_weights
-from memokern.strategies.explanation import Explanation
 from memokern.strategies.small_call import small_mean
 from memokern.util.torch_internals import traced, under_transform
 from memokern.validate import (
@@ -117,7 +116,7 @@ def posterior(
         1.0
     """
     x = validate.computable(x)
-    index = _index_for(data, method)
+    index = index_for(data, method)
     if tol is not None and not (isinstance(tol, float | int) and 0 < tol < math.inf):
         raise ValueError(f"expected tol as a finite number > 0, or None, got {tol!r}")
     asked = checked(x, data, sigma, alpha, temperature, bias, weighting, precision)
@@ -166,39 +165,7 @@ def _selects_rows(asked: Asked) -> bool:
     return asked.query.weighting == "gaussian" and not (under_transform(*every) or traced(*every))
 
 
-def explain(
-    x: Tensor,
-    data: TrainingSet | Tensor,
-    sigma: PerQuery,
-    alpha: PerQuery = 1.0,
-    temperature: PerQuery = 1.0,
-    *,
-    bias: Tensor | None = None,
-    weighting: str = "gaussian",
-    method: str = "auto",
-    k: int = 0,
-) -> Explanation:
-    """What would run :func:`posterior` with these arguments, and why the others would not; with
-    k > 0, what would run :func:`nearest`. Nothing is computed. Print it, or read its attributes.
-
-    Args and errors: as :func:`posterior`.
-
-    Example:
-        >>> import torch, memokern
-        >>> found = memokern.explain(torch.zeros(4, 2), torch.zeros(10, 2), 1.0)
-        >>> found.strategy
-        'dense: the data have no index (TrainingSet.build_index makes one)'
-        >>> str(found).splitlines()[0]
-        'posterior: 4 queries of float32 on 10 rows [2] of float32, cpu'
-    """
-    index = _index_for(data, method)
-    asked = checked(validate.computable(x), data, sigma, alpha, temperature, bias, weighting)
-    if k:
-        _check_k(k, asked.data.rows)
-    return explanation.explain(asked.query, asked.data.rows, index, method, k)
-
-
-def _index_for(data: TrainingSet | Tensor, method: str) -> Index | None:
+def index_for(data: TrainingSet | Tensor, method: str) -> Index | None:
     """The index to use, where the method and the data allow for one."""
     one_of("method", method, METHODS)
     index = data.index if isinstance(data, TrainingSet) else None
@@ -314,10 +281,10 @@ def nearest(x: Tensor, data: TrainingSet | Tensor, k: int = 1, *, method: str = 
         >>> memokern.nearest(torch.tensor([[0.0, 1.0]]), torch.eye(2), k=2).index.tolist()
         [[1, 0]]
     """
-    x, index = validate.computable(x), _index_for(data, method)
+    x, index = validate.computable(x), index_for(data, method)
     found = as_data(data)
     batch, rows = batch_shape(x, found), found.rows
-    _check_k(k, rows)
+    check_k(k, rows)
     if under_transform(x, rows.data):
         raise RuntimeError(
             "nearest has no forward mode and no torch.func transform but vmap: use backward() or"
@@ -335,7 +302,8 @@ def nearest(x: Tensor, data: TrainingSet | Tensor, k: int = 1, *, method: str = 
     return Nearest(distance.reshape(*batch, k), row.reshape(*batch, k))
 
 
-def _check_k(k: int, rows: Rows) -> None:
+def check_k(k: int, rows: Rows) -> None:
+    """TypeError or ValueError unless k is a number of rows."""
     if isinstance(k, bool) or not isinstance(k, int):
         raise TypeError(f"expected k as an int, got {type(k).__name__}")
     if not 1 <= k <= rows.n:

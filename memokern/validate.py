@@ -179,8 +179,8 @@ def log_total(bias: Tensor | None, n: int) -> Tensor | float:
 
 
 def log_sum_exp(values: Tensor) -> Tensor:
-    """Of numbers [M] that may all be -inf, as of a part of the data of which the bias leaves no row:
-    then its derivatives are 0 and not NaN."""
+    """logsumexp of numbers [M] that may all be -inf, as the biases of a part of the data of which
+    no row is left: its derivatives are 0 there and not NaN."""
     nothing = torch.isneginf(values).all()
     return torch.where(nothing, -math.inf, torch.logsumexp(torch.where(nothing, 0.0, values), 0))
 
@@ -227,8 +227,8 @@ def checked(
     *,
     part: bool = False,
 ) -> Asked:
-    """The arguments of a public function; errors say what was expected and what came. part: the data
-    are a part of all, of which the bias may leave no row."""
+    """The arguments of a public function; errors say what was expected and what came. part: the
+    data are a part of all, of which the bias may leave no row."""
     found = as_data(data)
     batch = batch_shape(x, found)
     one_of("weighting", weighting, WEIGHTINGS)

@@ -34,6 +34,7 @@ LAYERS = (
     ("strategies",),
     ("results",),
     ("functional", "partial"),
+    ("explaining",),
     ("processes", "regularizers", "memorization"),
     ("edm_network",),
     ("denoiser",),
