@@ -16,7 +16,7 @@ X, ROWS = torch.zeros(3, 4), torch.ones(5, 4)
     ("call", "error", "message"),
     [
         (lambda: memokern.score([0.0], ROWS, 1.0), TypeError, "expected x as a tensor"),
-        (lambda: memokern.score(X.half(), ROWS, 1.0), TypeError, r"use x.float\(\)"),
+        (lambda: memokern.score(X.int(), ROWS, 1.0), TypeError, r"use x.float\(\)"),
         (lambda: memokern.score(X, ROWS.int(), 1.0), TypeError, "expected rows of type"),
         (lambda: memokern.score(X, "data.npy", 1.0), TypeError, "wrap arrays and files"),
         (lambda: memokern.score(X, ROWS[0], 1.0), ValueError, r"expected data \[N"),

@@ -160,7 +160,9 @@ def test_every_sampler_and_what_it_tells(solver, scanned):
             "rk45": [None] * got.nfe,
         }[solver]
     )
-    assert told[0].sigma == pytest.approx(80) and (told[-1].certificate.rows_kept < N / 3).all()
+    assert told[0].sigma == pytest.approx(80)
+    if solver != "rk45":  # which ends at sigma = 0, where a query is swept densely
+        assert (told[-1].certificate.rows_kept < N / 3).all()
 
 
 def test_the_metrics():
