@@ -203,7 +203,8 @@ def score(
         )
         return found.score.to(x.dtype)
     s, a = float(sigma), float(alpha)  # what small_mean has taken are single numbers
-    return mean.mul_(a).sub_(query).div_(s).div_(s).to(x.dtype)  # the same, in place
+    value = mean.mul_(a).sub_(query).div_(s).div_(s)  # the same, in place
+    return value if query is x else value.to(x.dtype)
 
 
 def denoise(
@@ -231,7 +232,7 @@ def denoise(
         mean = posterior(
             query, data, sigma, alpha, temperature, bias=bias, method=method, precision=precision
         ).mean
-    return mean.to(x.dtype)
+    return mean if query is x else mean.to(x.dtype)
 
 
 def log_density(
