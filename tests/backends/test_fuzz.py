@@ -9,9 +9,9 @@ import pytest
 from tests import fuzz
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_random_problems(seed: int) -> None:
     rng = random.Random(seed)
-    for _ in range(3):
-        case = fuzz.draw(rng, most=20_000)
+    for _ in range(2):
+        case = fuzz.draw(rng, most=4_000)
         assert not list(fuzz.findings(case)), case
