@@ -35,6 +35,12 @@ class EDMNetwork:
         return self.rows.device
 
     @property
+    def space(self) -> Tensor:
+        """An empty tensor [0, *shape], of the type and on the device that queries have."""
+        data = self.data
+        return torch.empty((0, *data.shape), dtype=data.compute_dtype, device=data.device)
+
+    @property
     def sigma_min(self) -> float:
         """The lowest level > 0 of the process's grid."""
         return self.process.sigma_min

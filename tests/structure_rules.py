@@ -35,7 +35,7 @@ LAYERS = (
     ("results",),
     ("functional", "partial"),
     ("explaining",),
-    ("processes", "regularizers", "memorization"),
+    ("processes", "regularizers", "memorization", "kde"),
     ("edm_network",),
     ("denoiser",),
     ("samplers", "likelihood"),

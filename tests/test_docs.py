@@ -35,8 +35,8 @@ def test_public_names_have_an_example(name):
     assert ">>>" in (getattr(memokern, name).__doc__ or ""), name
 
 
-def readme_blocks(language):
-    text = (ROOT / "README.md").read_text()
+def readme_blocks(language, page="README.md"):
+    text = (ROOT / page).read_text()
     return re.findall(rf"```{language}\n(.*?)```", text, re.S)
 
 
@@ -47,6 +47,17 @@ def test_readme_python_runs(tmp_path, monkeypatch):
     scope: dict = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), scope)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("page", ["docs/densities.md"])
+def test_examples_of_pages_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = readme_blocks("python", page)
+    assert blocks
+    scope: dict = {}
+    for block in blocks:
+        exec(compile(block, page, "exec"), scope)
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -104,6 +104,16 @@ class Regularizer:
         """One result from the M that `replicate` asked for, after all gates."""
         return residual
 
+    def gate_divergence(
+        self, divergence: Tensor, residual: Tensor, query: Query, posterior: Posterior
+    ) -> Tensor | None:
+        r"""div_x of the gated residual [\*batch] float64, from that of the residual given; the
+        other arguments as of `gate`. None where it does not follow from these: it is then found by
+        differentiating. The base class answers for regularisers that change nothing."""
+        changed = ("replicate", "prepare", "gate", "gather")
+        own = any(getattr(type(self), name) is not getattr(Regularizer, name) for name in changed)
+        return None if own else divergence
+
     def log_potential(self, posterior: Posterior, query: Query) -> Tensor | None:
         r"""phi [\*batch] such that the regularised score is grad_x phi; None where there is
         none."""
@@ -156,6 +166,17 @@ class Compose(Regularizer):
         for part in self._parts:
             residual = part.gather(residual)
         return residual
+
+    def gate_divergence(
+        self, divergence: Tensor, residual: Tensor, query: Query, posterior: Posterior
+    ) -> Tensor | None:
+        found: Tensor | None = divergence
+        for part in self._parts:
+            if found is None:
+                break
+            found = part.gate_divergence(found, residual, query, posterior)
+            residual = part.gate(residual, query, posterior)
+        return found
 
     def __repr__(self) -> str:
         return f"Compose({', '.join(map(repr, self._parts))})"

@@ -54,6 +54,16 @@ class EmpiricalBayes(Regularizer):
     def gate(self, residual: Tensor, query: Query, posterior: Posterior) -> Tensor:
         return wide(self._excess(posterior, query).clamp(max=0.0).exp(), residual) * residual
 
+    def gate_divergence(
+        self, divergence: Tensor, residual: Tensor, query: Query, posterior: Posterior
+    ) -> Tensor:
+        # The gate g = Z / tau has grad g = g s, with s the score before all gates.
+        excess = self._excess(posterior, query)
+        plain = posterior.residual.to(torch.float64).flatten(posterior.sigma.dim())
+        along = (plain * residual.to(torch.float64).flatten(posterior.sigma.dim())).sum(-1)
+        slope = torch.where(excess < 0, along / posterior.sigma / posterior.sigma, 0.0)
+        return excess.clamp(max=0.0).exp() * (divergence + slope)
+
     def log_potential(self, posterior: Posterior, query: Query) -> Tensor:
         excess = self._excess(posterior, query)
         log_tau = level_at("log_tau", self.log_tau, query.sigma, -math.inf)

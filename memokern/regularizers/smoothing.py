@@ -84,6 +84,11 @@ class GaussianSmoothing(Regularizer):
     def gather(self, residual: Tensor) -> Tensor:
         return residual.mean(0)
 
+    def gate_divergence(
+        self, divergence: Tensor, residual: Tensor, query: Query, posterior: Posterior
+    ) -> Tensor:
+        return divergence  # of the shifted queries, whose mean is taken by `gather`
+
     def log_potential(self, posterior: Posterior, query: Query) -> Tensor:
         return posterior.log_z.mean(0)
 
@@ -122,8 +127,15 @@ class SmoothedBank(Regularizer):
         return replace(query, sigma=torch.where(h2 == 0, query.sigma, wider))
 
     def gate(self, residual: Tensor, query: Query, posterior: Posterior) -> Tensor:
-        factor = shrink(query.sigma.square(), self._added_variance(query))
-        return wide(factor, residual) * residual
+        return wide(self._factor(query), residual) * residual
+
+    def _factor(self, query: Query) -> Tensor:
+        return shrink(query.sigma.square(), self._added_variance(query))
+
+    def gate_divergence(
+        self, divergence: Tensor, residual: Tensor, query: Query, posterior: Posterior
+    ) -> Tensor:
+        return self._factor(query) * divergence
 
     def log_potential(self, posterior: Posterior, query: Query) -> Tensor:
         return posterior.log_z

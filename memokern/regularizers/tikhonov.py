@@ -39,5 +39,10 @@ class Tikhonov(Regularizer):
     def gate(self, residual: Tensor, query: Query, posterior: Posterior) -> Tensor:
         return wide(self._factor(query.sigma), residual) * residual
 
+    def gate_divergence(
+        self, divergence: Tensor, residual: Tensor, query: Query, posterior: Posterior
+    ) -> Tensor:
+        return self._factor(query.sigma) * divergence
+
     def log_potential(self, posterior: Posterior, query: Query) -> Tensor:
         return self._factor(query.sigma) * posterior.log_z

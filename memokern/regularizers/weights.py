@@ -44,6 +44,11 @@ class Temperature(Regularizer):
             t = (self.sigma_c / query.sigma.clamp(min=1e-300)).clamp(min=1.0, max=1e300)
         return replace(query, temperature=query.temperature * t)
 
+    def gate_divergence(
+        self, divergence: Tensor, residual: Tensor, query: Query, posterior: Posterior
+    ) -> Tensor:
+        return divergence
+
     def log_potential(self, posterior: Posterior, query: Query) -> Tensor:
         return posterior.log_z
 
