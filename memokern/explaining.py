@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from memokern.data.training_set import TrainingSet
-from memokern.functional import check_k, index_for
+from memokern.functional import index_for
 from memokern.strategies import explanation
 from memokern.strategies.explanation import Explanation
-from memokern.validate import PerQuery, checked, computable
+from memokern.validate import PerQuery, check_k, checked, computable
 
 
 def explain(

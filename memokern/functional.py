@@ -19,15 +19,16 @@ from memokern.index.index import Index
 from memokern.ops.flat import tensors
 from memokern.results import Nearest, Posterior
 from memokern.strategies import costs, pruned, pruned_nearest
-from memokern.strategies.certificate import nothing_dropped
+from memokern.strategies.certificate import Certificate, nothing_dropped
 from memokern.strategies.dense import weights as dense_weights
-from memokern.strategies.small_call import small_mean
+from memokern.strategies.small_call import small_call, small_mean, small_posterior
 from memokern.util.torch_internals import traced, under_transform
 from memokern.validate import (
     Asked,
     PerQuery,
     as_data,
     batch_shape,
+    check_k,
     checked,
     log_total,
     one_of,
@@ -119,6 +120,10 @@ def posterior(
     index = index_for(data, method)
     if tol is not None and not (isinstance(tol, float | int) and 0 < tol < math.inf):
         raise ValueError(f"expected tol as a finite number > 0, or None, got {tol!r}")
+    if weighting == "gaussian" and not certificate:
+        short = small_call(x, data, sigma, alpha, temperature, bias, method, precision)
+        if short is not None:
+            return _result(x, short.rows, short.log_weights, small_posterior(short))
     asked = checked(x, data, sigma, alpha, temperature, bias, weighting, precision)
     query, rows, batch = asked.query, asked.data.rows, asked.batch
     bounds = None
@@ -140,7 +145,18 @@ def posterior(
         mean = mean.reshape(x.shape)
     if len(batch) != 1:
         stats = [v.reshape(batch) for v in stats]
-    log_z, mean_logit, mean_bias, weight_sq = stats
+    found = (mean, asked.sigma, asked.alpha, asked.temperature, *stats)
+    return _result(x, rows, query.bias, found, bounds)
+
+
+def _result(
+    x: Tensor,
+    rows: Rows,
+    bias: Tensor | None,
+    found: tuple[Tensor, ...],
+    bounds: Certificate | None = None,
+) -> Posterior:
+    mean, sigma, alpha, temperature, log_z, mean_logit, mean_bias, weight_sq = found
     return Posterior(
         x=x,
         mean=mean,
@@ -148,12 +164,12 @@ def posterior(
         mean_logit=mean_logit,
         mean_bias=mean_bias,
         weight_sq=weight_sq,
-        sigma=asked.sigma,
-        alpha=asked.alpha,
-        temperature=asked.temperature,
+        sigma=sigma,
+        alpha=alpha,
+        temperature=temperature,
         n=rows.n,
         dim=rows.dim,
-        log_weight_total=log_total(query.bias, rows.n),
+        log_weight_total=log_total(bias, rows.n),
         certificate=bounds,
     )
 
@@ -195,16 +211,23 @@ def score(
         >>> memokern.score(torch.tensor([[3.0]]), torch.tensor([[1.0]]), sigma=2.0).tolist()
         [[-0.5]]
     """
-    query = validate.computable(x)
-    mean = small_mean(query, data, sigma, alpha, temperature, bias, method)
-    if mean is None:
+    call = small_call(x, data, sigma, alpha, temperature, bias, method, precision)
+    if call is None:
         found = posterior(
-            query, data, sigma, alpha, temperature, bias=bias, method=method, precision=precision
+            validate.computable(x),
+            data,
+            sigma,
+            alpha,
+            temperature,
+            bias=bias,
+            method=method,
+            precision=precision,
         )
         return found.score.to(x.dtype)
-    s, a = float(sigma), float(alpha)  # what small_mean has taken are single numbers
-    value = mean.mul_(a).sub_(query).div_(s).div_(s)  # the same, in place
-    return value if query is x else value.to(x.dtype)
+    s, a, _ = call.numbers
+    mean = small_mean(call)
+    value: Tensor = (mean if a == 1 else mean.mul_(a)).sub_(x).div_(s).div_(s)  # the same, in place
+    return value
 
 
 def denoise(
@@ -226,12 +249,13 @@ def denoise(
         >>> memokern.denoise(torch.tensor([[0.2]]), rows, sigma=0.0).tolist()
         [[1.0]]
     """
+    call = small_call(x, data, sigma, alpha, temperature, bias, method, precision)
+    if call is not None:
+        return small_mean(call)
     query = validate.computable(x)
-    mean = small_mean(query, data, sigma, alpha, temperature, bias, method)
-    if mean is None:
-        mean = posterior(
-            query, data, sigma, alpha, temperature, bias=bias, method=method, precision=precision
-        ).mean
+    mean = posterior(
+        query, data, sigma, alpha, temperature, bias=bias, method=method, precision=precision
+    ).mean
     return mean if query is x else mean.to(x.dtype)
 
 
@@ -297,18 +321,13 @@ def nearest(x: Tensor, data: TrainingSet | Tensor, k: int = 1, *, method: str = 
     else:
         measured = costs.costs_of(x, rows.data) if method == "auto" else None
         sq, row = pruned_nearest.nearest(flat, rows, index, k, measured)
-    # The distance to a row that is hit has no derivative; 0 is one of its subgradients.
-    hit = sq == 0
-    distance = torch.where(hit, 0.0, torch.where(hit, 1.0, sq).sqrt())
+    if sq.requires_grad:
+        # The distance to a row that is hit has no derivative; 0 is one of its subgradients.
+        hit = sq == 0
+        distance = torch.where(hit, 0.0, torch.where(hit, 1.0, sq).sqrt())
+    else:
+        distance = sq.sqrt()
     return Nearest(distance.reshape(*batch, k), row.reshape(*batch, k))
-
-
-def check_k(k: int, rows: Rows) -> None:
-    """TypeError or ValueError unless k is a number of rows."""
-    if isinstance(k, bool) or not isinstance(k, int):
-        raise TypeError(f"expected k as an int, got {type(k).__name__}")
-    if not 1 <= k <= rows.n:
-        raise ValueError(f"expected 1 <= k <= N = {rows.n}, got {k}")
 
 
 def jvp(

@@ -215,6 +215,14 @@ def one_of(name: str, value: str, known: Sequence[str]) -> str:
     return value
 
 
+def check_k(k: int, rows: Rows) -> None:
+    """TypeError or ValueError unless k is a number of rows."""
+    if isinstance(k, bool) or not isinstance(k, int):
+        raise TypeError(f"expected k as an int, got {type(k).__name__}")
+    if not 1 <= k <= rows.n:
+        raise ValueError(f"expected 1 <= k <= N = {rows.n}, got {k}")
+
+
 def checked(
     x: Tensor,
     data: TrainingSet | Tensor,

@@ -20,12 +20,14 @@ void posterior_state(const py::tuple& rows, const py::tuple& queries, const py::
   run([&] { return kernels().posterior_state(r, q, out, threads); });
 }
 
-void small_mean(const py::tuple& rows, uintptr_t x, bool f64, int64_t b, const py::tuple& numbers,
-                uintptr_t bias, uintptr_t mean, int threads) {
+// columns: [7][b] to be written, the shared numbers for each query and its four sums after the mean; null
+// where nobody asks for them.
+void small_posterior(const py::tuple& rows, uintptr_t x, bool f64, int64_t b, const py::tuple& numbers,
+                     uintptr_t bias, uintptr_t mean, uintptr_t columns, int threads) {
   const Rows r = rows_from(rows);
   Fields shared(numbers, "sigma, alpha, temperature", 3);
-  std::vector<double> columns(7 * b);  // the three numbers for each query, and room for its four sums
-  double* c = columns.data();
+  std::vector<double> unasked(columns ? 0 : 7 * b);
+  double* c = columns ? pointer<double>(columns) : unasked.data();
   for (int i = 0; i < 3; i++) {
     const double number = shared;
     for (int64_t j = 0; j < b; j++) c[i * b + j] = number;
@@ -59,9 +61,9 @@ void bind_dense(py::module_& m) {
   using py::arg;
   m.def("posterior", &posterior, arg("rows"), arg("queries"), arg("sums"), arg("threads"));
   m.def("posterior_state", &posterior_state, arg("rows"), arg("queries"), arg("states"), arg("threads"));
-  m.def("small_mean", &small_mean, arg("rows"), arg("x"), arg("f64"), arg("b"), arg("numbers"), arg("bias"),
-        arg("mean"), arg("threads"),
-        "The mean alone, of queries that share the numbers sigma, alpha and temperature.");
+  m.def("small_posterior", &small_posterior, arg("rows"), arg("x"), arg("f64"), arg("b"), arg("numbers"),
+        arg("bias"), arg("mean"), arg("columns"), arg("threads"),
+        "The sums of queries that share the numbers sigma, alpha and temperature.");
   m.def("posterior_backward", &posterior_backward, arg("rows"), arg("queries"), arg("sums"), arg("grads"),
         arg("out"), arg("threads"));
   m.def("nearest", &nearest, arg("rows"), arg("x"), arg("f64"), arg("b"), arg("k"), arg("sq_dist"),

@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from memokern.calls import Rows
 from memokern.data.storage import mean, sq_norms
 from memokern.index.checksum import AT_ONCE_BYTES, require_seal
 from memokern.index.index import REBUILD_HINT, Index, restored
-from memokern.util.torch_internals import version
+from memokern.util.torch_internals import is_plain, version
 
 
 class Derived:
@@ -36,6 +37,8 @@ class Derived:
         self._center = center if index is None else index.center
         self._center64: Tensor | None = None
         self._sq_norms = sq_norms
+        self._as_rows: Rows | None = None
+        self.plain = is_plain(rows)
         self._version = version(rows)
         # The index and norms of a file, while their checksums and those of the rows are not known
         # to be right.
@@ -64,9 +67,8 @@ class Derived:
     def is_of(self, rows: Tensor) -> bool:
         """Whether it was computed from these rows as they are now. What other libraries write into
         shared memory goes unnoticed."""
-        if rows is not self.rows:
-            return False
-        return self._version is None or version(rows) in (self._version, None)
+        known = self._version
+        return rows is self.rows and (known is None or version(rows) in (known, None))
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
@@ -94,6 +96,13 @@ class Derived:
         if self._sq_norms is None:
             self._sq_norms = sq_norms(self.rows, self.scale, self.shift, self.center64)
         return self._sq_norms
+
+    def as_rows(self) -> Rows:
+        """The rows as the operations take them, with center and norms."""
+        self.require_checked()
+        if self._as_rows is None:
+            self._as_rows = Rows(self.rows, self.scale, self.shift, self.center64, self.sq_norms)
+        return self._as_rows
 
     @property
     def nbytes(self) -> int:

@@ -233,8 +233,13 @@ class TrainingSet:
 
     def as_rows(self) -> Rows:
         """The rows as the operations take them."""
-        known = self._current()
-        return Rows(self.rows, self.scale, self.shift, known.center64, known.sq_norms)
+        return self._current().as_rows()
+
+    def plain_rows(self) -> Rows | None:
+        """The same for rows on the CPU of which PyTorch knows nothing but the values; else None."""
+        known = self._derived
+        plain = known.plain and known.is_of(self.rows) and not self.rows.requires_grad
+        return known.as_rows() if plain else None
 
     @property
     def index(self) -> Index | None:
@@ -333,12 +338,7 @@ class TrainingSet:
         return part
 
     def _like(self, rows: torch.Tensor, labels: Any, log_weights: Any) -> TrainingSet:
-        own: dict[str, Any] = {
-            "shape": self.shape,
-            "scale": self.scale,
-            "shift": self.shift,
-            "name": self.name,
-        }
+        own = {name: getattr(self, name) for name in ("shape", "scale", "shift", "name")}
         return TrainingSet(rows, labels=labels, log_weights=log_weights, check=False, **own)
 
     def where(self, label: int | Sequence[int]) -> TrainingSet:

@@ -63,18 +63,18 @@ def test_a_backend_that_refuses_runs_nothing(monkeypatch) -> None:
             return "a backend of this test"
 
     real = protocol.get
-    monkeypatch.setattr(protocol, "get", lambda n: Refuses() if n == "triton" else real(n))
-    protocol._candidates.cache_clear()
-    monkeypatch.setenv(env.BACKEND, "triton")
-    try:
+    with monkeypatch.context() as patch:
+        patch.setattr(protocol, "get", lambda n: Refuses() if n == "triton" else real(n))
+        patch.setenv(env.BACKEND, "triton")
+        protocol._candidates.cache_clear()
         calls = info.explained_calls()
         with pytest.raises(RuntimeError, match=r"triton does not: not today.*MEMOKERN_BACKEND"):
             info.check_backend("cpu")
-    finally:
-        protocol._candidates.cache_clear()
+        text = info.render(info.collect() | {"calls": calls})
+    protocol._candidates.cache_clear()  # which hold the backend of this test
+    protocol._preferred.cache_clear()
     assert {call["runs"] for call in calls} == {None}
     assert all(call["others"]["triton"] == "not today" for call in calls)
-    text = info.render(info.collect() | {"calls": calls})
     assert "on cpu, nobody runs posterior float32, posterior float32/uint8, " in text
     assert "    triton     not today" in text
 

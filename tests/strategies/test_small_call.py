@@ -22,12 +22,17 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+SUMS = ("mean", "log_z", "mean_logit", "mean_bias", "weight_sq")
+FIELDS = (*SUMS, "sigma", "alpha", "temperature", "ess")
+
+
 def normal(*shape, seed=0, dtype=F32):
     return cases.normal(*shape, seed=seed, dtype=F32).to(dtype)
 
 
 def small_mean(x, data, sigma=0.5, alpha=1.0, temperature=1.0):
-    return small_call.small_mean(x, data, sigma, alpha, temperature, None, "auto")
+    call = small_call.small_call(x, data, sigma, alpha, temperature, None, "auto")
+    return None if call is None else small_call.small_mean(call)
 
 
 class Seen(TorchDispatchMode):
@@ -65,7 +70,7 @@ def test_the_short_way_gives_the_same_bits_as_the_dispatcher(x_dtype, dtype, bat
         assert seen.names.count("memokern.posterior.default") == 1
         torch.testing.assert_close(short, want.mean, rtol=0, atol=0, equal_nan=True)
         got = memokern.posterior(x, data, *numbers)
-        for name in ("mean", "log_z", "mean_logit", "mean_bias", "weight_sq", "sigma"):
+        for name in FIELDS:
             a, b = getattr(got, name), getattr(want, name)
             torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
         score = memokern.score(x, data, *numbers)
@@ -246,6 +251,11 @@ def test_what_does_not_fit_the_short_way_goes_the_long_one():
         torch.testing.assert_close(
             memokern.denoise(query, data, 0.5), memokern.posterior(query, data, 0.5).mean
         )
-    assert small_mean(x, data, 1) is None and small_mean(x, data.rows) is None
+    assert small_mean(x, data, 1) is None
+    with_gradient = data.rows.clone().requires_grad_()
+    assert small_mean(x, with_gradient) is None
+    assert torch.equal(small_mean(x, data.rows), memokern.denoise(x, with_gradient, 0.5))
+    indexed = TrainingSet(normal(60, 20)).build_index(dims=(4,))
+    assert small_mean(normal(4, 20), indexed) is None
     for wrong in (x[:, :2], x[0, :2], x.half(), [0.0]):
         assert small_mean(wrong, data) is None

@@ -25,8 +25,8 @@ class Cpu(Backend):
     name = "cpu"
     # Its own projection of float32 queries to an index whose basis is a cosine transform.
     cosine_projection = CosineProjection
-    # The mean alone, of a few queries.
-    small_mean = staticmethod(dense.small_mean)
+    # The sweep for a few queries, without what checks and converts.
+    small_posterior = staticmethod(dense.small_posterior)
 
     @functools.cache  # noqa: B019  # there is one
     def unavailable(self) -> str | None:

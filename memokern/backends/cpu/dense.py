@@ -10,6 +10,7 @@ from memokern.backends.cpu.native import (
     module,
     native_query,
     native_rows,
+    pointer,
     row_types,
     threads,
 )
@@ -41,24 +42,29 @@ def posterior_state(query: Query, rows: Rows) -> State:
     return state
 
 
-def small_mean(
-    x: Tensor, rows: Rows, numbers: tuple[float, float, float], log_weights: Tensor | None
+def small_posterior(
+    x: Tensor,
+    rows: Rows,
+    numbers: tuple[float, float, float],
+    bias: Tensor | None,
+    columns: Tensor | None = None,
 ) -> Tensor:
-    """The mean alone, of a few queries [*batch, *shape], contiguous in the compute type, that share
-    sigma, alpha and temperature, over a training set's contiguous tensors: no tensor is made but
-    the result, nothing is checked."""
-    data, center, sq_norms = rows.data, rows.center, rows.sq_norms
-    assert center is not None and sq_norms is not None
+    """The mean of a few queries [*batch, *shape], contiguous in the compute type, that share sigma,
+    alpha and temperature: no tensor is made but the result, nothing is checked.
+
+    columns: [7, *batch] float64, if given, to be filled with the three numbers for each query and
+    with the sums after the mean.
+    """
+    data, scale, shift, center, sq_norms = rows
     n, d = data.shape
     mean = torch.empty_like(x)
     native = (
-        data.data_ptr(), n, d, d, row_types()[data.dtype], rows.scale, rows.shift,
-        center.data_ptr(), sq_norms.data_ptr(),
+        data.data_ptr(), n, d, d if data.is_contiguous() else data.stride(0),
+        row_types()[data.dtype], scale, shift, pointer(center), pointer(sq_norms),
     )  # fmt: skip
-    module().small_mean(
-        native, x.data_ptr(), x.dtype == _F64, x.numel() // d, numbers,
-        0 if log_weights is None else log_weights.data_ptr(), mean.data_ptr(),
-        threads(),
+    module().small_posterior(
+        native, x.data_ptr(), x.dtype == _F64, x.numel() // d, numbers, pointer(bias),
+        mean.data_ptr(), pointer(columns), threads(),
     )  # fmt: skip
     return mean
 
