@@ -5,6 +5,13 @@
 namespace memokern {
 namespace MEMOKERN_ISA_NS {
 
+// p 2^n with n in the low bits of z. Where n is out of range the sum wraps, and the caller takes 0 instead.
+template <class R>
+MK_INLINE typename Vec<R>::T times_power(typename Vec<R>::T p, typename Vec<R>::T z) {
+  typedef typename Vec<R>::Bits B;
+  return (typename Vec<R>::T)((B)p + ((B)z << (sizeof(R) == 4 ? 23 : 52)));
+}
+
 // 2^n e^r for |r| <= ln(2) / 2 with n in the low bits of z; 0 where `zero`. In float the polynomial is the
 // best one of degree 6 that begins with 1 + r, and off by 3e-9; in double it is Taylor's of degree 13. Terms
 // are added in pairs, because the loops that call this wait for its latency and not for its operations.
@@ -13,7 +20,7 @@ MK_INLINE Vec<float>::T exp_of_remainder(Vec<float>::T r, Vec<float>::T z, Vec<f
   V r2 = r * r;
   V p = (r2 * 1.38146e-3f + (r * 8.36871e-3f + 4.166839e-2f)) * r2 + (r * 1.6666521e-1f + 4.9999993e-1f);
   p = p * r2 + (r + 1.0f);
-  return (V)(((Vec<float>::I)p + ((Vec<float>::I)z << 23)) & ~zero);
+  return (V)((Vec<float>::I)times_power<float>(p, z) & ~zero);
 }
 MK_INLINE Vec<double>::T exp_of_remainder(Vec<double>::T r, Vec<double>::T z, Vec<double>::I zero) {
   typedef Vec<double>::T V;
@@ -23,8 +30,7 @@ MK_INLINE Vec<double>::T exp_of_remainder(Vec<double>::T r, Vec<double>::T z, Ve
   V high =
       (r * (1.0 / 6227020800.0) + (1.0 / 479001600.0)) * r2 + (r * (1.0 / 39916800.0) + (1.0 / 3628800.0));
   V p = ((high * r4 + mid) * r4 + low) * r2 + r + 1.0;
-  V y = (V)((Vec<double>::I)p + ((Vec<double>::I)z << 52));
-  return (V)((Vec<double>::I)y & ~zero);
+  return (V)((Vec<double>::I)times_power<double>(p, z) & ~zero);
 }
 
 // exp(x) for x <= 88, with a relative error below 2e-7; 0 where x is below `least`, which is -87 or more.
@@ -59,7 +65,7 @@ MK_INLINE Vec<float>::T vexp2(Vec<float>::T x) {
   V z = x + magic, r = x - (z - magic), r2 = r * r;
   V p = (r * 1.32647e-3f + 9.67151e-3f) * r2 + (r * 5.550734e-2f + 2.4022242e-1f);
   p = p * r2 + (r * 6.9314698e-1f + 1.0f);
-  return (V)((Vec<float>::I)p + ((Vec<float>::I)z << 23));
+  return times_power<float>(p, z);
 }
 MK_INLINE Vec<double>::T vexp2(Vec<double>::T x) {
   const double magic = 6755399441055744.0;

@@ -21,7 +21,8 @@ namespace MEMOKERN_ISA_NS {
 #define MK_INLINE static inline __attribute__((always_inline))
 
 // R is the compute type, float or double. T is a vector of it, U the same at any address, I a vector of
-// integers of the same width, W how many numbers a vector has.
+// integers of the same width, Bits the same without a sign, whose sums may wrap, W how many numbers a vector
+// has.
 template <class R>
 struct Vec;
 template <>
@@ -29,6 +30,7 @@ struct Vec<float> {
   typedef float T __attribute__((vector_size(MEMOKERN_VBYTES)));
   typedef float U __attribute__((vector_size(MEMOKERN_VBYTES), aligned(4), may_alias));
   typedef int32_t I __attribute__((vector_size(MEMOKERN_VBYTES)));
+  typedef uint32_t Bits __attribute__((vector_size(MEMOKERN_VBYTES)));
   enum { W = MEMOKERN_VBYTES / 4 };
 };
 template <>
@@ -36,6 +38,7 @@ struct Vec<double> {
   typedef double T __attribute__((vector_size(MEMOKERN_VBYTES)));
   typedef double U __attribute__((vector_size(MEMOKERN_VBYTES), aligned(8), may_alias));
   typedef int64_t I __attribute__((vector_size(MEMOKERN_VBYTES)));
+  typedef uint64_t Bits __attribute__((vector_size(MEMOKERN_VBYTES)));
   enum { W = MEMOKERN_VBYTES / 8 };
 };
 
