@@ -8,16 +8,16 @@ namespace {
 
 void posterior(const py::tuple& rows, const py::tuple& queries, const py::tuple& sums, int threads) {
   const Rows r = rows_from(rows);
-  const Queries q = queries_from(queries);
+  Queries q = queries_from(queries);
   const Sums out = sums_from(sums);
-  run([&] { return kernels().posterior(r, q, out, threads); });
+  run(q, [&] { return kernels().posterior(r, q, out, threads); });
 }
 
 void posterior_state(const py::tuple& rows, const py::tuple& queries, const py::tuple& states, int threads) {
   const Rows r = rows_from(rows);
-  const Queries q = queries_from(queries);
+  Queries q = queries_from(queries);
   const States out = states_from(states);
-  run([&] { return kernels().posterior_state(r, q, out, threads); });
+  run(q, [&] { return kernels().posterior_state(r, q, out, threads); });
 }
 
 // columns: [7][b] to be written, the shared numbers for each query and its four sums after the mean; null
@@ -33,26 +33,26 @@ void small_posterior(const py::tuple& rows, uintptr_t x, bool f64, int64_t b, co
     for (int64_t j = 0; j < b; j++) c[i * b + j] = number;
   }
   if (PyErr_Occurred()) throw py::error_already_set();
-  const Queries q = {pointer<void>(x), f64, b, c, c + b, c + 2 * b, pointer<double>(bias), kGaussian};
+  Queries q = {pointer<void>(x), f64, b, c, c + b, c + 2 * b, pointer<double>(bias), kGaussian, nullptr};
   const Sums out = {pointer<void>(mean), c + 3 * b, c + 4 * b, c + 5 * b, c + 6 * b};
-  run([&] { return kernels().posterior(r, q, out, threads); });
+  run(q, [&] { return kernels().posterior(r, q, out, threads); });
 }
 
 void posterior_backward(const py::tuple& rows, const py::tuple& queries, const py::tuple& sums,
                         const py::tuple& grads, const py::tuple& out, int threads) {
   const Rows r = rows_from(rows);
-  const Queries q = queries_from(queries);
+  Queries q = queries_from(queries);
   const SumsIn s = sums_in_from(sums), g = sums_in_from(grads);
   const Gradients to = gradients_from(out);
-  run([&] { return kernels().posterior_backward(r, q, s, g, to, threads); });
+  run(q, [&] { return kernels().posterior_backward(r, q, s, g, to, threads); });
 }
 
 void nearest(const py::tuple& rows, uintptr_t x, bool f64, int64_t b, int64_t k, uintptr_t sq_dist,
              uintptr_t index, int threads) {
   const Rows r = rows_from(rows);
-  const Queries q = {pointer<void>(x), f64, b, nullptr, nullptr, nullptr, nullptr, kGaussian};
+  Queries q = {pointer<void>(x), f64, b, nullptr, nullptr, nullptr, nullptr, kGaussian, nullptr};
   const Neighbours out = {pointer<double>(sq_dist), pointer<int64_t>(index), k};
-  run([&] { return kernels().nearest(r, q, out, threads); });
+  run(q, [&] { return kernels().nearest(r, q, out, threads); });
 }
 
 }  // namespace

@@ -9,6 +9,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "bind/interrupt.h"
 #include "bind/isa.h"
 
 namespace memokern {
@@ -51,7 +52,7 @@ inline Rows rows_from(const py::tuple& t) {
 }
 inline Queries queries_from(const py::tuple& t) {
   Fields f(t, "Queries", 8);
-  return checked(Queries{f, f, f, f, f, f, f, f});
+  return checked(Queries{f, f, f, f, f, f, f, f, nullptr});
 }
 inline Sums sums_from(const py::tuple& t) {
   Fields f(t, "Sums", 5);
@@ -82,18 +83,27 @@ inline CosineTransform transform_from(const py::tuple& t) {
   return checked(CosineTransform{f, f, f, f, f, f, f, f, f, f, f, f, f, f, f, f, f});
 }
 
-// Runs a kernel without Python's lock, and raises for its status.
+// Runs a kernel without Python's lock, and raises for its status, or what a signal raised: `kernel` gives
+// what it calls the watch.
 template <class Kernel>
 void run(Kernel kernel) {
   int status;
   {
-    py::gil_scoped_release release;
-    status = kernel();
+    Interrupt interrupt;
+    status = kernel(&interrupt);
   }
+  if (status & kStopped) throw py::error_already_set();
   if (status == kNotLists)
     throw std::invalid_argument(
         "start must increase from 0 to the length of index, and index must hold numbers of rows");
   if (status != kDone) throw std::bad_alloc();  // MemoryError
+}
+template <class Kernel>
+void run(Queries& queries, Kernel kernel) {
+  run([&](Watch* watch) {
+    queries.watch = watch;
+    return kernel();
+  });
 }
 
 template <class T>

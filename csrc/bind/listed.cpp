@@ -20,11 +20,11 @@ struct FoundRows {
 FoundRows bound_scan(const py::tuple& rows, const py::tuple& queries, const py::tuple& bounds,
                      uintptr_t start, uintptr_t threshold, uintptr_t level, int threads) {
   const Rows r = rows_from(rows);
-  const Queries q = queries_from(queries);
+  Queries q = queries_from(queries);
   const LogitBounds known = bounds_from(bounds);
   ScanResult out = {pointer<int64_t>(start), pointer<double>(threshold), pointer<int64_t>(level), nullptr};
   FoundRows found;
-  run([&] {
+  run(q, [&] {
     const int status = kernels().bound_scan(r, q, known, out, threads);
     found.index = out.index;
     return status;
@@ -36,20 +36,20 @@ FoundRows bound_scan(const py::tuple& rows, const py::tuple& queries, const py::
 void posterior_listed(const py::tuple& rows, const py::tuple& queries, const py::tuple& lists,
                       const py::tuple& sums, int threads) {
   const Rows r = rows_from(rows);
-  const Queries q = queries_from(queries);
+  Queries q = queries_from(queries);
   const RowLists list = lists_from(lists);
   const Sums out = sums_from(sums);
-  run([&] { return kernels().posterior_listed(r, q, list, out, threads); });
+  run(q, [&] { return kernels().posterior_listed(r, q, list, out, threads); });
 }
 
 void posterior_listed_backward(const py::tuple& rows, const py::tuple& queries, const py::tuple& lists,
                                const py::tuple& grads, const py::tuple& out, int threads) {
   const Rows r = rows_from(rows);
-  const Queries q = queries_from(queries);
+  Queries q = queries_from(queries);
   const RowLists list = lists_from(lists);
   const SumsIn g = sums_in_from(grads);
   const Gradients to = gradients_from(out);
-  run([&] { return kernels().posterior_listed_backward(r, q, list, g, to, threads); });
+  run(q, [&] { return kernels().posterior_listed_backward(r, q, list, g, to, threads); });
 }
 
 void project(const py::tuple& transform, uintptr_t x, uintptr_t alpha, int64_t b, const py::tuple& out,
@@ -57,7 +57,9 @@ void project(const py::tuple& transform, uintptr_t x, uintptr_t alpha, int64_t b
   const CosineTransform t = transform_from(transform);
   Fields f(out, "Projected", 4);
   const Projected to = checked(Projected{f, f, f, f});
-  run([&] { return kernels().project(t, pointer<float>(x), pointer<double>(alpha), b, to, threads); });
+  run([&](Watch* watch) {
+    return kernels().project(t, pointer<float>(x), pointer<double>(alpha), b, to, watch, threads);
+  });
 }
 
 }  // namespace

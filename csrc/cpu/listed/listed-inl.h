@@ -5,6 +5,7 @@
 // piece has a State and an accumulator, which merge() joins. A piece goes over its rows twice: for their
 // logits, then to add up those that have weight.
 #pragma once
+#include "cpu/core/watch-inl.h"
 #include "cpu/posterior/finish-inl.h"
 
 namespace memokern {
@@ -13,7 +14,8 @@ namespace MEMOKERN_ISA_NS {
 enum {
   PIECE_ROWS = 64,  // of a piece, at least
   SUM_ROWS = 4,     // rows that are added to the accumulator at a time,
-  SUM_D = 512       // and features: these rows stay in L1 as double
+  SUM_D = 512,      // and features: these rows stay in L1 as double
+  LOOK_ROWS = 64    // that are evaluated between two looks at the watch
 };
 
 struct Piece {
@@ -61,8 +63,10 @@ static void write_number(void* out, bool f64, int64_t i, double v) {
 }
 
 // sum += sum_i w_i y_i over the rows n whose |w_i| is more than `least`. sum has room for whole vectors.
-static void add_rows(const Source<double>& src, Fetch<double>::F fetch, const int64_t* n, const double* w,
-                     int64_t count, double least, double* sum) {
+// Returns kDone or kStopped.
+static int add_rows(const ListedRows& p, const int64_t* n, const double* w, int64_t count, double least,
+                    double* sum, Pace& pace) {
+  const Source<double>& src = p.src;
   enum { W = Vec<double>::W };
   double buffer[SUM_ROWS * SUM_D];
   int64_t i = 0;
@@ -77,12 +81,13 @@ static void add_rows(const Source<double>& src, Fetch<double>::F fetch, const in
       a[m++] = w[i] * src.rows.scale;
     }
     if (m == 0) break;
+    if (pace.stopped(SUM_ROWS * src.rows.d)) return kStopped;
     for (int e = m; e < SUM_ROWS; e++) a[e] = 0;
     for (int64_t d0 = 0; d0 < src.rows.d; d0 += SUM_D) {
       const int64_t cnt = imin(SUM_D, src.rows.d - d0);
       for (int e = 0; e < SUM_ROWS; e++) {
         from[e] = buffer + imin(e, m - 1) * SUM_D;
-        if (e < m) fetch(src, rows[e], d0, cnt, buffer + e * SUM_D);
+        if (e < m) p.fetch(src, rows[e], d0, cnt, buffer + e * SUM_D);
       }
       for (int64_t d = 0; d < cnt; d += W) {
         const Vec<double>::T first = splat(a[0]) * load(from[0] + d) + splat(a[1]) * load(from[1] + d);
@@ -91,6 +96,7 @@ static void add_rows(const Source<double>& src, Fetch<double>::F fetch, const in
       }
     }
   }
+  return kDone;
 }
 
 // What is known of query b over its list. Its mode is kZeroSigma where sigma is 0, or as good as.
@@ -115,6 +121,17 @@ static Query<double> listed_query(const Queries& in, const double* x, int64_t b,
   else
     q.mode = q.inv_t / q.sigma / q.sigma * (xx + 1) < Precision<double>::big ? kSoftmax : kZeroSigma;
   return q;
+}
+
+// t [count] receives the squared distances of the rows n. Returns kDone or kStopped.
+static int distances(const ListedRows& p, const Query<double>& q, const int64_t* n, int64_t count, double* t,
+                     Pace& pace) {
+  for (int64_t i0 = 0; i0 < count; i0 += LOOK_ROWS) {
+    const int64_t i1 = imin(count, i0 + LOOK_ROWS);
+    if (pace.stopped((i1 - i0) * p.src.rows.d)) return kStopped;
+    for (int64_t i = i0; i < i1; i++) t[i] = p.exact(p.src, n[i], q.x, q.alpha);
+  }
+  return kDone;
 }
 
 // The state of the `count` rows n of a piece. t holds their squared distances, and becomes their weights.
@@ -220,12 +237,13 @@ static int run_posterior_listed(const Rows& rows, const Queries& in, const RowLi
 #pragma omp parallel num_threads(workers) reduction(| : failed) if (workers > 1)
   {
     Arena own;
+    Pace pace = {in.watch, 0};
     const bool there = own.reserve(2 * Arena::bytes<double>(Dp));
     double *sum = there ? own.take<double>(Dp) : nullptr, *x = there ? own.take<double>(Dp) : nullptr;
-    failed |= !there;
+    failed |= there ? kDone : kNoMemory;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t k = 0; k < count; k++) {
-      if (!there) continue;
+      if (failed) continue;
       Piece& c = pieces[k];
       if (c.alone) {
         c.sum = sum;
@@ -235,12 +253,13 @@ static int run_posterior_listed(const Rows& rows, const Queries& in, const RowLi
       const Query<double> q = listed_query(in, query_in_double(in, c.b, D, x), c.b, D);
       const int64_t* n = list.index + c.i0;
       if (q.mode != kNotFinite) {
-        for (int64_t i = 0; i < c.i1 - c.i0; i++) t[c.i0 + i] = p.exact(p.src, n[i], q.x, q.alpha);
+        failed |= distances(p, q, n, c.i1 - c.i0, t + c.i0, pace);
         c.st = weigh_listed(q, in.bias, n, t + c.i0, c.i1 - c.i0);
       }
       // All weights that are left out, together, are below 2^-60 of the largest.
-      if (c.st.s > 0) add_rows(p.src, p.fetch, n, t + c.i0, c.i1 - c.i0, 8e-19 / (c.i1 - c.i0), c.sum);
-      if (c.alone) listed_finish(q, c, D, out, in.f64);
+      if (c.st.s > 0 && !failed)
+        failed |= add_rows(p, n, t + c.i0, c.i1 - c.i0, 8e-19 / (c.i1 - c.i0), c.sum, pace);
+      if (c.alone && !failed) listed_finish(q, c, D, out, in.f64);
     }
   }
   for (int64_t k = 0; k < count && !failed;) {

@@ -32,13 +32,15 @@ struct ListedBackward {
   double* r2;  // |x - alpha y|^2
 };
 
-// One pass over a piece's rows: r^2, <g, y>, <x - alpha y, y>.
-static void listed_products(const ListedBackward& s, const Piece& c, const double* x, double* row) {
+// One pass over a piece's rows: r^2, <g, y>, <x - alpha y, y>. Returns kDone or kStopped.
+static int listed_products(const ListedBackward& s, const Piece& c, const double* x, double* row,
+                           Pace& pace) {
   enum { W = Vec<double>::W };
   const ListedRows& p = *s.p;
   const int64_t D = p.src.rows.d;
   const double *g = s.grads->mean + c.b * D, alpha = s.in->alpha[c.b];
   for (int64_t i = c.i0; i < c.i1; i++) {
+    if (pace.stopped(3 * D)) return kStopped;
     s.r2[i] = p.exact(p.src, s.list->index[i], x, alpha);
     p.row(p.src, s.list->index[i], row);
     Vec<double>::T vg = {}, vx = {};
@@ -56,6 +58,7 @@ static void listed_products(const ListedBackward& s, const Piece& c, const doubl
     s.gy[i] = sg;
     s.xy[i] = sx;
   }
+  return kDone;
 }
 
 // From products to the coefficients of one query, and all its gradients but the sum over rows in grad_x.
@@ -143,28 +146,29 @@ static int run_posterior_listed_backward(const Rows& rows, const Queries& in, co
 #pragma omp parallel num_threads(workers) reduction(| : failed) if (workers > 1)
   {
     Arena own;
+    Pace pace = {in.watch, 0};
     const bool there = own.reserve(2 * Arena::bytes<double>(Dp));
     double *sum = there ? own.take<double>(Dp) : nullptr, *x = there ? own.take<double>(Dp) : nullptr;
-    failed |= !there;
+    failed |= there ? kDone : kNoMemory;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t k = 0; k < count; k++)
-      if (there) listed_products(s, pieces[k], query_in_double(in, pieces[k].b, D, x), sum);
+      if (!failed) failed |= listed_products(s, pieces[k], query_in_double(in, pieces[k].b, D, x), sum, pace);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t b = 0; b < in.b; b++) {
-      if (!there) continue;
+      if (failed) continue;
       queries[b] = listed_query(in, query_in_double(in, b, D, x), b, D);
       if (queries[b].mode != kNotFinite) listed_coefficients(s, b, queries[b]);
     }
 #pragma omp for schedule(dynamic, 1)
     for (int64_t k = 0; k < count; k++) {
       Piece& c = pieces[k];
-      if (!there || queries[c.b].mode == kNotFinite) continue;
+      if (failed || queries[c.b].mode == kNotFinite) continue;
       if (c.alone) {
         c.sum = sum;
         memset((void*)sum, 0, Dp * sizeof(double));
       }
-      add_rows(p.src, p.fetch, list.index + c.i0, t + c.i0, c.i1 - c.i0, 0, c.sum);
-      if (c.alone) listed_backward_finish(s, c, queries[c.b], query_in_double(in, c.b, D, x));
+      failed |= add_rows(p, list.index + c.i0, t + c.i0, c.i1 - c.i0, 0, c.sum, pace);
+      if (c.alone && !failed) listed_backward_finish(s, c, queries[c.b], query_in_double(in, c.b, D, x));
     }
   }
   for (int64_t k = 0; k < count && !failed;) {

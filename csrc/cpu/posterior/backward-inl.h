@@ -158,9 +158,10 @@ MK_INLINE bool has_gradient(const Query<R>& q) {
   return q.mode == kSoftmax || q.mode == kLogWeighting;
 }
 
+// Returns kDone or kStopped.
 template <class R>
-static void backward_sweep(const Source<R>& src, const Queries& in, const BackwardArgs& io, const Plan& pl,
-                           double b_max, int64_t b0, int64_t B, int64_t n0, int64_t n1, BackwardWork<R>& w) {
+static int backward_sweep(const Source<R>& src, const Queries& in, const BackwardArgs& io, const Plan& pl,
+                          double b_max, int64_t b0, int64_t B, int64_t n0, int64_t n1, BackwardWork<R>& w) {
   const Products<R> products = products_for(src, pl);
   SweepWork<R>& f = w.fwd;
   memset((void*)w.sums, 0, pl.B * sizeof(BackwardSums));
@@ -179,6 +180,7 @@ static void backward_sweep(const Source<R>& src, const Queries& in, const Backwa
   }
   const TileContext<R> s = make_tile_context(src, pl, in.bias, b_max, f);
   for (f.tile.n0 = n0; f.tile.n0 < n1; f.tile.n0 += pl.NT) {
+    if (f.pace.stopped(3 * pl.NT * pl.D * B)) return kStopped;
     Prefetch next = load_tile(products, src, pl, f.tile, n1);
     load_bias(in.bias, f);
     products.dots(src, pl, f.tile, f.x, 0, B, f.p, next);
@@ -196,6 +198,7 @@ static void backward_sweep(const Source<R>& src, const Queries& in, const Backwa
     }
     products.accumulate(src, pl, f.tile, f.p, 0, B, f.acc, next);
   }
+  return kDone;
 }
 
 // Adds what the other parts of query b found to what the first one did.

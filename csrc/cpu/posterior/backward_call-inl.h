@@ -56,22 +56,24 @@ static int backward_typed(const Rows& rows, const Queries& in, const BackwardArg
   if (!work) return kNoMemory;
   for (int i = 0; i < parts; i++)
     if (!work[i].reserve(pl, in.bias != nullptr, rows.n)) return kNoMemory;
+  int failed = 0;
   for (int64_t k0 = 0; k0 < blocks; k0 += by_queries ? blocks : 1) {
-#pragma omp parallel for num_threads(parts) schedule(static, 1) if (parts > 1)
+#pragma omp parallel for num_threads(parts) schedule(static, 1) reduction(| : failed) if (parts > 1)
     for (int i = 0; i < parts; i++) {
       const int64_t first = by_queries ? blocks * i / parts : k0,
                     last = by_queries ? blocks * (i + 1) / parts : k0 + 1;
-      for (int64_t k = first; k < last; k++) {
+      for (int64_t k = first; k < last && !failed; k++) {
         const int64_t b0 = k * pl.B, B = imin(pl.B, in.b - b0);
         const int64_t n0 = by_queries ? 0 : imin(rows.n, tiles * i / parts * pl.NT);
         const int64_t n1 = by_queries ? rows.n : imin(rows.n, tiles * (i + 1) / parts * pl.NT);
-        backward_sweep(c.src, in, io, pl, b_max, b0, B, n0, n1, work[i]);
-        if (!by_queries) continue;
+        failed |= backward_sweep(c.src, in, io, pl, b_max, b0, B, n0, n1, work[i]);
+        if (!by_queries || failed) continue;
         for (int64_t b = 0; b < B; b++)
           backward_finish(c.src, pl, in, io, work[i].fwd.q[b], work[i].sums[b], work[i].fwd.acc, work[i].near,
                           b, b0 + b);
       }
     }
+    if (failed) return failed;
     if (by_queries) break;
     const int64_t b0 = k0 * pl.B, B = imin(pl.B, in.b - b0);
     for (int64_t b = 0; b < B; b++) {
@@ -93,6 +95,7 @@ static int backward_typed(const Rows& rows, const Queries& in, const BackwardArg
       if (!distances.reserve(Arena::bytes<double>(rows.n))) return kNoMemory;
       r2 = distances.take<double>(rows.n);
     }
+    if (work[0].fwd.pace.stopped(rows.n * rows.d)) return kStopped;
     backward_zero_sigma(s, io, q, b, work[0].row, r2, io.out.bias, threads);
   }
   if (io.out.bias)

@@ -39,23 +39,25 @@ static int posterior_general(const CentredRows<R>& c, const Queries& in, const O
     const auto run = [&](int64_t d) { return acc_at(pl, w.acc, b, d); };
     finish(c.src, w.q[b], w.st[b], rows.scale, run, b0 + b, out);
   };
+  int failed = 0;
   if (by_queries) {
-#pragma omp parallel for num_threads(parts) schedule(static, 1) if (parts > 1)
+#pragma omp parallel for num_threads(parts) schedule(static, 1) reduction(| : failed) if (parts > 1)
     for (int i = 0; i < parts; i++) {
-      for (int64_t k = blocks * i / parts; k < blocks * (i + 1) / parts; k++) {
+      for (int64_t k = blocks * i / parts; k < blocks * (i + 1) / parts && !failed; k++) {
         const int64_t b0 = k * pl.B, B = imin(pl.B, in.b - b0);
-        sweep(c.src, in, pl, b_max, b0, B, 0, rows.n, work[i]);
-        for (int64_t b = 0; b < B; b++) finish_query(work[i], b, b0);
+        failed |= sweep(c.src, in, pl, b_max, b0, B, 0, rows.n, work[i]);
+        for (int64_t b = 0; b < B && !failed; b++) finish_query(work[i], b, b0);
       }
     }
-    return kDone;
+    return failed;
   }
   for (int64_t k = 0; k < blocks; k++) {
     const int64_t b0 = k * pl.B, B = imin(pl.B, in.b - b0);
-#pragma omp parallel for num_threads(parts) schedule(static, 1) if (parts > 1)
+#pragma omp parallel for num_threads(parts) schedule(static, 1) reduction(| : failed) if (parts > 1)
     for (int i = 0; i < parts; i++)
-      sweep(c.src, in, pl, b_max, b0, B, imin(rows.n, tiles * i / parts * pl.NT),
-            imin(rows.n, tiles * (i + 1) / parts * pl.NT), work[i]);
+      failed |= sweep(c.src, in, pl, b_max, b0, B, imin(rows.n, tiles * i / parts * pl.NT),
+                      imin(rows.n, tiles * (i + 1) / parts * pl.NT), work[i]);
+    if (failed) return failed;
     for (int64_t b = 0; b < B; b++) {
       join_parts(pl, work, parts, b);
       finish_query(work[0], b, b0);
@@ -84,11 +86,12 @@ static int posterior_handed_back(const CentredRows<R>& c, const Queries& in, con
     number[1][k] = in.alpha[b];
     number[2][k++] = in.temperature[b];
   }
-  const Queries rest = {x, in.f64, count, number[0], number[1], number[2], in.bias, in.weighting};
+  const Queries rest = {x, in.f64, count, number[0], number[1], number[2], in.bias, in.weighting, in.watch};
   const Sums sums = {vectors, column[0], column[1], column[2], column[3]};
   const States states = {column[0], column[1], column[2], column[3], column[4], column[5], vectors, nullptr};
   const Output gathered = {out.sums ? &sums : nullptr, out.states ? &states : nullptr};
-  if (posterior_general(c, rest, gathered, b_max, threads)) return kNoMemory;
+  const int failed = posterior_general(c, rest, gathered, b_max, threads);
+  if (failed) return failed;
   const OutputArrays to = arrays_of(out);
   k = 0;
   for (int64_t b = 0; b < in.b; b++) {
@@ -123,7 +126,7 @@ static int posterior_typed(const Rows& rows, const Queries& in, const Output& ou
     const int64_t b0 = in.b * i / parts / W * W, b1 = i + 1 == parts ? in.b : in.b * (i + 1) / parts / W * W;
     failed |= part(c.src, in, b_max, b0, b1, out, handed_back + b0);
   }
-  if (failed) return kNoMemory;
+  if (failed) return failed;
   int64_t count = 0;
   for (int64_t b = 0; b < in.b; b++) count += handed_back[b];
   return count == 0 ? kDone : posterior_handed_back(c, in, out, b_max, threads, handed_back, count);

@@ -8,6 +8,7 @@
 // softmax (sigma = 0, numbers that are not finite, no row with weight), are handed back for the general
 // sweep.
 #pragma once
+#include "cpu/core/watch-inl.h"
 #include "cpu/posterior/finish-inl.h"
 
 namespace memokern {
@@ -102,6 +103,7 @@ static int small_part(const Source<R>& src, const Queries& in, double b_max, int
     *finite_b = arena.take<R>(SMALL_ROWS);
   R* row = arena.take<R>(64);
   const typename Fetch<R>::F fetch_row = fetch_for(src);
+  Pace pace = {in.watch, 0};
   for (int64_t q0 = b0; q0 < b1; q0 += block) {
     const int64_t count = imin(block, b1 - q0), vectors = (count + W - 1) / W;
     double y_max = 0;
@@ -122,6 +124,7 @@ static int small_part(const Source<R>& src, const Queries& in, double b_max, int
     }
     for (int64_t n0 = 0; n0 < N; n0 += SMALL_ROWS) {
       const int64_t cnt = imin(SMALL_ROWS, N - n0);
+      if (pace.stopped(cnt * count * (2 * D + 8))) return kStopped;
       for (int64_t r = 0; r < cnt; r++) {
         fetch_row(src, n0 + r, 0, d_real, row);
         double sq = 0;

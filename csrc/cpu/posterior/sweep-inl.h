@@ -6,6 +6,7 @@
 // queries; no array is N x B.
 #pragma once
 #include "cpu/core/products-inl.h"
+#include "cpu/core/watch-inl.h"
 #include "cpu/posterior/weigh-inl.h"
 
 namespace memokern {
@@ -27,6 +28,7 @@ struct SweepWork {
   State* st;                   // [Bp]
   Query<R>* q;                 // [Bp]
   QueryGroup<R>* groups;       // [Bp / W]
+  Pace pace;
   Arena arena;
   bool reserve(const Plan& pl, bool bias) {
     const int64_t tile_numbers = pl.direct ? 0 : pl.NT * pl.Dp;
@@ -64,6 +66,7 @@ static void put_query(const Source<R>& src, const Plan& pl, const R* row, int64_
 template <class R>
 static void load_queries(const Source<R>& src, const Queries& in, const Plan& pl, int64_t b0, int64_t B,
                          SweepWork<R>& w) {
+  w.pace.watch = in.watch;
   for (int64_t b = 0; b < B; b++) {
     w.q[b] = make_query(in, src, b0 + b, pl, w.row);
     w.st[b] = empty_state();
@@ -112,15 +115,17 @@ static void scale_acc(const Plan& pl, R* acc, int64_t b, double f) {
   }
 }
 
+// Returns kDone or kStopped.
 template <class R>
-static void sweep(const Source<R>& src, const Queries& in, const Plan& pl, double b_max, int64_t b0,
-                  int64_t B, int64_t n0, int64_t n1, SweepWork<R>& w) {
+static int sweep(const Source<R>& src, const Queries& in, const Plan& pl, double b_max, int64_t b0, int64_t B,
+                 int64_t n0, int64_t n1, SweepWork<R>& w) {
   const Products<R> products = products_for(src, pl);
   enum { W = Vec<R>::W };
   load_queries(src, in, pl, b0, B, w);
   memset((void*)w.acc, 0, pl.B * pl.Dp * sizeof(R));
   const TileContext<R> s = make_tile_context(src, pl, in.bias, b_max, w);
   for (w.tile.n0 = n0; w.tile.n0 < n1; w.tile.n0 += pl.NT) {
+    if (w.pace.stopped(2 * pl.NT * pl.D * B)) return kStopped;
     Prefetch next = load_tile(products, src, pl, w.tile, n1);
     load_bias(in.bias, w);
     for (int64_t g = 0; g < B; g += pl.group) {
@@ -137,6 +142,7 @@ static void sweep(const Source<R>& src, const Queries& in, const Plan& pl, doubl
       if (any) products.accumulate(src, pl, w.tile, w.p, g, end - g, w.acc, next);
     }
   }
+  return kDone;
 }
 
 }  // namespace MEMOKERN_ISA_NS

@@ -11,6 +11,7 @@
 #pragma once
 #include "cpu/core/convert-inl.h"
 #include "cpu/core/memory-inl.h"
+#include "cpu/core/watch-inl.h"
 
 namespace memokern {
 namespace MEMOKERN_ISA_NS {
@@ -189,17 +190,20 @@ static void project_one(const CosineTransform& t, const float* x, double alpha, 
 }
 
 static int run_project(const CosineTransform& t, const float* x, const double* alpha, int64_t b,
-                       const Projected& out, int threads) {
+                       const Projected& out, Watch* watch, int threads) {
   const int workers = (int)imax(1, imin(threads, b / 2));
   const int64_t D = t.d();
   int failed = 0;
 #pragma omp parallel for num_threads(workers) schedule(static, 1) reduction(| : failed) if (workers > 1)
   for (int i = 0; i < workers; i++) {
     ProjectWork w;
-    failed |= !w.reserve(t);
-    for (int64_t j = b * i / workers; !failed && j < b * (i + 1) / workers; j++)
+    Pace pace = {watch, 0};
+    failed |= w.reserve(t) ? kDone : kNoMemory;
+    for (int64_t j = b * i / workers; !failed && j < b * (i + 1) / workers; j++) {
+      failed |= pace.stopped(8 * D) ? kStopped : kDone;
       project_one(t, x + j * D, alpha[j], out.z + j * t.kept, out.norms + j * (t.bands + 1), out.margin + j,
                   out.sq + j, w);
+    }
   }
   return failed;
 }

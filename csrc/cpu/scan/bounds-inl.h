@@ -10,6 +10,7 @@
 // rounding can do (the slack), is below
 //   best + |xc|^2 / 2 - sigma^2 T log(N / eps).
 #pragma once
+#include "cpu/core/watch-inl.h"
 #include "cpu/scan/full_product-inl.h"
 
 namespace memokern {

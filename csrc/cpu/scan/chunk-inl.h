@@ -123,7 +123,7 @@ static void list_rows(ScanTask& t, int64_t n0, int64_t cnt, float* scratch) {
       full |= !t.lists[t.order[e]].push((uint32_t)(n0 + j), to[e]);
     }
   }
-  t.failed |= full;
+  if (full) t.failed |= kNoMemory;
   const int64_t most = (int64_t)((1 + READING_COST) * s.bound->most_listed / kFullProductShare);
   const int64_t limit = imax(SCAN_LIST_ROWS, most);
   for (int64_t i = 0; i < t.B; i++) {
@@ -147,6 +147,10 @@ static void scan_chunks(ScanTask& t, int64_t c0, int64_t c1, uint8_t* level, flo
   for (int64_t i = 0; i < t.B; i++) t.lists[t.order[i]].levels = level;
   for (int64_t c = c0; c < c1; c++) {
     const int64_t n0 = c * s.NT, cnt = imin(s.NT, n_end - n0);
+    if (t.pace.stopped(cnt * t.Bp * s.stride)) {
+      t.failed |= kStopped;
+      return;
+    }
     level_zero(t, n0, cnt);
     int64_t left = pairs_left(t, cnt), l = 0;
     // For the whole chunk a level of K numbers costs K / 4 cycles for each query and row, and the tile; row

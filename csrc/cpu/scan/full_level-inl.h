@@ -69,8 +69,8 @@ static const Entry* first_from_row(const List& l, int64_t n) {  // rows ascend
   return l.e + low;
 }
 
-// The rows n0 .. n1 of all lists.
-static void full_level_rows(const ScanCall& s, FullLevelQuery* qs, int64_t count, int64_t n0, int64_t n1) {
+// The rows n0 .. n1 of all lists. Returns kDone or kStopped.
+static int full_level_rows(const ScanCall& s, FullLevelQuery* qs, int64_t count, int64_t n0, int64_t n1) {
   enum : uint32_t { NONE = ~0u };  // no such row: there are fewer
   uint32_t next[FULL_B];
   Entry *at[FULL_B], *end[FULL_B];
@@ -88,6 +88,8 @@ static void full_level_rows(const ScanCall& s, FullLevelQuery* qs, int64_t count
     for (int i = 0; i < FULL_B; i++) n = next[i] < n ? next[i] : n;
     return n;
   };
+  Pace pace = {s.in->watch, 0};
+  if (pace.ask()) return kStopped;
   for (uint32_t n = first(); n != NONE;) {
     int64_t met = 0;
     Entry* e[FULL_B];
@@ -106,6 +108,7 @@ static void full_level_rows(const ScanCall& s, FullLevelQuery* qs, int64_t count
       for (int64_t k = 0; k < row_bytes; k += 64) __builtin_prefetch(p + k);
     }
     double product[FULL_B];
+    if (pace.stopped(met * s.D / 4)) return kStopped;
     s.full_product(s.src, n, x, met, product);
     for (int64_t i = 0; i < met; i++) {
       const float up = full_bound(s, q[i]->b, q[i]->x, n, product[i]);
@@ -113,6 +116,7 @@ static void full_level_rows(const ScanCall& s, FullLevelQuery* qs, int64_t count
     }
     n = then;
   }
+  return kDone;
 }
 
 // The last level of all lists that are long enough to pay for it. s.lists [b] must hold all rows left to each
@@ -124,8 +128,8 @@ static int full_level(const ScanCall& s, int threads) {
   int64_t *long_ones = arena.take<int64_t>(B), many = 0;
   for (int64_t b = 0; b < B; b++)
     if (s.q[b].active && !s.lists[b].given_up && s.lists[b].count > WORTH_EVALUATING) long_ones[many++] = b;
-  int failed = 0;  // shared by all threads, and read only after a barrier
-  for (int64_t g = 0; g < many && !failed; g += FULL_B) {
+  int failed = 0, stopped = 0;  // shared by all threads, and read only after a barrier
+  for (int64_t g = 0; g < many && !failed && !stopped; g += FULL_B) {
     FullLevelQuery qs[FULL_B];
     const int64_t count = imin(FULL_B, many - g), pieces = imin(s.N, threads * FULL_PIECES);
     const int workers = (int)imin(threads, imax(count, pieces));
@@ -143,7 +147,10 @@ static int full_level(const ScanCall& s, int threads) {
       if (!failed) {
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < pieces; i++)
-          full_level_rows(s, qs, count, s.N * i / pieces, s.N * (i + 1) / pieces);
+          if (full_level_rows(s, qs, count, s.N * i / pieces, s.N * (i + 1) / pieces)) {
+#pragma omp atomic write
+            stopped = kStopped;
+          }
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < count; i++) {
           List& l = *qs[i].l;
@@ -156,7 +163,7 @@ static int full_level(const ScanCall& s, int threads) {
       }
     }
   }
-  return failed;
+  return failed | stopped;
 }
 
 }  // namespace MEMOKERN_ISA_NS

@@ -18,6 +18,10 @@ static void first_look(ScanTask& t, int64_t n0, int64_t n1) {
   for (int64_t i = 0; i < t.B; i++) found[i] = -1;
   for (int64_t n = n0; n < n1; n += s.NT) {
     const int64_t cnt = imin(s.NT, n1 - n);
+    if (t.pace.stopped(cnt * t.Bp * (K + 4))) {
+      t.failed |= kStopped;
+      return;
+    }
     for (int64_t j = 0; j < cnt; j++) {
       const float* c = s.bound->coarse + (n + j) * s.stride;
       t.h[j] = 0;
@@ -63,7 +67,7 @@ static void sample_lists(ScanTask& t, float* scratch) {
     for (int64_t i = 0; i < t.B; i++)
       for (int64_t j = 0; j < cnt && t.least[i] < (float)kInf; j++)
         if (t.p[j * t.Bp + i] >= t.least[i])
-          t.failed |= !few[i].push((uint32_t)s.sampled(j0 + j), t.p[j * t.Bp + i]);
+          if (!few[i].push((uint32_t)s.sampled(j0 + j), t.p[j * t.Bp + i])) t.failed |= kNoMemory;
   }
   const double each = (double)s.N / SAMPLE_ROWS;
   for (int64_t i = 0; i < t.B; i++) {

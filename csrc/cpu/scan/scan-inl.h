@@ -26,8 +26,13 @@ static int scan_tasks(const ScanCall& s, int threads, Phase phase, float* scratc
     const int64_t c0 = s.chunks * part / s.parts, c1 = s.chunks * (part + 1) / s.parts;
     float* own = scratch + i * (s.K - s.k0);
     ScanTask t;
+    if (failed) continue;
     if (!t.reserve(s)) {
-      failed = kNoMemory;
+      failed |= kNoMemory;
+      continue;
+    }
+    if (t.pace.ask()) {  // a task may be too short to ask on its way
+      failed |= kStopped;
       continue;
     }
     t.load_block(block, s.lists + part * s.in->b);
@@ -96,14 +101,21 @@ static void give_up(ScanCall& s) {
 static int join_lists(ScanCall& s, int threads, float* scratch) {
   const int64_t B = s.in->b, fine = s.K - s.k0, all = s.parts * B;
   const int workers = (int)imax(1, imin(threads, all));
-#pragma omp parallel for num_threads(workers) schedule(dynamic, 1) if (workers > 1)
+  int failed = 0;
+#pragma omp parallel for num_threads(workers) schedule(dynamic, 1) reduction(| : failed) if (workers > 1)
   for (int64_t t = 0; t < all; t++) {
     List& l = s.lists[t];
     const int64_t b = t % B;
-    if (l.given_up || !s.q[b].active) continue;
+    Pace pace = {s.in->watch, 0};
+    if (failed || l.given_up || !s.q[b].active) continue;
+    if (pace.ask()) {
+      failed |= kStopped;
+      continue;
+    }
     l.filter(s.q[b].least(l.best));
     pass_levels(s, b, l, scratch + t * fine);
   }
+  if (failed) return failed;
   for (int64_t b = 0; b < B; b++) {
     List& l = s.lists[b];
     for (int64_t i = 1; i < s.parts; i++) {
@@ -194,19 +206,21 @@ static int scan_all(ScanCall& s, ScanResult& out, int threads) {
     s.lists[i].best = -kInf;
     s.lists[i].tried = -1;
   }
-  if (scan_tasks(s, threads, Phase::kLook, scratch)) return kNoMemory;
+  int failed = scan_tasks(s, threads, Phase::kLook, scratch);
+  if (failed) return failed;
   if (in.most_listed < s.N && s.N >= 4 * SAMPLE_ROWS) {
     s.sample = work.take<float>(SAMPLE_ROWS * s.stride);
     for (int64_t j = 0; j < SAMPLE_ROWS; j++)
       memcpy((void*)(s.sample + j * s.stride), in.coarse + s.sampled(j) * s.stride, s.stride * sizeof(float));
-    if (scan_tasks(s, threads, Phase::kSample, scratch)) return kNoMemory;
+    failed = scan_tasks(s, threads, Phase::kSample, scratch);
+    if (failed) return failed;
     give_up(s);
     form_blocks(s, all, active, s.lanes);
   }
-  if (scan_tasks(s, threads, Phase::kScan, scratch)) return kNoMemory;
-  if (join_lists(s, threads, work.take<float>(s.parts * B * fine))) return kNoMemory;
-  if (full_level(s, threads)) return kNoMemory;
-  return write_lists(s, out);
+  failed = scan_tasks(s, threads, Phase::kScan, scratch);
+  if (!failed) failed = join_lists(s, threads, work.take<float>(s.parts * B * fine));
+  if (!failed) failed = full_level(s, threads);
+  return failed ? failed : write_lists(s, out);
 }
 
 static int run_bound_scan(const Rows& rows, const Queries& in, const LogitBounds& bound, ScanResult& out,

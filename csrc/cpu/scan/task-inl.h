@@ -26,7 +26,8 @@ struct ScanTask {
   float* last_rows;      // [ROW_UNIT][stride] the last block of rows, filled up
   List* lists;           // [b] of its part of the rows
   Arena arena;
-  bool failed;
+  Pace pace;
+  int failed;
 
   // Numbers that a further level adds up for a row: coordinates, bands that they replace, and at level 1 the
   // error.
@@ -38,7 +39,8 @@ struct ScanTask {
   }
   bool reserve(const ScanCall& call) {
     s = &call;
-    failed = false;
+    failed = kDone;
+    pace = {s->in->watch, 0};
     int64_t deepest = 0, all = 0;
     for (int64_t l = 1; l <= s->last_level; l++) {
       deepest = imax(deepest, depth(*s, l));

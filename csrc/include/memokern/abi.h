@@ -10,6 +10,11 @@
 
 namespace memokern {
 
+// Whether a call is to end early. All of its threads ask, at the same time.
+struct Watch {
+  bool (*stopped)(Watch*);
+};
+
 // The training rows, y[i][j] = data[i * stride + j] * scale + shift.
 struct Rows {
   const void* data;  // [n] rows of [d] numbers, `stride` numbers apart
@@ -31,6 +36,7 @@ struct Queries {
   const double* temperature;  // [b]
   const double* bias;         // [n] or null
   int weighting;              // Weighting
+  Watch* watch;               // or null
 };
 
 // Normalised sums over the rows, to be written.
@@ -140,7 +146,9 @@ struct Projected {
   double* sq;
 };
 
-enum Status : int { kDone = 0, kNoMemory = 1, kNotLists = 2 };  // kNotLists: RowLists that are none
+// kNotLists: RowLists that are none. kStopped: the watch said so, and the results are worth nothing. Threads
+// may find different ones: the bits of a status are those of all of them.
+enum Status : int { kDone = 0, kNoMemory = 1, kNotLists = 2, kStopped = 4 };
 
 // The kernels of one instruction set. Every function returns a Status.
 struct Table {
@@ -157,14 +165,15 @@ struct Table {
   int (*posterior_listed_backward)(const Rows&, const Queries&, const RowLists&, const SumsIn& grads,
                                    const Gradients&, int threads);
   int (*project)(const CosineTransform&, const float* x, const double* alpha, int64_t b, const Projected&,
-                 int threads);
+                 Watch*, int threads);
 };
 
 // A number that changes when a struct does, so that a table of another build is refused and not called.
 static constexpr int64_t kAbi = sizeof(Rows) + 3 * sizeof(Queries) + 5 * sizeof(Sums) + 7 * sizeof(SumsIn) +
                                 11 * sizeof(States) + 13 * sizeof(Gradients) + 17 * sizeof(Neighbours) +
                                 19 * sizeof(RowLists) + 23 * sizeof(LogitBounds) + 29 * sizeof(ScanResult) +
-                                31 * sizeof(CosineTransform) + 37 * sizeof(Projected) + 41 * sizeof(Table);
+                                31 * sizeof(CosineTransform) + 37 * sizeof(Projected) + 41 * sizeof(Table) +
+                                43 * sizeof(Watch);
 
 const Table* table_baseline();
 const Table* table_avx2();
