@@ -22,9 +22,15 @@ class Arena {
   }
   template <class T>
   T* take(int64_t n) {
+    T* p = take_raw<T>(n);
+    memset((void*)p, 0, n * sizeof(T));
+    return p;
+  }
+  // The same with whatever numbers the memory holds: pages that are never written to cost nothing.
+  template <class T>
+  T* take_raw(int64_t n) {
     T* p = (T*)((char*)base_ + used_);
     used_ += bytes<T>(n);
-    memset(p, 0, n * sizeof(T));
     return p;
   }
 

@@ -1,54 +1,96 @@
-// nearest: the k rows of least |x - y|^2, exactly.
+// nearest: the k rows of least |x - y|^2, exactly, and of equal ones those of the lower index.
 //
-// The sweep's first product gives every squared distance up to a bound for the worst case (bound_error); a
-// row whose distance could be among the k best is evaluated by direct differences in double. Each part keeps
-// k pairs (distance, index) per query in ascending order, of equal distances the lower index first. Parts are
-// joined by inserting the list of one into that of another.
+// The sweep's first product gives every squared distance up to a bound for the worst case (bound_error), so
+// an interval that holds it. A row whose interval begins beyond the k-th lowest end of all intervals is none
+// of the k nearest. Each part keeps the others of its rows for each query; what is left of all parts, hardly
+// more than k rows, is evaluated by direct differences in double. No step takes N k operations.
 #pragma once
+#include "cpu/nearest/candidates-inl.h"
 #include "cpu/posterior/sweep-inl.h"
 
 namespace memokern {
 namespace MEMOKERN_ISA_NS {
 
-MK_INLINE void insert_neighbour(double* dist, int64_t* index, int64_t k, double d, int64_t n) {
-  if (!(d < dist[k - 1] || (d == dist[k - 1] && n < index[k - 1]))) return;
-  int64_t i = k - 1;
-  for (; i > 0 && (dist[i - 1] > d || (dist[i - 1] == d && index[i - 1] > n)); i--) {
-    dist[i] = dist[i - 1];
-    index[i] = index[i - 1];
-  }
-  dist[i] = d;
-  index[i] = n;
+// Where the direct difference of a query and a row lies, as it would be computed, if t is (|xc|^2 - r^2) / 2
+// up to err: nearness() solved for the distance, and the same with the errors on the other side.
+template <class R>
+MK_INLINE double least_r2(const Query<R>& q, double t, double err) {
+  return (0.5 * q.xx - t - err) / (0.5 + (q.d + 16) * 1.2e-16);
+}
+template <class R>
+MK_INLINE double most_r2(const Query<R>& q, double t, double err) {
+  return (0.5 * q.xx - t + err) / (0.5 - (q.d + 16) * 1.2e-16);
 }
 
-// Rows n0 .. n1 for queries b0 .. b0 + B; dist and index [B][k] receive their lists.
+// Rows n0 .. n1 for queries b0 .. b0 + B, whose candidates c [B] are. Returns kDone or kStopped.
 template <class R>
-static void nearest_sweep(const Source<R>& src, const Queries& in, const Plan& pl, int64_t b0, int64_t B,
-                          int64_t n0, int64_t n1, int64_t k, double* dist, int64_t* index, SweepWork<R>& w) {
+static int nearest_sweep(const Source<R>& src, const Queries& in, const Plan& pl, int64_t b0, int64_t B,
+                         int64_t n0, int64_t n1, Candidates* c, SweepWork<R>& w) {
   const Products<R> products = products_for(src, pl);
   enum { W = Vec<R>::W };
   load_queries(src, in, pl, b0, B, w);
-  for (int64_t i = 0; i < B * k; i++) {
-    dist[i] = kInf;
-    index[i] = INT64_MAX;
-  }
   const TileContext<R> s = make_tile_context<R>(src, pl, nullptr, 0, w);
   for (w.tile.n0 = n0; w.tile.n0 < n1; w.tile.n0 += pl.NT) {
+    if (w.pace.stopped(pl.NT * pl.D * B)) return kStopped;
     Prefetch next = load_tile(products, src, pl, w.tile, n1);
     products.dots(src, pl, w.tile, w.x, 0, B, w.p, next);
     for (int64_t b = 0; b < B; b += W) {
       const typename Vec<R>::T top = logits(w.groups[b / W], s, w.p + b);  // t = (|xc|^2 - r^2) / 2
       for (int e = 0; e < imin(W, B - b); e++) {
         const Query<R>& q = w.q[b + e];
-        double* best = dist + (b + e) * k;
+        Candidates& found = c[b + e];
+        const auto exact = [&](int64_t n) { return s.exact(src, n, q.x, q.alpha); };
         const double err = error_of(q, s);
-        if (q.mode == kNotFinite || top[e] < nearness(q, best[k - 1], err)) continue;
-        for (int64_t j = 0; j < w.tile.cnt; j++)
-          if (!((double)w.p[j * pl.Ps + b + e] < nearness(q, best[k - 1], err)))
-            insert_neighbour(best, index + (b + e) * k, k, exact_r2(q, s, j), w.tile.n0 + j);
+        double least = nearness(q, found.reach(), err);
+        if (q.mode == kNotFinite || top[e] < least) continue;
+        for (int64_t j = 0; j < w.tile.cnt; j++) {
+          const double t = w.p[j * pl.Ps + b + e];
+          if (t < least) continue;
+          const int64_t n = w.tile.n0 + j;
+          found.add(n, least_r2(q, t, err), err < kInf ? most_r2(q, t, err) : kInf, exact);
+          least = nearness(q, found.reach(), err);
+        }
       }
     }
   }
+  return kDone;
+}
+
+// The k nearest of a query's candidates, which begin at c and lie `parts` in a row; they are overwritten.
+// Returns kDone or kStopped.
+template <class R>
+static int nearest_finish(const Source<R>& src, const Query<R>& q, Candidates* c, int64_t stride, int parts,
+                          double* sq_dist, int64_t* index, Pace& pace) {
+  const int64_t k = c->k;
+  if (q.mode == kNotFinite) {
+    for (int64_t j = 0; j < k; j++) {
+      sq_dist[j] = __builtin_nan("");
+      index[j] = j;
+    }
+    return kDone;
+  }
+  for (int i = 1; i < parts; i++) c->take_reach(c[i * stride]);
+  const typename Exact<R>::F exact = exact_for(src);
+  Candidate* left = c->list;  // the lists of all parts follow each other
+  int64_t count = 0;
+  for (int i = 0; i < parts; i++) {
+    const Candidates& part = c[i * stride];
+    for (int64_t j = 0; j < part.count; j++) {
+      Candidate one = part.list[j];
+      if (one.low > c->reach()) continue;
+      if (!one.evaluated()) {
+        if (pace.stopped(src.rows.d)) return kStopped;
+        one.evaluate(exact(src, one.row(), q.x, q.alpha));
+      }
+      left[count++] = one;
+    }
+  }
+  sort_candidates(left, count);
+  for (int64_t j = 0; j < k; j++) {
+    sq_dist[j] = left[j].low;
+    index[j] = left[j].row();
+  }
+  return kDone;
 }
 
 template <class R>
@@ -68,35 +110,30 @@ static int nearest_typed(const Rows& rows, const Queries& given, const Neighbour
   in.alpha = in.temperature = one;
   in.bias = nullptr;
   in.weighting = kGaussian;
-  const int parts = (int)imax(1, imin(threads, tiles));
+  const int parts = (int)imax(1, imin(threads, tiles)), workers = (int)imax(1, imin(threads, pl.B));
   WorkSpaces<SweepWork<R>> list(parts);
-  Arena lists;
-  if (!list.items ||
-      !lists.reserve(parts * (Arena::bytes<double>(pl.B * k) + Arena::bytes<int64_t>(pl.B * k))))
-    return kNoMemory;
+  if (!list.items) return kNoMemory;
   for (int i = 0; i < parts; i++)
     if (!list.items[i].reserve(pl, false)) return kNoMemory;
-  double* dist = lists.take<double>(parts * pl.B * k);
-  int64_t* index = lists.take<int64_t>(parts * pl.B * k);
+  CandidateLists lists;
+  if (!lists.reserve(pl.B, parts, k, imin(rows.n, (tiles + parts - 1) / parts * pl.NT))) return kNoMemory;
+  int failed = 0;
   for (int64_t m = 0; m < blocks; m++) {
     const int64_t b0 = m * pl.B, B = imin(pl.B, in.b - b0);
-#pragma omp parallel for num_threads(parts) schedule(static, 1) if (parts > 1)
+    lists.clear();
+#pragma omp parallel for num_threads(parts) schedule(static, 1) reduction(| : failed) if (parts > 1)
     for (int i = 0; i < parts; i++)
-      nearest_sweep(c.src, in, pl, b0, B, imin(rows.n, tiles * i / parts * pl.NT),
-                    imin(rows.n, tiles * (i + 1) / parts * pl.NT), k, dist + i * pl.B * k,
-                    index + i * pl.B * k, list.items[i]);
+      failed |= nearest_sweep(c.src, in, pl, b0, B, imin(rows.n, tiles * i / parts * pl.NT),
+                              imin(rows.n, tiles * (i + 1) / parts * pl.NT), lists.of(i), list.items[i]);
+    if (failed) return failed;
+#pragma omp parallel for num_threads(workers) schedule(dynamic, 1) reduction(| : failed) if (workers > 1)
     for (int64_t b = 0; b < B; b++) {
-      const bool not_finite = list.items[0].q[b].mode == kNotFinite;
-      double* d = out.sq_dist + (b0 + b) * k;
-      int64_t* n = out.index + (b0 + b) * k;
-      for (int64_t j = 0; j < k; j++) {
-        d[j] = not_finite ? __builtin_nan("") : dist[b * k + j];
-        n[j] = not_finite ? j : index[b * k + j];
-      }
-      for (int i = 1; i < parts && !not_finite; i++)
-        for (int64_t j = 0; j < k; j++)
-          insert_neighbour(d, n, k, dist[(i * pl.B + b) * k + j], index[(i * pl.B + b) * k + j]);
+      Pace pace = {in.watch, 0};
+      if (!failed)
+        failed |= nearest_finish(c.src, list.items[0].q[b], lists.of(0) + b, pl.B, parts,
+                                 out.sq_dist + (b0 + b) * k, out.index + (b0 + b) * k, pace);
     }
+    if (failed) return failed;
   }
   return kDone;
 }
