@@ -32,20 +32,24 @@ class Interrupt : public Watch {
     if (now < next_) return false;
     PyEval_RestoreThread(python_);
     const Clock::duration waited = Clock::now() - now;  // for other threads of Python
-    if (!known_) never_ = !in_main_thread();
-    known_ = true;
-    if (PyErr_CheckSignals() != 0) stop_.store(true, std::memory_order_relaxed);
+    if (handle_signals()) stop_.store(true, std::memory_order_relaxed);
     python_ = PyEval_SaveThread();
     next_ = Clock::now() + std::clamp<Clock::duration>(20 * waited, kEvery, kSeldom);
     return stop_.load(std::memory_order_relaxed);
   }
-  bool in_main_thread() const {
+  // Returns whether a handler has raised an error, which is set then.
+  bool handle_signals() {
     namespace py = pybind11;
-    try {
+    if (PyErr_CheckSignals() != 0) return true;
+    if (known_) return false;
+    try {  // this runs code of Python, and so may run a handler too
       const py::object main = py::module_::import("threading").attr("main_thread")();
-      return main.attr("ident").cast<unsigned long>() == caller_;
-    } catch (const std::exception&) {
-      return true;  // CheckSignals does nothing elsewhere
+      never_ = main.attr("ident").cast<unsigned long>() != caller_;
+      known_ = true;
+      return false;
+    } catch (py::error_already_set& error) {
+      error.restore();
+      return true;
     }
   }
 

@@ -77,6 +77,23 @@ def test_many_ties(backend: str) -> None:
     assert torch.equal(index, torch.arange(64).expand(2, 64)) and (distance == 0).all()
 
 
+@over(sized(3, 20, triton=()), "b")
+@pytest.mark.parametrize("k", [65, 400, 2999, 3000])
+@pytest.mark.parametrize("kind", ["grid", "near", "far"])
+def test_many_neighbours(backend: str, b: int, k: int, kind: str) -> None:
+    """Hundreds of neighbours, up to all rows: points of a grid, which are ties; rows so near to
+    each other, or one so far away, that products tell nothing."""
+    if kind == "grid":
+        data = torch.arange(3000)[:, None].div(torch.tensor([1, 9, 81]), rounding_mode="floor") % 9
+        data = data.float()
+    elif kind == "near":
+        data = 300 + normal(3000, 3, dtype=F32) * 1e-4
+    else:
+        data = normal(3000, 3, dtype=F32)
+        data[1234] = 1e30
+    _check(backend, data[:b] + 0.5, Rows(data), k)
+
+
 @over(sized(3, 30, 200, triton=(3,)), "b")
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_lost_queries_stay_alone(backend: str, b: int, value: float) -> None:
