@@ -65,7 +65,7 @@ class EDMNetwork:
         return self._image_shape("img_resolution")[1]
 
     def _image_shape(self, name: str) -> tuple[int, ...]:
-        shape = self.data.shape
+        shape = tuple(self.space.shape[1:])
         if len(shape) != 3 or shape[1] != shape[2]:
             raise AttributeError(f"{name} is that of rows [C, R, R], got rows {list(shape)}")
         return shape
@@ -85,7 +85,7 @@ def label_numbers(label: Label, batch: torch.Size, network: EDMNetwork) -> Tenso
     """
     if isinstance(label, list | tuple):
         label = [EVERY_ROW if v is None else v for v in label]
-    labels = torch.as_tensor(label, device=network.data.device)
+    labels = torch.as_tensor(label, device=network.device)
     if labels.is_floating_point() and labels.shape == (*batch, network.label_dim or -1):
         total = labels.sum(-1)
         if not bool(((labels == 0) | (labels == 1)).all()) or bool((total > 1).any()):

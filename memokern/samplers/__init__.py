@@ -7,7 +7,7 @@ alpha x0 when sigma becomes 0.
 
 from __future__ import annotations
 
-from memokern.samplers.base import Evaluation, Samples, Watch
+from memokern.samplers.base import Denoises, Evaluation, Samples, Watch
 from memokern.samplers.flow import ODE_STEPS, SOLVERS, TOLERANCES, ode
 from memokern.samplers.reverse import SDE_STEPS, sde
 
@@ -16,6 +16,7 @@ __all__ = [
     "SDE_STEPS",
     "SOLVERS",
     "TOLERANCES",
+    "Denoises",
     "Evaluation",
     "Samples",
     "Watch",

@@ -6,12 +6,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from memokern import validate
-from memokern.denoiser import Denoiser
 from memokern.edm_network import Label
 from memokern.processes import Process
 from memokern.results import Certificate
@@ -64,6 +64,23 @@ class Evaluation:
 Watch = Callable[[Evaluation], None]
 
 
+class Denoises(Protocol):
+    r"""What samplers ask of a denoiser: :class:`memokern.Denoiser`, or a network in its place.
+
+    process: gives t its meaning. space: an empty tensor [0, \*shape], of the type and on the device
+    that queries have. evaluate(x, t, label, bias=, certificate=): an object with x0 and eps
+    [\*batch, \*shape]; with a certificate where `watch` asks for one.
+    """
+
+    process: Process
+
+    @property
+    def space(self) -> Tensor: ...
+
+    @property
+    def evaluate(self) -> Callable[..., Any]: ...
+
+
 @dataclass(frozen=True)
 class Level:
     """A time of a process, with its signal scale and noise level."""
@@ -93,7 +110,7 @@ class Run:
 
     def __init__(
         self,
-        denoiser: Denoiser,
+        denoiser: Denoises,
         start: int | Tensor,
         *,
         label: Label,
@@ -104,8 +121,11 @@ class Run:
         trajectory: bool,
         watch: Watch | None,
     ) -> None:
-        if not isinstance(denoiser, Denoiser):
-            raise TypeError(f"expected a memokern.Denoiser, got {type(denoiser).__name__}")
+        if not all(hasattr(denoiser, name) for name in ("process", "space", "evaluate")):
+            raise TypeError(
+                "expected a memokern.Denoiser, or a network with its process, space and evaluate"
+                f" (memokern.training.LearnedDenoiser), got {type(denoiser).__name__}"
+            )
         if seed is not None and generator is not None:
             raise ValueError("give seed or generator, not both")
         if not isinstance(generator, torch.Generator | None):
@@ -129,18 +149,19 @@ class Run:
 
     def _start(self, start: int | Tensor, dtype: torch.dtype | None) -> Tensor:
         """The first x: the starts given, or so many draws from the prior."""
-        data = self.denoiser.data
+        space = self.denoiser.space
+        shape = tuple(space.shape[1:])
         if isinstance(start, Tensor):
             x = start if dtype is None else start.to(dtype)
-            validate.batch_shape(x, data)  # checks type, device and shape
+            validate.batch_shape(x, space.new_empty((1, *shape)))  # checks type, device and shape
             if not bool(torch.isfinite(x).all()):
                 raise ValueError("expected finite starts, got NaN or inf")
             return x
         count = checks.integer(
             "start", start, 1, hint="; it is the number of samples, or a tensor of the starts"
         )
-        kind = data.compute_dtype if dtype is None else dtype
-        return self.process.prior((count, *data.shape), self.generator, kind, data.device)
+        kind = space.dtype if dtype is None else dtype
+        return self.process.prior((count, *shape), self.generator, kind, space.device)
 
     def evaluate(self, x: Tensor, t: float) -> tuple[Tensor, Tensor]:
         """The denoiser's x0 and eps at x and time t; counts the evaluation, and tells `watch`."""

@@ -10,9 +10,9 @@ from scipy.integrate import solve_ivp
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from memokern.denoiser import Denoiser
 from memokern.edm_network import Label
 from memokern.samplers.base import (
+    Denoises,
     Level,
     Run,
     Samples,
@@ -31,7 +31,7 @@ TOLERANCES = {torch.float32: (1e-4, 1e-6), torch.float64: (1e-6, 1e-9)}
 
 
 def ode(
-    denoiser: Denoiser,
+    denoiser: Denoises,
     start: int | Tensor,
     steps: int | None = None,
     *,
@@ -56,7 +56,9 @@ def ode(
     r"""Samples of the probability-flow ODE, d(x / alpha) = eps d(sigma / alpha).
 
     Args:
-        denoiser: its process gives the times; its `prediction` is not used.
+        denoiser: a :class:`memokern.Denoiser`, or a network in its place, such as
+            :class:`memokern.training.LearnedDenoiser`. Its process gives the times; its
+            `prediction` is not used.
         start: the number of samples, whose starts are drawn from the process's prior; or the starts
             [S, \*shape] at t_noise.
         steps: of euler and heun, on the process's grid, 18 by default. rk45 chooses its own.

@@ -9,15 +9,14 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from memokern.denoiser import Denoiser
 from memokern.edm_network import Label
-from memokern.samplers.base import Run, Samples, Watch, levels_of
+from memokern.samplers.base import Denoises, Run, Samples, Watch, levels_of
 
 SDE_STEPS = 200
 
 
 def sde(
-    denoiser: Denoiser,
+    denoiser: Denoises,
     start: int | Tensor,
     steps: int = SDE_STEPS,
     *,

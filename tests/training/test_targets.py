@@ -83,9 +83,7 @@ def test_flow_matching_is_finite_at_both_ends(dtype):
             reference = y if own is None else normal(5, 6, seed=2, dtype=dtype)
             got = targets.flow_matching(x, reference, t, own=own, noise=noise)
             assert bool(torch.isfinite(got).all()), (t, own is None)
-        if (
-            t > 0.5
-        ):  # with the noise given. The own row has all the weight: its own path, to the last bit of y and z
+        if t > 0.5:  # with the noise given: the own path, to the last bit of y and z
             torch.testing.assert_close(got, y - z, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(targets.flow_matching(y, y, 1.0), y)
 

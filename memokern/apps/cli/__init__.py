@@ -11,6 +11,7 @@ from memokern.apps.cli.common import Group
 from memokern.apps.cli.metrics import memorization
 from memokern.apps.cli.other import demo, index, info, reproduce
 from memokern.apps.cli.sample import sample
+from memokern.apps.cli.train import train
 
 __all__ = ["main"]
 
@@ -34,5 +35,5 @@ def main(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for command in (sample, memorization, index, reproduce, demo, info):
+for command in (sample, train, memorization, index, reproduce, demo, info):
     main.add_command(command)
