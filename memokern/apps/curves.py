@@ -1,13 +1,15 @@
-"""The picture of a training run: losses and the memorised fraction against the step."""
+"""Pictures of what was measured: a training run against its steps, a report's criteria."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from memokern.apps import figures
+from memokern.memorization import Memorization
 from memokern.training import History
 
 if TYPE_CHECKING:
@@ -39,4 +41,51 @@ def training(history: History, title: str | None = None) -> Figure:
         if fractions:
             axes[1, 0].set(ylabel="fraction", ylim=(-0.03, 1.03))
         axes[-1, 0].set_xlabel("step")
+    return figure
+
+
+# What each criterion's statistic is, as an axis says it.
+STATISTICS = {
+    "collapse": "distance to the nearest row",
+    "ratio": "nearest / second nearest",
+    "merged": "nearest / next distinct row",
+    "neighbourhood": "nearest / mean of the next rows",
+    "carlini": "nearest / mean of the nearest rows",
+    "exact": "differing features",
+}
+
+
+def criteria(found: Mapping[str, Memorization], title: str | None = None) -> Figure:
+    """A histogram of each criterion's statistic, memorised samples in their own colour, the
+    threshold as a line.
+
+    Raises: ValueError for no criteria.
+    """
+    if not found:
+        raise ValueError("expected at least one criterion, got none")
+    columns = min(3, len(found))
+    rows = -(-len(found) // columns)
+    with figures.style():
+        figure, axes = figures.new(2.2 * columns + 0.3, 1.7 * rows + 0.5, rows, columns)
+        for axis in axes.flat[len(found) :]:
+            axis.set_axis_off()
+        for axis, (name, one) in zip(axes.flat, found.items(), strict=False):
+            value = one.value.cpu().numpy()
+            finite = np.isfinite(value)
+            copied = one.memorized.cpu().numpy()[finite]
+            value = value[finite]
+            top = max(float(value.max(initial=0.0)), 1.2 * one.threshold)
+            bins = np.linspace(0.0, top, 31).tolist()
+            parts = [value[copied], value[~copied]]
+            axis.hist(parts, bins, stacked=True, color=[figures.VERMILION, figures.BLUE],
+                      label=["memorised", "new"])  # fmt: skip
+            axis.axvline(one.threshold, color=figures.GREY, lw=0.9, ls="--")
+            axis.set(xlabel=STATISTICS.get(name, name), xlim=(0, top))
+            axis.set_title(f"{name}: {one.fraction:.1%}")
+        for row in axes:
+            row[0].set_ylabel("samples")
+        handles, labels = axes.flat[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=2)
+        if title:
+            figure.suptitle(title, fontsize=9)
     return figure

@@ -12,6 +12,7 @@ import torch
 from memokern import memorization
 from memokern.data import storage as rows
 from memokern.data.training_set import TrainingSet
+from memokern.memorization import distances
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -117,7 +118,7 @@ def test_exact_match_counts_in_chunks(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.uint8])
 def test_all_criteria_against_all_distances(dtype, monkeypatch):
-    monkeypatch.setattr(memorization, "CHUNK", 7)  # 25 samples: a ragged last chunk
+    monkeypatch.setattr(distances, "CHUNK", 7)  # 25 samples: a ragged last chunk
     samples, data = random_case(dtype)
     distance, index = brute(samples, data)
     collapse = memorization.collapse(samples, data, tol=2.0)
@@ -144,18 +145,22 @@ def test_report_is_the_criteria_from_one_search(monkeypatch):
     single = {
         "collapse": memorization.collapse(samples, data, 0.5),
         "ratio": memorization.ratio(samples, data, 0.4),
+        "merged": memorization.merged_ratio(samples, data, 1.0, 0.4, k=20),
+        "neighbourhood": memorization.neighbourhood(samples, data, k=20),
         "carlini": memorization.carlini(samples, data, k=20),
         "exact": memorization.exact_match(samples, data, 0.0),
     }
     searches = []
-    nearest = memorization.functional.nearest
+    nearest = distances.functional.nearest
 
     def counted(*args, **how):
         searches.append(args)
         return nearest(*args, **how)
 
-    monkeypatch.setattr(memorization.functional, "nearest", counted)
-    report = memorization.report(samples, data, tol=0.5, threshold=0.4, k=20, level=0.0)
+    monkeypatch.setattr(distances.functional, "nearest", counted)
+    report = memorization.report(
+        samples, data, tol=0.5, threshold=0.4, k=20, level=0.0, merge_radius=1.0
+    )
     assert len(searches) == 2  # one for the distances, one for the thresholded images
     assert list(report) == list(single)
     for name, found in report.items():
@@ -165,14 +170,15 @@ def test_report_is_the_criteria_from_one_search(monkeypatch):
             assert same, (name, field.name)
     # Few rows: k is cut to N; one row: only what one distance allows.
     assert report["carlini"].threshold == 0.5
-    assert list(memorization.report(torch.zeros(2, 2), LINE)) == ["collapse", "ratio", "carlini"]
+    names = ["collapse", "ratio", "neighbourhood", "carlini"]
+    assert list(memorization.report(torch.zeros(2, 2), LINE)) == names
     assert list(memorization.report(torch.zeros(2, 2), LINE[:1])) == ["collapse"]
 
 
 def test_a_sample_that_is_not_a_number_is_no_copy_and_harms_no_other():
     samples = torch.tensor([[0.0, math.nan], [0.0, 0.0]])
     report = memorization.report(samples, LINE, level=0.5)
-    assert len(report) == 4
+    assert len(report) == 5
     for found in report.values():
         assert found.memorized.tolist() == [False, True]
         assert math.isnan(found.value[0])
@@ -271,3 +277,122 @@ def test_progress_is_shown_on_request(capsys):
     assert capsys.readouterr().err == ""
     memorization.collapse(torch.zeros(1, 2), LINE, progress=True)
     assert "nearest rows" in capsys.readouterr().err
+
+
+# --- rows that do not count, rows that are the same, features --------------------------------
+
+
+def near_duplicates() -> TrainingSet:
+    """Ten rows, of which the first has four copies 1e-3 apart and the second an exact one."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(10, 6, generator=generator, dtype=torch.float64)
+    shifts = torch.randn(4, 6, generator=generator, dtype=torch.float64)
+    shifts = 1e-3 * shifts / shifts.norm(dim=1, keepdim=True)
+    return TrainingSet(torch.cat([rows, rows[:1] + shifts, rows[1:2]]))
+
+
+def test_the_own_row_does_not_count():
+    data = near_duplicates()
+    own = torch.arange(data.n)
+    own[3] = -1  # for this one all rows count
+    distance, index = brute(data[:], data)
+    for i in range(data.n):
+        kept = (index[i] != i) | (own[i] < 0)
+        d, j = distance[i][kept], index[i][kept]
+        one = {"own": own[i : i + 1]}
+        x = data[i : i + 1]
+        found = memorization.report(x, data, k=5, **one)
+        assert found["collapse"].distance.item() == pytest.approx(float(d[0]), abs=1e-12)
+        assert found["collapse"].index.item() == int(j[0])
+        if i in (1, 3, data.n - 1):  # an exact copy elsewhere, or itself
+            assert found["ratio"].value.item() == 0
+            continue
+        assert found["ratio"].value.item() == pytest.approx(float(d[0] / d[1]))
+        assert found["carlini"].value.item() == pytest.approx(float(d[0] / d[:5].mean()))
+        assert found["neighbourhood"].value.item() == pytest.approx(float(d[0] / d[1:5].mean()))
+    whole = memorization.report(data[:], data, k=5, own=own)
+    assert whole["collapse"].distance[4] > 0 and whole["collapse"].distance[3] == 0
+    level = memorization.exact_match(data[:], data, 0.0, own=own)
+    assert level.value[1] == 0 and level.value[3] == 0
+    most = memorization.report(data[:], data, own=own)  # k is cut to the rows that count
+    right = distance[5, 1] / distance[5, 1:].mean()
+    assert most["carlini"].value[5].item() == pytest.approx(float(right))
+    with pytest.raises(ValueError, match="expected 2 <= k <= 14"):
+        memorization.carlini(data[:], data, k=15, own=own)
+    with pytest.raises(ValueError, match=r"expected own as a tensor \[15\]"):
+        memorization.ratio(data[:], data, own=own[:3])
+    with pytest.raises(IndexError):
+        memorization.ratio(data[:], data, own=own + 20)
+    with pytest.raises(ValueError, match="no row left"):
+        memorization.collapse(data[:1], data[:1], own=own[:1])
+
+
+def test_merged_rows_do_not_hide_copies():
+    data = near_duplicates()
+    samples = data[:3] + 0.01
+    plain, merged = (
+        memorization.ratio(samples, data),
+        memorization.merged_ratio(samples, data, 0.01),
+    )
+    assert plain.memorized.tolist() == [False, False, True]
+    assert merged.memorized.all()
+    distance, index = brute(samples, data)
+    rows = data[:]
+    for i in range(3):
+        apart = [float(d) for d, j in zip(distance[i], index[i], strict=True)
+                 if float((rows[j] - rows[index[i][0]]).norm()) > 0.01]  # fmt: skip
+        assert merged.value[i].item() == pytest.approx(float(distance[i, 0]) / apart[0])
+    torch.testing.assert_close(
+        memorization.merged_ratio(samples, data, 0.0).value[2], plain.value[2]
+    )
+    # Fewer neighbours than copies: the last is a bound, and the value too large if anything.
+    few = memorization.merged_ratio(samples, data, 0.01, k=3)
+    bound = float(distance[0, 0] / distance[0, 2])
+    assert few.value[0].item() == pytest.approx(bound) and bound > merged.value[0]
+    with pytest.raises(ValueError, match="merge radius >= 0"):
+        memorization.merged_ratio(samples, data, -1.0)
+
+
+def test_rows_are_merged_in_chunks(monkeypatch):
+    samples, data = near_duplicates()[:8] + 0.01, near_duplicates()
+    whole = memorization.merged_ratio(samples, data, 0.01, k=7).value
+    monkeypatch.setattr(distances, "COMPARED", 2 * 7 * 6)
+    assert torch.equal(memorization.merged_ratio(samples, data, 0.01, k=7).value, whole)
+
+
+def test_feature_space_is_the_same_criteria_on_embeddings():
+    samples, data = random_case(torch.uint8)
+
+    def embed(x: torch.Tensor) -> torch.Tensor:
+        return x.flatten(1)[:, :7].square()
+
+    features = memorization.embedded(data, embed, batch=13)
+    assert features.shape == (7,) and features.n == data.n
+    right = memorization.report(embed(samples), features, k=9, merge_radius=0.1)
+    for given in (None, features):
+        found = memorization.report(
+            samples, data, k=9, merge_radius=0.1, level=0.0, embed=embed, features=given
+        )
+        for name, expected in right.items():
+            assert torch.equal(found[name].value, expected.value), name
+        pixels = memorization.exact_match(samples, data, 0.0)
+        assert torch.equal(found["exact"].value, pixels.value)
+    with pytest.raises(ValueError, match="give embed"):
+        memorization.report(samples, data, features=features)
+    with pytest.raises(TypeError, match="expected embed to give floating-point rows"):
+        memorization.embedded(data, lambda x: x.flatten(1).long())
+    with pytest.raises(ValueError, match="a row for each of 60, got 1"):
+        memorization.embedded(data, lambda x: x.flatten(1)[:1], batch=60)
+    with pytest.raises(ValueError, match="expected features of 60 rows"):
+        memorization.report(samples, data, embed=embed, features=features.subset(slice(0, 5)))
+
+
+def test_near_duplicates_of_rows_are_told_apart():
+    """Rows 4e-4 apart in 3072 features at a norm of 55, where expanded squares in float32 are off
+    by far more: the criteria see which of them a sample copies."""
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(1, 3072, generator=generator)
+    shift = torch.randn(5, 3072, generator=generator)
+    rows = base + 4e-4 * shift / shift.norm(dim=1, keepdim=True)
+    found = memorization.ratio(rows + 1e-6, rows)
+    assert found.index.tolist() == list(range(5)) and found.memorized.all()

@@ -204,3 +204,18 @@ def test_help_describes_itself(command) -> None:
     assert done.exit_code == 0 and done.output.startswith("Usage: ")
     assert call("-h").output == call("--help").output == call().output
     assert "..." not in call().output.split("Commands:")[1]  # each fits its line
+
+
+def test_memorization_draws_its_criteria(tmp_path):
+    rows = torch.randn(30, 4, generator=torch.Generator().manual_seed(0))
+    files.write_npz(tmp_path / "d.npz", rows=rows)
+    files.write_npz(tmp_path / "s.npz", samples=rows[:6] + 0.01)
+    picture = tmp_path / "p.png"
+    ran = call("memorization", tmp_path / "s.npz", tmp_path / "d.npz", "--merge-radius", 0.1,
+               "--binary", 0.0, "--picture", picture)  # fmt: skip
+    assert ran.exit_code == 0, ran.output
+    for name in ("collapse", "ratio", "merged", "neighbourhood", "carlini", "exact"):
+        assert f"\n{name}" in ran.output
+    assert picture.stat().st_size > 10000 and f"wrote {picture}" in ran.output
+    ran = call("memorization", tmp_path / "s.npz", tmp_path / "d.npz", "--merge-radius", -1)
+    assert ran.exit_code == 2 and "--merge-radius: expected a number >= 0" in ran.output

@@ -8,6 +8,7 @@ import click
 import torch
 
 from memokern import memorization as metrics
+from memokern.apps import curves, figures
 from memokern.apps.cli import common
 from memokern.strategies.pruned_nearest import MOST_ASKED
 from memokern.util import writing
@@ -40,6 +41,13 @@ from memokern.util import writing
     help="Also compare exactly after thresholding both at this value (binary images).",
 )
 @click.option(
+    "--merge-radius",
+    type=float,
+    metavar="L2",
+    help="Also take the ratio to the nearest row farther than this from the nearest one: for data "
+    "with near-duplicates.",
+)
+@click.option(
     "--show",
     default=5,
     show_default=True,
@@ -54,8 +62,12 @@ from memokern.util import writing
     help="Write fractions and per-sample values as JSON.",
 )
 @click.option(
-    "--force", is_flag=True, help="Replace an existing JSON file; without it it is refused."
+    "--picture",
+    type=click.Path(path_type=Path),
+    metavar="FILE.png",
+    help="A histogram of each criterion; .png, .pdf or .svg.",
 )
+@click.option("--force", is_flag=True, help="Replace existing files; without it they are refused.")
 def memorization(
     samples: str,
     data: str,
@@ -70,8 +82,10 @@ def memorization(
     ratio_threshold: float,
     neighbours: int,
     binary: float | None,
+    merge_radius: float | None,
     show: int,
     report: Path | None,
+    picture: Path | None,
     force: bool,
 ) -> None:
     """Measure how many of SAMPLES are copies of rows of DATA (.npy, .npz or .safetensors; DATA may
@@ -80,7 +94,13 @@ def memorization(
     Both in the same units; uint8 DATA are pixels in [-1, 1].
     """
     common.check_positive({"--tolerance": tolerance, "--ratio": ratio_threshold})
-    common.check_outputs([("--json", report, (".json",))], force)
+    if merge_radius is not None and not 0 <= merge_radius < float("inf"):
+        raise common.WrongInput(f"--merge-radius: expected a number >= 0, got {merge_radius:g}")
+    outputs = [("--json", report, (".json",)), ("--picture", picture, figures.FORMATS)]
+    common.check_outputs(outputs, force)
+    if picture is not None:
+        with common.wrong_input("--picture"):
+            figures.require()
     common.check_machine()
     training = common.load(
         data, data_key, "DATA", "--data-",
@@ -94,14 +114,19 @@ def memorization(
     meanings = {
         "collapse": f"distance to the nearest row < {tolerance:g}",
         "ratio": f"nearest / second nearest < {ratio_threshold:.3g}",
+        "merged": f"nearest / next distinct row < {ratio_threshold:.3g}",
+        "neighbourhood": "distance / mean distance to the next rows <= 0.5",
         "carlini": f"distance / mean distance to {min(neighbours, training.n)} rows",
         "exact": "" if binary is None else f"equal after thresholding at {binary:g}",
     }
     with common.warnings_in_lines():
         found = metrics.report(
             rows, training, tol=tolerance, threshold=ratio_threshold, k=neighbours, level=binary,
-            method=method, progress=common.progress_wanted(),
+            method=method, progress=common.progress_wanted(), merge_radius=merge_radius,
         )  # fmt: skip
+    if picture is not None:
+        with common.failure("cannot write"):
+            figures.save(curves.criteria(found), picture)
     if report is not None:
         with common.failure("cannot write"):
             writing.write_json(
@@ -158,5 +183,6 @@ def memorization(
         ]
         click.echo("\nclosest samples")
         click.echo(common.table(["sample", "row", "distance", "ratio", "carlini"], each, range(5)))
-    if report is not None:
-        click.echo(f"\nwrote {report}")
+    written = [path for path in (report, picture) if path is not None]
+    if written:
+        click.echo("\n" + "\n".join(f"wrote {path}" for path in written))
