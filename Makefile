@@ -43,6 +43,9 @@ $(VENV)/.dev-installed: $(SOURCES) | $(BIN)/python
 demo: $(VENV)/.demo-installed
 	$(BIN)/memokern demo --out .demo
 
+# Several processes test on the same cores: threads that wait must leave them to the others.
+test test-all: export OMP_WAIT_POLICY = PASSIVE
+
 test: $(VENV)/.dev-installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not long" $(ARGS)
 

@@ -53,6 +53,7 @@ def test_the_machine_is_named_with_its_instruction_set(isa, said):
     assert report.on({**MACHINE, "isa": isa}) == f"C, 2 threads, {said}, torch 2"
 
 
+@pytest.mark.long
 def test_pruning_is_measured_on_images(tmp_path):
     out = tmp_path / "figures.json"
     run = bench("--quick", "-k", "pruned", "--json", out)

@@ -1,5 +1,7 @@
 """Python numbers under torch.compile: inputs of one graph, never values of an earlier call."""
 
+import itertools
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
@@ -93,5 +95,5 @@ def test_what_a_process_makes_of_numbers():
         torch.compiler.reset()
         compiled = torch.compile(step, backend="eager")
         x = normal(3, 4)
-        for now, to in zip(TIMES, [*TIMES[1:], 0.03], strict=True):
+        for now, to in itertools.pairwise(TIMES[:6]):
             torch.testing.assert_close(compiled(x, now, to), step(x, now, to))

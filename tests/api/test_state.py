@@ -71,8 +71,8 @@ def test_parts_are_the_whole_at_every_sigma(backend, dtype, weighting, bias) -> 
     tol = 1e-11 if dtype == F64 else 1e-4
     sigmas = (0.0, 1e-200, 1e-3, 0.5, 100.0) if weighting == "gaussian" else (1.0,)
     for sigma, cuts in itertools.product(sigmas, ([12], [1, 5, 23])):
-        if backend == "triton" and (sigma, cuts) in ((0.5, [12]), (1e-200, [1, 5, 23])):
-            continue
+        if backend == "triton" and (sigma in (1e-200, 1e-3)) != (len(cuts) == 1):
+            continue  # interpreted: one way to cut for each sigma
         got = in_parts(x, rows, cuts, sigma, 0.9, 1.3, bias=b, weighting=weighting).posterior()
         want = memokern.posterior(x, rows, sigma, 0.9, 1.3, bias=b, weighting=weighting)
         same(got, want, tol, tol)

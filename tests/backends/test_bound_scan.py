@@ -81,7 +81,7 @@ def promises_interpreted(half: bool):
         yield seed, (n, d, b), [(sigma, alpha, temperature, F32, bool((half + seed) % 2))]
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=3)  # one of each kernels, which take turns
 def promised(kernels: str, kind: str, half: bool) -> list[tuple[Query, Rows, LogitBounds, Tensor]]:
     """Queries, rows and bounds, and all logits; not to be written to."""
     found = []

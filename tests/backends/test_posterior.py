@@ -52,8 +52,9 @@ def test_sums_over_many_rows(backend: str, b: int) -> None:
     data = normal(50_000, 2, dtype=F32)
     x = data[:b] + 0.7 * normal(b, 2, seed=1, dtype=F32)
     query, rows = query_of(x, 0.7), Rows(data)
-    got, want = harness.posterior(backend, query, rows), oracle.sums(query, rows)
-    assert (got.mean.double() - want.mean).abs().max() <= 5e-6 * want.mean.abs().max()
+    got, some = harness.posterior(backend, query, rows), slice(None, None, max(1, b // 4))
+    want = oracle.sums(query.take(some), rows)
+    assert (got.mean[some].double() - want.mean).abs().max() <= 5e-6 * want.mean.abs().max()
 
 
 @over(

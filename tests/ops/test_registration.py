@@ -158,6 +158,7 @@ def test_states_and_their_merge_compile(backend: str) -> None:
     torch.testing.assert_close(*grads)
 
 
+@pytest.mark.long
 def test_compiles_with_inductor_and_another_batch_size() -> None:
     """One compilation serves every backend: which one runs is asked at the call."""
     query, rows = problem(F32)

@@ -110,6 +110,7 @@ def made(folder: Path, tool: str | None, *words: str) -> str:
 # --- rehearsals of a run -------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_rehearsal_with_triton_interpreting(tmp_path) -> None:
     """From the first line to the last: all is right, and the page has it."""
     out = tmp_path / "page.md"
@@ -152,6 +153,7 @@ def faulty(tmp_path_factory) -> tuple[subprocess.CompletedProcess[str], Path]:
     return run, out
 
 
+@pytest.mark.long
 def test_what_fails_is_told_and_the_rest_goes_on(faulty) -> None:
     run, out = faulty
     assert run.returncode == 1
@@ -280,6 +282,7 @@ def test_a_process_that_cannot_start_is_told(monkeypatch) -> None:
 # --- the tests on the GPU ------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_what_pytest_says_is_kept(tmp_path, capfd) -> None:
     tests = tmp_path / "test_it.py"
     tests.write_text("def test_right(): pass\ndef test_wrong(): assert 1 == 2\n")
@@ -297,6 +300,7 @@ def test_what_pytest_says_is_kept(tmp_path, capfd) -> None:
 
 
 @pytest.mark.parametrize("wrong", [pytest.param(False, marks=pytest.mark.long), True])
+@pytest.mark.long
 def test_the_status_is_that_of_the_tests_too(wrong: bool, tmp_path, monkeypatch) -> None:
     """With --tests, whatever time is left; the page says what they said."""
     tests, out = tmp_path / "test_it.py", tmp_path / "page.md"

@@ -146,6 +146,7 @@ def test_all_fit_and_multiply_on_the_matrix_cores() -> None:
     assert any(m.startswith("UTC") for m in instructions["sm_100"])
 
 
+@pytest.mark.long
 def test_a_few_compiled_again() -> None:
     """One variant of each kernel, the targets in turn."""
     of_kernel: dict[str, list[str]] = {}

@@ -54,6 +54,7 @@ def driver(machine: str, cache: Path) -> dict:
     return json.loads(run.stdout.splitlines()[-1])
 
 
+@pytest.mark.long
 def test_streams_devices_options_and_no_compilation_that_is_not_needed(tmp_path: Path) -> None:
     facts = driver("hopper", tmp_path)
     assert facts["compiled at import"] == []
@@ -102,6 +103,7 @@ def test_a_device_that_is_too_small_says_so_before_anything_runs(tmp_path: Path)
     assert facts["launches"] == []
 
 
+@pytest.mark.long
 def test_amd_is_asked_for_nothing_that_is_nvidias(tmp_path: Path) -> None:
     launches = driver("amd", tmp_path)["nearest"]
     assert [launch["maxnreg"] for launch in launches] == [None, None]
