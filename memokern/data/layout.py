@@ -27,7 +27,7 @@ def arranged(
     `layout` to channels first. None leaves them as they are.
 
     Raises: ValueError for an unknown layout, a shape of another number of elements, and rows that
-    are no images with channels last.
+    are no images with channels last, as those of a folder are not.
 
     Example:
         >>> import torch
@@ -51,6 +51,11 @@ def arranged(
             raise ValueError(
                 f"layout='hwc' is for images [N, H, W, C], got {what} {list(rows.shape)}: give the "
                 "shape of one with shape=(H, W, C) where they are flat"
+            )
+        if rows.shape[1] == 3 and rows.shape[3] > 4:
+            raise ValueError(
+                f"layout='hwc' is for images [N, H, W, C], but {what} {list(rows.shape)} have "
+                "their channels first: leave layout out"
             )
         rows = rows.permute(0, 3, 1, 2)
     return rows

@@ -1,4 +1,5 @@
-"""Where rows come from: files and torch Datasets. `memokern.TrainingSet` is the way in."""
+"""Where rows come from: files, folders of pictures and torch Datasets. `memokern.TrainingSet` is
+the way in."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from memokern.data import files
+from memokern.data.folders import read_folder
 
 # TrainingSet.save marks its files with these.
 FORMAT = "memokern.TrainingSet"
@@ -24,10 +26,11 @@ INDEX_PREFIX = "index."
 
 def read(rows: Any, key: str | None) -> dict[str, Any]:
     """What a data source holds: at least "rows", a tensor, and of a file or a data set what
-    :func:`from_file` or :func:`from_dataset` finds. A source is a tensor, an array, a path, a list,
-    or a data set with a length: torch's, or one whose items are mappings, as Hugging Face's."""
+    :func:`from_file` or :func:`from_dataset` finds. A source is a tensor, an array, a path of a
+    file or folder, a list, or a data set with a length: torch's, or one whose items are mappings,
+    as Hugging Face's."""
     if isinstance(rows, (str, os.PathLike)):
-        return from_file(rows, key)
+        return from_folder(rows, key) if os.path.isdir(rows) else from_file(rows, key)
     named = hasattr(rows, "column_names")
     if key is not None and not named:
         got = type(rows).__name__
@@ -52,6 +55,16 @@ def from_file(path: str | os.PathLike[str], key: str | None) -> dict[str, Any]:
     only with the file's own rows."""
     with files.pinned(path) as file:  # one version, also while another is put in its place
         return _from_pinned(file, path, key)
+
+
+def from_folder(path: str | os.PathLike[str], key: str | None) -> dict[str, Any]:
+    """What a folder of pictures holds: rows, name, and labels where it has a folder for each
+    class."""
+    if key is not None:
+        raise ValueError(f"key={key!r} names an array in a file, but {str(path)!r} is a folder")
+    rows, labels = read_folder(path)
+    name = Path(os.path.abspath(path)).name
+    return {"rows": rows, "name": name} | ({} if labels is None else {"labels": labels})
 
 
 def _from_pinned(

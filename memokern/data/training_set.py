@@ -45,11 +45,12 @@ class TrainingSet:
               changes by others, such as numpy, must not happen, since norms and mean are cached;
             - a path: `.npy` and `.safetensors` are memory-mapped, and so is `.npz` where it is
               uncompressed and aligned. Pickles are never loaded. A file that `save` wrote brings
-              everything else with it;
+              everything else with it. Of a folder, its PNG and JPEG pictures are read, uint8
+              [N, 3, H, W] or [N, H, W]; subfolders are classes, as in torchvision's ImageFolder;
             - a torch map-style Dataset of tensors or (tensor, label) items, each of which is read
               once, into one allocation.
-        labels: [N] integers. None takes those of the Dataset, or the file's array "labels" if it
-            holds N integers.
+        labels: [N] integers. None takes those of the Dataset or folder, or the file's array
+            "labels" if it holds N integers.
         log_weights: [N] log prior weights of the rows, finite or -inf (weight 0), not all -inf,
             kept as float64; they need not be normalised. None gives all rows the same weight.
         scale, shift: finite numbers, scale not 0. The default is 1 and 0, for uint8 rows 2/255 and
@@ -79,8 +80,7 @@ class TrainingSet:
             wrong lengths; a pickle; an index of other rows; rows that require a gradient, which
             the cached norms would not follow (pass the tensor itself to memokern's functions).
 
-    Numerics: center and sq_norms are accumulated in float64; sq_norms belongs to the center as it
-    is stored, rounded.
+    Numerics: center and sq_norms are accumulated in float64; sq_norms is about the center as kept.
 
     Cost: the check, and at first use center and sq_norms, read the rows once each. They take
     8 N + 8 D bytes beside the rows, and 32 MiB while they are computed.

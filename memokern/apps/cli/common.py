@@ -19,8 +19,8 @@ import torch
 
 from memokern import TrainingSet, functional
 from memokern.apps import figures, info
-from memokern.data import files
 from memokern.data import layout as layouts
+from memokern.data import sources
 from memokern.index.basis import is_image
 from memokern.index.index import REBUILD_HINT
 
@@ -143,8 +143,9 @@ def load(
     layout: str | None = None,
     index: bool = True,
 ) -> TrainingSet:
-    """The training set in a file (.npy, .npz, .safetensors), with the file's index if `index`, or
-    the embedded digits for the word "digits". `prefix` starts the options about the data.
+    """The training set in a file (.npy, .npz, .safetensors), with the file's index if `index`, in a
+    folder of pictures, or the embedded digits for the word "digits". `prefix` starts the options
+    about the data.
     """
     with wrong_input(about, prefix):
         if source == DIGITS and not Path(source).exists():
@@ -166,11 +167,11 @@ def load_samples(
     shape: tuple[int, ...] | None = None,
     layout: str | None = None,
 ) -> torch.Tensor:
-    """Samples [S, *data.shape] from a file, floating point, in the data's units. Only axes of one
-    entry may differ from the data's shape, since they change the order of nothing.
+    """Samples [S, *data.shape] of a file or folder, floating point, in the data's units. Only axes
+    of one entry may differ from the data's shape, since they change the order of nothing.
     """
     with wrong_input("SAMPLES", "--samples-"):
-        rows = layouts.arranged(files.read_tensor(source, key), shape, layout, "samples")
+        rows = layouts.arranged(sources.read(source, key)["rows"], shape, layout, "samples")
         long = [k for k in data.shape if k != 1]
         if rows.ndim == 0 or [k for k in rows.shape[1:] if k != 1] != long:
             layouts.require_same_shape(rows, data.shape, "samples of shape")

@@ -88,8 +88,8 @@ def memorization(
     picture: Path | None,
     force: bool,
 ) -> None:
-    """Measure how many of SAMPLES are copies of rows of DATA (.npy, .npz or .safetensors; DATA may
-    be 'digits').
+    """Measure how many of SAMPLES are copies of rows of DATA (.npy, .npz, .safetensors, or folders
+    of PNG or JPEG pictures; DATA may be 'digits').
 
     Both in the same units; uint8 DATA are pixels in [-1, 1].
     """

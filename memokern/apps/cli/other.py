@@ -11,7 +11,7 @@ import click
 from memokern.apps import demo as _demo
 from memokern.apps import experiments
 from memokern.apps import info as _info
-from memokern.apps.cli import common
+from memokern.apps.cli import common, labels
 from memokern.index.build import BASES
 
 
@@ -88,6 +88,7 @@ def reproduce(
 @click.argument("data", metavar="DATA")
 @click.option("--key", metavar="NAME", help="Which array of an .npz or .safetensors file.")
 @common.arrangement("the rows", "--")
+@labels.labels_options
 @click.option(
     "-o",
     "--output",
@@ -109,17 +110,20 @@ def index(
     key: str | None,
     shape: tuple[int, ...] | None,
     layout: str | None,
+    labels_file: str | None,
+    labels_key: str | None,
     output: Path,
     basis: str,
     force: bool,
 ) -> None:
-    """Save DATA (.npy, .npz or .safetensors, or 'digits') with an index, from which `sample` and
-    `memorization` prove, at small noise levels, that most rows have no weight.
+    """Save DATA (.npy, .npz, .safetensors, a folder of pictures, or 'digits') with an index, from
+    which `sample` and `memorization` prove, at small noise levels, that most rows have no weight.
 
     Example: memokern index digits --output digits.safetensors
     """
     common.check_outputs([("--output", output, (".safetensors",))], force)
     training = common.load(data, key, "DATA", shape=shape, layout=layout, index=False)
+    labels.give_labels(training, labels_file, labels_key)
     started = time.perf_counter()
     with common.wrong_input("DATA"):
         training.build_index(basis, progress=None if common.progress_wanted() else False)

@@ -11,7 +11,7 @@ import torch
 
 from memokern import Denoiser, TrainingSet, memorization, processes, regularizers, samplers
 from memokern.apps import figures
-from memokern.apps.cli import common, log
+from memokern.apps.cli import common, labels, log
 from memokern.data import files
 from memokern.util import writing
 
@@ -29,11 +29,12 @@ REGULARIZER_HELP = (
     default=common.DIGITS,
     show_default=True,
     metavar="FILE",
-    help="Training rows: .npy, .npz or .safetensors; uint8 rows are read as pixels in [-1, 1]. "
-    "'digits': the embedded 8 x 8 handwritten digits.",
+    help="Training rows: .npy, .npz, .safetensors or a folder of PNG or JPEG pictures; uint8 rows "
+    "are read as pixels in [-1, 1]. 'digits': the embedded 8 x 8 handwritten digits.",
 )
 @click.option("--key", metavar="NAME", help="Which array of an .npz or .safetensors file.")
 @common.arrangement("the rows", "--")
+@labels.labels_options
 @click.option(
     "--process",
     default="edm",
@@ -134,6 +135,8 @@ def sample(
     key: str | None,
     shape: tuple[int, ...] | None,
     layout: str | None,
+    labels_file: str | None,
+    labels_key: str | None,
     process: str,
     regularizer_texts: tuple[str, ...],
     solver: str,
@@ -181,6 +184,7 @@ def sample(
     device = common.device(device_name)
     common.check_machine(device)
     training = common.load(data, key, "--data", shape=shape, layout=layout, index=method != "dense")
+    labels.give_labels(training, labels_file, labels_key)
     swept = training.n if label is None else _rows_of_label(training, label)
     if picture is not None and figures.image_layout(training.shape) is None:
         raise common.WrongInput(
@@ -271,7 +275,7 @@ def _rows_of_label(data: TrainingSet, label: int) -> int:
     if data.labels is None:
         raise common.WrongInput(
             "--label: the data have no labels; a .npz or .safetensors file brings them as an "
-            "array 'labels' of one integer for each row"
+            "array 'labels' of one integer for each row, another file by --labels"
         )
     with common.wrong_input("--label"):
         return len(data.where(label))
