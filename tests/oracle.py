@@ -20,8 +20,11 @@ F64 = torch.float64
 
 
 def values(rows: Rows) -> Tensor:
-    """y_n [N, D] in float64."""
-    return rows.data.to(F64) * rows.scale + rows.shift
+    """y_n [N, D] in float64: the numbers that a training set shows, rounded to float32."""
+    kind = rows.data.dtype if rows.data.dtype == F64 else torch.float32
+    value = rows.data.to(kind)
+    value = value * torch.tensor(rows.scale, dtype=kind) + torch.tensor(rows.shift, dtype=kind)
+    return value.to(F64)
 
 
 def squares(x: Tensor, y: Tensor, alpha: Tensor | float = 1.0) -> Tensor:

@@ -27,7 +27,7 @@ def problem(b: int, n: int, d: int, dtype: torch.dtype, biased: bool) -> tuple[Q
     scale, shift = (2 / 255, -1.0) if dtype == torch.uint8 else (1.0, 0.0)
     values = torch.rand(n, d) * 255 if dtype == torch.uint8 else torch.randn(n, d)
     data = values.to(dtype)
-    y = data.to(F64) * scale + shift
+    y = Rows(data, scale, shift).values(slice(None))
     x = (y[torch.arange(b) % n] + 0.5 * torch.randn(b, d, dtype=F64)).to(F32)
     columns = [torch.full((b,), v, dtype=F64) for v in (0.7, 0.9, 1.3)]
     center, bias = y.mean(0), torch.randn(n, dtype=F64)

@@ -7,11 +7,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from memokern.calls.values import dequantized
+
 WEIGHTINGS = ("gaussian", "log")
 
 
 class Rows(NamedTuple):
-    """Training rows as they are stored, y_n = scale * data[n] + shift, with what is known of them.
+    """Training rows as they are stored, y_n = scale * data[n] + shift rounded as
+    :func:`memokern.calls.values.dequantized` does, with what is known of them.
 
     data: [N, D] float64, float32, bfloat16, float16 or uint8; each row contiguous.
     center: [D] float32 or float64, and sq_norms: [N] float64 = |y_n - center|^2. A training set
@@ -33,6 +36,10 @@ class Rows(NamedTuple):
     def dim(self) -> int:
         """D, the number of features."""
         return self.data.shape[1]
+
+    def values(self, where: slice | Tensor) -> Tensor:
+        """y of some rows, as float64 numbers."""
+        return dequantized(self.data[where], self.scale, self.shift).to(torch.float64)
 
     def detach(self) -> Rows:
         """The same rows, of which no gradient is recorded."""

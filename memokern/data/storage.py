@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from memokern.calls.values import dequantized
 from memokern.data import files, sources
 
 ROW_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.uint8)
@@ -175,13 +176,12 @@ def mean(rows: torch.Tensor, scale: float, shift: float, dtype: torch.dtype) -> 
 
 @torch.inference_mode(False)
 def sq_norms(rows: torch.Tensor, scale: float, shift: float, center: torch.Tensor) -> torch.Tensor:
-    """|y_n - center|^2 [N] float64, y_n = row * scale + shift, for the center as it is stored."""
-    # row * scale + (shift - center) is formed in place, so that a chunk needs one temporary.
-    offset = shift - center.to(torch.float64)
+    """|y_n - center|^2 [N] float64 of the rows' values, for the center as it is stored."""
+    center = center.to(torch.float64)
     norms = torch.empty(len(rows), dtype=torch.float64, device=rows.device)
     start = 0
     for chunk in chunks(rows):
-        value = chunk.to(torch.float64, copy=True).mul_(scale).add_(offset)
+        value = dequantized(chunk, scale, shift).to(torch.float64) - center
         torch.sum(value.square_(), dim=1, out=norms[start : start + len(chunk)])
         start += len(chunk)
         del value  # before the next chunk is made

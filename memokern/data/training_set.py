@@ -15,6 +15,7 @@ import torch
 from torch.utils.data import Dataset
 
 from memokern.calls import Rows
+from memokern.calls.values import dequantized
 from memokern.data import digits, files, sources
 from memokern.data import layout as layouts
 from memokern.data.derived import Derived
@@ -294,9 +295,7 @@ class TrainingSet:
 
     def dequantize(self, rows: torch.Tensor) -> torch.Tensor:
         """The values row * scale + shift of stored rows of any shape, in `compute_dtype`."""
-        value = rows.to(self.compute_dtype)
-        plain = (self.scale, self.shift) == (1.0, 0.0)
-        return value if plain else value * self.scale + self.shift
+        return dequantized(rows, self.scale, self.shift)
 
     def gather(self, index: torch.Tensor) -> torch.Tensor:
         """The values of the rows at `index` (any shape): [*index.shape, *shape] in `compute_dtype`.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Sequence
 from itertools import pairwise
@@ -12,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from memokern.calls import Rows
+from memokern.calls.values import dequantized
 from memokern.index.basis import FIT_ROWS, ORDER_ROWS, Cosine, Principal, image_shape, is_image
 from memokern.index.index import STORAGES, Index, evenly_spaced_rows, fingerprint
 from memokern.index.projection import U64, band_indicator, band_norms, rounded_up
@@ -63,10 +63,10 @@ def build(
         )
     if not HALF_RANGE[0] <= y_max <= HALF_RANGE[1]:
         storage = "float32"
-    offset = rows.shift - center.to(torch.float64)
+    center64 = center.to(torch.float64)
 
     def centred(chunk: Tensor) -> Tensor:
-        return chunk.to(torch.float64, copy=True).mul_(rows.scale).add_(offset)
+        return dequantized(chunk, rows.scale, rows.shift).to(torch.float64) - center64
 
     # The norm in the last band follows from |y_n| and the other coordinates, so that its own
     # coordinates need not be computed.
@@ -83,10 +83,8 @@ def build(
         coarse = torch.empty(n, k0 + bands + 1, dtype=torch.float32, device=device)
         fine = torch.empty(n, last - k0, dtype=STORAGES[storage], device=device)
         indicator = band_indicator(edges, size, device)
-        # data * scale, shift - center and their sum are each rounded once. So is data * scale +
-        # shift wherever a sweep computes it, by more where the rows are far from zero.
-        far = float(center.to(torch.float64).norm()) + abs(rows.shift) * math.sqrt(dim)
-        value_error = 3 * U64 * (float(offset.norm()) + far)
+        # Less the center, a value is rounded once more.
+        value_error = 2 * U64 * (y_max + float(center64.norm()))
         relative = (size + 16) * U64 + 1.01 * fitted.error(torch.float64)
         step = max(1, CHUNK_ELEMENTS // dim)
         # Unless the caller decides, the bar appears after two seconds, and only on a terminal.

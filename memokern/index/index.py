@@ -30,7 +30,7 @@ from memokern.index.checksum import sealed
 from memokern.index.projection import Projected, Projector
 from memokern.util.text import byte_size
 
-VERSION = 2
+VERSION = 3
 # What to do with an index that cannot be used.
 REBUILD_HINT = "load with index=False, then build_index() anew"
 STORAGES = {"float16": torch.float16, "float32": torch.float32}

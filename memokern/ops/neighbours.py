@@ -39,7 +39,7 @@ class _Nearest(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> Any:
         x, rows, index = ctx.saved_tensors
-        y = rows[index].to(torch.float64) * ctx.scale + ctx.shift
+        y = Rows(rows, ctx.scale, ctx.shift).values(index)
         pull = 2 * grad[..., None] * (x[:, None].to(torch.float64) - y)  # [B, k, D]
         grad_rows = None
         if ctx.needs_input_grad[1]:

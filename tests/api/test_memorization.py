@@ -22,7 +22,7 @@ LINE = torch.tensor([[0.0, 0.0], [1.0, 0.0], [3.0, 0.0]])
 
 def brute(samples: torch.Tensor, data: TrainingSet) -> tuple[torch.Tensor, torch.Tensor]:
     """All distances [S, N] float64, sorted, with their rows."""
-    rows = data.rows.double() * data.scale + data.shift
+    rows = data.dequantize(data.rows).double()
     x = samples.double().flatten(1)
     distance = (x[:, None] - rows[None]).square().sum(-1).sqrt()
     return tuple(distance.sort(dim=1, stable=True))

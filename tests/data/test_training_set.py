@@ -151,7 +151,7 @@ def test_log_weights():
 def test_center_and_norms(small_chunks, dtype):
     rows = rows_of(dtype)
     data = TrainingSet(rows)
-    values = rows.flatten(1).to(torch.float64) * data.scale + data.shift
+    values = data.dequantize(rows.flatten(1)).to(torch.float64)
     assert data.center.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     # center: the float64 mean rounded once; 37 float64 additions are far below a float32 rounding.
     eps = torch.finfo(data.center.dtype).eps

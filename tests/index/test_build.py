@@ -273,7 +273,7 @@ def test_a_damaged_index_is_refused(tmp_path):
         metadata["index"] = "{"
 
     for basis, change, match in (
-        ("dct", described(version=1), "expected version 2, got 1"),
+        ("dct", described(version=1), "expected version 3, got 1"),
         ("dct", described(basis="wavelets"), "the basis 'wavelets' of the index is damaged"),
         ("dct", described(dims=[32, 16]), "cannot be used"),
         ("dct", described(dims=[]), "cannot be used"),

@@ -77,7 +77,7 @@ def indexed(kind: str, dtype: torch.dtype, basis: str) -> TrainingSet:
 
 def truth(data: TrainingSet, x: torch.Tensor, alpha: torch.Tensor):
     """xc [B, D], yc [N, D] about the set's center, and |x - alpha y|^2 [B, N]."""
-    y = data.rows.double() * data.scale + data.shift
+    y = data.dequantize(data.rows).double()
     center = data.center.double()
     distances = torch.stack(
         [(q - a * y).square().sum(1) for q, a in zip(x.double(), alpha, strict=True)]
@@ -123,7 +123,7 @@ def gaps(
 def queries_of(data: TrainingSet, sigma: float, count: int = 6) -> torch.Tensor:
     """Rows with noise, one row as it is, one opposite to it about the center, and the center."""
     g = torch.Generator().manual_seed(1)
-    y = data.rows.double() * data.scale + data.shift
+    y = data.dequantize(data.rows).double()
     some = y[torch.randint(len(y), (count,), generator=g)]
     noisy = some + sigma * torch.randn(some.shape, generator=g, dtype=torch.float64)
     center = data.center.double()[None]
@@ -194,7 +194,7 @@ def test_the_bound_is_tight_and_a_wrong_one_is_seen(basis, storage):
     too small must fail, at every level that has bands."""
     data = set_of(values_of("random", 400, (3, 16, 16)))
     data.build_index(basis, dims=(16, 64, 128), storage=storage)
-    x = (data.rows.double() * data.scale + data.shift)[:5]
+    x = (data.dequantize(data.rows).double())[:5]
     alpha = torch.ones(5, dtype=torch.float64)
     projected = data.index.project(x, alpha)
     for level, gap in enumerate(gaps(data, projected, x, alpha)):

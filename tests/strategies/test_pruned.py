@@ -114,7 +114,7 @@ def built(draw):
         values = (values * 20 + 128).clamp(0, 255)
     data = TrainingSet(values.to(dtype).reshape(n, *shape))
     data.build_index(dims=draw(st.sampled_from([(4, 12, 20), (16,), None])))
-    y = data.rows.double() * data.scale + data.shift
+    y = data.dequantize(data.rows).double()
     x, sigma, alpha, *rest = rest
     x = (alpha * y[torch.arange(4) % n] + sigma * normal(4, d, seed=seed + 4)).to(x.dtype)
     return data, data.index, x, sigma, alpha, *rest

@@ -72,35 +72,56 @@ MK_INLINE_SPECIAL Wide<double>::T widen<double>(const uint16_t* p) {
 #endif
 #undef MK_INLINE_SPECIAL
 
+// Floats, as many as a vector of R has numbers.
+template <class R>
+struct Floats {
+  typedef float T __attribute__((vector_size(Vec<R>::W * 4)));
+};
+template <class R>
+MK_INLINE typename Floats<R>::T floats(const float* p) {
+  return *(const typename RawVec<R, float, Vec<R>::W>::T*)p;
+}
+template <class R>
+MK_INLINE typename Floats<R>::T floats(const uint8_t* p) {
+  // As signed integers, because x86 has an instruction that makes floats of those.
+  typedef int32_t I32 __attribute__((vector_size(Vec<R>::W * 4)));
+  return __builtin_convertvector((I32)widen<R>(p), typename Floats<R>::T);
+}
+template <class R>
+MK_INLINE typename Floats<R>::T floats(const BF16* p) {
+  return (typename Floats<R>::T)(widen<R>((const uint16_t*)p) << 16);
+}
+// Half precision is taken apart bit by bit where the instruction set cannot convert it.
+template <class R>
+MK_INLINE typename Floats<R>::T floats(const F16* p) {
+  typedef typename Wide<R>::T U32;
+  typedef typename Floats<R>::T F;
+  U32 h = widen<R>((const uint16_t*)p);
+  U32 mag = (h & 0x7fffu) << 13;
+  // 2^112 moves the exponent's bias, and makes subnormals come out right.
+  F f = (F)mag * 5.192296858534828e33f;
+  U32 bits = (U32)f | ((h & 0x8000u) << 16);
+  U32 special = (U32)(mag >= 0x0f800000u);  // inf and NaN keep an exponent of all ones
+  bits |= special & 0x7f800000u;
+  return (F)bits;
+}
+
 template <class R>
 struct Convert<R, uint8_t> {
   MK_INLINE typename Vec<R>::T vec(const uint8_t* p) {
-    // As signed integers, because x86 has an instruction that makes floats of those.
-    typedef int32_t I32 __attribute__((vector_size(Vec<R>::W * 4)));
-    return __builtin_convertvector((I32)widen<R>(p), typename Vec<R>::T);
+    return __builtin_convertvector(floats<R>(p), typename Vec<R>::T);
   }
 };
 template <class R>
 struct Convert<R, BF16> {
   MK_INLINE typename Vec<R>::T vec(const BF16* p) {
-    typedef float F __attribute__((vector_size(Vec<R>::W * 4)));
-    return __builtin_convertvector((F)(widen<R>((const uint16_t*)p) << 16), typename Vec<R>::T);
+    return __builtin_convertvector(floats<R>(p), typename Vec<R>::T);
   }
 };
-// Half precision is taken apart bit by bit where the instruction set cannot convert it.
 template <class R>
 struct Convert<R, F16> {
   MK_INLINE typename Vec<R>::T vec(const F16* p) {
-    typedef typename Wide<R>::T U32;
-    typedef float F __attribute__((vector_size(Vec<R>::W * 4)));
-    U32 h = widen<R>((const uint16_t*)p);
-    U32 mag = (h & 0x7fffu) << 13;
-    // 2^112 moves the exponent's bias, and makes subnormals come out right.
-    F f = (F)mag * 5.192296858534828e33f;
-    U32 bits = (U32)f | ((h & 0x8000u) << 16);
-    U32 special = (U32)(mag >= 0x0f800000u);  // inf and NaN keep an exponent of all ones
-    bits |= special & 0x7f800000u;
-    return __builtin_convertvector((F)bits, typename Vec<R>::T);
+    return __builtin_convertvector(floats<R>(p), typename Vec<R>::T);
   }
 };
 #if defined(__F16C__) && MEMOKERN_VBYTES == 32
@@ -118,6 +139,46 @@ struct Convert<float, F16> {
   }
 };
 #endif
+
+// Stored numbers as the values that they stand for, data * scale + shift: one definition, that of
+// `dequantized` in memokern/calls/values.py. Each operation is rounded, to float unless the rows are double.
+template <class S>
+struct Value {
+  MK_INLINE Vec<double>::T vec(const S* p, double scale, double shift) {
+    Floats<double>::T y = floats<double>(p) * (float)scale;
+    MK_ROUND(y);
+    y += (float)shift;
+    MK_ROUND(y);
+    return __builtin_convertvector(y, Vec<double>::T);
+  }
+};
+template <>
+struct Value<double> {
+  MK_INLINE Vec<double>::T vec(const double* p, double scale, double shift) {
+    Vec<double>::T y = load(p) * scale;
+    MK_ROUND(y);
+    y += shift;
+    MK_ROUND(y);
+    return y;
+  }
+};
+// The same in the compute type.
+template <class R, class S>
+struct ValueIn {
+  MK_INLINE typename Vec<R>::T vec(const S* p, double scale, double shift) {
+    typename Vec<R>::T y = Convert<R, S>::vec(p) * (R)scale;
+    MK_ROUND(y);
+    y += (R)shift;
+    MK_ROUND(y);
+    return y;
+  }
+};
+template <class S>
+struct ValueIn<double, S> {
+  MK_INLINE Vec<double>::T vec(const S* p, double scale, double shift) {
+    return Value<S>::vec(p, scale, shift);
+  }
+};
 
 }  // namespace MEMOKERN_ISA_NS
 }  // namespace memokern

@@ -34,7 +34,7 @@ struct Direct {
           for (int64_t e = 0; e < cnt; e += W) s += load(part + e) * load(part + e);
           sq += hsum<R>(s);
         }
-        sq *= src.rows.scale * src.rows.scale;
+        sq *= src.unit * src.unit;
       }
       t.set_norm(j, sq);
     }

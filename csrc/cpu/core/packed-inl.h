@@ -1,6 +1,6 @@
 // The two matrix products of a sweep for many queries, from a packed tile.
 //
-// A tile is NT rows, u = raw + offset in the compute type, in panels of NR features: y [Dp/NR][NT][NR]. One
+// A tile is NT rows, u in the compute type (source-inl.h), in panels of NR features: y [Dp/NR][NT][NR]. One
 // layout serves both products, and avoids that rows which lie D floats apart map to one set of the L1 cache:
 // - dots makes P [NT][Ps] = Y X'. Queries lie across the lanes, packed once per sweep in panels of them; the
 //   feature of a row is a broadcast.
@@ -17,7 +17,9 @@ static void pack_rows(const Source<R>& src, const Plan& pl, Tile<R>& t) {
   enum { W = Vec<R>::W, NR = 2 * W, J = 4 };
   typedef typename Vec<R>::T V;
   const int64_t full = pl.D / NR * NR;
-  const double sq_unit = src.rows.scale * src.rows.scale;
+  const bool valued = src.valued;
+  const double scale = src.rows.scale, shift = src.rows.shift;
+  const double sq_unit = src.unit * src.unit;
   for (int64_t j0 = 0; j0 < t.cnt; j0 += J) {
     const S* raw[J];
     double sq[J];
@@ -34,7 +36,10 @@ static void pack_rows(const Source<R>& src, const Plan& pl, Tile<R>& t) {
         R* dst = t.y + d * pl.NT + j0 * NR;
 #pragma GCC unroll 4
         for (int j = 0; j < J; j++) {
-          const V a = Convert<R, S>::vec(raw[j] + d) + o0, b = Convert<R, S>::vec(raw[j] + d + W) + o1;
+          const V a = valued ? ValueIn<R, S>::vec(raw[j] + d, scale, shift) + o0
+                             : Convert<R, S>::vec(raw[j] + d) + o0;
+          const V b = valued ? ValueIn<R, S>::vec(raw[j] + d + W, scale, shift) + o1
+                             : Convert<R, S>::vec(raw[j] + d + W) + o1;
           store(dst + j * NR, a);
           store(dst + j * NR + W, b);
           if (NORMS) q[j] += a * a + b * b;

@@ -52,7 +52,7 @@ template <class R>
 static void estimate_error(const Plan& pl, const Source<R>& src, Query<R>& q) {
   const double u = Precision<R>::u, c = 4 + 0.5 * __builtin_sqrt((double)pl.depth), x = __builtin_sqrt(q.xx);
   const double hit = 4.5e-16 * __builtin_fabs(q.alpha) * src.center_norms;
-  q.e0 = __builtin_fabs(q.a1) * src.center_norms * x * (src.rows.scale == 1 ? 0 : 2 * u) +
+  q.e0 = __builtin_fabs(q.a1) * src.center_norms * x * (src.unit == 1 ? 0 : 3 * u) +
          (q.mode == kSoftmax ? 0 : hit * (x + hit));
   q.e1 = c * u * __builtin_fabs(q.a1) * x;
   q.e2 = 4 * u * q.a2;
@@ -63,7 +63,8 @@ static void estimate_error(const Plan& pl, const Source<R>& src, Query<R>& q) {
 // a = |alpha| and C = center_norms, the parts of the bound are:
 // - the product: K additions, the product itself, xc, scale xc, yc and the two roundings of t, which are
 //   (K + 8) u a |xc||yc|;
-// - a row, raw + offset with both rounded: |d yc| <= 4 u (|yc| + C), since |raw scale| <= |yc| + C;
+// - a row, raw + offset with both rounded, and its value, rounded to float: |d yc| <= 4 u (|yc| + C), since
+//   |raw scale| <= |yc| + C;
 // - its norm: K additions where the tile adds it up, (K + 8) u / 2 a^2 |yc|^2, and d yc again;
 // - in double: x - alpha center and x - alpha y (`hit`), and (D + 16) 2^-53 of |xc|^2 and of r^2, of which
 //   nearness() takes the latter.
@@ -119,8 +120,8 @@ static Query<R> make_query(const Queries& in, const Source<R>& src, int64_t b, c
     bound_error(pl, src, q);
   else
     estimate_error(pl, src, q);
-  // Where scale xc might overflow nothing is known, and every row is evaluated exactly.
-  if (!(__builtin_sqrt(xx) * __builtin_fabs(src.rows.scale) < Precision<R>::safe)) q.e0 = kInf;
+  // Where unit xc might overflow nothing is known, and every row is evaluated exactly.
+  if (!(__builtin_sqrt(xx) * __builtin_fabs(src.unit) < Precision<R>::safe)) q.e0 = kInf;
   return q;
 }
 

@@ -38,11 +38,12 @@ struct Plan {
 // `grouped` allows few queries at a time to pass a tile of few features, which stays in L1 or L2, so that
 // their part of P stays in L1.
 template <class R>
-static Plan make_plan(int64_t B, const Rows& rows, bool grouped = false) {
+static Plan make_plan(int64_t B, const Source<R>& src, bool grouped = false) {
   enum { W = Vec<R>::W, NR = 2 * W };
+  const Rows& rows = src.rows;
   Plan pl;
   const int64_t blocks = (B + BLOCK_B - 1) / BLOCK_B;
-  pl.direct = B <= DIRECT_B;
+  pl.direct = B <= DIRECT_B && !src.valued;  // which packing alone knows
   pl.B = blocks == 1 ? B : round_up((B + blocks - 1) / blocks, W);
   pl.Bp = round_up(pl.B, W);
   pl.D = rows.d;

@@ -28,23 +28,14 @@ struct Piece {
 // The rows as they are, without a centre, in double: so are the queries, which changes nothing, and one
 // instance of the code serves float and double.
 struct ListedRows {
-  Source<double> src;  // a value is scale (raw + shift / scale)
+  Source<double> src;
   Exact<double>::F exact;
-  Fetch<double>::F fetch;
-  Values<double>::F row;
-  Arena arena;
-  bool prepare(const Rows& rows) {
-    const int64_t Dp = round_up(rows.d, 64);
-    if (!arena.reserve(Arena::bytes<double>(Dp))) return false;
-    double* shift = arena.take<double>(Dp);
-    for (int64_t d = 0; d < rows.d; d++) shift[d] = rows.shift / rows.scale;
+  Values<double>::F values;
+  explicit ListedRows(const Rows& rows) {
     memset((void*)&src, 0, sizeof src);
     src.rows = rows;
-    src.offset = shift;
     exact = exact_for(src);
-    fetch = fetch_for(src);
-    row = values_for(src);
-    return true;
+    values = values_for(src);
   }
 };
 
@@ -66,7 +57,6 @@ static void write_number(void* out, bool f64, int64_t i, double v) {
 // Returns kDone or kStopped.
 static int add_rows(const ListedRows& p, const int64_t* n, const double* w, int64_t count, double least,
                     double* sum, Pace& pace) {
-  const Source<double>& src = p.src;
   enum { W = Vec<double>::W };
   double buffer[SUM_ROWS * SUM_D];
   int64_t i = 0;
@@ -78,16 +68,16 @@ static int add_rows(const ListedRows& p, const int64_t* n, const double* w, int6
     for (; i < count && m < SUM_ROWS; i++) {
       if (!(__builtin_fabs(w[i]) > least)) continue;
       rows[m] = n[i];
-      a[m++] = w[i] * src.rows.scale;
+      a[m++] = w[i];
     }
     if (m == 0) break;
-    if (pace.stopped(SUM_ROWS * src.rows.d)) return kStopped;
+    if (pace.stopped(SUM_ROWS * p.src.rows.d)) return kStopped;
     for (int e = m; e < SUM_ROWS; e++) a[e] = 0;
-    for (int64_t d0 = 0; d0 < src.rows.d; d0 += SUM_D) {
-      const int64_t cnt = imin(SUM_D, src.rows.d - d0);
+    for (int64_t d0 = 0; d0 < p.src.rows.d; d0 += SUM_D) {
+      const int64_t cnt = imin(SUM_D, p.src.rows.d - d0);
       for (int e = 0; e < SUM_ROWS; e++) {
         from[e] = buffer + imin(e, m - 1) * SUM_D;
-        if (e < m) p.fetch(src, rows[e], d0, cnt, buffer + e * SUM_D);
+        if (e < m) p.values(p.src, rows[e], d0, cnt, buffer + e * SUM_D);
       }
       for (int64_t d = 0; d < cnt; d += W) {
         const Vec<double>::T first = splat(a[0]) * load(from[0] + d) + splat(a[1]) * load(from[1] + d);
@@ -220,12 +210,11 @@ static int run_posterior_listed(const Rows& rows, const Queries& in, const RowLi
                                 int threads) {
   if (in.b == 0) return kDone;
   if (!valid(list, in.b, rows.n)) return kNotLists;
-  ListedRows p;
+  const ListedRows p(rows);
   Arena arena, joined;
   const int64_t D = rows.d, Dp = round_up(D, 64), count = cut_lists(list, in.b, threads, nullptr);
   const int workers = (int)imax(1, imin(threads, count));
-  if (!p.prepare(rows) || !arena.reserve(Arena::bytes<Piece>(count) + Arena::bytes<double>(list.count)))
-    return kNoMemory;
+  if (!arena.reserve(Arena::bytes<Piece>(count) + Arena::bytes<double>(list.count))) return kNoMemory;
   Piece* pieces = arena.take<Piece>(count);
   double* t = arena.take<double>(list.count);
   cut_lists(list, in.b, threads, pieces);

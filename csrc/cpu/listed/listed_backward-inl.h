@@ -42,7 +42,7 @@ static int listed_products(const ListedBackward& s, const Piece& c, const double
   for (int64_t i = c.i0; i < c.i1; i++) {
     if (pace.stopped(3 * D)) return kStopped;
     s.r2[i] = p.exact(p.src, s.list->index[i], x, alpha);
-    p.row(p.src, s.list->index[i], row);
+    p.values(p.src, s.list->index[i], 0, D, row);
     Vec<double>::T vg = {}, vx = {};
     int64_t d = 0;
     for (; d + W <= D; d += W) {
@@ -124,13 +124,13 @@ static int run_posterior_listed_backward(const Rows& rows, const Queries& in, co
   if (out.bias) memset((void*)out.bias, 0, rows.n * sizeof(double));
   if (in.b == 0) return kDone;
   if (!valid(list, in.b, rows.n)) return kNotLists;
-  ListedRows p;
+  const ListedRows p(rows);
   Arena arena, joined;
   const int64_t D = rows.d, Dp = round_up(D, 64), M = list.count,
                 count = cut_lists(list, in.b, threads, nullptr);
   const int workers = (int)imax(1, imin(threads, count));
-  if (!p.prepare(rows) || !arena.reserve(Arena::bytes<Piece>(count) + 4 * Arena::bytes<double>(M) +
-                                         Arena::bytes<Query<double>>(in.b)))
+  if (!arena.reserve(Arena::bytes<Piece>(count) + 4 * Arena::bytes<double>(M) +
+                     Arena::bytes<Query<double>>(in.b)))
     return kNoMemory;
   Piece* pieces = arena.take<Piece>(count);
   Query<double>* queries = arena.take<Query<double>>(in.b);

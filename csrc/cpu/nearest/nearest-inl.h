@@ -98,7 +98,7 @@ static int nearest_typed(const Rows& rows, const Queries& given, const Neighbour
   if (given.b == 0) return kDone;
   CentredRows<R> c;
   if (!c.prepare(rows)) return kNoMemory;
-  const Plan pl = make_plan<R>(given.b, rows);
+  const Plan pl = make_plan<R>(given.b, c.src);
   const int64_t k = out.k, blocks = (given.b + pl.B - 1) / pl.B, tiles = (rows.n + pl.NT - 1) / pl.NT;
   // With sigma = 0 and alpha = T = 1 every query takes the mode in which t is half a squared distance.
   Arena numbers;

@@ -71,7 +71,7 @@ template <class R>
 static void exact_row(const Source<R>& src, const Query<R>& q, const double* mean, const double* g, int64_t n,
                       double* row, double* out) {
   out[0] = exact_for(src)(src, n, q.x, q.alpha);
-  values_for(src)(src, n, row);
+  values_for(src)(src, n, 0, src.rows.d, row);
   double xy = 0, gy = 0;
   for (int64_t d = 0; d < src.rows.d; d++) {
     xy += ((double)q.x[d] - q.alpha * row[d]) * (row[d] - src.center[d]);
@@ -240,7 +240,7 @@ static void backward_finish(const Source<R>& src, const Plan& pl, const Queries&
     const R* p = acc_at(pl, acc, row, d);
     for (int64_t i = 0; i < imin(NR, pl.D - d); i++) {
       const double c = src.center[d + i];
-      const double g = q.alpha * (p[i] * src.rows.scale - drift * a.w * (mean[d + i] - c)) -
+      const double g = q.alpha * (p[i] * src.unit - drift * a.w * (mean[d + i] - c)) -
                        ((double)q.x[d + i] - q.alpha * c) * qc + near[row * pl.Dp + d + i];
       gx[d + i] = (R)(g * is2);
       cx -= c * g;

@@ -45,8 +45,8 @@ static int backward_typed(const Rows& rows, const Queries& in, const BackwardArg
   if (io.out.bias) memset((void*)io.out.bias, 0, rows.n * sizeof(double));
   if (in.b == 0) return kDone;
   CentredRows<R> c;
-  if (!c.prepare(rows)) return kNoMemory;
-  const Plan pl = make_plan<R>(in.b, rows);
+  if (!c.prepare(rows, in.bias)) return kNoMemory;
+  const Plan pl = make_plan<R>(in.b, c.src);
   const double b_max = largest_bias(in.bias, rows.n);
   const int64_t blocks = (in.b + pl.B - 1) / pl.B, tiles = (rows.n + pl.NT - 1) / pl.NT;
   const bool by_queries = blocks >= 2 * threads || tiles < 2;

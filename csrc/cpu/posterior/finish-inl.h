@@ -71,7 +71,7 @@ static void finish(const Source<R>& src, const Query<R>& q, const State& st, dou
     for (int64_t d = 0; d < D; d += NR) {
       const R* a = run(d);
       for (int64_t i = 0; i < imin(NR, D - d); i++)
-        mean[d + i] = not_finite ? nan : (R)((double)a[i] / st.s * unit + src.center[d + i]);
+        mean[d + i] = not_finite ? nan : (R)((double)a[i] / st.s * unit + src.zero[d + i]);
     }
   } else {
     R* acc = (R*)out.states->acc + b * D;
@@ -79,7 +79,9 @@ static void finish(const Source<R>& src, const Query<R>& q, const State& st, dou
     for (int64_t d = 0; d < D; d += NR) {
       const R* a = run(d);
       for (int64_t i = 0; i < imin(NR, D - d); i++)
-        acc[d + i] = not_finite ? nan : st.s > 0 ? (R)((double)a[i] * unit) : R(0);
+        acc[d + i] = not_finite ? nan
+                     : st.s > 0 ? (R)((double)a[i] * unit + st.s * (src.zero[d + i] - src.center[d + i]))
+                                : R(0);
     }
   }
 }

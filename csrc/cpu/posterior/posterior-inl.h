@@ -26,7 +26,7 @@ template <class R>
 static int posterior_general(const CentredRows<R>& c, const Queries& in, const Output& out, double b_max,
                              int threads) {
   const Rows& rows = c.src.rows;
-  const Plan pl = make_plan<R>(in.b, rows, true);
+  const Plan pl = make_plan<R>(in.b, c.src, true);
   const int64_t blocks = (in.b + pl.B - 1) / pl.B, tiles = (rows.n + pl.NT - 1) / pl.NT;
   const bool by_queries = blocks >= 2 * threads || tiles < 2;
   int parts = (int)imax(1, imin(threads, by_queries ? blocks : tiles));
@@ -37,7 +37,7 @@ static int posterior_general(const CentredRows<R>& c, const Queries& in, const O
     if (!work[i].reserve(pl, in.bias != nullptr)) return kNoMemory;
   const auto finish_query = [&](SweepWork<R>& w, int64_t b, int64_t b0) {
     const auto run = [&](int64_t d) { return acc_at(pl, w.acc, b, d); };
-    finish(c.src, w.q[b], w.st[b], rows.scale, run, b0 + b, out);
+    finish(c.src, w.q[b], w.st[b], c.src.unit, run, b0 + b, out);
   };
   int failed = 0;
   if (by_queries) {
@@ -108,7 +108,7 @@ static int posterior_typed(const Rows& rows, const Queries& in, const Output& ou
   enum { W = Vec<R>::W };
   if (in.b == 0 && !out.states) return kDone;
   CentredRows<R> c;
-  if (!c.prepare(rows)) return kNoMemory;
+  if (!c.prepare(rows, in.bias)) return kNoMemory;
   if (out.states) memcpy((void*)out.states->center, c.src.center, rows.d * sizeof(double));
   if (in.b == 0) return kDone;
   const double b_max = largest_bias(in.bias, rows.n);

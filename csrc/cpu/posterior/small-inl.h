@@ -102,8 +102,12 @@ static int small_part(const Source<R>& src, const Queries& in, double b_max, int
   R *y = arena.take<R>(SMALL_ROWS * D + 64), *b = arena.take<R>(SMALL_ROWS),
     *finite_b = arena.take<R>(SMALL_ROWS);
   R* row = arena.take<R>(64);
+<<<<<<< HEAD
   const typename Fetch<R>::F fetch_row = fetch_for(src);
   Pace pace = {in.watch, 0};
+=======
+  const typename Values<R>::F values = values_for(src);
+>>>>>>> ffb2c5a (A stored row has one value, the number that a training set shows, wherever it is read)
   for (int64_t q0 = b0; q0 < b1; q0 += block) {
     const int64_t count = imin(block, b1 - q0), vectors = (count + W - 1) / W;
     double y_max = 0;
@@ -126,10 +130,11 @@ static int small_part(const Source<R>& src, const Queries& in, double b_max, int
       const int64_t cnt = imin(SMALL_ROWS, N - n0);
       if (pace.stopped(cnt * count * (2 * D + 8))) return kStopped;
       for (int64_t r = 0; r < cnt; r++) {
-        fetch_row(src, n0 + r, 0, d_real, row);
+        double value[SMALL_D];
+        values(src, n0 + r, 0, d_real, value);
         double sq = 0;
         for (int d = 0; d < D; d++) {
-          const double v = d < d_real ? row[d] * src.rows.scale : 0;
+          const double v = d < d_real ? value[d] - src.center[d] : 0;
           y[r * D + d] = (R)v;
           sq += v * v;
         }

@@ -60,7 +60,7 @@ struct SweepWork {
 // Puts a vector of features of query b, in the units of the rows, where the first product looks for it.
 template <class R>
 static void put_query(const Source<R>& src, const Plan& pl, const R* row, int64_t b, R* x) {
-  for (int64_t d = 0; d < pl.D; d++) *query_at(pl, x, b, d) = (R)(row[d] * src.rows.scale);
+  for (int64_t d = 0; d < pl.D; d++) *query_at(pl, x, b, d) = (R)(row[d] * src.unit);
 }
 // The queries b0 .. b0 + B of a sweep, with empty states.
 template <class R>

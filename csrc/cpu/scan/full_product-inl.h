@@ -2,7 +2,8 @@
 //
 // With x = scale xc and u = 2^-24, the parts of the error in float are: x is rounded once, raw + offset four
 // times (raw, as its part of |yc| + center_norms; the offset; their sum), and a sum goes through FULL_SUM /
-// 4W additions and a few more before it becomes double.
+// 4W additions and a few more before it becomes double. A value of a scaled row is rounded to float, four
+// times at most: scale, shift, product and sum, which is `given` together.
 //
 // Rows of uint8 are multiplied as integers where the instruction set multiplies pairs of 16 bits: x = q1 hi +
 // rest with |rest| <= q1 / 2, so that <x, raw> is a sum of integers and the part of the offset a number per
@@ -57,7 +58,9 @@ struct FullProductQuery {
       for (int i = 0; i < L; i++) take(i);
     for (int i = 0; d + i < D; i++) take(i);
     const double u = 1.01 * 0x1p-24, C = src.center_norms;
-    error = u * size * ((FULL_SUM / (4 * Vec<float>::W) + 16) * y_max + 4 * C) + 1e-12 * size * (y_max + C);
+    const double given = src.rows.scale == 1 && src.rows.shift == 0 ? 0 : 4 * u * size * (y_max + C);
+    error = u * size * ((FULL_SUM / (4 * Vec<float>::W) + 16) * y_max + 4 * C) + given +
+            1e-12 * size * (y_max + C);
     if (!integers) return true;
     hi = arena.take<int16_t>(Dp);
     lo = nullptr;
@@ -68,7 +71,7 @@ struct FullProductQuery {
     }
     // No row of raw numbers is longer than `raw`.
     const double raw = (y_max + C) / __builtin_fabs(src.rows.scale), root = __builtin_sqrt((double)D);
-    const double rounded = u * size * y_max + 1e-12 * size * (y_max + C);
+    const double rounded = u * size * y_max + given + 1e-12 * size * (y_max + C);
     q1 = most / 32760.0 + 1e-30;
     const float r1 = (float)(1 / q1);
     // The rounding of the quotient to float moves the integer by less than 0.01.

@@ -229,7 +229,7 @@ static int run_bound_scan(const Rows& rows, const Queries& in, const LogitBounds
   out.start[0] = 0;
   if (in.b == 0) return kDone;
   CentredRows<float> centred;
-  if (!centred.prepare(rows)) return kNoMemory;
+  if (!centred.prepare(rows, nullptr, false)) return kNoMemory;
   ScanCall s;
   memset((void*)&s, 0, sizeof s);
   s.rows = &rows;

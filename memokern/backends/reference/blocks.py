@@ -19,15 +19,7 @@ def row_blocks(rows: Rows) -> Iterator[tuple[slice, Tensor]]:
     step = max(1, ELEMENTS // max(1, rows.dim))
     for start in range(0, rows.n, step):
         where = slice(start, min(start + step, rows.n))
-        yield where, values(rows, where)
-
-
-def values(rows: Rows, where: slice | Tensor) -> Tensor:
-    """Some of the rows as float64 values."""
-    block = rows.data[where].to(F64)
-    if rows.scale != 1.0 or rows.shift != 0.0:
-        block = block * rows.scale + rows.shift
-    return block
+        yield where, rows.values(where)
 
 
 def query_blocks(b: int, n: int) -> Iterator[slice]:

@@ -158,14 +158,15 @@ def posterior_double_backward(
 def posterior_backward_rows(query: Query, rows: Rows, grads: Sums) -> Tensor:
     """The gradient for floating-point rows [N, D]."""
     center, query = center_of(rows), query.detach()
-    total = torch.zeros_like(rows.data, dtype=F64)
+    values = rows.detach().values(slice(None))
+    total = torch.zeros_like(values)
     for at in query_blocks(query.x.shape[0], rows.n):
         with recording():
-            leaf = rows.data.detach().to(F64).requires_grad_()
+            leaf = values.clone().requires_grad_()
             part = _wide(query, at)
-            sums = to_sums(_block_state(part, rows._replace(data=leaf), center), part)
+            sums = to_sums(_block_state(part, Rows(leaf), center), part)
             total += derivatives.vjp(sums, [leaf], [g[at].to(F64) for g in grads])[0]
-    return total.to(rows.data.dtype)
+    return (rows.scale * total).to(rows.data.dtype)
 
 
 def nearest(x: Tensor, rows: Rows, k: int) -> tuple[Tensor, Tensor]:

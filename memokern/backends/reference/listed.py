@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from memokern.backends.reference import derivatives
-from memokern.backends.reference.blocks import ELEMENTS, F64, nan_for_inf, values
+from memokern.backends.reference.blocks import ELEMENTS, F64, nan_for_inf
 from memokern.calls import Gradients, Query, RowLists, Rows, State, Sums, to_sums, without
 
 _NOTHING = -800.0  # e^v is 0 in float64 below it, and the row's part in any sum or derivative
@@ -22,7 +22,7 @@ def _block_state(query: Query, rows: Rows, lists: RowLists) -> State:
     b, start, index = len(query.x), lists.start, lists.index
     each = torch.arange(b, device=query.x.device)
     q = each.repeat_interleave(start.diff())
-    y = values(rows, index)
+    y = rows.values(index)
     r2 = (nan_for_inf(query.x)[q] - query.alpha[q, None] * y).square().sum(1)
     bias = None if query.bias is None else query.bias[index]
 

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from memokern.backends.reference.blocks import ELEMENTS, F64, values
+from memokern.backends.reference.blocks import ELEMENTS, F64
 from memokern.calls import LogitBounds, Query, RowLists, Rows, Scan
 
 _ULP = 2.0**-52  # twice the unit roundoff: pays for the second-order terms too
@@ -70,7 +70,7 @@ class _Block:
             pieces = zip(q.split(step), i.split(step), strict=True)
             return torch.cat([self.exact(*piece) for piece in pieces])
         x, c = self.x[q], {name: v[q] for name, v in self.columns.items()}
-        y = values(self.rows, i)
+        y = self.rows.values(i)
         r2 = (x - c["alpha"][:, None] * y).square().sum(1)
         r, size = r2.sqrt(), x.square().sum(1).sqrt()
         # Each difference is off by u (|x| + 2 r) at most; the sum of squares by D u in relation.

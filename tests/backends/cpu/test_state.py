@@ -83,7 +83,7 @@ def check(query: Query, rows: Rows) -> None:
 
 def with_hits(query: Query, rows: Rows) -> Query:
     """The same, of which the first query is a row that is there twice."""
-    y = rows.data[0].to(F64) * rows.scale + rows.shift
+    y = rows.values(slice(1))[0]
     rows.data[-1] = rows.data[0]
     x = query.x.clone()
     x[0] = (query.alpha[0] * y).to(x.dtype)

@@ -12,10 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from memokern.backends.triton.core.operands import values_of
 from memokern.backends.triton.core.rows import stride_of
 from memokern.backends.triton.core.variant import POINTERS, ROW_TYPES, Variant, row_name
 from memokern.calls import Rows
 from memokern.calls.checks import check_rows, contiguous64, name_of
+from memokern.calls.values import dequantized
 
 _F32, _F64 = torch.float32, torch.float64
 _SAMPLE = 64  # rows whose mean is the center where none is given
@@ -30,6 +32,17 @@ def check_types(x: Tensor, rows: Rows) -> None:
             f"the Triton kernels take float32 queries and rows of {known}, not"
             f" {name_of(x.dtype)} and {name_of(rows.data.dtype)}"
         )
+
+
+def sharp(rows: Rows) -> Rows:
+    """The rows as products may read them. Their numbers enter products as they are stored, which
+    costs digits where a scale and a shift cancel: except for plain rows and the usual uint8, they
+    are written out as float32 values, a copy of all rows in each call."""
+    plain = rows.scale == 1.0 and rows.shift == 0.0
+    if plain or (rows.data.dtype == torch.uint8 and abs(rows.shift) <= 257 * abs(rows.scale)):
+        return rows
+    data = dequantized(rows.data, rows.scale, rows.shift)
+    return rows._replace(data=data, scale=1.0, shift=0.0)
 
 
 def scale_shift(rows: Rows) -> Tensor:
@@ -62,7 +75,7 @@ def sq_norms_kernel(
         mask = mask_n[:, None] & (o_d < D)[None, :]
         b_y = tl.load(rows + o_n[:, None] * stride_n + o_d[None, :], mask=mask, other=0)
         b_c = tl.load(center + o_d, mask=o_d < D, other=0.0)
-        b_y = b_y.to(tl.float64) * scale + shift - b_c[None, :]
+        b_y = values_of(b_y, scale, shift) - b_c[None, :]
         acc += tl.where(mask, b_y * b_y, 0.0)
     tl.store(sq_norms + o_n, tl.sum(acc, 1), mask=mask_n)
 

@@ -7,6 +7,8 @@ import math
 import triton
 import triton.language as tl
 
+from memokern.backends.triton.core.operands import values_of
+
 # A row whose weight the error of its logit could change by more than THETA is evaluated exactly.
 # Weights are promised to 1e-4, which leaves a factor of a hundred.
 THETA = tl.constexpr(1e-6)
@@ -47,7 +49,7 @@ def exact_differences(
         m = mask[:, None] & (o_d < D)[None, :]
         # [SHAPE, BLOCK_D]
         b_x = tl.load(x + o_x[:, None] + o_d[None, :], mask=m, other=0.0).to(tl.float64)
-        b_y = tl.load(rows + o_y[:, None] + o_d[None, :], mask=m, other=0).to(tl.float64)
-        diff = b_x - alpha[:, None] * (b_y * scale + shift)
+        b_y = tl.load(rows + o_y[:, None] + o_d[None, :], mask=m, other=0)
+        diff = b_x - alpha[:, None] * values_of(b_y, scale, shift)
         acc += tl.where(m, diff * diff, 0.0)
     return tl.sum(acc, 1)

@@ -71,6 +71,15 @@ def as_operand(raw):
 
 
 @triton.jit
+def values_of(raw, scale, shift):
+    """The values that rows as loaded stand for, in float64: those of
+    :func:`memokern.calls.values.dequantized`. A multiply-add of 0 is a product that the compiler
+    does not fuse with the sum."""
+    v = tl.fma(raw.to(tl.float32), scale.to(tl.float32), 0.0)
+    return (v + shift.to(tl.float32)).to(tl.float64)
+
+
+@triton.jit
 def power_of_two(v):
     """The largest power of two that is at most v, for a float32 v; 1 where v is 0 or subnormal."""
     bits = v.to(tl.int32, bitcast=True) & 0x7F800000

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from memokern.backends.triton.core.operands import values_of
 from memokern.backends.triton.core.rows import stride_of
 from memokern.backends.triton.core.variant import POINTERS, ROW_TYPES, Variant, row_name
 from memokern.calls import Query, Rows
@@ -48,8 +49,8 @@ def pairs_kernel(
         o_d = d + tl.arange(0, BLOCK_D)
         mask = mask_m[:, None] & (o_d < D)
         b_x = tl.load(x + b_q[:, None] * D + o_d, mask=mask, other=0.0).to(tl.float64)
-        b_y = tl.load(rows + b_n[:, None] * stride_n + o_d, mask=mask, other=0).to(tl.float64)
-        b_y = tl.where(mask, b_y * scale + shift, 0.0)
+        b_y = tl.load(rows + b_n[:, None] * stride_n + o_d, mask=mask, other=0)
+        b_y = tl.where(mask, values_of(b_y, scale, shift), 0.0)
         diff = b_x - b_alpha * b_y
         acc += diff * diff
         if BACKWARD:

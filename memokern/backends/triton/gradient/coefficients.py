@@ -12,7 +12,12 @@ import triton
 import triton.language as tl
 
 from memokern.backends.triton.core.exactness import LOG_THETA, THETA, error_of, exact_from
-from memokern.backends.triton.core.operands import operand_of, power_of_two, store_terms
+from memokern.backends.triton.core.operands import (
+    operand_of,
+    power_of_two,
+    store_terms,
+    values_of,
+)
 from memokern.backends.triton.core.query_table import (
     A1,
     A2,
@@ -227,7 +232,7 @@ def coefficients_kernel(
             v_g = tl.load(grad_mean + to * D + o_d, mask=o_d < D, other=0.0).to(tl.float64)
             v_m = tl.load(mean + to * D + o_d, mask=o_d < D, other=0.0).to(tl.float64)
             v_c = tl.load(center + o_d, mask=o_d < D, other=0.0)
-            v_y = tl.load(p_y + o_d, mask=m_d, other=0).to(tl.float64) * scale + shift
+            v_y = values_of(tl.load(p_y + o_d, mask=m_d, other=0), scale, shift)
             diff = tl.where(m_d, v_x - b_alpha * v_y, 0.0)
             s_r += diff * diff
             s_a += diff * (v_y - v_c)
@@ -262,7 +267,7 @@ def coefficients_kernel(
                 o_f = d + tl.arange(0, BLOCK_D)
                 m_f = found[:, None] & (o_f < D)[None, :]
                 u_x = tl.load(x + to * D + o_f, mask=o_f < D, other=0.0).to(tl.float64)
-                u_y = tl.load(p_y + o_f[None, :], mask=m_f, other=0).to(tl.float64) * scale + shift
+                u_y = values_of(tl.load(p_y + o_f[None, :], mask=m_f, other=0), scale, shift)
                 pulls_x = (x_q * x_c)[:, None] * (b_alpha * u_y - u_x[None, :])
                 old = tl.load(p_near + o_f, mask=o_f < D, other=0.0)
                 new = old + tl.sum(tl.where(m_f, pulls_x, 0.0), 0).to(tl.float32)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from memokern.backends.triton.core import machine, tuning
+from memokern.backends.triton.core.centering import sharp
 from memokern.backends.triton.core.rows import KernelRows
 from memokern.backends.triton.gradient import (
     backward_reduce,
@@ -52,7 +53,10 @@ def posterior_backward(query: Query, rows: Rows, sums: Sums, grads: Sums) -> Gra
 
 def posterior_backward_rows(query: Query, rows: Rows, grads: Sums) -> Tensor:
     """The gradient for floating-point rows [N, D], in their type."""
-    data = rows.data
+    data, given = rows.data, sharp(rows)
+    if given is not rows:
+        of_values = posterior_backward_rows(query, given, grads)
+        return (rows.scale * of_values).to(data.dtype)
     if query.x.shape[0] == 0:
         return torch.zeros(data.shape, dtype=data.dtype, device=data.device)
     q, stored = prepare(query, rows)

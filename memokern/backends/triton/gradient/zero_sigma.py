@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from memokern.backends.triton.core.exactness import exact_differences
+from memokern.backends.triton.core.operands import values_of
 from memokern.backends.triton.core.query_table import HARD, LOST, MODE
 from memokern.backends.triton.core.variant import POINTERS, ROW_TYPES, Variant, row_name
 from memokern.backends.triton.gradient.coefficients import TEMP
@@ -121,8 +122,8 @@ def tie_gradients_kernel(
                 v_g = tl.load(grad_mean + to * D + o_d, mask=o_d < D, other=0.0).to(tl.float64)
                 v_m = tl.load(mean + to * D + o_d, mask=o_d < D, other=0.0).to(tl.float64)
                 v_y = tl.load(rows + o_n[:, None] * stride_n + o_d[None, :], mask=m_d, other=0)
-                v_y = v_y.to(tl.float64) * scale + shift
-                gy += tl.where(m_d, v_g[None, :] * (v_y - v_m[None, :]), 0.0)
+                v_y = values_of(v_y, scale, shift) - v_m[None, :]
+                gy += tl.where(m_d, v_g[None, :] * v_y, 0.0)
             w = tl.where(tie, tl.exp(tl.where(tie, b_b - m, 0.0) / T) / z, 0.0)
             off = tl.where(tie, b_b - Eb, 0.0)
             h = (tl.sum(gy, 1) + (g_e + g_b) * off + 2.0 * g_s * (w - S)) / T

@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
+from memokern.backends.triton.core.operands import values_of
 from memokern.backends.triton.core.query_table import HARD
 from memokern.backends.triton.core.variant import POINTERS, ROW_TYPES, Variant, row_name
 
@@ -213,8 +214,8 @@ def listed_sum_kernel(
         b_n = tl.load(index + o_i, mask=(o_i < last) & (b_w == b_w), other=0).to(tl.int64)
         mask = (b_w != 0)[:, None] & (o_d < D)
         # [BLOCK_M, BLOCK_D]
-        b_y = tl.load(rows + b_n[:, None] * stride_n + o_d, mask=mask, other=0).to(tl.float64)
-        acc += tl.where(mask, b_w[:, None] * (b_y * scale + shift), 0.0)
+        b_y = tl.load(rows + b_n[:, None] * stride_n + o_d, mask=mask, other=0)
+        acc += tl.where(mask, b_w[:, None] * values_of(b_y, scale, shift), 0.0)
     tl.store(out + (i_p * B + i_b) * D + o_d, tl.sum(acc, 0), mask=o_d < D)
 
 

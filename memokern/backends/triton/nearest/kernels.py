@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from memokern.backends.triton.core.operands import values_of
 from memokern.backends.triton.core.variant import POINTERS, ROW_TYPES, Variant, row_name
 
 GROUP = 64  # rows of a group
@@ -101,7 +102,7 @@ def nearest_exact_kernel(
                 b_x = tl.load(x + i_b * D + o_d, mask=mask_d, other=0.0).to(tl.float64)
                 mask = mask_n[:, None] & mask_d
                 b_y = tl.load(rows + o_n[:, None] * stride_n + o_d, mask=mask, other=0)
-                diff = b_x[None, :] - (b_y.to(tl.float64) * scale + shift)
+                diff = b_x[None, :] - values_of(b_y, scale, shift)
                 acc += tl.where(mask, diff * diff, 0.0)
             r2 = tl.where(mask_n, tl.sum(acc, 1), float("inf"))
             nearest, worst = tl.min(r2, 0), tl.max(b_dist, 0)

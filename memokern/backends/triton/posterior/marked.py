@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from memokern.backends.triton.core.operands import as_operand
+from memokern.backends.triton.core.operands import as_operand, values_of
 from memokern.backends.triton.core.query_table import HARD, INV_T, MODE
 from memokern.backends.triton.core.state import KEY, S_BIAS, S_SQ, S_V, STATE, M, S, merge
 from memokern.backends.triton.core.variant import POINTERS, ROW_TYPES, Variant, row_name
@@ -69,7 +69,7 @@ def exact_kernel(
             mask = found[:, None] & (o_d < D)
             # [STRIPS, BLOCK_D]
             b_raw = tl.load(rows + o_n[:, None] * stride_n + o_d, mask=mask, other=0)
-            diff = b_x - b_alpha * (b_raw.to(tl.float64) * scale + shift)
+            diff = b_x - b_alpha * values_of(b_raw, scale, shift)
             r2 = tl.sum(tl.where(mask, diff * diff, 0.0), 1)
             b_bias = tl.load(bias + o_n, mask=found & (has_bias != 0), other=0.0)
             v = tl.where(hard, 0.0, -0.5 * (r2 / b_sigma) / b_sigma * inv_t)

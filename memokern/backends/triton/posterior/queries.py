@@ -7,7 +7,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from memokern.backends.triton.core.centering import center_of, check_types, scale_shift
+from memokern.backends.triton.core.centering import (
+    center_of,
+    check_types,
+    scale_shift,
+    sharp,
+)
 from memokern.backends.triton.core.exactness import HUGE
 from memokern.backends.triton.core.operands import (
     operand_of,
@@ -197,5 +202,6 @@ def prepare(query: Query, rows: Rows) -> tuple[KernelQueries, KernelRows]:
     rows is computed. Errors name what does not fit."""
     query = prepared(query, rows)
     check_types(query.x, rows)
+    rows = sharp(rows)
     center, sq_norms = center_of(rows)
     return KernelQueries(query, rows, center), KernelRows(rows.data, sq_norms, query.bias)
