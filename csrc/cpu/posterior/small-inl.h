@@ -102,12 +102,8 @@ static int small_part(const Source<R>& src, const Queries& in, double b_max, int
   R *y = arena.take<R>(SMALL_ROWS * D + 64), *b = arena.take<R>(SMALL_ROWS),
     *finite_b = arena.take<R>(SMALL_ROWS);
   R* row = arena.take<R>(64);
-<<<<<<< HEAD
-  const typename Fetch<R>::F fetch_row = fetch_for(src);
-  Pace pace = {in.watch, 0};
-=======
   const typename Values<R>::F values = values_for(src);
->>>>>>> ffb2c5a (A stored row has one value, the number that a training set shows, wherever it is read)
+  Pace pace = {in.watch, 0};
   for (int64_t q0 = b0; q0 < b1; q0 += block) {
     const int64_t count = imin(block, b1 - q0), vectors = (count + W - 1) / W;
     double y_max = 0;
