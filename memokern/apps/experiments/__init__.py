@@ -1,25 +1,25 @@
-"""The analytic experiments of Baptista et al., "Memorization and Regularization in Generative
-Diffusion Models" (arXiv:2501.15785), on memokern's operations. `memokern reproduce NAME` runs one
-and writes its figure and its numbers.
+"""The experiments of Baptista et al., "Memorization and Regularization in Generative Diffusion
+Models" (arXiv:2501.15785), analytic and with networks, on memokern's operations. `memokern
+reproduce NAME` runs one and writes its figure and its numbers.
 
 Example:
     >>> from memokern.apps import experiments
     >>> sorted(experiments.EXPERIMENTS)[:3]
-    ['empirical-bayes-sweep', 'rate', 'squares']
+    ['empirical-bayes-sweep', 'network-squares', 'network-sweep']
     >>> experiments.get("rate").title
     'convergence to the training point at the rate of the noise level'
 """
 
 from __future__ import annotations
 
-from memokern.apps.experiments import planar, squares, structured, sweeps
+from memokern.apps.experiments import networks, planar, squares, structured, sweeps
 from memokern.apps.experiments.base import Experiment, Outcome, output_paths, reproduce
 
 __all__ = ["EXPERIMENTS", "Experiment", "Outcome", "get", "output_paths", "reproduce"]
 
 EXPERIMENTS: dict[str, Experiment] = {
     experiment.name: experiment
-    for module in (planar, sweeps, structured, squares)
+    for module in (planar, sweeps, structured, squares, networks)
     for experiment in module.EXPERIMENTS
 }
 
