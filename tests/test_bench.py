@@ -12,7 +12,19 @@ import pytest
 import torch
 
 import memokern
-from bench import cases, conftest, images, peers, pruned, report, runs, scaling, table, timing
+from bench import (
+    cases,
+    conftest,
+    images,
+    peers,
+    pruned,
+    report,
+    runs,
+    scaling,
+    table,
+    timing,
+    training,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -249,3 +261,17 @@ def test_figures_of_two_machines_are_refused(tmp_path):
     assert run.returncode == 2 and "machine" in run.stderr
     one = json.loads(paths[0].read_text())
     assert report.compare(one, one) == "no case is in both"
+
+
+def test_training_targets_are_checked_before_they_are_timed(monkeypatch):
+    monkeypatch.setattr(training, "ROUNDS", 1)
+    clock = timing.Clock(patience=0.0)
+    found = [training.measure(case, clock) for case in training.cases(quick=True)]
+    assert [entry["case"].split()[0] for entry in found] == [
+        "stable", "flow_matching", "stable_velocity"
+    ]  # fmt: skip
+    assert all(entry["ratio"] > 0 for entry in found)
+    case = training.cases(quick=True)[0]
+    wrong = dataclasses.replace(case, ours=lambda: case.truth + 1)
+    with pytest.raises(AssertionError, match="memokern is off by"):
+        training.measure(wrong, clock)

@@ -91,12 +91,17 @@ class Trainer:
                 f"expected stop.monitor one of {', '.join(known) or 'nothing'} (held_out and"
                 f" metrics), got {stop.monitor!r}"
             )
-        self.optimizer = (
-            torch.optim.Adam(model.parameters(), lr=lr)
-            if optimizer is None
-            else optimizer(model.parameters())
-        )
+        if optimizer is None:
+            fused = all(p.device.type in ("cpu", "cuda") for p in model.parameters())
+            self.optimizer: torch.optim.Optimizer = torch.optim.Adam(
+                model.parameters(), lr=lr, fused=fused
+            )
+        else:
+            self.optimizer = optimizer(model.parameters())
         self.averaged = copy.deepcopy(model).requires_grad_(False).eval()
+        # Lists, because looking for parameters takes as long as a small layer.
+        self._weights = [list(m.parameters()) for m in (self.averaged, model)]
+        self._buffers = [list(m.buffers()) for m in (self.averaged, model)]
         self.kept: dict[str, Tensor] | None = None
         self.history, self.step, self.stopped = History(), 0, False
         self.seed = checks.integer("seed", seed, 0)
@@ -138,13 +143,11 @@ class Trainer:
         value.backward()
         self.optimizer.step()
         self.step += 1
-        share = 1 - min(self.ema, (1 + self.step) / (10 + self.step)) if self.ema else 1.0
+        decay = min(self.ema, (1 + self.step) / (10 + self.step)) if self.ema else 0.0
         with torch.no_grad():
-            parameters = zip(self.averaged.parameters(), self.model.parameters(), strict=True)
-            for mean, now in parameters:
-                mean.lerp_(now, share)
-            buffers = zip(self.averaged.buffers(), self.model.buffers(), strict=True)
-            for kept, new in buffers:
+            for mean, now in zip(*self._weights, strict=True):
+                mean.lerp_(now, 1 - decay)
+            for kept, new in zip(*self._buffers, strict=True):
                 kept.copy_(new)
         return value.detach()
 

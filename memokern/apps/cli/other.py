@@ -22,7 +22,7 @@ def _experiment_list() -> str:
 
 
 @click.command(
-    short_help="Reproduce an analytic experiment of arXiv:2501.15785.",
+    short_help="Reproduce an experiment of arXiv:2501.15785.",
     epilog=f"\b\nExperiments:\n{_experiment_list()}",
 )
 @click.argument("name", metavar="NAME|all")
@@ -50,8 +50,9 @@ def _experiment_list() -> str:
 def reproduce(
     name: str, out: Path, suffix: str, quick: bool, seed: int | None, force: bool
 ) -> None:
-    """Reproduce an analytic experiment of arXiv:2501.15785: a figure fit for a paper, and a JSON of
-    its numbers.
+    """Reproduce an experiment of arXiv:2501.15785: a figure fit for a paper, and a JSON of its
+    numbers. Those with networks take a minute or two with --quick, and half an hour and more
+    without.
     """
     with common.wrong_input("NAME"):
         if name == "all":

@@ -77,19 +77,27 @@ def made(network: type[MLP] | type[UNet], seed: int, *sizes: Any) -> MLP | UNet:
         return network(*sizes)
 
 
+def ends_of(p: NetworkSweep, denoiser: Any) -> torch.Tensor:
+    """Where the probability flow takes the same draws of the prior, [starts, 2] float32."""
+    generator = torch.Generator().manual_seed(p.seed + 1)
+    start = denoiser.process.prior((p.starts, 2), generator=generator)
+    return samplers.ode(denoiser, start, p.sampler_steps, solver="heun").x
+
+
+def collapse_of(p: NetworkSweep, ends: torch.Tensor, data: torch.Tensor) -> float:
+    rows = memokern.TrainingSet(data)
+    return judged(ends, rows, lambda x, y: memorization.collapse(x, y, p.tolerance)).fraction
+
+
 def run_one(p: NetworkSweep, width: int, c: float, data: torch.Tensor) -> Numbers:
     """The history of one network, and where its samples end."""
     flow = processes.get(p.process)
-    generator = torch.Generator().manual_seed(p.seed + 1)
-    start = flow.prior((p.starts, 2), generator=generator)
-    fresh = torch.randn(p.held_out, 2, generator=generator)
+    fresh = torch.randn(p.held_out, 2, generator=torch.Generator().manual_seed(p.seed + 2))
     ends: list[torch.Tensor] = []
 
     def collapsed(model: LearnedDenoiser) -> float:
-        x = samplers.ode(model, start, p.sampler_steps, solver="heun").x
-        ends[:] = [x]
-        rows = memokern.TrainingSet(data)
-        return judged(x, rows, lambda x, y: memorization.collapse(x, y, p.tolerance)).fraction
+        ends[:] = [ends_of(p, model)]
+        return collapse_of(p, ends[0], data)
 
     model = LearnedDenoiser(
         made(MLP, p.seed, (2,), width, p.depth), flow, output="eps", sigma_data=1.0
@@ -117,12 +125,11 @@ def run_sweep(p: NetworkSweep) -> Numbers:
     by_width, by_c = ([runs[each] for each in part] for part in (
         wanted[: len(p.widths)], wanted[len(p.widths) :],
     ))  # fmt: skip
+    flow, rows = processes.get(p.process), data.float()
     closed = []
     for c in p.strengths:
-        found = planar.integrate(
-            data, p.process, p.starts, 1e-3, p.seed, regularizers.Tikhonov(c) if c else None
-        )
-        closed.append(memorization.collapse(found.x, data, p.tolerance).fraction)
+        exact = memokern.Denoiser(rows, flow, regularizers.Tikhonov(c))
+        closed.append(collapse_of(p, ends_of(p, exact), rows))
     return {
         "data": data.numpy(), "tolerance": p.tolerance, "starts": p.starts, "process": p.process,
         "by_width": by_width, "by_c": by_c, "closed_form": closed,
