@@ -362,6 +362,7 @@ EXPERIMENTS = (
             "widths": (8, 64, 256),
             "strengths": (0.0, 1e-2, 1e-1),
             "steps": 3000,
+            "lr": 4e-3,
             "evaluations": 6,
             "starts": 400,
         },
