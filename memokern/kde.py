@@ -186,10 +186,14 @@ def _within_blocks(
         some = ~torch.isneginf(m)
         gap = torch.where(torch.isneginf(v), 0.0, v - torch.where(some, m, 0.0)[:, None])
         e = torch.where(torch.isneginf(v), 0.0, gap.exp())
-        state = State(
-            torch.where(some, 0.0, torch.inf), m, e.sum(1), (e * gap).sum(1),
-            (e * torch.where(torch.isneginf(b), 0.0, b)).sum(1), e.square().sum(1), e @ y, center,
-        )  # fmt: skip
+        sums = {
+            "key": torch.where(some, 0.0, torch.inf), "m": m, "s": e.sum(1),
+            "s_v": (e * gap).sum(1), "s_sq": e.square().sum(1), "acc": e @ y,
+            "s_bias": (e * torch.where(torch.isneginf(b), 0.0, b)).sum(1),
+        }  # fmt: skip
+        if "residual" in State._fields:
+            sums["residual"] = (e[:, :, None] * (y - flat[block, None])).sum(1)
+        state = empty_state(len(y), center, torch.float64)._replace(**sums)
         parts.append(replace(_no_rows(x[block], h[block]), state=state))
     return _joined(x, h, parts)
 
@@ -212,7 +216,8 @@ def _joined(x: Tensor, h: Tensor, parts: list[PosteriorState]) -> PosteriorState
     states = [part.state for part in parts]
     # In float64, because a state's own center may be far from the first one's.
     acc = [s.acc.to(torch.float64) + s.s[:, None] * (s.center - center) for s in states]
-    same = {name: torch.cat([getattr(s, name) for s in states]) for name in State._fields[:-2]}
+    rest = [name for name in State._fields if name not in ("acc", "center")]
+    same = {name: torch.cat([getattr(state, name) for state in states]) for name in rest}
     one = torch.ones_like(h)
     return replace(
         parts[0], x=x, sigma=h, alpha=one, temperature=one, n=len(x) - 1,
