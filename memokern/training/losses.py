@@ -151,6 +151,13 @@ class Denoising(Loss):
         reference: rows; size: how many are drawn for each batch. times: as :class:`Loss`.
 
     Raises: ValueError for an unknown prediction.
+
+    Example:
+        >>> from memokern import TrainingSet
+        >>> from memokern.training import losses
+        >>> loss = losses.Denoising("x0", losses.edm_weight(0.5), reference=TrainingSet.digits())
+        >>> loss.draw_reference(None).shape
+        torch.Size([256, 8, 8])
     """
 
     def __init__(
@@ -211,6 +218,20 @@ class ScoreMatching(Loss):
     Raises: TypeError, ValueError for c out of range.
 
     Source: Baptista et al., arXiv 2501.15785, eq. 5.7.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from memokern import processes
+        >>> from memokern.training import LearnedDenoiser, losses
+        >>> class Zero(nn.Module):  # a score of 0: the loss is |eps|^2 / (1 + c / sigma^2)
+        ...     shape = (1,)
+        ...     def forward(self, x, c):
+        ...         return 0 * x
+        >>> model = LearnedDenoiser(Zero(), processes.EDM(), output="eps")
+        >>> one = torch.ones(1, 1)
+        >>> losses.ScoreMatching(3.0).at(model, one, one, torch.ones(1).double()).item()
+        0.25
     """
 
     def __init__(
@@ -246,6 +267,13 @@ class Regression(Loss):
 
     Raises: TypeError for a teacher that is no Denoiser; ValueError for an unknown prediction, and,
         when it is called, for a network with another process.
+
+    Example:
+        >>> from memokern import Denoiser, TrainingSet, regularizers
+        >>> from memokern.training import losses
+        >>> teacher = Denoiser(TrainingSet.digits(), regularizer=regularizers.Tikhonov(0.1))
+        >>> losses.Regression(teacher).prediction
+        'eps'
     """
 
     def __init__(
