@@ -10,9 +10,11 @@ import json
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
+import memokern
 from memokern.apps import experiments
-from memokern.apps.experiments import networks, planar, squares, structured, sweeps
+from memokern.apps.experiments import conditional, networks, planar, squares, structured, sweeps
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -35,6 +37,12 @@ def numbers():
         "empirical-bayes-sweep": {"starts": 400, "strengths": (1e-2, 1e-1, 1.0, 10.0)},
         "structured": {},
         "squares": {"samples": 12},
+        "conditional": {
+            "seeds": 2,
+            "queries": 8,
+            "starts": 400,
+            "digit_bandwidths": (0.4, 1.0, 3.0),
+        },
     }
     assert list(changes) == ANALYTIC
     done: dict[str, dict] = {}
@@ -129,6 +137,48 @@ def test_squares_are_copied_and_tikhonov_stops_it(numbers) -> None:
     assert plain["fraction"] == 1.0 and cured["fraction"] == 0.0
     assert plain["wrong_pixels"].max() == 0 and cured["wrong_pixels"].min() > 0
     assert set(plain["index"]) == {0, 1}  # both images are found, not one over and over
+
+
+def test_conditional_measures_are_those_of_brute_force() -> None:
+    """In float64, from the weights by their definition."""
+    generator = torch.Generator().manual_seed(3)
+    rows, conditions = conditional.linear_gaussian(200, 0.1, generator)
+    _, asked = conditional.linear_gaussian(6, 0.1, generator)
+    digits = memokern.TrainingSet.digits()[:300].double()
+    cases = [(rows, conditions, asked, h) for h in (0.01, 0.1, 0.5)]
+    half = digits[:, :, :4].flatten(1)
+    cases += [(digits[:290], half[:290], half[290:], h) for h in (0.5, 2.0)]
+    for y, c, wanted, h in cases:
+        n_eff, trace = conditional.spread(y, c, wanted, h)
+        w = torch.softmax(-torch.cdist(wanted, c).square() / (2 * h * h), 1)
+        flat = y.flatten(1)
+        square = (flat[None] - (w @ flat)[:, None]).square().sum(2)
+        torch.testing.assert_close(n_eff, 1 / w.square().sum(1), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(trace, (w * square).sum(1), rtol=1e-5, atol=1e-5)
+
+
+def test_the_conditional_flow_ends_at_the_rows_as_often_as_their_weights_say(numbers) -> None:
+    law = numbers("conditional")["end_law"]
+    assert law["farthest"] < 1e-3 and law["count"].sum() == 400
+    chi, freedom = conditional.deviation(law)
+    assert freedom > 5 and stats.chi2.sf(chi, freedom) > 1e-4
+    # Other weights are told apart.
+    other = law | {"probability": np.roll(law["probability"], 1)}
+    assert conditional.deviation(other)[0] > 10 * chi
+
+
+def test_fewer_rows_and_less_variance_the_narrower_the_condition(numbers) -> None:
+    n = numbers("conditional")
+    for values in (n["n_eff"].mean(0), n["digit_n_eff"], n["digit_trace"]):
+        assert (np.diff(values) > 0).all()
+    assert n["trace"].mean(0)[0] < n["trace"].mean(0)[-1]
+    assert n["digit_trace"][-1] < n["digit_variance"]
+    # The published means, of other draws: the same size.
+    for h, n_eff, trace in zip(
+        n["bandwidths"], n["n_eff"].mean(0), n["trace"].mean(0), strict=True
+    ):
+        published = conditional.PUBLISHED[h]
+        assert 0.5 < n_eff / published[1] < 2 and 0.6 < trace / published[0] < 1.6, h
 
 
 def test_squares_are_the_papers() -> None:

@@ -1,0 +1,205 @@
+"""Conditions: how many rows a conditional empirical measure rests on, and how much variance it has.
+
+The minimiser of a conditional denoising loss with a kernel of bandwidth h weighs row n by
+p_n(c) ~ exp(-|c - c_n|^2 / (2 h^2)). Its flow ends at sum_n p_n(c) delta_{y_n}: n_eff = 1 / sum p^2
+rows share the weight, and the law has the covariance Cov_h of the rows under p(c). As h goes to 0
+one row is left, n_eff = 1 and tr Cov_h = 0: a conditional model memorises more than an
+unconditional one.
+
+Two problems: linear-Gaussian in the plane, where c is one coordinate with noise, and inpainting of
+digits, where c is the left half of an image. The published values (KhoiTrant68/cfm-collapse) are
+drawn beside the first as a guide to trend and size: their subsets and noise cannot be had.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import memokern
+from memokern import processes, samplers
+from memokern.apps import figures
+from memokern.apps.experiments.base import Experiment, Numbers
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Published means: bandwidth -> tr Cov_h, n_eff; d = 2, k = 1, N = 200.
+PUBLISHED = {0.01: (0.583, 3.5), 0.05: (0.921, 13.6), 0.1: (1.004, 26.0), 0.5: (1.281, 101.5)}
+# At this level x does not tell rows apart: |x - y|^2 / (2 sigma^2) is below 1e-6. The trace, which
+# the sweep gives as a difference of numbers of the size of sigma^2, is still right to 1e-6.
+UNINFORMATIVE = 1e4
+
+
+@dataclasses.dataclass(frozen=True)
+class Conditional:
+    """points: N of the plane, in so many `seeds` sets; noise: of the condition; queries: conditions
+    asked about. digits: rows; digit_bandwidths: in units of half an image, [-1, 1] per pixel.
+    starts: samples of one conditional flow.
+    """
+
+    points: int = 200
+    seeds: int = 5
+    queries: int = 48
+    noise: float = 0.1
+    bandwidths: tuple[float, ...] = (0.01, 0.05, 0.1, 0.5)
+    digits: int = 1700
+    digit_bandwidths: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 1.0, 1.5, 2.0, 3.0)
+    starts: int = 2000
+    seed: int = 1
+
+
+def kernel_bias(conditions: Tensor, c: Tensor, h: float) -> Tensor:
+    """-|c - c_n|^2 / (2 h^2) [N], of conditions [N, K] and one condition [K]."""
+    return -(conditions - c).square().sum(1) / (2 * h * h)
+
+
+def spread(rows: Tensor, conditions: Tensor, asked: Tensor, h: float) -> tuple[Tensor, Tensor]:
+    """n_eff and tr Cov_h [Q] at the conditions asked for [Q, K], from one posterior for each: at a
+    level of noise at which only the condition tells rows apart."""
+    center, data = rows.mean(0, keepdim=True), memokern.TrainingSet(rows)
+    found = [
+        memokern.posterior(center, data, UNINFORMATIVE, bias=kernel_bias(conditions, c, h))
+        for c in asked
+    ]
+    return torch.cat([p.ess for p in found]), torch.cat([p.covariance_trace for p in found])
+
+
+def linear_gaussian(count: int, noise: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Standard normal rows [count, 2] and their conditions [count, 1]: the first coordinate, with
+    noise."""
+    rows = torch.randn(count, 2, generator=generator, dtype=torch.float64)
+    error = torch.randn(count, 1, generator=generator, dtype=torch.float64)
+    return rows, rows[:, :1] + noise * error
+
+
+def end_law(p: Conditional) -> Numbers:
+    """One condition: how often samples of the conditional flow end at each row, and p_n(c)."""
+    generator = torch.Generator().manual_seed(p.seed)
+    rows, conditions = linear_gaussian(p.points, p.noise, generator)
+    bias = kernel_bias(conditions, torch.zeros(1, dtype=torch.float64), 0.1)
+    flow = memokern.Denoiser(rows, processes.EDM(sigma_max=200.0))
+    found = samplers.ode(flow, p.starts, 60, solver="heun", bias=bias, seed=p.seed)
+    near = memokern.nearest(found.x, rows)
+    counts = torch.bincount(near.index[:, 0], minlength=p.points)
+    return {
+        "probability": torch.softmax(bias, 0).numpy(), "count": counts.numpy(),
+        "farthest": float(near.distance.max()),
+    }  # fmt: skip
+
+
+def run_conditional(p: Conditional) -> Numbers:
+    """n_eff and tr Cov_h of both problems, and the end law of one flow."""
+    numbers: Numbers = {"bandwidths": list(p.bandwidths), "end_law": end_law(p)}
+    plane = np.zeros((2, p.seeds, len(p.bandwidths)))
+    for seed in range(p.seeds):
+        generator = torch.Generator().manual_seed(p.seed + seed)
+        rows, conditions = linear_gaussian(p.points, p.noise, generator)
+        _, asked = linear_gaussian(p.queries, p.noise, generator)
+        for k, h in enumerate(p.bandwidths):
+            n_eff, trace = spread(rows, conditions, asked, h)
+            plane[:, seed, k] = float(n_eff.mean()), float(trace.mean())
+    numbers["n_eff"], numbers["trace"] = plane
+    digits = memokern.TrainingSet.digits()
+    images = digits[:].double()
+    left = images[:, :, :4].flatten(1)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(p.seed))
+    kept, fresh = order[: p.digits], order[p.digits :][: p.queries]
+    inpainting = [spread(images[kept], left[kept], left[fresh], h) for h in p.digit_bandwidths]
+    numbers["digit_bandwidths"] = list(p.digit_bandwidths)
+    numbers["digit_n_eff"] = [float(n.mean()) for n, _ in inpainting]
+    numbers["digit_trace"] = [float(t.mean()) for _, t in inpainting]
+    numbers["digit_variance"] = float(images[kept].flatten(1).var(0, unbiased=False).sum())
+    return numbers
+
+
+def deviation(law: Numbers) -> tuple[float, int]:
+    """The chi-square of the counts against p_n(c), rows that are expected less than five times
+    taken as one, and its degrees of freedom."""
+    total = law["count"].sum()
+    expected = total * law["probability"]
+    often = expected >= 5
+    seen = np.append(law["count"][often], law["count"][~often].sum())
+    wanted = np.append(expected[often], expected[~often].sum())
+    seen, wanted = seen[wanted > 0], wanted[wanted > 0]
+    return float(((seen - wanted) ** 2 / wanted).sum()), len(seen) - 1
+
+
+def conclude_conditional(n: Numbers) -> list[str]:
+    chi, freedom = deviation(n["end_law"])
+    fair = chi < freedom + 4 * math.sqrt(2 * freedom)
+    lines = [
+        "linear-Gaussian, mean over seeds: "
+        + "; ".join(
+            f"h = {h:g}: n_eff {e:.1f}, tr Cov {t:.3f}"
+            + (
+                f" (published {PUBLISHED[h][1]:.1f}, {PUBLISHED[h][0]:.3f})"
+                if h in PUBLISHED
+                else ""
+            )
+            for h, e, t in zip(n["bandwidths"], n["n_eff"].mean(0), n["trace"].mean(0), strict=True)
+        ),
+        "digits, the left half given: "
+        + "; ".join(
+            f"h = {h:g}: n_eff {e:.1f}, tr Cov {t:.2f}"
+            for h, e, t in zip(
+                n["digit_bandwidths"], n["digit_n_eff"], n["digit_trace"], strict=True
+            )
+        )
+        + f"; all rows {n['digit_variance']:.2f}",
+        f"the conditional flow ends at rows (farthest {n['end_law']['farthest']:.1e}) as often as"
+        f" p(c) says: chi-square {chi:.0f} at {freedom} degrees of freedom"
+        + ("" if fair else " (does NOT hold here)"),
+    ]
+    return lines
+
+
+def draw_conditional(n: Numbers) -> Figure:
+    """n_eff and tr Cov_h against h for the plane and the digits, and the end law."""
+    with figures.style():
+        figure, axes = figures.new(2.1 * figures.COLUMN, 2.6, 1, 3)
+        plane, digits, law = axes[0]
+        guide = np.array([[h, *PUBLISHED[h]] for h in PUBLISHED]).T
+        for values, published, colour, label in (
+            (n["n_eff"], guide[2], figures.BLUE, r"$n_{eff}$"),
+            (n["trace"], guide[1], figures.VERMILION, r"tr Cov$_h$"),
+        ):
+            mean, spread = values.mean(0), values.std(0)
+            plane.errorbar(n["bandwidths"], mean, spread, fmt="o-", color=colour, label=label,
+                           markersize=3.5)  # fmt: skip
+            plane.plot(guide[0], published, "x", color=figures.BLACK, markersize=5,
+                       label="published" if label.startswith("tr") else None)  # fmt: skip
+        plane.set(xscale="log", yscale="log", xlabel="bandwidth $h$", title="linear-Gaussian")
+        plane.legend(fontsize=7)
+        digits.loglog(n["digit_bandwidths"], n["digit_n_eff"], "o-", color=figures.BLUE,
+                      label=r"$n_{eff}$", markersize=3.5)  # fmt: skip
+        digits.loglog(n["digit_bandwidths"], n["digit_trace"], "o-", color=figures.VERMILION,
+                      label=r"tr Cov$_h$", markersize=3.5)  # fmt: skip
+        digits.axhline(n["digit_variance"], color=figures.GREY, ls="--", lw=0.9, label="all rows")
+        digits.set(xlabel="bandwidth $h$", title="digits, left half given")
+        digits.legend(fontsize=7)
+        share = n["end_law"]["count"] / n["end_law"]["count"].sum()
+        top = float(max(share.max(), n["end_law"]["probability"].max())) * 1.1
+        law.plot([0, top], [0, top], "-", color=figures.GREY, lw=0.9)
+        law.plot(n["end_law"]["probability"], share, "o", color=figures.BLUE, markersize=3)
+        law.set(xlabel="$p_n(c)$", ylabel="share of samples", title="end of the flow",
+                xlim=(0, top), ylim=(0, top))  # fmt: skip
+    return figure
+
+
+EXPERIMENTS = (
+    Experiment(
+        "conditional",
+        "conditions: the rows and the variance that a conditional law rests on",
+        Conditional,
+        run_conditional,
+        draw_conditional,
+        conclude_conditional,
+        {"seeds": 2, "queries": 12, "starts": 500},
+    ),
+)
