@@ -182,6 +182,8 @@ def draw_conditional(n: Numbers) -> Figure:
                       label=r"tr Cov$_h$", markersize=3.5)  # fmt: skip
         digits.axhline(n["digit_variance"], color=figures.GREY, ls="--", lw=0.9, label="all rows")
         digits.set(xlabel="bandwidth $h$", title="digits, left half given")
+        digits.set_xticks([0.2, 0.5, 1.0, 2.0], ["0.2", "0.5", "1", "2"])
+        digits.xaxis.set_minor_formatter("")
         digits.legend(fontsize=7)
         share = n["end_law"]["count"] / n["end_law"]["count"].sum()
         top = float(max(share.max(), n["end_law"]["probability"].max())) * 1.1
