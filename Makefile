@@ -9,6 +9,7 @@
 #                 (ARGS="--minutes 15", ARGS="--help"); else: every kernel compiled
 # make kernels  every Triton kernel compiled, into docs/triton-kernels.md (45 minutes of a core; then what changed)
 # make sanitize the Triton kernels watched for races and for what lies outside of tensors (ttsem, experimental)
+# make sanitize-cpu  the C++ kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer (needs GCC)
 # make neon     the portable kernels on an emulated ARM processor (needs g++-aarch64-linux-gnu and qemu-user)
 #
 # Everything runs in .venv, made on first use. PYTHON chooses the interpreter, TORCH the PyTorch.
@@ -25,7 +26,7 @@ BIN = $(VENV)/bin
 SOURCES = $(shell find csrc -type f) setup.py pyproject.toml
 CPP = $(shell find csrc tests/cpp -name "*.h" -o -name "*.cpp")
 
-.PHONY: demo test test-all fuzz bench lint peers gpu-check kernels sanitize neon clean
+.PHONY: demo test test-all fuzz bench lint peers gpu-check kernels sanitize sanitize-cpu neon clean
 
 # torch first and alone: its pinned build decides what the rest may need.
 $(BIN)/python:
@@ -87,6 +88,9 @@ sanitize: $(VENV)/.dev-installed
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps --ignore-requires-python --upgrade \
 	  --target build/ttsem "$(TTSEM)"
 	TRITON_INTERPRET=0 PYTHONPATH=.:build/ttsem $(BIN)/python -m ttsem.sanitize tests/sanitize.py
+
+sanitize-cpu: $(VENV)/.dev-installed
+	$(BIN)/python -m tools.sanitize_cpu $(ARGS)
 
 neon:
 	mkdir -p build

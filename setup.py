@@ -84,9 +84,9 @@ def extension(name, sources):
     )
 
 
-BIND = [f"csrc/bind/{name}.cpp" for name in ("module", "isa", "dense", "listed")]
-EXTENSIONS = [extension("memokern._C", [*BIND, *KERNELS])]
-if os.environ.get("MEMOKERN_BUILD_TESTING") == "1":
-    EXTENSIONS.append(extension("memokern._testing", ["csrc/bind/testing.cpp", *TESTING]))
-
-setup(ext_modules=EXTENSIONS, cmdclass={"build_ext": BuildExt})
+if __name__ == "__main__":
+    BIND = [f"csrc/bind/{name}.cpp" for name in ("module", "isa", "dense", "listed")]
+    EXTENSIONS = [extension("memokern._C", [*BIND, *KERNELS])]
+    if os.environ.get("MEMOKERN_BUILD_TESTING") == "1":
+        EXTENSIONS.append(extension("memokern._testing", ["csrc/bind/testing.cpp", *TESTING]))
+    setup(ext_modules=EXTENSIONS, cmdclass={"build_ext": BuildExt})

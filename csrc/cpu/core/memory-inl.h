@@ -1,16 +1,26 @@
 // Work space without the C++ library's allocator.
 #pragma once
 #include "cpu/core/vec-inl.h"
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#else
+#define ASAN_POISON_MEMORY_REGION(p, n) ((void)0)
+#define ASAN_UNPOISON_MEMORY_REGION(p, n) ((void)0)
+#endif
 
 namespace memokern {
 namespace MEMOKERN_ISA_NS {
 
 // A few arrays of zeros in one aligned block, which are freed together. reserve() takes the sum of the
-// bytes() of all arrays that take() will hand out, and says whether the memory was there.
+// bytes() of all arrays that take() will hand out, and says whether the memory was there. AddressSanitizer is
+// told what lies between them.
 class Arena {
  public:
   Arena() : base_(nullptr), size_(0), used_(0) {}
-  ~Arena() { free(base_); }
+  ~Arena() {
+    if (base_) ASAN_UNPOISON_MEMORY_REGION(base_, size_);
+    free(base_);
+  }
   template <class T>
   static int64_t bytes(int64_t n) {
     return round_up(n * (int64_t)sizeof(T), 64) + 64;
@@ -18,6 +28,7 @@ class Arena {
   bool reserve(int64_t size) {
     size_ = round_up(size, 64) + 64;
     if (posix_memalign(&base_, 64, size_) != 0) base_ = nullptr;
+    if (base_) ASAN_POISON_MEMORY_REGION(base_, size_);
     return base_ != nullptr;
   }
   template <class T>
@@ -31,6 +42,7 @@ class Arena {
   T* take_raw(int64_t n) {
     T* p = (T*)((char*)base_ + used_);
     used_ += bytes<T>(n);
+    ASAN_UNPOISON_MEMORY_REGION(p, n * sizeof(T));
     return p;
   }
 

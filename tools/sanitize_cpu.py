@@ -1,0 +1,127 @@
+"""The C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer, and ThreadSanitizer.
+
+    make sanitize-cpu                   # every instruction set of the machine, both builds
+    make sanitize-cpu ARGS="--isa baseline --only thread"
+
+Without Python: ``tests/cpp/sanitize.cpp`` runs every kernel on problems of awkward sizes, in memory
+of exactly their size. In the first build the arrays of a kernel's work space are kept apart by
+memory that must not be touched (``csrc/cpu/core/memory-inl.h``). In the second, threads come from
+``tests/cpp/openmp.cpp``, whose synchronisation ThreadSanitizer sees. Needs GCC.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import re
+import runpy
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SANITIZERS = {
+    "address": ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all"],
+    "thread": ["-fsanitize=thread"],
+}
+# avx2w16 is the width of AVX-512 with the instructions of AVX2: for machines without AVX-512.
+SOURCES = {
+    "baseline": "csrc/cpu/isa/baseline.cpp",
+    "avx2": "csrc/cpu/isa/avx2.cpp",
+    "avx512": "csrc/cpu/isa/avx512.cpp",
+    "avx2w16": "csrc/testing/avx2w16.cpp",
+}
+FLAGS_OF_AVX2 = {"avx2", "fma", "f16c"}
+FLAGS_OF_AVX512 = {"avx512f", "avx512vl", "avx512bw", "avx512dq"}
+
+
+def isas() -> list[str]:
+    """The instruction sets that this machine runs; of two with one width, the real one."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return ["baseline"]
+    text = Path("/proc/cpuinfo").read_text()
+    found = re.search(r"^flags\s*:(.*)$", text, re.MULTILINE)
+    known = set(found[1].split()) if found else set()
+    if not known >= FLAGS_OF_AVX2:
+        return ["baseline"]
+    return ["baseline", "avx2", "avx512" if known >= FLAGS_OF_AVX512 else "avx2w16"]
+
+
+def build(sanitizer: str, isa: str, source: Path, out: Path) -> Path:
+    """The program with one instruction set's kernels, of the sources in a folder. Only the parts
+    that have changed are compiled again."""
+    setup = runpy.run_path(str(source / "setup.py"), run_name="flags")
+    out.mkdir(parents=True, exist_ok=True)
+    headers = [*(source / "csrc").rglob("*.h"), *(source / "tests/cpp").glob("*.h")]
+    newest = max(path.stat().st_mtime for path in headers)
+    common = [
+        "g++", "-std=c++17", *setup["FLAGS"], "-O1", "-g", "-fno-omit-frame-pointer",
+        *SANITIZERS[sanitizer], "-I" + str(source / "csrc/include"), "-I" + str(source / "csrc"),
+        f"-DMEMOKERN_TABLE=table_{isa}",
+    ]  # fmt: skip
+
+    def compiled(name: str, *flags: str) -> str:
+        path, object_ = source / name, out / f"{sanitizer}-{isa}-{Path(name).stem}.o"
+        if not object_.exists() or object_.stat().st_mtime < max(newest, path.stat().st_mtime):
+            subprocess.run([*common, *flags, "-c", str(path), "-o", str(object_)], check=True)
+        return str(object_)
+
+    kernels = SOURCES[isa]
+    flags = [f for f in setup["ISA_FLAGS"].get(kernels, []) if not f.startswith("-O")]
+    objects = [compiled(kernels, "-fopenmp", *flags), compiled("tests/cpp/sanitize.cpp")]
+    if sanitizer == "thread":
+        objects.append(compiled("tests/cpp/openmp.cpp"))
+    program = out / f"{sanitizer}-{isa}"
+    link = ["-pthread"] if sanitizer == "thread" else ["-fopenmp"]
+    subprocess.run(["g++", *SANITIZERS[sanitizer], *objects, *link, "-o", str(program)], check=True)
+    return program
+
+
+def run(program: Path, share: int, of: int) -> subprocess.CompletedProcess[str]:
+    """Every of-th problem; what the sanitizer says is in stderr."""
+    options = {
+        "ASAN_OPTIONS": "detect_leaks=1:strict_init_order=1",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "TSAN_OPTIONS": "halt_on_error=1:second_deadlock_stack=1",
+        "OMP_NUM_THREADS": "3",
+    }
+    command = [str(program), str(share), str(of)]
+    environment = {**os.environ, **options}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if "unexpected memory mapping" in done.stderr:  # GCC 12's ThreadSanitizer on newer kernels
+        command = ["setarch", "-R", *command]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    return done
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="The C++ kernels under sanitizers.")
+    parser.add_argument(
+        "--isa", choices=sorted(SOURCES), action="append", help="all of the machine"
+    )
+    parser.add_argument("--only", choices=sorted(SANITIZERS), help="one of the two builds")
+    parser.add_argument("--every", type=int, default=1, help="only every n-th problem")
+    parser.add_argument("--source", type=Path, default=ROOT, help="the tree that is watched")
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "sanitize")
+    asked = parser.parse_args(arguments)
+    pairs = [(s, i) for i in asked.isa or isas() for s in SANITIZERS if asked.only in (None, s)]
+    began = time.monotonic()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        programs = list(pool.map(lambda p: build(*p, asked.source, asked.out), pairs))
+        print(f"compiled in {time.monotonic() - began:.0f} s", flush=True)
+        runs = pool.map(lambda program: run(program, 0, asked.every), programs)
+        bad = 0
+        for (sanitizer, isa), done in zip(pairs, runs, strict=True):
+            print(f"{sanitizer:<8} {isa:<9} {done.stdout.strip() or 'nothing ran'}", flush=True)
+            if done.returncode:
+                bad += 1
+                print(done.stderr[-6000:], file=sys.stderr)
+    print(f"{len(pairs)} programs, {bad} with findings, {time.monotonic() - began:.0f} s")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
