@@ -40,7 +40,8 @@ PLANTED = {
     "a missing barrier": (
         "csrc/cpu/listed/listed_backward-inl.h",
         "#pragma omp for schedule(dynamic, 1)\n    for (int64_t k = 0; k < count; k++)\n      if",
-        "#pragma omp for schedule(dynamic, 1) nowait\n    for (int64_t k = 0; k < count; k++)\n      if",
+        "#pragma omp for schedule(dynamic, 1) nowait\n"
+        "    for (int64_t k = 0; k < count; k++)\n      if",
         "thread",
         "data race",
     ),
