@@ -23,6 +23,8 @@ import torch
 
 from memokern.util.writing import atomic
 
+# Up to so many bytes, a member of an .npz is compared with its checksum before it is mapped.
+CHECKED_BYTES = 1 << 28
 FORMATS = (".npy", ".npz", ".safetensors")
 # Where a file has several arrays and none is asked for by name, the first of these names is read.
 USUAL_KEYS = ("rows", "images", "samples", "data", "x", "arr_0")
@@ -62,7 +64,10 @@ def read_tensor(path: str | os.PathLike[str] | Pinned, key: str | None = None) -
         path: the file. `.npy` and `.safetensors` are memory-mapped copy-on-write: nothing is read
             until it is used, and writing to the tensor changes neither the file nor other
             processes. The members of an uncompressed `.npz` that happen to be aligned to their item
-            size (uint8 always is) are mapped too; others are read.
+            size (uint8 always is) are mapped too, after their checksum was compared; those above
+            256 MiB without; others are read. Nobody may cut a mapped file short while it is in use:
+            the system then ends the process (SIGBUS). To put another file in its place, as the
+            writers here do, is safe.
         key: which array of an `.npz` or `.safetensors`. By default the only one, or the first of
             "rows", "images", "samples", "data", "x", "arr_0" that the file has.
 
@@ -250,11 +255,20 @@ def _read_member(file: Pinned, archive: zipfile.ZipFile, key: str) -> np.ndarray
         if info.compress_type == zipfile.ZIP_STORED:
             mapped = _map_member(file.at, info)
             if mapped is not None:
+                if info.file_size <= CHECKED_BYTES:
+                    _compare_checksum(archive, info)
                 return mapped
         with archive.open(info) as member:
             return np.lib.format.read_array(member, allow_pickle=False)
 
     return _guarded(file.path, read)
+
+
+def _compare_checksum(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> None:
+    """Raises BadZipFile where a member's bytes are not those that were written."""
+    with archive.open(info) as member:
+        while member.read(1 << 24):
+            pass
 
 
 def _map_member(path: Path, info: zipfile.ZipInfo) -> np.ndarray | None:

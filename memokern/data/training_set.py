@@ -44,9 +44,9 @@ class TrainingSet:
             - a tensor or numpy array, whose memory is shared, not copied, where it is contiguous:
               changes by PyTorch are followed until there is an index, which they make an error;
               changes by others, such as numpy, must not happen, since norms and mean are cached;
-            - a path: `.npy` and `.safetensors` are memory-mapped, and so is `.npz` where it is
-              uncompressed and aligned. Pickles are never loaded. A file that `save` wrote brings
-              everything else with it. Of a folder, its PNG and JPEG pictures are read, uint8
+            - a path: `.npy`, `.safetensors` and aligned uncompressed `.npz` are memory-mapped, and to
+              cut such a file short ends the process. Pickles are never loaded. A file that `save`
+              wrote brings all else with it. A folder's PNG and JPEG pictures are read, uint8
               [N, 3, H, W] or [N, H, W]; subfolders are classes, as in torchvision's ImageFolder;
             - a torch map-style Dataset of tensors or (tensor, label) items, each of which is read
               once, into one allocation.

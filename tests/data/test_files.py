@@ -78,6 +78,18 @@ def test_files_are_mapped_not_read(tmp_path, suffix):
     assert tensor.sum() == 100_000
 
 
+def test_a_mapped_member_is_compared_with_its_checksum(tmp_path, monkeypatch):
+    path = tmp_path / "a.npz"
+    np.savez(path, rows=np.arange(30_000, dtype=np.uint8).reshape(300, 100))
+    held = bytearray(path.read_bytes())
+    held[len(held) // 2] ^= 1
+    path.write_bytes(held)
+    with pytest.raises(ValueError, match=r"a.npz' cannot be read \(Bad CRC"):
+        files.read_tensor(path)
+    monkeypatch.setattr(files, "CHECKED_BYTES", 1000)  # what is larger is not read for it
+    assert files.read_tensor(path).shape == (300, 100)
+
+
 def test_a_compressed_member_and_an_unaligned_one_are_read(tmp_path):
     array = np.arange(12.0).reshape(3, 4)
     np.savez_compressed(tmp_path / "a.npz", rows=array)
