@@ -44,7 +44,7 @@ class TrainingSet:
             - a tensor or numpy array, whose memory is shared, not copied, where it is contiguous:
               changes by PyTorch are followed until there is an index, which they make an error;
               changes by others, such as numpy, must not happen, since norms and mean are cached;
-            - a path: `.npy`, `.safetensors` and aligned uncompressed `.npz` are memory-mapped, and to
+            - a path: `.npy`, `.safetensors` and aligned uncompressed `.npz` are memory-mapped; to
               cut such a file short ends the process. Pickles are never loaded. A file that `save`
               wrote brings all else with it. A folder's PNG and JPEG pictures are read, uint8
               [N, 3, H, W] or [N, H, W]; subfolders are classes, as in torchvision's ImageFolder;
