@@ -17,6 +17,8 @@
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+# For builds of torch that bring none, as those for CPUs: what torch 2.13 goes with.
+TRITON ?= triton==3.7.1; platform_system == 'Linux' and platform_machine == 'x86_64'
 SMALLDIFFUSION ?= smalldiffusion==0.5.0
 TTSEM ?= ttsem==0.1.0
 VENV ?= .venv
@@ -38,6 +40,7 @@ $(VENV)/.demo-installed: $(SOURCES) | $(BIN)/python
 	@touch $@
 
 $(VENV)/.dev-installed: $(SOURCES) | $(BIN)/python
+	$(BIN)/pip show -qq triton || $(BIN)/pip install -q --disable-pip-version-check "$(TRITON)"
 	MEMOKERN_BUILD_TESTING=1 $(BIN)/pip install -q --disable-pip-version-check -e ".[dev]"
 	@touch $@
 
