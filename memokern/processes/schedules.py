@@ -149,7 +149,9 @@ class Cosine(Process):
         # cos(b)^2 - cos(a)^2 = sin(a - b) sin(a + b). 1 - alpha^2 would cancel near t = 0.
         step = self._scale * t
         product = torch.sin(step) * torch.sin(step + 2 * self._first)
-        return product.clamp(min=0.0).sqrt() / math.cos(self._first)
+        # No clamp: its derivative at the bound is 1 up to torch 2.13 and 0 from 2.14 on, and a
+        # velocity must see that sigma' is infinite at t = 0.
+        return torch.where(product < 0, 0.0, product).sqrt() / math.cos(self._first)
 
     def _time(self, square: Tensor, alpha: Tensor) -> Tensor:
         """The time with these sigma^2 and alpha, which is exact at both ends: the identity in
