@@ -172,7 +172,8 @@ def test_the_metrics():
         memorization.report(x, data, k=9, level=0.0, method=method)
         for method in ("pruned", "dense")
     )
-    assert got.keys() == want.keys() == {"collapse", "ratio", "carlini", "exact"}
+    criteria = {"collapse", "ratio", "carlini", "neighbourhood", "exact"}
+    assert got.keys() == want.keys() == criteria
     for name in got:
         assert torch.equal(got[name].value, want[name].value)
         assert torch.equal(got[name].index, want[name].index)
