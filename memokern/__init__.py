@@ -9,6 +9,7 @@ torch.Size([4, 8, 8])
 
 from __future__ import annotations
 
+from memokern.by_row import draw, row_weights, weights
 from memokern.data.training_set import TrainingSet
 from memokern.denoiser import Denoiser
 from memokern.explaining import explain
@@ -21,7 +22,6 @@ from memokern.functional import (
     nearest,
     posterior,
     score,
-    weights,
 )
 from memokern.partial import PosteriorState, merge, posterior_state
 from memokern.strategies.certificate import Certificate
@@ -35,6 +35,7 @@ __all__ = [
     "PosteriorState",
     "TrainingSet",
     "denoise",
+    "draw",
     "explain",
     "jvp",
     "log_density",
@@ -42,6 +43,7 @@ __all__ = [
     "nearest",
     "posterior",
     "posterior_state",
+    "row_weights",
     "score",
     "weights",
 ]

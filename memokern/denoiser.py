@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,15 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from memokern import functional, regularizers, validate
+from memokern.conditional import Label, Wanted, groups
+from memokern.data.stored import PER_ROW
 from memokern.data.training_set import TrainingSet
-from memokern.edm_network import EVERY_ROW, EDMNetwork, Label, label_numbers
+from memokern.edm_network import EDMNetwork
 from memokern.processes import EDM, Process
 from memokern.regularizers import Prediction, Query, Regularizer
 from memokern.regularizers.joined import joined
 from memokern.util.held import Held
 from memokern.util.torch_internals import traced
-from memokern.validate import wide
+from memokern.validate import PerQuery, wide
 
+# Buffers that stay float64, whatever type the others are converted to.
+EXACT = ("affine", "conditions", "log_weights")
 PREDICTIONS = ("x0", "eps", "v", "score", "velocity")
 # The noise level at which slopes stand for those at sigma = 0.
 NEAR_ZERO = 1e-6
@@ -31,8 +36,9 @@ class Denoiser(EDMNetwork, nn.Module):
     in float32, and the result has x's type.
 
     Buffers: `rows` [N, \*shape] (the training set's own memory), `affine` (scale, shift), and
-    `labels` and `log_weights` where the set has them. `state_dict` has these, but not the process
-    and the regulariser, which are code; loading needs a set of the same shape and row type. `.to()`
+    `labels`, `conditions` and `log_weights` where the set has them. `state_dict` has these, but not
+    the process and the regulariser, which are code; loading needs a set of the same shape and row
+    type. `.to()`
     moves the buffers; to another floating-point type it converts floating-point rows and nothing
     else. `.to("meta")` keeps shapes and scale but no values, which loading a state brings back. The
     data's index is used, for a label the part of it that belongs to the label's rows; rows that
@@ -72,6 +78,7 @@ class Denoiser(EDMNetwork, nn.Module):
     rows: Tensor
     affine: Tensor
     labels: Tensor | None
+    conditions: Tensor | None
     log_weights: Tensor | None
 
     def __init__(
@@ -111,17 +118,14 @@ class Denoiser(EDMNetwork, nn.Module):
         for name, value in {
             "rows": data.rows.reshape((data.n, *data.shape)),
             "affine": self._affine(data).to(data.device),
-            "labels": data.labels,
-            "log_weights": data.log_weights,
+            **{name: getattr(data, name) for name in PER_ROW},
         }.items():
             self.register_buffer(name, value, persistent=persistent)
         # What pipelines ask for a network's type; state_dict leaves it out.
         kind = torch.empty(0, dtype=data.compute_dtype, device=data.device)
         self.kind = nn.Parameter(kind, requires_grad=False)
         self._held = Held(self._buffers)
-        self._spare: tuple[Held, TrainingSet, dict[int, Any]] | None = None
-        # For labels that were asked for: which rows have them, and these rows.
-        self._classes: dict[int, tuple[Tensor | slice, TrainingSet]] = {}
+        self._spare: tuple[Held, TrainingSet] | None = None
 
     # --- the data ---------------------------------------------------------------------------
 
@@ -132,12 +136,12 @@ class Denoiser(EDMNetwork, nn.Module):
         changed = self._held.changed(self._buffers)
         if changed == {"rows"} and self._held.tensors["rows"] is self.rows:
             # Written to, which the training set sees itself.
-            self._held, self._classes = Held(self._buffers), {}
+            self._held = Held(self._buffers)
         elif changed:
             # Where the buffers come back, as after functional_call, so does what is known of them.
-            spare, self._spare = self._spare, (self._held, self._data, self._classes)
+            spare, self._spare = self._spare, (self._held, self._data)
             if spare is not None and not spare[0].changed(self._buffers):
-                self._held, self._data, self._classes = spare
+                self._held, self._data = spare
             else:
                 known = [self._data.scale, self._data.shift]
                 self._renew(*(self.affine.tolist() if "affine" in changed else known))
@@ -158,17 +162,16 @@ class Denoiser(EDMNetwork, nn.Module):
         """Makes the training set anew from the buffers as they are now."""
         self._data = TrainingSet(
             self.rows,
-            labels=self.labels,
-            log_weights=self.log_weights,
+            **{name: getattr(self, name) for name in PER_ROW},
             scale=scale,
             shift=shift,
             name=self._name,
             check=False,
         )
-        self._held, self._classes = Held(self._buffers), {}
+        self._held = Held(self._buffers)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Denoiser:
-        rows, exact = self.rows, {"affine": self.affine, "log_weights": self.log_weights}
+        rows, exact = self.rows, {name: self._buffers[name] for name in EXACT}
         super()._apply(fn, recurse)
         device = self.rows.device
         for name, value in exact.items():
@@ -229,7 +232,7 @@ class Denoiser(EDMNetwork, nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: rows that are the training set's memory go with it, once."""
         shared = self.rows.data_ptr() == self.data.rows.data_ptr()
-        state = {**self.__dict__, "_classes": {}, "_held": None, "_spare": None}
+        state = {**self.__dict__, "_held": None, "_spare": None}
         if shared:
             state["_buffers"] = {**self._buffers, "rows": None}
         return state
@@ -240,20 +243,6 @@ class Denoiser(EDMNetwork, nn.Module):
             data = self._data
             self._buffers["rows"] = data.rows.reshape((data.n, *data.shape))
         self._held, self._spare = Held(self._buffers), None  # copies count from 0
-
-    @torch.inference_mode(False)  # what is kept must serve calls that record a gradient
-    def _of_label(self, label: int) -> tuple[Tensor | slice, TrainingSet]:
-        """Which rows have this label, as an index, and those rows."""
-        known_labels = self._data.labels
-        if label == EVERY_ROW and (known_labels is None or not bool((known_labels == label).any())):
-            return slice(None), self._data
-        known = self._classes.get(label)
-        if known is None or (known[1].index is None) != (self._data.index is None):
-            chosen = self._data.where(label)  # ValueError where there are none
-            assert known_labels is not None
-            index = (known_labels == label).nonzero()[:, 0]
-            self._classes[label] = index, chosen
-        return self._classes[label]
 
     # --- evaluation -------------------------------------------------------------------------
 
@@ -267,6 +256,8 @@ class Denoiser(EDMNetwork, nn.Module):
         t: float | Tensor,
         label: Label = None,
         *,
+        condition: Tensor | None = None,
+        bandwidth: PerQuery | None = None,
         bias: Tensor | None = None,
         certificate: bool = False,
     ) -> Prediction:
@@ -278,6 +269,8 @@ class Denoiser(EDMNetwork, nn.Module):
             label: which rows to use: those with this label, one for all queries or [\*batch]
                 integers, or one-hot [\*batch, label_dim]. None uses all rows; so do a list's None,
                 -1 where no row has it, and one-hot zeros, the null class of guidance.
+            condition, bandwidth: as :func:`memokern.posterior`; in the result's posterior, logits
+                and biases count from the largest that the condition gives.
             bias: [N], added to the rows' logits.
             certificate: as :func:`memokern.posterior`; it is in the result's posterior.
 
@@ -294,21 +287,24 @@ class Denoiser(EDMNetwork, nn.Module):
         x = validate.computable(x)
         time = self._time(x, t)
         sigma, alpha = self.process.sigma(time), self.process.alpha(time)
-        if label is None:
+        wanted = Wanted(label, condition, bandwidth)
+        if not wanted:
             return self._evaluate(x, self.data, sigma, alpha, bias, certificate)
-        if self.rows.is_meta:
-            raise RuntimeError(
-                "labels choose rows by their values, and a Denoiser on the meta device has none:"
-                " load a state first, or leave label out"
-            )
         batch = validate.batch_shape(x, self.data)
-        labels = label_numbers(label, batch, self)
-        if labels.dim() == 0:
-            index, rows = self._of_label(int(labels))
-            chosen = None if bias is None else bias[index]
-            return self._evaluate(x, rows, sigma, alpha, chosen, certificate)
-        sigma, alpha = sigma.expand(batch), alpha.expand(batch)
-        return self._by_label(x, sigma, alpha, labels, bias, certificate)
+        found = groups(self.data, batch, wanted)
+        if not found:
+            return self._evaluate(x, self.data, sigma, alpha, bias, certificate)
+        flat = x.reshape(-1, *self._data.shape)
+        sigmas, alphas = sigma.expand(batch).reshape(-1), alpha.expand(batch).reshape(-1)
+        parts = []
+        for group in found:
+            at, own = group.at, group.total_bias(bias)
+            parts.append(
+                self._evaluate(flat[at], group.data, sigmas[at], alphas[at], own, certificate)
+            )
+        s, a, one = (v.reshape(batch) for v in (sigmas, alphas, torch.ones_like(sigmas)))
+        back = torch.argsort(torch.cat([group.at for group in found]))
+        return joined(parts, back, Query(x, s, a, one, bias), max(g.data.n for g in found))
 
     def _evaluate(
         self,
@@ -325,53 +321,51 @@ class Denoiser(EDMNetwork, nn.Module):
             certificate=certificate,
         )  # fmt: skip
 
-    def _by_label(
-        self,
-        x: Tensor,
-        sigma: Tensor,
-        alpha: Tensor,
-        labels: Tensor,
-        bias: Tensor | None,
-        certificate: bool,
-    ) -> Prediction:
-        """One evaluation per label that occurs, joined in the queries' order."""
-        flat = x.reshape(-1, *self._data.shape)
-        sigmas, alphas, wanted = sigma.reshape(-1), alpha.reshape(-1), labels.reshape(-1)
-        order, parts = [], []
-        for label in wanted.unique().tolist():
-            at = (wanted == label).nonzero()[:, 0]
-            index, rows = self._of_label(label)
-            chosen = None if bias is None else bias[index]
-            parts.append(
-                self._evaluate(flat[at], rows, sigmas[at], alphas[at], chosen, certificate)
-            )
-            order.append(at)
-        whole = Query(x, sigma, alpha, torch.ones_like(sigma), bias)
-        return joined(parts, torch.argsort(torch.cat(order)), whole, self._data.n)
-
     def forward(
         self,
         x: Tensor,
         t: float | Tensor,
         label: Label = None,
         *,
+        condition: Tensor | None = None,
+        bandwidth: PerQuery | None = None,
+        guidance: float | None = None,
         bias: Tensor | None = None,
     ) -> Tensor:
-        r"""The chosen prediction [\*batch, \*shape] in x's type. Arguments, errors: as
-        `evaluate`."""
-        query = validate.computable(x)
-        if self.prediction == "velocity":
-            return self._velocity(query, self._time(query, t), label, bias).to(x.dtype)
-        out: Tensor = getattr(self.evaluate(query, t, label, bias=bias), self.prediction)
-        return out.to(x.dtype)
+        r"""The chosen prediction [\*batch, \*shape] in x's type.
 
-    def _velocity(self, x: Tensor, time: Tensor, label: Label, bias: Tensor | None) -> Tensor:
+        Args:
+            guidance: w of classifier-free guidance (arXiv 2207.12598): the prediction for the label
+                or condition, extrapolated from the one for all rows, p_all + w (p - p_all). 1 and
+                None are the prediction itself, 0 that for all rows; a second sweep for others.
+            others, errors: as `evaluate`.
+        """
+        query = validate.computable(x)
+        asked: dict[str, Any] = {"bias": bias}
+        if guidance is not None and not (
+            isinstance(guidance, float | int) and math.isfinite(guidance)
+        ):
+            raise ValueError(f"expected guidance as a finite number, or None, got {guidance!r}")
+        chosen: dict[str, Any] = {"label": label, "condition": condition, "bandwidth": bandwidth}
+        if guidance is None or guidance == 1 or not Wanted(label, condition):
+            return self._predict(query, t, **asked, **chosen).to(x.dtype)
+        whole = self._predict(query, t, **asked)
+        part = self._predict(query, t, **asked, **chosen)
+        return (whole + guidance * (part - whole)).to(x.dtype)
+
+    def _predict(self, x: Tensor, t: float | Tensor, **asked: Any) -> Tensor:
+        if self.prediction == "velocity":
+            return self._velocity(x, self._time(x, t), **asked)
+        out: Tensor = getattr(self.evaluate(x, t, **asked), self.prediction)
+        return out
+
+    def _velocity(self, x: Tensor, time: Tensor, **asked: Any) -> Tensor:
         """dx/dt of the probability flow, also at the data and a little past them."""
         process = self.process
         length = process.t_noise - process.t_data
         past = (process.t_data - time) / length
         time = torch.where((past > 0) & (past <= 1), process.t_data, time)
-        found = self.evaluate(x, time, label, bias=bias)
+        found = self.evaluate(x, time, **asked)
         d_alpha, d_sigma = process.d_alpha(time), process.d_sigma(time)
         velocity = found.velocity(d_alpha, d_sigma)
         singular = (found.sigma == 0) & ~torch.isfinite(d_sigma)

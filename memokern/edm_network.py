@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
+from memokern.conditional import count_labels
 from memokern.data.training_set import TrainingSet
 from memokern.processes import Process
-
-Label = int | Tensor | Sequence[int | None] | None
-# The label of queries that use all rows: the null class of guidance.
-EVERY_ROW = -1
 
 
 class EDMNetwork:
@@ -73,29 +68,4 @@ class EDMNetwork:
     @property
     def label_dim(self) -> int:
         """The number of labels, 1 more than the largest; 0 without labels."""
-        labels = self.data.labels
-        return 0 if labels is None or labels.is_meta else max(0, int(labels.max()) + 1)
-
-
-def label_numbers(label: Label, batch: torch.Size, network: EDMNetwork) -> Tensor:
-    """Labels as integers [] or [*batch]: given so, with None for -1, or one-hot
-    [*batch, label_dim], where a query of zeros is -1.
-
-    Raises: TypeError, ValueError for anything else.
-    """
-    if isinstance(label, list | tuple):
-        label = [EVERY_ROW if v is None else v for v in label]
-    labels = torch.as_tensor(label, device=network.device)
-    if labels.is_floating_point() and labels.shape == (*batch, network.label_dim or -1):
-        total = labels.sum(-1)
-        if not bool(((labels == 0) | (labels == 1)).all()) or bool((total > 1).any()):
-            raise ValueError("expected label as integers, or one-hot with one 1 or none per query")
-        return torch.where(total == 0, EVERY_ROW, labels.argmax(-1))
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(f"expected label as integers, got {labels.dtype}")
-    if labels.dim() and labels.shape != batch:
-        raise ValueError(
-            f"expected label as one integer or one per query {tuple(batch)}, got"
-            f" {tuple(labels.shape)}"
-        )
-    return labels
+        return count_labels(self.data)

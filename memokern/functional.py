@@ -8,19 +8,20 @@ that broadcast to [*batch].
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from memokern import ops, validate
+from memokern import conditional, ops, validate
 from memokern.calls import Rows
+from memokern.conditional import Label, Wanted
 from memokern.data.training_set import TrainingSet
 from memokern.index.index import Index
 from memokern.ops.flat import tensors
 from memokern.results import Nearest, Posterior
 from memokern.strategies import costs, pruned, pruned_nearest
 from memokern.strategies.certificate import Certificate, nothing_dropped
-from memokern.strategies.dense import weights as dense_weights
 from memokern.strategies.small_call import small_call, small_mean, small_posterior
 from memokern.util.torch_internals import traced, under_transform
 from memokern.validate import (
@@ -35,8 +36,6 @@ from memokern.validate import (
 )
 
 METHODS = ("auto", "dense", "pruned")
-# weights() is for small problems: 1 GiB of float64.
-MAX_DENSE_WEIGHTS = 1 << 27
 
 
 def posterior(
@@ -46,6 +45,10 @@ def posterior(
     alpha: PerQuery = 1.0,
     temperature: PerQuery = 1.0,
     *,
+    label: Label = None,
+    condition: Tensor | None = None,
+    bandwidth: PerQuery | None = None,
+    leave_out: int | Tensor | None = None,
     bias: Tensor | None = None,
     weighting: str = "gaussian",
     method: str = "auto",
@@ -65,6 +68,13 @@ def posterior(
         sigma: noise level >= 0. 0 is the limit: the nearest of the rows that are not left out;
             rows that are equally near share in proportion to exp(bias / T).
         alpha: signal scale, any finite number. temperature: T > 0.
+        label: only rows with this label count: one for all queries, or [\*batch] integers. -1,
+            where no row has it, stands for all rows, as do one-hot labels of zeros.
+        condition: [K] or [\*batch, K], for x given a condition near it: the logits get
+            -\|c - c_n\|^2 / (2 h^2) more, c_n the TrainingSet's `conditions`. bandwidth: h >= 0, a
+            number or one per query; 0 is the limit, where rows with that very condition share.
+        leave_out: the number of a row that does not count, one for all queries or [\*batch]; -1
+            for none. Queries that ask for the same rows share a sweep.
         bias: [N] floating point, finite or -inf (the row is left out); a TrainingSet's
             `log_weights` are added to it.
         weighting: "gaussian" as above, or "log", which does not know sigma (arXiv 2601.19285):
@@ -117,6 +127,11 @@ def posterior(
         1.0
     """
     x = validate.computable(x)
+    wanted = Wanted(label, condition, bandwidth, leave_out)
+    if wanted or bandwidth is not None:
+        options = {"weighting": weighting, "certificate": certificate, "tol": tol}
+        options |= {"method": method, "precision": precision}
+        return _asked_for(x, data, (sigma, alpha, temperature), bias, wanted, options)
     index = index_for(data, method)
     if tol is not None and not (isinstance(tol, float | int) and 0 < tol < math.inf):
         raise ValueError(f"expected tol as a finite number > 0, or None, got {tol!r}")
@@ -147,6 +162,26 @@ def posterior(
         stats = [v.reshape(batch) for v in stats]
     found = (mean, asked.sigma, asked.alpha, asked.temperature, *stats)
     return _result(x, rows, query.bias, found, bounds)
+
+
+def _asked_for(
+    x: Tensor,
+    data: TrainingSet | Tensor,
+    numbers: tuple[PerQuery, PerQuery, PerQuery],
+    bias: Tensor | None,
+    wanted: Wanted,
+    options: dict[str, Any],
+) -> Posterior:
+    """The posterior over the rows that each query asks for."""
+    asked = checked(x, data, *numbers, bias)
+    index_for(data, options["method"])  # an error where one is asked for and missing
+
+    def call(part: Tensor, rows: TrainingSet, s: Tensor, a: Tensor, t: Tensor, b: Any) -> Posterior:
+        method = "dense" if rows.index is None else options["method"]
+        return posterior(part, rows, s, a, t, bias=b, **{**options, "method": method})
+
+    each = asked.sigma, asked.alpha, asked.temperature
+    return conditional.posterior(call, x, data, each, bias, wanted)
 
 
 def _result(
@@ -364,33 +399,3 @@ def jvp(
         mean = posterior(query, data, sigma, alpha, temperature, bias=bias).mean
         (out,) = torch.autograd.grad(mean, query, along, create_graph=keep)
     return out.to(x.dtype)
-
-
-def weights(
-    x: Tensor,
-    data: TrainingSet | Tensor,
-    sigma: PerQuery,
-    alpha: PerQuery = 1.0,
-    temperature: PerQuery = 1.0,
-    *,
-    bias: Tensor | None = None,
-    weighting: str = "gaussian",
-) -> Tensor:
-    r"""softmax(l / T) itself [\*batch, N] float64, for small problems: it is what the other
-    functions never build.
-
-    Raises: ValueError beyond 2^27 weights (1 GiB); otherwise as :func:`posterior`.
-
-    Example:
-        >>> import torch, memokern
-        >>> memokern.weights(torch.zeros(1, 1), torch.tensor([[-1.0], [1.0]]), 0.5).tolist()
-        [[0.5, 0.5]]
-    """
-    asked = checked(validate.computable(x), data, sigma, alpha, temperature, bias, weighting)
-    b, n = math.prod(asked.batch), asked.data.rows.n
-    if b * n > MAX_DENSE_WEIGHTS:
-        raise ValueError(
-            f"weights of {b} queries on {n} rows are more than {MAX_DENSE_WEIGHTS} numbers;"
-            " posterior() gives their mean, entropy and ess in O(B D)"
-        )
-    return dense_weights(asked.query, asked.data.rows).reshape(*asked.batch, n)

@@ -16,9 +16,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from memokern import functional, validate
+from memokern.conditional import Label
 from memokern.data.training_set import TrainingSet
 from memokern.denoiser import Denoiser
-from memokern.edm_network import Label
 from memokern.processes import Process
 from memokern.regularizers import Regularizer, SmoothedBank
 from memokern.regularizers.divergence import x0_divergence

@@ -4,6 +4,7 @@ were."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from memokern.calls import Rows
 from memokern.data.storage import mean, sq_norms
 from memokern.index.checksum import AT_ONCE_BYTES, require_seal
 from memokern.index.index import REBUILD_HINT, Index, restored
+from memokern.util.held import Held
 from memokern.util.torch_internals import is_plain, version
 
 
@@ -39,6 +41,9 @@ class Derived:
         self._sq_norms = sq_norms
         self._as_rows: Rows | None = None
         self.plain = is_plain(rows)
+        # The rows of labels that were asked for, and of which labels and weights they are.
+        self.classes: dict[int, Any] = {}
+        self.classes_of: Held | None = None
         self._version = version(rows)
         # The index and norms of a file, while their checksums and those of the rows are not known
         # to be right.
@@ -69,6 +74,9 @@ class Derived:
         shared memory goes unnoticed."""
         known = self._version
         return rows is self.rows and (known is None or version(rows) in (known, None))
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "classes": {}, "classes_of": None}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)

@@ -85,8 +85,9 @@ def _from_pinned(
             found |= {"scale": float(metadata["scale"]), "shift": float(metadata["shift"])}
         except (KeyError, ValueError) as error:
             raise ValueError(f"{str(path)!r} is damaged: no scale and shift ({error})") from None
-        if "log_weights" in names:
-            found["log_weights"] = files.read_tensor(file, "log_weights")
+        for name in ("conditions", "log_weights"):
+            if name in names:
+                found[name] = files.read_tensor(file, name)
         if "index" in metadata and key in (None, "rows"):
             parts = [name for name in names if name.startswith(INDEX_PREFIX)]
             tensors = {p.removeprefix(INDEX_PREFIX): files.read_tensor(file, p) for p in parts}

@@ -87,6 +87,30 @@ def checked_labels(labels: Any, n: int, device: torch.device) -> torch.Tensor | 
     return tensor.to(device, torch.int64)
 
 
+def checked_conditions(conditions: Any, n: int, device: torch.device) -> torch.Tensor | None:
+    """The conditions as [n, k] float64 on the device, or None; TypeError or ValueError unless they
+    are finite numbers, k >= 1 for each row."""
+    if conditions is None:
+        return None
+    try:
+        tensor = as_given(conditions, "conditions")
+    except (TypeError, ValueError, RuntimeError):
+        if isinstance(conditions, np.ndarray):
+            raise
+        got = type(conditions).__name__
+        raise TypeError(f"expected conditions as a tensor or array, got {got}") from None
+    tensor = tensor[:, None] if tensor.ndim == 1 else tensor.flatten(1)
+    if len(tensor) != n or tensor.shape[1] < 1:
+        raise ValueError(f"expected conditions [{n}, K], got {list(tensor.shape)}")
+    if tensor.is_complex() or tensor.dtype == torch.bool:
+        raise TypeError(f"expected conditions as real numbers, got {tensor.dtype}")
+    tensor = tensor.detach().to(device, torch.float64, copy=True).contiguous()
+    if not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
+        bad = int((~torch.isfinite(tensor)).any(1).nonzero()[0])
+        raise ValueError(f"expected finite conditions, got NaN or inf at row {bad}")
+    return tensor
+
+
 def checked_log_weights(log_weights: Any, n: int, device: torch.device) -> torch.Tensor | None:
     """The log weights as [n] float64 on the device, or None; ValueError unless they are finite or
     -inf, and not all -inf."""

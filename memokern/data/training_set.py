@@ -15,7 +15,6 @@ import torch
 from torch.utils.data import Dataset
 
 from memokern.calls import Rows
-from memokern.calls.values import dequantized
 from memokern.data import digits, files, sources
 from memokern.data import layout as layouts
 from memokern.data.derived import Derived
@@ -24,19 +23,20 @@ from memokern.data.storage import (
     UINT8_SHIFT,
     check_rows,
     checked_choice,
-    checked_index,
+    checked_conditions,
     checked_labels,
     checked_log_weights,
     require_finite,
     rows_of_label,
 )
+from memokern.data.stored import PER_ROW, StoredRows
 from memokern.index.build import build
 from memokern.index.index import Index, fingerprint
 from memokern.util import checks
-from memokern.util.text import byte_size
+from memokern.util.held import Held
 
 
-class TrainingSet:
+class TrainingSet(StoredRows):
     """The N training rows y_n = rows[n] * scale + shift, each of D features.
 
     Args:
@@ -52,6 +52,8 @@ class TrainingSet:
               once, into one allocation.
         labels: [N] integers. None takes those of the Dataset or folder, or the file's array
             "labels" if it holds N integers.
+        conditions: [N, K] or [N] finite numbers, a continuous condition of each row, kept as
+            float64; `condition=` asks for rows whose conditions are near.
         log_weights: [N] log prior weights of the rows, finite or -inf (weight 0), not all -inf,
             kept as float64; they need not be normalised. None gives all rows the same weight.
         scale, shift: finite numbers, scale not 0. The default is 1 and 0, for uint8 rows 2/255 and
@@ -70,8 +72,8 @@ class TrainingSet:
     Attributes:
         rows: [N, D] as stored, contiguous. shape: of one row. n, dim: N and D. dtype, device: of
             the rows. nbytes: of rows, labels, weights and caches.
-        scale, shift: y = row * scale + shift. labels: [N] int64 or None. log_weights: [N] float64
-            or None.
+        scale, shift: y = row * scale + shift. labels: [N] int64 or None. conditions: [N, K], and
+            log_weights: [N], float64 or None.
         center: [D] float32 or float64, the mean row (of a subset with an index, the mean of the
             whole set). sq_norms: [N] float64, |y_n - center|^2.
 
@@ -95,20 +97,13 @@ class TrainingSet:
         torch.Size([2, 8, 8])
     """
 
-    rows: torch.Tensor
-    shape: tuple[int, ...]
-    scale: float
-    shift: float
-    labels: torch.Tensor | None
-    log_weights: torch.Tensor | None
-    name: str | None
-
     @torch.inference_mode(False)
     def __init__(
         self,
         rows: torch.Tensor | np.ndarray | str | os.PathLike[str] | Dataset,
         *,
         labels: Any = None,
+        conditions: Any = None,
         log_weights: Any = None,
         scale: float | None = None,
         shift: float | None = None,
@@ -124,6 +119,7 @@ class TrainingSet:
         if tensor.shape != found["rows"].shape:  # which the index is for
             found.pop("index", None)
         labels = found.get("labels") if labels is None else labels
+        conditions = found.get("conditions") if conditions is None else conditions
         log_weights = found.get("log_weights") if log_weights is None else log_weights
         scale = found.get("scale") if scale is None else scale
         shift = found.get("shift") if shift is None else shift
@@ -144,6 +140,7 @@ class TrainingSet:
         if self.scale == 0:
             raise ValueError("expected a scale other than 0, which would make all rows equal")
         self.labels = checked_labels(labels, self.n, self.device)
+        self.conditions = checked_conditions(conditions, self.n, self.device)
         self.log_weights = checked_log_weights(log_weights, self.n, self.device)
         self.name, self._derived = name, Derived(self.rows, self.scale, self.shift)
         if check:
@@ -158,54 +155,6 @@ class TrainingSet:
         images, labels = digits.digits()
         scale, shift = digits.DIGITS_SCALE, digits.DIGITS_SHIFT
         return cls(images, labels=labels, scale=scale, shift=shift, name="digits")
-
-    # --- sizes --------------------------------------------------------------------------------
-
-    @property
-    def n(self) -> int:
-        """Number of rows N."""
-        return self.rows.shape[0]
-
-    @property
-    def dim(self) -> int:
-        """Number of features D of a row."""
-        return self.rows.shape[1]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type the rows are stored in."""
-        return self.rows.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the rows are."""
-        return self.rows.device
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """The type of dequantised rows: float64 for float64 rows, else float32."""
-        return torch.float64 if self.dtype == torch.float64 else torch.float32
-
-    @property
-    def nbytes(self) -> int:
-        """How many bytes the rows (in memory or mapped), labels, weights and caches take."""
-        held = (self.rows, self.labels, self.log_weights, self._derived)
-        return sum(part.nbytes for part in held if part is not None)
-
-    def __len__(self) -> int:
-        return self.n
-
-    def __repr__(self) -> str:
-        parts = [f"{self.n} rows {list(self.shape)} {str(self.dtype).removeprefix('torch.')}"]
-        if (self.scale, self.shift) != (1.0, 0.0):
-            sign = "-" if self.shift < 0 else "+"
-            parts.append(f"y = {self.scale:.6g} r {sign} {abs(self.shift):.6g}")
-        parts.append(byte_size(self.nbytes))
-        parts += ["labels"] * (self.labels is not None)
-        parts += ["log_weights"] * (self.log_weights is not None)
-        parts += [] if self._derived.index is None else [f"{self._derived.index.basis} index"]
-        parts.append(str(self.device))
-        return f"TrainingSet({f'{self.name}: ' if self.name else ''}{', '.join(parts)})"
 
     # --- what queries need, computed once -----------------------------------------------------
 
@@ -291,27 +240,6 @@ class TrainingSet:
         )  # fmt: skip
         return self
 
-    # --- rows as values -----------------------------------------------------------------------
-
-    def dequantize(self, rows: torch.Tensor) -> torch.Tensor:
-        """The values row * scale + shift of stored rows of any shape, in `compute_dtype`."""
-        return dequantized(rows, self.scale, self.shift)
-
-    def gather(self, index: torch.Tensor) -> torch.Tensor:
-        """The values of the rows at `index` (any shape): [*index.shape, *shape] in `compute_dtype`.
-        TypeError for an index that is not of integers, IndexError outside 0..N-1."""
-        index = checked_index(index, self.n, self.device)
-        taken = self.rows.index_select(0, index.reshape(-1))
-        return self.dequantize(taken).reshape((*index.shape, *self.shape))
-
-    def __getitem__(self, item: int | slice | torch.Tensor) -> torch.Tensor:
-        """The values of one row [*shape], or of a slice, index or mask [k, *shape]."""
-        if isinstance(item, tuple):
-            raise TypeError("expected one index, for the rows; index the result for the rest")
-        # torch raises IndexError past the last row, which ends `for row in data`.
-        picked = self.rows[files.as_tensor(item) if isinstance(item, np.ndarray) else item]
-        return self.dequantize(picked).reshape((*picked.shape[:-1], *self.shape))
-
     # --- other training sets ------------------------------------------------------------------
 
     @torch.inference_mode(False)
@@ -326,8 +254,7 @@ class TrainingSet:
         rows = self.rows[index]
         if len(rows) == 0:
             raise ValueError("the subset has no rows")
-        labels, weights = (v if v is None else v[index] for v in (self.labels, self.log_weights))
-        part = self._like(rows, labels, weights)
+        part = self._like(rows, index)
         whole = self.index
         if whole is not None:
             taken = whole.take(index, fingerprint(rows, self.scale, self.shift))
@@ -336,9 +263,13 @@ class TrainingSet:
             part._derived = Derived(part.rows, self.scale, self.shift, **known)
         return part
 
-    def _like(self, rows: torch.Tensor, labels: Any, log_weights: Any) -> TrainingSet:
+    def _like(self, rows: torch.Tensor, index: Any = slice(None)) -> TrainingSet:
+        """A set of these rows, with what the rows at the index have."""
         own = {name: getattr(self, name) for name in ("shape", "scale", "shift", "name")}
-        return TrainingSet(rows, labels=labels, log_weights=log_weights, check=False, **own)
+        for name in PER_ROW:
+            value = getattr(self, name)
+            own[name] = None if value is None else value[index]
+        return TrainingSet(rows, check=False, **own)
 
     def where(self, label: int | Sequence[int]) -> TrainingSet:
         """The rows with this label, or one of these labels: the empirical p(y | label). ValueError
@@ -353,13 +284,27 @@ class TrainingSet:
             raise ValueError("this training set has no labels (integers): make it with labels=")
         return self.subset(rows_of_label(self.labels, label))
 
+    @torch.inference_mode(False)  # what is kept must serve calls that record a gradient
+    def of_label(self, label: int) -> tuple[torch.Tensor, TrainingSet]:
+        """Which rows have this label, [k] int64, and the set of these rows, which is kept for the
+        next call. Errors: as :meth:`where`."""
+        known, mine = self._current(), {name: getattr(self, name) for name in PER_ROW}
+        if known.classes_of is None or known.classes_of.changed(mine):
+            known.classes, known.classes_of = {}, Held(mine)
+        found: tuple[torch.Tensor, TrainingSet] | None = known.classes.get(label)
+        if found is None or (found[1].index is None) != (known.index is None):
+            chosen = self.where(label)
+            assert self.labels is not None
+            found = known.classes[label] = (self.labels == label).nonzero()[:, 0], chosen
+        return found
+
     @torch.inference_mode(False)
     def to(self, device: torch.device | str) -> TrainingSet:
         """The same set on another device, caches included; itself if it is there already."""
         rows = self.rows.to(torch.device(device))
         if rows is self.rows:
             return self
-        moved = self._like(rows, self.labels, self.log_weights)
+        moved = self._like(rows)
         moved._derived = self._current().to(moved.rows)
         return moved
 
@@ -371,7 +316,7 @@ class TrainingSet:
         ValueError for another suffix, FileNotFoundError for a folder that does not exist.
         """
         rows = self.rows.reshape((self.n, *self.shape))
-        tensors = {"rows": rows, "labels": self.labels, "log_weights": self.log_weights}
+        tensors = {"rows": rows, **{name: getattr(self, name) for name in PER_ROW}}
         # The repr of a float reads back as the same float.
         metadata = {"scale": repr(self.scale), "shift": repr(self.shift), "name": self.name}
         index = None if self.index is None else self.index.state(self.rows, self.sq_norms)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from memokern import validate
-from memokern.edm_network import Label
+from memokern.conditional import Label
 from memokern.processes import Process
 from memokern.results import Certificate
 from memokern.util import checks

@@ -10,7 +10,7 @@ from scipy.integrate import solve_ivp
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from memokern.edm_network import Label
+from memokern.conditional import Label
 from memokern.samplers.base import (
     Denoises,
     Level,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from memokern.edm_network import Label
+from memokern.conditional import Label
 from memokern.samplers.base import Denoises, Run, Samples, Watch, levels_of
 
 SDE_STEPS = 200

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from memokern import processes, validate
+from memokern.conditional import Label, label_numbers
 from memokern.data import files
 from memokern.denoiser import PREDICTIONS
-from memokern.edm_network import EDMNetwork, Label, label_numbers
+from memokern.edm_network import EDMNetwork
 from memokern.processes import EDM, Process
 from memokern.training.networks import NETWORKS
 from memokern.util import checks
@@ -160,7 +161,7 @@ class LearnedDenoiser(EDMNetwork, nn.Module):
         flat, times = x.reshape(-1, *self.shape), time.reshape(-1)
         given: list[Tensor] = []
         if label is not None:
-            numbers = label_numbers(label, batch, self)
+            numbers = label_numbers(label, batch, self.data)
             given = [numbers.expand(batch).reshape(-1)]
         sigma, alpha = self.process.sigma(times), self.process.alpha(times)
         scale = (alpha.square() * self.sigma_data**2 + sigma.square()).rsqrt()

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from memokern import functional, validate
+from memokern.conditional import Label
 from memokern.data.training_set import TrainingSet
 from memokern.denoiser import PREDICTIONS, Denoiser
-from memokern.edm_network import Label
 from memokern.processes import FlowMatching, Process
 from memokern.results import Posterior
 from memokern.validate import PerQuery, wide

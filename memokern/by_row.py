@@ -1,0 +1,160 @@
+"""What a sweep says of each row: its weights, their sum over queries, a row drawn by them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from memokern import ops, validate
+from memokern.calls import Query, Rows, by_key
+from memokern.data.training_set import TrainingSet
+from memokern.strategies.dense import weights as dense_weights
+from memokern.validate import PerQuery, checked
+
+# 1 GiB of float64.
+MAX_DENSE_WEIGHTS = 1 << 27
+# Weights at once where log_z is infinite and has no gradient.
+BLOCK = 1 << 22
+
+
+def weights(
+    x: Tensor,
+    data: TrainingSet | Tensor,
+    sigma: PerQuery,
+    alpha: PerQuery = 1.0,
+    temperature: PerQuery = 1.0,
+    *,
+    bias: Tensor | None = None,
+    weighting: str = "gaussian",
+) -> Tensor:
+    r"""softmax(l / T) itself [\*batch, N] float64, for small problems: it is what the other
+    functions never build.
+
+    Raises: ValueError beyond 2^27 weights (1 GiB); otherwise as :func:`posterior`.
+
+    Example:
+        >>> import torch, memokern
+        >>> memokern.weights(torch.zeros(1, 1), torch.tensor([[-1.0], [1.0]]), 0.5).tolist()
+        [[0.5, 0.5]]
+    """
+    asked = checked(validate.computable(x), data, sigma, alpha, temperature, bias, weighting)
+    b, n = math.prod(asked.batch), asked.data.rows.n
+    if b * n > MAX_DENSE_WEIGHTS:
+        raise ValueError(
+            f"weights of {b} queries on {n} rows are more than {MAX_DENSE_WEIGHTS} numbers;"
+            " posterior() gives their mean, entropy and ess in O(B D)"
+        )
+    return dense_weights(asked.query, asked.data.rows).reshape(*asked.batch, n)
+
+
+def row_weights(
+    x: Tensor,
+    data: TrainingSet | Tensor,
+    sigma: PerQuery,
+    alpha: PerQuery = 1.0,
+    temperature: PerQuery = 1.0,
+    *,
+    bias: Tensor | None = None,
+) -> Tensor:
+    r"""The sum over all queries of each row's weight, sum_b w_bn, [N] float64: how often each row
+    is copied, and the gradient of semidiscrete optimal transport. Its total is the number of
+    queries.
+
+    Args, Raises: as :func:`posterior`. At sigma = 0 the nearest row's weight is 1; ties share.
+
+    Numerics: as :func:`posterior`. Not differentiable.
+
+    Cost: a sweep and its gradient; O(N) memory, streamed over the queries.
+
+    Example:
+        >>> import torch, memokern
+        >>> rows = torch.tensor([[-1.0], [1.0]])
+        >>> memokern.row_weights(torch.tensor([[0.0], [9.0]]), rows, 0.5).tolist()
+        [0.5, 1.5]
+    """
+    asked = checked(validate.computable(x).detach(), data, sigma, alpha, temperature, bias)
+    query, rows = asked.query.detach(), asked.data.rows.detach()
+    total = torch.zeros(rows.n, dtype=torch.float64, device=query.x.device)
+    zero = query.sigma == 0
+    for at in zero.nonzero()[:, 0].split(max(1, BLOCK // rows.n)):
+        total += dense_weights(query.take(at), rows).sum(0)
+    rest = query.take((~zero).nonzero()[:, 0])
+    if len(rest.x):
+        with torch.enable_grad():
+            b = torch.zeros_like(total) if rest.bias is None else rest.bias.clone()
+            sums = ops.posterior(rest._replace(bias=b.requires_grad_()), rows)
+            total += torch.autograd.grad(sums.log_z.sum(), b)[0]  # d log_z / d b_n is w_n
+    return total
+
+
+def draw(
+    x: Tensor,
+    data: TrainingSet | Tensor,
+    sigma: PerQuery,
+    alpha: PerQuery = 1.0,
+    temperature: PerQuery = 1.0,
+    *,
+    bias: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    r"""The number of one row for each query, drawn by the posterior weights, [\*batch] int64: a
+    sample of the clean data given x.
+
+    Two uniform numbers per query choose, the first one a stretch of about sqrt(N) rows, the second
+    one a row in it, both by their cumulative weights. The numbers come from the CPU, so that a seed
+    gives the same rows on every device, backend and number of threads, but for a number that lies
+    within rounding of where two rows meet.
+
+    Args, Raises: as :func:`posterior`. generator: of the CPU; None is PyTorch's own. As temperature
+        falls to 0 the row is the one with the largest logit; at sigma = 0 the nearest, or one of
+        those that tie, by their bias.
+
+    Numerics: weights of stretches as :func:`posterior`, those within in float64.
+
+    Cost: one sweep, in sqrt(N) parts; O(B sqrt(N)) memory.
+
+    Example:
+        >>> import torch, memokern
+        >>> rows = torch.tensor([[-1.0], [1.0], [5.0]])
+        >>> memokern.draw(torch.full((4, 1), 4.9), rows, 0.1).tolist()
+        [2, 2, 2, 2]
+    """
+    asked = checked(validate.computable(x).detach(), data, sigma, alpha, temperature, bias)
+    query, rows = asked.query.detach(), asked.data.rows.detach()
+    if generator is not None and generator.device.type != "cpu":
+        raise ValueError(f"expected a generator of the CPU, got one of {generator.device}")
+    u = torch.rand(len(query.x), 2, dtype=torch.float64, generator=generator, device="cpu")
+    u = 1 - u.to(query.x.device)  # above 0, so that no row without weight is drawn
+    size = max(16, math.isqrt(rows.n))
+    keys, masses = [], []
+    for start in range(0, rows.n, size):
+        state = ops.posterior_state(*_stretch(query, rows, slice(start, start + size)))
+        keys.append(state.key)
+        masses.append(torch.where(state.s > 0, state.m + state.s.log(), -torch.inf))
+    stretch = _chosen(torch.stack(keys, 1), torch.stack(masses, 1), u[:, 0], by_key(query))
+    found = torch.full_like(stretch, -1)
+    for k in stretch.unique().tolist():
+        at = (stretch == k).nonzero()[:, 0]
+        part, some = _stretch(query.take(at), rows, slice(k * size, (k + 1) * size))
+        within = dense_weights(part, some).cumsum(1)
+        place = (within < (u[at, 1] * within[:, -1])[:, None]).sum(1).clamp(max=some.n - 1)
+        found[at] = k * size + place
+    return found.reshape(asked.batch)
+
+
+def _stretch(query: Query, rows: Rows, at: slice) -> tuple[Query, Rows]:
+    """A stretch of the rows, and the query of them."""
+    norms = None if rows.sq_norms is None else rows.sq_norms[at]
+    bias = None if query.bias is None else query.bias[at]
+    return query._replace(bias=bias), rows._replace(data=rows.data[at], sq_norms=norms)
+
+
+def _chosen(key: Tensor, mass: Tensor, u: Tensor, by_key: Tensor) -> Tensor:
+    """The stretch [B] whose share of the weight holds u, of keys and log masses [B, K]: as
+    :func:`memokern.merge` weighs them."""
+    gap = key - key.amin(1, keepdim=True)
+    pull = torch.where(gap == 0, 0.0, gap * by_key[:, None])
+    share = torch.softmax(torch.where(torch.isinf(key), -torch.inf, mass - pull), 1).cumsum(1)
+    return (share < (u * share[:, -1])[:, None]).sum(1).clamp(max=key.shape[1] - 1)
