@@ -73,6 +73,7 @@ def posterior(
         condition: [K] or [\*batch, K], for x given a condition near it: the logits get
             -\|c - c_n\|^2 / (2 h^2) more, c_n the TrainingSet's `conditions`. bandwidth: h >= 0, a
             number or one per query; 0 is the limit, where rows with that very condition share.
+            In log_z, mean_logit and mean_bias this part counts from the largest that a row gets.
         leave_out: the number of a row that does not count, one for all queries or [\*batch]; -1
             for none. Queries that ask for the same rows share a sweep.
         bias: [N] floating point, finite or -inf (the row is left out); a TrainingSet's
@@ -129,9 +130,11 @@ def posterior(
     x = validate.computable(x)
     wanted = Wanted(label, condition, bandwidth, leave_out)
     if wanted or bandwidth is not None:
-        options = {"weighting": weighting, "certificate": certificate, "tol": tol}
-        options |= {"method": method, "precision": precision}
-        return _asked_for(x, data, (sigma, alpha, temperature), bias, wanted, options)
+        index_for(data, method)  # an error where one is asked for and missing
+        options: dict[str, Any] = {"weighting": weighting, "precision": precision, "method": method}
+        options |= {"certificate": certificate, "tol": tol}
+        asked = checked(x, data, sigma, alpha, temperature, bias, weighting, precision)
+        return conditional.posterior(posterior, x, data, asked, bias, wanted, options)
     index = index_for(data, method)
     if tol is not None and not (isinstance(tol, float | int) and 0 < tol < math.inf):
         raise ValueError(f"expected tol as a finite number > 0, or None, got {tol!r}")
@@ -162,26 +165,6 @@ def posterior(
         stats = [v.reshape(batch) for v in stats]
     found = (mean, asked.sigma, asked.alpha, asked.temperature, *stats)
     return _result(x, rows, query.bias, found, bounds)
-
-
-def _asked_for(
-    x: Tensor,
-    data: TrainingSet | Tensor,
-    numbers: tuple[PerQuery, PerQuery, PerQuery],
-    bias: Tensor | None,
-    wanted: Wanted,
-    options: dict[str, Any],
-) -> Posterior:
-    """The posterior over the rows that each query asks for."""
-    asked = checked(x, data, *numbers, bias)
-    index_for(data, options["method"])  # an error where one is asked for and missing
-
-    def call(part: Tensor, rows: TrainingSet, s: Tensor, a: Tensor, t: Tensor, b: Any) -> Posterior:
-        method = "dense" if rows.index is None else options["method"]
-        return posterior(part, rows, s, a, t, bias=b, **{**options, "method": method})
-
-    each = asked.sigma, asked.alpha, asked.temperature
-    return conditional.posterior(call, x, data, each, bias, wanted)
 
 
 def _result(

@@ -24,7 +24,7 @@ def joined(parts: list[Prediction], back: Tensor, whole: Query, n: int) -> Predi
 
     def join(values: list[Tensor], axis: int) -> Tensor:
         every = torch.cat(values, axis).index_select(axis, back)
-        return every.reshape(*every.shape[:axis], *batch, *every.shape[axis + 1 :])
+        return every.reshape((*every.shape[:axis], *batch, *every.shape[axis + 1 :]))
 
     # A regulariser may have replicated the queries along first axes; their own axis comes last.
     axis = parts[0].posterior.sigma.dim() - 1

@@ -1,0 +1,144 @@
+"""The posterior of queries over the rows that each asks for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memokern import ops
+from memokern.calls import RowLists
+from memokern.conditional.groups import groups, rows_of
+from memokern.conditional.wanted import Label, Wanted, count_labels, label_numbers
+from memokern.data.training_set import TrainingSet
+from memokern.results import Certificate, Posterior
+from memokern.util.torch_internals import traced
+from memokern.validate import Asked, log_total
+
+# Queries per label up to which lists of rows are faster than a sweep for each label, and how many
+# rows may be listed together.
+LISTED, MOST_LISTED = 2, 1 << 24
+
+
+def posterior(
+    dense_or_pruned: Callable[..., Posterior],
+    x: Tensor,
+    data: TrainingSet | Tensor,
+    asked: Asked,
+    bias: Tensor | None,
+    wanted: Wanted,
+    options: dict[str, Any],
+) -> Posterior:
+    """The posterior of queries x [*batch, *shape], over the rows that each asks for.
+
+    dense_or_pruned: :func:`memokern.posterior`, and options: its keywords. asked: the call as if
+    all rows counted.
+    """
+    if not isinstance(data, TrainingSet):
+        if data.requires_grad:
+            raise ValueError("leave_out has no gradient for rows: pass rows.detach()")
+        data = TrainingSet(data, check=False)
+    if wanted.label_alone and asked.query.weighting == "gaussian" and not options["certificate"]:
+        found = by_lists(x, data, asked, wanted.label)
+        if found is not None:
+            return found
+    batch = asked.batch
+    flat = x.reshape(-1, *data.shape)
+    each = [v.reshape(-1) for v in (asked.sigma, asked.alpha, asked.temperature)]
+
+    def sweep(at: Tensor | slice, rows: TrainingSet, b: Tensor | None) -> Posterior:
+        method = "dense" if rows.index is None else options["method"]
+        own = {**options, "method": method, "bias": b}
+        return dense_or_pruned(flat[at], rows, *(v[at] for v in each), **own)
+
+    parts, order = [], []
+    for group in groups(data, batch, wanted):
+        parts.append(sweep(group.at, group.data, group.total_bias(bias)))
+        order.append(group.at)
+    if not parts:  # no queries
+        return sweep(slice(None), data, bias)
+    return replace(joined(parts, torch.argsort(torch.cat(order)), batch), x=x)
+
+
+def by_lists(x: Tensor, data: TrainingSet, asked: Asked, label: Label) -> Posterior | None:
+    """The same for labels alone, by one sweep over a list of rows for each query, where there are
+    about as many labels as queries: a sweep for each label would take longer. None elsewhere."""
+    batch, query = asked.batch, asked.query
+    if math.prod(batch) < 2 or data.labels is None or traced(query.x):
+        return None
+    labels = label_numbers(label, batch, data.device, count_labels(data))
+    if labels.dim() == 0:
+        return None
+    known, which = labels.reshape(-1).unique(return_inverse=True)
+    if len(which) > LISTED * len(known):
+        return None
+    chosen = [rows_of(data, one)[0] for one in known.tolist()]
+    lists = [torch.arange(data.n, device=x.device)[v] for v in chosen]
+    counts = torch.tensor([len(v) for v in lists], device=x.device)[which]
+    if int(counts.sum()) > MOST_LISTED:
+        return None
+    start = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    index = torch.cat([lists[i] for i in which.tolist()])
+    sums = ops.posterior_listed(query, asked.data.rows, RowLists(start, index))
+    totals = torch.stack(
+        [x.new_zeros((), dtype=torch.float64) + _total(query.bias, v) for v in lists]
+    )
+    return Posterior(
+        x=x,
+        mean=sums.mean.reshape(x.shape),
+        sigma=asked.sigma,
+        alpha=asked.alpha,
+        temperature=asked.temperature,
+        n=int(counts.max()),
+        dim=asked.data.rows.dim,
+        log_weight_total=totals[which].reshape(batch),
+        **{name: getattr(sums, name).reshape(batch) for name in sums._fields[1:]},
+    )
+
+
+def _total(bias: Tensor | None, rows: Tensor) -> Tensor | float:
+    return log_total(None if bias is None else bias[rows], len(rows))
+
+
+PER_QUERY = (
+    "x",
+    "mean",
+    "log_z",
+    "mean_logit",
+    "mean_bias",
+    "weight_sq",
+    "sigma",
+    "alpha",
+    "temperature",
+)
+
+
+def joined(parts: list[Posterior], back: Tensor, batch: Sequence[int], axis: int = 0) -> Posterior:
+    """The posteriors of parts of the queries as one.
+
+    back: [B], where each query is among the parts', one after the other. batch: the shape that the
+    queries get. axis: that of the queries, where there are axes before it. n is that of the part
+    with the most rows.
+    """
+
+    def join(values: list[Any]) -> Tensor:
+        every = torch.cat(values, axis).index_select(axis, back)
+        return every.reshape((*every.shape[:axis], *batch, *every.shape[axis + 1 :]))
+
+    bounds = [p.certificate for p in parts if p.certificate is not None]
+    certificate = None
+    if bounds:
+        names = [field.name for field in fields(Certificate)]
+        certificate = Certificate(**{v: join([getattr(c, v) for c in bounds]) for v in names})
+    per_query: dict[str, Any] = {v: join([getattr(p, v) for p in parts]) for v in PER_QUERY}
+    return replace(
+        parts[0],
+        n=max(part.n for part in parts),
+        certificate=certificate,
+        log_weight_total=join([torch.zeros_like(p.sigma) + p.log_weight_total for p in parts]),
+        **per_query,
+    )
