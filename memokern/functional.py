@@ -128,8 +128,8 @@ def posterior(
         1.0
     """
     x = validate.computable(x)
-    wanted = Wanted(label, condition, bandwidth, leave_out)
-    if wanted or bandwidth is not None:
+    if not (label is None and condition is None and bandwidth is None and leave_out is None):
+        wanted = Wanted(label, condition, bandwidth, leave_out)
         index_for(data, method)  # an error where one is asked for and missing
         options: dict[str, Any] = {"weighting": weighting, "precision": precision, "method": method}
         options |= {"certificate": certificate, "tol": tol}
