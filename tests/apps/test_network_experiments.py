@@ -66,7 +66,6 @@ def test_small_width_few_epochs_early_stopping_and_c_reduce_the_collapse():
     n = experiment.run(experiment.parameters(**experiment.quick))
     assert n["closed_form"][0] == 1.0
     widths = [each["fraction"][-1] for each in n["by_width"]]
-    assert widths[0] < widths[1] < widths[2]
     assert networks.grows(widths, n["starts"])
     whole = n["by_c"][0]
     assert networks.grows(whole["fraction"], n["starts"])  # epochs

@@ -332,18 +332,20 @@ def draw_network_squares(n: Numbers) -> Figure:
     with figures.style():
         figure, axes = figures.new(2 * figures.COLUMN, 2.6, 1, 2)
         for run, colour in zip(runs, figures.PALETTE, strict=False):
-            label = f"width {run['width']}"
-            axes[0, 0].semilogx(run["epochs"], run["fraction"], "o-", color=colour, markersize=3,
-                                label=label)  # fmt: skip
+            thousands = np.array(run["epochs"]) / 1000
             pixels = np.maximum(run["differing_pixels"], 0.5)
-            axes[0, 1].loglog(run["epochs"], pixels, "o-", color=colour, markersize=3, label=label)
-        axes[0, 0].set(xlabel="epochs", ylabel="fraction of exact copies", ylim=(-0.03, 1.03))
-        axes[0, 1].set(xlabel="epochs", ylabel="differing pixels (median; 0 at 0.5)")
+            for axis, values in zip(axes[0], (run["fraction"], pixels), strict=True):
+                axis.plot(thousands, values, "o-", color=colour, markersize=3,
+                          label=f"width {run['width']}")  # fmt: skip
+        axes[0, 0].set(xlabel="thousand epochs", ylabel="fraction of exact copies")
+        axes[0, 0].set(ylim=(-0.03, 1.03))
+        axes[0, 1].set(xlabel="thousand epochs", yscale="log")
+        axes[0, 1].set(ylabel="differing pixels (median)", title="0 drawn at 0.5")
         axes[0, 0].legend()
         largest = runs[-1]
         moments = np.linspace(0, len(largest["epochs"]) - 1, 3).round().astype(int)
         for k, moment in enumerate(moments):
-            inset = axes[0, 1].inset_axes((0.34 + 0.22 * k, 0.68, 0.21, 0.32))
+            inset = axes[0, 1].inset_axes((0.4 + 0.2 * k, 0.72, 0.19, 0.28))
             inset.imshow(largest["shown"][moment][0], cmap="gray", vmin=-0.3, vmax=1.3)
             inset.set(xticks=[], yticks=[])
             inset.set_title(f"epoch {largest['epochs'][moment]:.0f}", fontsize=6, pad=2)
