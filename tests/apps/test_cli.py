@@ -197,7 +197,7 @@ def test_info_is_text_or_json() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["", "sample", "memorization", "index", "reproduce", "demo", "info"]
+    "command", ["", "sample", "train", "memorization", "index", "reproduce", "demo", "info"]
 )
 def test_help_describes_itself(command) -> None:
     done = call(*command.split(), "--help")
