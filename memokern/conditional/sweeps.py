@@ -87,34 +87,24 @@ def by_lists(x: Tensor, data: TrainingSet, asked: Asked, label: Label) -> Poster
     totals = torch.stack(
         [x.new_zeros((), dtype=torch.float64) + _total(query.bias, v) for v in lists]
     )
+    columns: dict[str, Any] = {
+        name: v.reshape(x.shape if v.dim() == 2 else batch)
+        for name, v in zip(sums._fields, sums, strict=True)
+    }
     return Posterior(
         x=x,
-        mean=sums.mean.reshape(x.shape),
         sigma=asked.sigma,
         alpha=asked.alpha,
         temperature=asked.temperature,
         n=int(counts.max()),
         dim=asked.data.rows.dim,
         log_weight_total=totals[which].reshape(batch),
-        **{name: getattr(sums, name).reshape(batch) for name in sums._fields[1:]},
+        **columns,
     )
 
 
 def _total(bias: Tensor | None, rows: Tensor) -> Tensor | float:
     return log_total(None if bias is None else bias[rows], len(rows))
-
-
-PER_QUERY = (
-    "x",
-    "mean",
-    "log_z",
-    "mean_logit",
-    "mean_bias",
-    "weight_sq",
-    "sigma",
-    "alpha",
-    "temperature",
-)
 
 
 def joined(parts: list[Posterior], back: Tensor, batch: Sequence[int], axis: int = 0) -> Posterior:
@@ -132,9 +122,13 @@ def joined(parts: list[Posterior], back: Tensor, batch: Sequence[int], axis: int
     bounds = [p.certificate for p in parts if p.certificate is not None]
     certificate = None
     if bounds:
-        names = [field.name for field in fields(Certificate)]
-        certificate = Certificate(**{v: join([getattr(c, v) for c in bounds]) for v in names})
-    per_query: dict[str, Any] = {v: join([getattr(p, v) for p in parts]) for v in PER_QUERY}
+        every = [field.name for field in fields(Certificate)]
+        certificate = Certificate(**{v: join([getattr(c, v) for c in bounds]) for v in every})
+    names = [field.name for field in fields(Posterior)]
+    tensors = [v for v in names if isinstance(getattr(parts[0], v), Tensor)]
+    per_query: dict[str, Any] = {
+        v: join([getattr(p, v) for p in parts]) for v in tensors if v != "log_weight_total"
+    }
     return replace(
         parts[0],
         n=max(part.n for part in parts),
