@@ -23,6 +23,7 @@ from memokern.functional import (
     posterior,
     score,
 )
+from memokern.given import Given
 from memokern.partial import PosteriorState, merge, posterior_state
 from memokern.strategies.certificate import Certificate
 
@@ -30,6 +31,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Certificate",
     "Denoiser",
+    "Given",
     "Nearest",
     "Posterior",
     "PosteriorState",

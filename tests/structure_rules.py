@@ -38,7 +38,7 @@ LAYERS = (
     ("by_row",),
     ("explaining",),
     ("processes", "regularizers", "memorization", "kde"),
-    ("edm_network",),
+    ("edm_network", "given"),
     ("denoiser",),
     ("samplers", "likelihood"),
     ("training", "integrations"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import memokern
-from memokern import Denoiser, TrainingSet, regularizers
+from memokern import Denoiser, Given, TrainingSet, regularizers, samplers
 from tests import cases, harness
 from tests.cases import F32, F64
 
@@ -191,6 +191,29 @@ def test_denoisers_take_conditions_and_guidance():
     assert "conditions" in network.state_dict()
     with pytest.raises(ValueError, match="guidance as a finite number"):
         network(x, 0.5, 3, guidance=math.nan)
+
+
+def test_samples_given_a_condition_end_by_its_kernel(backend):
+    """Every sample ends at a row, as often as the condition's kernel says."""
+    if backend == "triton":
+        pytest.skip("interpreted kernels: a sampler takes too long")
+    rows = torch.tensor([[0.0, 0.0], [3.0, 0.0], [0.0, 3.0]])
+    data = TrainingSet(rows, conditions=torch.tensor([0.0, 1.0, 2.0]))
+    given = Given(Denoiser(data), condition=torch.tensor([1.6]), bandwidth=0.6)
+    found = samplers.ode(given, 400, steps=12, seed=0).x
+    nearest = memokern.nearest(found, rows)
+    assert float(nearest.distance.max()) < 1e-2
+    share = torch.bincount(nearest.index[:, 0], minlength=3) / 400
+    p = (-(torch.tensor([0.0, 1.0, 2.0]) - 1.6).square() / 2 / 0.36).softmax(0)
+    assert float((share - p).abs().max()) < 0.1
+    x = cases.normal(2, 2, dtype=F32)
+    whole, part = Denoiser(data).evaluate(x, 0.5), given.evaluate(x, 0.5)
+    guided = Given(Denoiser(data), None, torch.tensor([1.6]), 0.6, guidance=2.0).evaluate(x, 0.5)
+    for name in ("x0", "eps", "score"):
+        want = 2 * getattr(part, name) - getattr(whole, name)
+        torch.testing.assert_close(getattr(guided, name), want)
+    with pytest.raises(ValueError, match="guidance needs a label or a condition"):
+        Given(Denoiser(data), guidance=2.0)
 
 
 @pytest.mark.parametrize(
