@@ -85,15 +85,18 @@ def _from_pinned(
             found |= {"scale": float(metadata["scale"]), "shift": float(metadata["shift"])}
         except (KeyError, ValueError) as error:
             raise ValueError(f"{str(path)!r} is damaged: no scale and shift ({error})") from None
-        for name in ("conditions", "log_weights"):
-            if name in names:
-                found[name] = files.read_tensor(file, name)
+        if "log_weights" in names:
+            found["log_weights"] = files.read_tensor(file, "log_weights")
         if "index" in metadata and key in (None, "rows"):
             parts = [name for name in names if name.startswith(INDEX_PREFIX)]
             tensors = {p.removeprefix(INDEX_PREFIX): files.read_tensor(file, p) for p in parts}
             found["index"] = (metadata["index"], tensors)
+    n = len(found["rows"]) if found["rows"].ndim else 0
+    if "conditions" in names and key != "conditions":
+        conditions = files.read_tensor(file, "conditions")
+        if conditions.ndim and len(conditions) == n:
+            found["conditions"] = conditions
     if "labels" in names and key != "labels":
-        n = len(found["rows"]) if found["rows"].ndim else 0
         # Nothing is guessed from one-hot labels, strings, or labels of another array: labels= takes
         # what the user makes of those.
         try:

@@ -53,7 +53,8 @@ class TrainingSet(StoredRows):
         labels: [N] integers. None takes those of the Dataset or folder, or the file's array
             "labels" if it holds N integers.
         conditions: [N, K] or [N] finite numbers, a continuous condition of each row, kept as
-            float64; `condition=` asks for rows whose conditions are near.
+            float64; `condition=` asks for rows whose conditions are near. None takes the file's
+            array "conditions".
         log_weights: [N] log prior weights of the rows, finite or -inf (weight 0), not all -inf,
             kept as float64; they need not be normalised. None gives all rows the same weight.
         scale, shift: finite numbers, scale not 0. The default is 1 and 0, for uint8 rows 2/255 and

@@ -11,7 +11,7 @@ import torch
 
 from memokern import Denoiser, TrainingSet, memorization, processes, regularizers, samplers
 from memokern.apps import figures
-from memokern.apps.cli import common, labels, log
+from memokern.apps.cli import asked, common, labels, log
 from memokern.data import files
 from memokern.util import writing
 
@@ -69,13 +69,7 @@ REGULARIZER_HELP = (
     type=click.IntRange(min=1),
     help="How many samples.",
 )
-@click.option(
-    "--label",
-    type=int,
-    metavar="INT",
-    help="Sample from the rows of this class only: an integer of the data's array 'labels'. "
-    "Memorisation is still measured against all rows.",
-)
+@asked.asked_options
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1))
 @click.option(
     "--sigma-min", type=float, metavar="SIGMA", help="Stop early, at this level of noise."
@@ -142,7 +136,10 @@ def sample(
     solver: str,
     steps: int | None,
     count: int,
-    label: int | None,
+    label: str | None,
+    condition: str | None,
+    bandwidth: float | None,
+    guidance: float | None,
     seed: int,
     sigma_min: float | None,
     device_name: str,
@@ -160,7 +157,7 @@ def sample(
 
     Example: memokern sample --regularizer tikhonov:c=0.1 -n 24 --picture samples.png
 
-    Example: memokern sample --label 3 --output threes.npz
+    Example: memokern sample --label 3,5 --guidance 1.5 --output digits.npz
 
     Example: memokern sample --method pruned --verbose
     """
@@ -185,7 +182,7 @@ def sample(
     common.check_machine(device)
     training = common.load(data, key, "--data", shape=shape, layout=layout, index=method != "dense")
     labels.give_labels(training, labels_file, labels_key)
-    swept = training.n if label is None else _rows_of_label(training, label)
+    wanted = asked.read(training, count, label, condition, bandwidth, guidance)
     if picture is not None and figures.image_layout(training.shape) is None:
         raise common.WrongInput(
             f"--picture: rows of shape {list(training.shape)} are neither images ([H, W], [C, H, "
@@ -209,12 +206,12 @@ def sample(
         denoiser = Denoiser(training, process=flow, regularizer=regularizer, method=method)
         # A first query refuses what cannot be combined before the long work, and fills the caches
         # of the training set, which then stay out of the times.
-        denoiser(flow.prior((1, *training.shape), device=device), start, label)
+        wanted.try_one(denoiser, flow.prior((1, *training.shape), device=device), start)
+        given = wanted.given(denoiser)
     index = training.index
     watch = log.Log(() if index is None else index.dims, show=verbose)
     options: dict[str, Any] = {
         "sigma_min": sigma_min,
-        "label": label,
         "seed": seed,
         "progress": common.progress_wanted() and not verbose,
         "watch": watch if verbose or log_file is not None else None,
@@ -224,9 +221,9 @@ def sample(
     stopped = (OSError, MemoryError, RuntimeError)
     with common.failure("sampling", stopped), torch.no_grad():
         if solver == "sde":
-            found = samplers.sde(denoiser, count, steps or samplers.SDE_STEPS, **options)
+            found = samplers.sde(given, count, steps or samplers.SDE_STEPS, **options)
         else:
-            found = samplers.ode(denoiser, count, steps, solver=solver, **options)
+            found = samplers.ode(given, count, steps, solver=solver, **options)
         if device.type != "cpu":
             torch.accelerator.synchronize(device)
     elapsed = time.perf_counter() - started
@@ -238,8 +235,7 @@ def sample(
             "shape": list(training.shape),
             "dtype": str(training.dtype),
         },
-        "label": label,
-        "rows_swept": swept,
+        **wanted.facts(),
         "device": str(device),
         "process": process,
         "solver": solver,
@@ -270,17 +266,6 @@ def _evaluations(solver: str, steps: int | None) -> int:
     return (steps or samplers.ODE_STEPS) * (1 if solver == "euler" else 2)
 
 
-def _rows_of_label(data: TrainingSet, label: int) -> int:
-    """How many rows have this label; wrong input if none has, or none can."""
-    if data.labels is None:
-        raise common.WrongInput(
-            "--label: the data have no labels; a .npz or .safetensors file brings them as an "
-            "array 'labels' of one integer for each row, another file by --labels"
-        )
-    with common.wrong_input("--label"):
-        return len(data.where(label))
-
-
 def measure(
     found: samplers.Samples, data: TrainingSet, tolerance: float, threshold: float
 ) -> dict[str, Any]:
@@ -306,12 +291,11 @@ def render(facts: dict[str, Any]) -> str:
     """The report as lines to read."""
     data, count = facts["data"], facts["samples"]
     rate = count * facts["rows_swept"] / facts["seconds_per_evaluation"]
-    label = facts["label"]
-    swept = "all rows" if label is None else f"the {facts['rows_swept']} rows of label {label}"
     return "\n".join(
         [
             f"data         {data['name'] or 'unnamed'}: {data['rows']} rows of shape "
-            f"{data['shape']}, {data['dtype']}; sampled from {swept}",
+            f"{data['shape']}, {data['dtype']}; sampled from "
+            f"{asked.described(facts)}",
             f"sampler      {facts['process']}, {facts['solver']}, {facts['score_evaluations']} "
             f"score evaluations, "
             f"sigma {facts['sigma_from']:.4g} to {facts['sigma_to']:.4g}, seed {facts['seed']}, "
