@@ -71,8 +71,8 @@ def row_weights(
     Example:
         >>> import torch, memokern
         >>> rows = torch.tensor([[-1.0], [1.0]])
-        >>> memokern.row_weights(torch.tensor([[0.0], [9.0]]), rows, 0.5).tolist()
-        [0.5, 1.5]
+        >>> memokern.row_weights(torch.tensor([[0.0], [9.0]]), rows, 0.5)
+        tensor([0.5000, 1.5000], dtype=torch.float64)
     """
     asked = checked(validate.computable(x).detach(), data, sigma, alpha, temperature, bias)
     query, rows = asked.query.detach(), asked.data.rows.detach()

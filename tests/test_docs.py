@@ -50,7 +50,7 @@ def test_readme_python_runs(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("page", ["docs/densities.md", "docs/training.md"])
+@pytest.mark.parametrize("page", ["docs/conditional.md", "docs/densities.md", "docs/training.md"])
 def test_examples_of_pages_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = readme_blocks("python", page)
