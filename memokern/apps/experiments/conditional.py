@@ -60,14 +60,12 @@ def kernel_bias(conditions: Tensor, c: Tensor, h: float) -> Tensor:
 
 
 def spread(rows: Tensor, conditions: Tensor, asked: Tensor, h: float) -> tuple[Tensor, Tensor]:
-    """n_eff and tr Cov_h [Q] at the conditions asked for [Q, K], from one posterior for each: at a
-    level of noise at which only the condition tells rows apart."""
-    center, data = rows.mean(0, keepdim=True), memokern.TrainingSet(rows)
-    found = [
-        memokern.posterior(center, data, UNINFORMATIVE, bias=kernel_bias(conditions, c, h))
-        for c in asked
-    ]
-    return torch.cat([p.ess for p in found]), torch.cat([p.covariance_trace for p in found])
+    """n_eff and tr Cov_h [Q] at the conditions asked for [Q, K], from one posterior: at a level of
+    noise at which only the condition tells rows apart."""
+    data = memokern.TrainingSet(rows, conditions=conditions)
+    center = rows.mean(0).expand(len(asked), *rows.shape[1:])
+    found = memokern.posterior(center, data, UNINFORMATIVE, condition=asked, bandwidth=h)
+    return found.ess, found.covariance_trace
 
 
 def linear_gaussian(count: int, noise: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
