@@ -72,6 +72,8 @@ def log_likelihood(
     sigma_min: float | None = None,
     terminal: str = "prior",
     label: Label = None,
+    condition: Tensor | None = None,
+    bandwidth: PerQuery | None = None,
     bias: Tensor | None = None,
     rtol: float | None = None,
     atol: float | None = None,
@@ -100,7 +102,8 @@ def log_likelihood(
             t_noise; without a regulariser the result is then the mixture's own
             :func:`memokern.log_density` at sigma_min, which tests the solver, and with SmoothedBank
             that of the kernel density estimate.
-        label, bias: as :meth:`memokern.Denoiser.evaluate`.
+        label, condition, bandwidth, bias: as :meth:`memokern.Denoiser.evaluate`; a network takes
+            labels only.
         rtol, atol: the solver's tolerances, by default 1e-7 and 1e-8, for float32 1e-4 and 1e-5.
             The solver (scipy's DOP853) chooses its steps for all queries together, so that another
             batch changes a result within the tolerance.
@@ -145,12 +148,15 @@ def log_likelihood(
         absolute = checks.number("atol", atol, 0.0)
     low = process.sigma_min if sigma_min is None else sigma_min
     low = checks.number("sigma_min", low, 0.0, strict=True)
-    flow = _Flow(denoiser, process, x, low, label, bias)
+    asked: dict[str, Any] = {"label": label, "bias": bias}
+    if condition is not None or bandwidth is not None:
+        asked |= {"condition": condition, "bandwidth": bandwidth}
+    flow = _Flow(denoiser, process, x, low, asked)
     with torch.no_grad():
         latent, shrunk = flow.run(relative, absolute, progress)
         sigma_t = flow.levels[1][1]
         if terminal == "mixture":
-            at_end = denoiser.evaluate(latent, process.t_noise, label, bias=bias)
+            at_end = denoiser.evaluate(latent, process.t_noise, **asked)
             log_terminal = at_end.posterior.log_density
         else:
             z = latent.to(torch.float64).flatten(len(batch)) / sigma_t
@@ -183,11 +189,10 @@ class _Flow:
         process: Process,
         x: Tensor,
         low: float,
-        label: Label,
-        bias: Tensor | None,
+        asked: dict[str, Any],
     ) -> None:
         self.denoiser, self.process, self.x = denoiser, process, x
-        self.label, self.bias, self.nfe = label, bias, 0
+        self.asked, self.nfe = asked, 0
         self.batch = x.shape[: x.dim() - (denoiser.space.dim() - 1)]
         self.dim = math.prod(denoiser.space.shape[1:])
         first = float(process.time_of_sigma(low))
@@ -250,7 +255,7 @@ class _Flow:
         self.nfe += 1
         divergence = None
         if isinstance(self.denoiser, Denoiser):
-            found = self.denoiser.evaluate(x, t, self.label, bias=self.bias)
+            found = self.denoiser.evaluate(x, t, **self.asked)
             divergence = x0_divergence(found)
         if divergence is None:
             found, divergence = self._differentiated(x, t)
@@ -260,7 +265,7 @@ class _Flow:
         """The evaluation, and div x0 from D gradients: sample i depends on x[i] alone."""
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
-            found = self.denoiser.evaluate(leaf, t, self.label, bias=self.bias)
+            found = self.denoiser.evaluate(leaf, t, **self.asked)
             x0 = found.x0.flatten(len(self.batch))
             total = torch.zeros(self.batch, dtype=torch.float64, device=x.device)
             for i in range(self.dim):

@@ -116,6 +116,18 @@ def test_labels_and_biases_choose_the_rows():
     torch.testing.assert_close(found.log_density, right, rtol=0, atol=1e-3)
 
 
+def test_conditions_choose_the_rows():
+    rows, conditions = normal(10, 2), normal(10, 1, seed=5)
+    x, asked = noisy(rows[:2], processes.EDM(), 0.2), normal(2, 1, seed=6)
+    denoiser = Denoiser(TrainingSet(rows, conditions=conditions))
+    found = log_likelihood(
+        denoiser, x, sigma_min=0.2, terminal="mixture", condition=asked, bandwidth=0.4, **COARSE
+    )
+    bias = -(asked - conditions.T).square() / (2 * 0.4**2)
+    right = [memokern.log_density(x[i : i + 1], rows, 0.2, bias=bias[i]) for i in range(2)]
+    torch.testing.assert_close(found.log_density, torch.cat(right), rtol=0, atol=1e-3)
+
+
 KNOWN = {
     "none": None,
     "tikhonov": regularizers.Tikhonov(0.05),
