@@ -306,13 +306,15 @@ def memorised_from(run: Numbers, least: float = 0.5) -> float:
 def conclude_network_squares(n: Numbers) -> list[str]:
     """Statements; one that these numbers do not bear out says so."""
     runs = n["runs"]
-    lines = [
-        f"width {run['width']} ({run['parameters']:,} numbers): {run['fraction'][-1]:.1%} of"
-        f" {n['samples']} samples are exact copies after {run['epochs'][-1]:.0f} epochs, half of"
-        f" them from epoch {memorised_from(run):.0f} on; median of"
-        f" {run['differing_pixels'][-1]:.0f} differing pixels"
-        for run in runs
-    ]
+    lines = []
+    for run in runs:
+        first = memorised_from(run)
+        since = f"half of them from epoch {first:.0f} on" if np.isfinite(first) else "never half"
+        lines.append(
+            f"width {run['width']} ({run['parameters']:,} numbers): {run['fraction'][-1]:.1%} of"
+            f" {n['samples']} samples are exact copies after {run['epochs'][-1]:.0f} epochs,"
+            f" {since}; median of {run['differing_pixels'][-1]:.0f} differing pixels"
+        )
     when = [memorised_from(run) for run in runs]
     every = all(run["fraction"][-1] >= 0.9 for run in runs)
     sooner = when == sorted(when, reverse=True) and when[-1] < when[0]
