@@ -22,7 +22,12 @@ from memokern.ops.flat import tensors
 from memokern.results import Nearest, Posterior
 from memokern.strategies import costs, pruned, pruned_nearest
 from memokern.strategies.certificate import Certificate, nothing_dropped
-from memokern.strategies.small_call import small_call, small_mean, small_posterior
+from memokern.strategies.small_call import (
+    small_call,
+    small_mean,
+    small_posterior,
+    small_residual,
+)
 from memokern.util.torch_internals import traced, under_transform
 from memokern.validate import (
     Asked,
@@ -158,12 +163,12 @@ def posterior(
         bounds = None if bounds is None else bounds.reshape(batch)
     if certificate and bounds is None:
         bounds = nothing_dropped(asked.sigma, rows.n)
-    mean, *stats = sums
+    mean, *stats, residual = sums
     if mean.shape != x.shape:
-        mean = mean.reshape(x.shape)
+        mean, residual = mean.reshape(x.shape), residual.reshape(x.shape)
     if len(batch) != 1:
         stats = [v.reshape(batch) for v in stats]
-    found = (mean, asked.sigma, asked.alpha, asked.temperature, *stats)
+    found = (mean, residual, asked.sigma, asked.alpha, asked.temperature, *stats)
     return _result(x, rows, query.bias, found, bounds)
 
 
@@ -174,10 +179,11 @@ def _result(
     found: tuple[Tensor, ...],
     bounds: Certificate | None = None,
 ) -> Posterior:
-    mean, sigma, alpha, temperature, log_z, mean_logit, mean_bias, weight_sq = found
+    mean, residual, sigma, alpha, temperature, log_z, mean_logit, mean_bias, weight_sq = found
     return Posterior(
         x=x,
         mean=mean,
+        residual=residual,
         log_z=log_z,
         mean_logit=mean_logit,
         mean_bias=mean_bias,
@@ -242,10 +248,8 @@ def score(
             precision=precision,
         )
         return found.score.to(x.dtype)
-    s, a, _ = call.numbers
-    mean = small_mean(call)
-    value: Tensor = (mean if a == 1 else mean.mul_(a)).sub_(x).div_(s).div_(s)  # the same, in place
-    return value
+    s = call.numbers[0]
+    return small_residual(call).div_(s).div_(s)  # the same, in place
 
 
 def denoise(

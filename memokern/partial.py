@@ -65,6 +65,7 @@ class PosteriorState:
         return Posterior(
             x=self.x,
             mean=sums.mean.reshape(self.x.shape),
+            residual=sums.residual.reshape(self.x.shape),
             log_z=sums.log_z.reshape(batch),
             mean_logit=sums.mean_logit.reshape(batch),
             mean_bias=sums.mean_bias.reshape(batch),

@@ -22,6 +22,10 @@ class Posterior:
     Attributes:
         x: the queries [\*batch, \*shape].
         mean: sum w y, the ideal denoiser's x0 [\*batch, \*shape], in x's type.
+        residual: sum w (alpha y - x) = alpha mean - x = sigma^2 score [\*batch, \*shape], in x's
+            type, finite at every sigma. Its error is relative to the distances \|x - alpha y\|
+            that matter and to sigma (float32: about 1e-6 of them, 1e-5 at most), where that of
+            alpha mean - x is relative to x. Score, eps, v and velocity are formed from it.
         log_z: T logsumexp(l / T); mean_logit: sum w l; mean_bias: sum w b; weight_sq: sum w^2;
             each [\*batch] float64.
         sigma, alpha, temperature: as used, [\*batch] float64.
@@ -33,6 +37,7 @@ class Posterior:
 
     x: Tensor
     mean: Tensor
+    residual: Tensor
     log_z: Tensor
     mean_logit: Tensor
     mean_bias: Tensor
@@ -47,11 +52,6 @@ class Posterior:
 
     def _wide(self, value: Tensor) -> Tensor:
         return wide(value, self.x)
-
-    @property
-    def residual(self) -> Tensor:
-        """alpha mean - x = sigma^2 score, finite at every sigma."""
-        return self._wide(self.alpha) * self.mean - self.x
 
     @property
     def score(self) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memokern.calls import Gradients, Query, RowLists, Rows, Sums
+from memokern.calls import BasicSums, Gradients, Query, RowLists, Rows, Sums
 from tests import oracle
 
 F32, F64 = torch.float32, torch.float64
@@ -155,7 +155,7 @@ def answered(case: Case) -> tuple[Query, Rows, Sums]:
 def with_gradients(case: Case) -> tuple[Query, Rows, Sums, Gradients]:
     """A case, gradients for its sums, and those for the query; not to be written to."""
     query, rows = case.problem()
-    grads = random_like(Sums(query.x, *[query.sigma] * 4), case.b)
+    grads = random_like(BasicSums(query.x, *[query.sigma] * 4), case.b)
     return query, rows, grads, oracle.gradients(query, rows, grads)
 
 
@@ -314,6 +314,16 @@ def second_derivatives(_: str) -> list[Case]:
         for bias, known in ((None, False), ("normal", True), ("hole", False), ("holes", True))
         for sigma, alpha in ((0.6, 0.9), (1.1, -0.8))
     ]
+
+
+def basic(sums: Sums) -> BasicSums:
+    """The sums that a backward pass is given."""
+    return BasicSums(*sums[:5])
+
+
+def narrow(sums: Sums) -> Sums:
+    """The sums with the vectors in float32."""
+    return sums._replace(mean=sums.mean.float(), residual=sums.residual.float())
 
 
 def random_like(values: Any, seed: int) -> Any:

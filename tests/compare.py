@@ -18,6 +18,7 @@ from tests import oracle
 
 F32, F64 = torch.float32, torch.float64
 MEAN = {F32: 1e-5, F64: 1e-12}  # of the largest |y|
+RESIDUAL = {F32: 1e-5, F64: 1e-12}  # of the distances that matter
 STATS = {F32: 1e-4, F64: 1e-9}  # of 1 + |value|
 GRADIENT = {F32: 1e-4, F64: 1e-9}  # of the largest gradient of its kind
 LISTED, LISTED_GRADIENT = 1e-12, 1e-10  # float64 whatever the types are
@@ -44,14 +45,27 @@ def sums(got: Sums, want: Sums, query: Query, rows: Rows, kind: torch.dtype, wha
         share, least = share + ROUNDED[query.x.dtype], 1e-12
     largest = max(oracle.values(rows).abs().max().item(), 1e-30)
     _within(got.mean, want.mean, share * largest + least, (what, "mean"))
-    for name, a, e in zip(Sums._fields[1:], got[1:], want[1:], strict=True):
+    for name, a, e in zip(Sums._fields[1:5], got[1:5], want[1:5], strict=True):
         _within(a, e, STATS[kind] * (1 + e.abs()), (what, name))
+    residuals(got, want, query, rows, kind, what)
+
+
+def residuals(
+    got: Sums, want: Sums, query: Query, rows: Rows, kind: torch.dtype, what: object
+) -> None:
+    """Relative to the distances that matter and to the noise, however far from the origin."""
+    width = query.sigma * query.temperature.sqrt() if query.weighting == "gaussian" else 0.0
+    reach = oracle.reach(query, rows).nan_to_num(0.0)  # of a query that is lost, or has no row
+    tol = RESIDUAL[kind] * (reach + width) + 1e-300
+    tol = tol[:, None] + max(ROUNDED[query.x.dtype], 2.3e-16) * want.residual.abs()
+    _within(got.residual, want.residual, tol, (what, "residual"))
 
 
 def check_types(got: Sums, query: Query) -> None:
-    """The mean in x's type and shape, the others [B] float64."""
-    assert got.mean.dtype == query.x.dtype and got.mean.shape == query.x.shape
-    assert all(v.dtype == F64 and v.shape == query.sigma.shape for v in got[1:])
+    """Mean and residual in x's type and shape, the others [B] float64."""
+    for value in (got.mean, got.residual):
+        assert value.dtype == query.x.dtype and value.shape == query.x.shape
+    assert all(v.dtype == F64 and v.shape == query.sigma.shape for v in got[1:5])
 
 
 def contract(got: Sums, want: Sums, what: object = None) -> None:
@@ -102,7 +116,8 @@ def listed(got: Sums, want: Sums, query: Query, what: object) -> None:
     """Sums over lists of rows."""
     check_types(got, query)
     for name, a, e in zip(Sums._fields, got, want, strict=True):
-        tol = LISTED + _last_place(want) + (ROUNDED[query.x.dtype] if name == "mean" else 0)
+        rounded = ROUNDED[query.x.dtype] if name in ("mean", "residual") else 0
+        tol = LISTED + _last_place(want) + rounded
         _within(a, e, tol * (1 + e.abs().max().item()), (what, name))
 
 

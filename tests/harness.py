@@ -22,7 +22,17 @@ from torch import Tensor
 
 from memokern.backends import protocol
 from memokern.backends.protocol import Backend, Call
-from memokern.calls import Gradients, LogitBounds, Query, RowLists, Rows, Scan, State, Sums
+from memokern.calls import (
+    BasicSums,
+    Gradients,
+    LogitBounds,
+    Query,
+    RowLists,
+    Rows,
+    Scan,
+    State,
+    Sums,
+)
 from memokern.util import env
 from tests import isas
 from tests.triton_interpreter import DEVICE
@@ -103,17 +113,17 @@ def posterior_state(name: str, query: Query, rows: Rows) -> State:
     return _run(name, "posterior_state", query.x, rows, query, rows)
 
 
-def backward(name: str, query: Query, rows: Rows, sums: Sums, grads: Sums) -> Gradients:
+def backward(name: str, query: Query, rows: Rows, sums: Sums, grads: BasicSums) -> Gradients:
     return _run(name, "posterior_backward", query.x, rows, query, rows, sums, grads)
 
 
-def backward_rows(name: str, query: Query, rows: Rows, grads: Sums) -> Tensor:
+def backward_rows(name: str, query: Query, rows: Rows, grads: BasicSums) -> Tensor:
     return _run(name, "posterior_backward_rows", query.x, rows, query, rows, grads)
 
 
 def double_backward(
-    name: str, query: Query, rows: Rows, grads: Sums, grad_grads: Gradients
-) -> tuple[Gradients, Sums]:
+    name: str, query: Query, rows: Rows, grads: BasicSums, grad_grads: Gradients
+) -> tuple[Gradients, BasicSums]:
     return _run(name, "posterior_double_backward", query.x, rows, query, rows, grads, grad_grads)
 
 
@@ -130,15 +140,15 @@ def listed(name: str, query: Query, rows: Rows, lists: RowLists) -> Sums:
 
 
 def listed_backward(
-    name: str, query: Query, rows: Rows, lists: RowLists, sums: Sums, grads: Sums
+    name: str, query: Query, rows: Rows, lists: RowLists, sums: Sums, grads: BasicSums
 ) -> Gradients:
     args = (query, rows, lists, sums, grads)
     return _run(name, "posterior_listed_backward", query.x, rows, *args)
 
 
 def listed_double_backward(
-    name: str, query: Query, rows: Rows, lists: RowLists, grads: Sums, grad_grads: Gradients
-) -> tuple[Gradients, Sums]:
+    name: str, query: Query, rows: Rows, lists: RowLists, grads: BasicSums, grad_grads: Gradients
+) -> tuple[Gradients, BasicSums]:
     args = (query, rows, lists, grads, grad_grads)
     return _run(name, "posterior_listed_double_backward", query.x, rows, *args)
 

@@ -115,9 +115,9 @@ def _sums_of_one(query: Query, found: _Weighed) -> tuple[Tensor, ...]:
     temperature = query.temperature[0]
     nan = torch.full((query.x.shape[1],), math.nan, dtype=F64)
     if not torch.isfinite(query.x).all():
-        return nan, nan[0], nan[0], nan[0], nan[0]
+        return nan, nan[0], nan[0], nan[0], nan[0], nan
     if not len(found.v):
-        return nan, torch.full((), -math.inf, dtype=F64), nan[0], nan[0], nan[0]
+        return nan, torch.full((), -math.inf, dtype=F64), nan[0], nan[0], nan[0], nan
     w = torch.softmax(found.v, 0)
     # A weight of 0 leaves its logit out, which may be -inf.
     mean_v = torch.where(w > 0, w * torch.where(w > 0, found.v, 0.0), 0.0).sum()
@@ -127,6 +127,7 @@ def _sums_of_one(query: Query, found: _Weighed) -> tuple[Tensor, ...]:
         temperature * mean_v + found.base,
         (w * found.bias).sum(),
         w.square().sum(),
+        w @ (query.alpha[0] * found.y - query.x[0].to(F64)),
     )
 
 
@@ -135,7 +136,8 @@ def sums(query: Query, rows: Rows, lists: RowLists | None = None) -> Sums:
     parts = [_sums_of_one(*pair) for pair in _each(query, rows, lists)]
     if not parts:
         empty = torch.zeros(0, dtype=F64)
-        return Sums(torch.zeros(query.x.shape, dtype=F64), *[empty] * 4)
+        none = torch.zeros(query.x.shape, dtype=F64)
+        return Sums._make([none, *[empty] * 4, none])
     return Sums(*(torch.stack(column) for column in zip(*parts, strict=True)))
 
 
@@ -152,10 +154,10 @@ def state(query: Query, rows: Rows, center: Tensor) -> State:
     parts = []
     for one, found in _each(query, rows, None):
         if not torch.isfinite(one.x).all():
-            lost = [math.nan] * (4 + rows.dim)
+            lost = [math.nan] * (4 + 2 * rows.dim)
             parts.append(torch.tensor([0.0, 0.0, *lost], dtype=F64))
         elif not len(found.v):
-            none = [0.0] * (4 + rows.dim)
+            none = [0.0] * (4 + 2 * rows.dim)
             parts.append(torch.tensor([math.inf, -math.inf, *none], dtype=F64))
         else:
             top = found.v.amax()
@@ -164,9 +166,21 @@ def state(query: Query, rows: Rows, center: Tensor) -> State:
             below = torch.where(e > 0, found.v - top, 0.0)
             each = [e.sum(), (e * below).sum(), (e * found.bias).sum(), e.square().sum()]
             key = torch.tensor([found.key], dtype=F64)
-            parts.append(torch.cat([key, torch.stack([m, *each]), e @ (found.y - center)]))
-    table = torch.stack(parts) if parts else torch.zeros(0, 6 + rows.dim, dtype=F64)
-    return State(*table[:, :6].unbind(1), table[:, 6:], center)
+            pull = e @ (one.alpha[0] * found.y - one.x[0].to(F64))
+            parts.append(torch.cat([key, torch.stack([m, *each]), e @ (found.y - center), pull]))
+    table = torch.stack(parts) if parts else torch.zeros(0, 6 + 2 * rows.dim, dtype=F64)
+    acc, residual = table[:, 6 : 6 + rows.dim], table[:, 6 + rows.dim :]
+    return State(*table[:, :6].unbind(1), acc, residual, center)
+
+
+def reach(query: Query, rows: Rows, lists: RowLists | None = None) -> Tensor:
+    """The distances that matter to each query [B]: the root of sum w |x - alpha y|^2."""
+    out = []
+    for one, found in _each(query, rows, lists):
+        w = torch.softmax(found.v, 0)
+        r2 = (one.x[0].to(F64) - one.alpha[0] * found.y).square().sum(1)
+        out.append((w * r2).sum().sqrt())
+    return torch.stack(out) if out else torch.zeros(0, dtype=F64)
 
 
 def settled(state: State, query: Query) -> State:
@@ -220,7 +234,7 @@ def _gradients(total: Tensor, inputs: Sequence[Tensor], again: bool = False) -> 
 def _product(values: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
     """<values, grads>. An infinite value (log_z at sigma = 0) is a constant: no derivative."""
     total = torch.zeros((), dtype=F64)
-    for value, grad in zip(values, grads, strict=True):
+    for value, grad in zip(values, grads, strict=False):  # the residual may be left out
         total = total + (torch.where(torch.isfinite(value), value, 0.0) * grad).sum()
     return total
 

@@ -20,10 +20,10 @@ void posterior_state(const py::tuple& rows, const py::tuple& queries, const py::
   run(q, [&] { return kernels().posterior_state(r, q, out, threads); });
 }
 
-// columns: [7][b] to be written, the shared numbers for each query and its four sums after the mean; null
-// where nobody asks for them.
+// columns: [7][b] to be written, the shared numbers for each query and its four sums of [b]. What nobody asks
+// for is null: mean, residual, columns.
 void small_posterior(const py::tuple& rows, uintptr_t x, bool f64, int64_t b, const py::tuple& numbers,
-                     uintptr_t bias, uintptr_t mean, uintptr_t columns, int threads) {
+                     uintptr_t bias, uintptr_t mean, uintptr_t residual, uintptr_t columns, int threads) {
   const Rows r = rows_from(rows);
   Fields shared(numbers, "sigma, alpha, temperature", 3);
   std::vector<double> unasked(columns ? 0 : 7 * b);
@@ -34,7 +34,7 @@ void small_posterior(const py::tuple& rows, uintptr_t x, bool f64, int64_t b, co
   }
   if (PyErr_Occurred()) throw py::error_already_set();
   Queries q = {pointer<void>(x), f64, b, c, c + b, c + 2 * b, pointer<double>(bias), kGaussian, nullptr};
-  const Sums out = {pointer<void>(mean), c + 3 * b, c + 4 * b, c + 5 * b, c + 6 * b};
+  const Sums out = {pointer<void>(mean), c + 3 * b, c + 4 * b, c + 5 * b, c + 6 * b, pointer<void>(residual)};
   run(q, [&] { return kernels().posterior(r, q, out, threads); });
 }
 
@@ -62,7 +62,7 @@ void bind_dense(py::module_& m) {
   m.def("posterior", &posterior, arg("rows"), arg("queries"), arg("sums"), arg("threads"));
   m.def("posterior_state", &posterior_state, arg("rows"), arg("queries"), arg("states"), arg("threads"));
   m.def("small_posterior", &small_posterior, arg("rows"), arg("x"), arg("f64"), arg("b"), arg("numbers"),
-        arg("bias"), arg("mean"), arg("columns"), arg("threads"),
+        arg("bias"), arg("mean"), arg("residual"), arg("columns"), arg("threads"),
         "The sums of queries that share the numbers sigma, alpha and temperature.");
   m.def("posterior_backward", &posterior_backward, arg("rows"), arg("queries"), arg("sums"), arg("grads"),
         arg("out"), arg("threads"));

@@ -55,16 +55,16 @@ inline Queries queries_from(const py::tuple& t) {
   return checked(Queries{f, f, f, f, f, f, f, f, nullptr});
 }
 inline Sums sums_from(const py::tuple& t) {
-  Fields f(t, "Sums", 5);
-  return checked(Sums{f, f, f, f, f});
+  Fields f(t, "Sums", 6);
+  return checked(Sums{f, f, f, f, f, f});
 }
 inline SumsIn sums_in_from(const py::tuple& t) {
   Fields f(t, "SumsIn", 5);
   return checked(SumsIn{f, f, f, f, f});
 }
 inline States states_from(const py::tuple& t) {
-  Fields f(t, "States", 8);
-  return checked(States{f, f, f, f, f, f, f, f});
+  Fields f(t, "States", 9);
+  return checked(States{f, f, f, f, f, f, f, f, f});
 }
 inline Gradients gradients_from(const py::tuple& t) {
   Fields f(t, "Gradients", 5);

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from memokern.calls import (
+    BasicSums,
     Gradients,
     LogitBounds,
     Query,
@@ -99,17 +100,19 @@ class Backend:
         """The dense sweep. A backend that normalises in its last kernel has its own."""
         return to_sums(self.posterior_state(query, rows), query)
 
-    def posterior_backward(self, query: Query, rows: Rows, sums: Sums, grads: Sums) -> Gradients:
+    def posterior_backward(
+        self, query: Query, rows: Rows, sums: BasicSums, grads: BasicSums
+    ) -> Gradients:
         """The gradients for the query, given those for the sums."""
         raise NotImplementedError
 
-    def posterior_backward_rows(self, query: Query, rows: Rows, grads: Sums) -> Tensor:
+    def posterior_backward_rows(self, query: Query, rows: Rows, grads: BasicSums) -> Tensor:
         """The gradient for floating-point rows [N, D], in their type."""
         raise NotImplementedError
 
     def posterior_double_backward(
-        self, query: Query, rows: Rows, grads: Sums, grad_grads: Gradients
-    ) -> tuple[Gradients, Sums]:
+        self, query: Query, rows: Rows, grads: BasicSums, grad_grads: Gradients
+    ) -> tuple[Gradients, BasicSums]:
         """The gradients of <grad_grads, posterior_backward> for the query and for grads."""
         raise NotImplementedError
 
@@ -126,14 +129,14 @@ class Backend:
         raise NotImplementedError
 
     def posterior_listed_backward(
-        self, query: Query, rows: Rows, lists: RowLists, sums: Sums, grads: Sums
+        self, query: Query, rows: Rows, lists: RowLists, sums: BasicSums, grads: BasicSums
     ) -> Gradients:
         """The gradients for the query, given those for the sums."""
         raise NotImplementedError
 
     def posterior_listed_double_backward(
-        self, query: Query, rows: Rows, lists: RowLists, grads: Sums, grad_grads: Gradients
-    ) -> tuple[Gradients, Sums]:
+        self, query: Query, rows: Rows, lists: RowLists, grads: BasicSums, grad_grads: Gradients
+    ) -> tuple[Gradients, BasicSums]:
         """The gradients of <grad_grads, posterior_listed_backward> for the query and for grads."""
         raise NotImplementedError
 

@@ -5,11 +5,12 @@ A new input of the sweep is a field of :class:`Query` or :class:`Rows`; a new ou
 """
 
 from memokern.calls.arguments import WEIGHTINGS, LogitBounds, Query, RowLists, Rows
-from memokern.calls.results import Gradients, Scan, Sums
+from memokern.calls.results import BasicSums, Gradients, Scan, Sums
 from memokern.calls.state import State, by_key, empty_state, merge, to_sums, without
 
 __all__ = [
     "WEIGHTINGS",
+    "BasicSums",
     "Gradients",
     "LogitBounds",
     "Query",

@@ -9,8 +9,9 @@ from torch import Tensor
 from memokern.calls.arguments import RowLists
 
 
-class Sums(NamedTuple):
-    """What one sweep over the rows gives, with logits l and weights w = softmax(l / T).
+class BasicSums(NamedTuple):
+    """What one sweep over the rows gives, with logits l and weights w = softmax(l / T), as a
+    backward pass is given it, or the gradients for it.
 
     mean: sum w y [B, D] in x's type. log_z: T logsumexp(l / T); mean_logit: sum w l;
     mean_bias: sum w bias; weight_sq: sum w^2; each [B] float64.
@@ -21,6 +22,21 @@ class Sums(NamedTuple):
     mean_logit: Tensor
     mean_bias: Tensor
     weight_sq: Tensor
+
+
+class Sums(NamedTuple):
+    """All that one sweep over the rows gives: the fields of :class:`BasicSums`, and
+
+    residual: sum w (alpha y - x) [B, D] in x's type, from these differences where alpha mean - x
+    would cancel. Its gradient is one for mean, x and alpha (:mod:`memokern.ops.dense`).
+    """
+
+    mean: Tensor
+    log_z: Tensor
+    mean_logit: Tensor
+    mean_bias: Tensor
+    weight_sq: Tensor
+    residual: Tensor
 
 
 class Gradients(NamedTuple):

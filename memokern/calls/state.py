@@ -31,7 +31,9 @@ class State(NamedTuple):
     v is bias / T alone, since the rest is infinite.
     s, s_v, s_bias, s_sq: [B] float64, the sums of e^(v - m), e^(v - m) (v - m), e^(v - m) bias and
     e^(2 (v - m)).
-    acc: [B, D], the sum of e^(v - m) (y - center), in the type that the sweep accumulates in.
+    acc, residual: [B, D], the sums of e^(v - m) (y - center) and of e^(v - m) (alpha y - x), in the
+    type that the sweep accumulates in. The second follows from the first but for rounding: it is
+    made of differences where these are small beside y - center.
     center: [D] float64, any point near the rows.
 
     Without rows that have weight: key inf, m -inf, all sums 0. Of a query that is not finite: key
@@ -45,6 +47,7 @@ class State(NamedTuple):
     s_bias: Tensor
     s_sq: Tensor
     acc: Tensor
+    residual: Tensor
     center: Tensor
 
 
@@ -53,15 +56,16 @@ def empty_state(b: int, center: Tensor, dtype: torch.dtype) -> State:
     zeros = [torch.zeros(b, dtype=_F64, device=center.device) for _ in range(4)]
     inf = torch.full((b,), torch.inf, dtype=_F64, device=center.device)
     acc = torch.zeros(b, len(center), dtype=dtype, device=center.device)
-    return State._make([inf, -inf, *zeros, acc, center.to(_F64)])
+    return State._make([inf, -inf, *zeros, acc, torch.zeros_like(acc), center.to(_F64)])
 
 
 def without(state: State, lost: Tensor) -> State:
     """The same state, where nothing is known of the queries in `lost` [B]: those not finite."""
-    key, m, *sums, acc, center = state
+    key, m, *sums, acc, residual, center = state
     known = [*(torch.where(lost, 0.0, v) for v in (key, m))]
     known += [torch.where(lost, torch.nan, v) for v in sums]
-    return State._make([*known, torch.where(lost[:, None], torch.nan, acc), center])
+    known += [torch.where(lost[:, None], torch.nan, v) for v in (acc, residual)]
+    return State._make([*known, center])
 
 
 def merge(a: State, b: State, by_key: Tensor | None = None) -> State:
@@ -88,6 +92,7 @@ def merge(a: State, b: State, by_key: Tensor | None = None) -> State:
         _add(f_a, a.s_bias, f_b, b.s_bias),
         _add(f_a.square(), a.s_sq, f_b.square(), b.s_sq),
         _add(f_a[:, None], a.acc, f_b[:, None], _about(b, a.center)).to(a.acc.dtype),
+        _add(f_a[:, None], a.residual, f_b[:, None], b.residual).to(a.acc.dtype),
         a.center,
     )
 
@@ -148,4 +153,5 @@ def to_sums(state: State, query: Query) -> Sums:
         torch.where(none, torch.nan, mean_logit),
         torch.where(none, torch.nan, state.s_bias / state.s),
         torch.where(none, torch.nan, state.s_sq / state.s.square()),
+        torch.where(none[:, None], torch.nan, state.residual / state.s[:, None]).to(query.x.dtype),
     )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from memokern.calls import Rows
-from memokern.data.storage import mean, sq_norms
+from memokern.data.storage import center, sq_norms
 from memokern.index.checksum import AT_ONCE_BYTES, require_seal
 from memokern.index.index import REBUILD_HINT, Index, restored
 from memokern.util.held import Held
@@ -33,8 +33,10 @@ class Derived:
         center: Tensor | None = None,
         sq_norms: Tensor | None = None,
         index: Index | None = None,
+        log_weights: Tensor | None = None,
     ) -> None:
         self.rows, self.scale, self.shift = rows, scale, shift
+        self._log_weights = log_weights
         self.index = index
         self._center = center if index is None else index.center
         self._center64: Tensor | None = None
@@ -84,10 +86,11 @@ class Derived:
 
     @property
     def center(self) -> Tensor:
-        """The mean of the values, [D] float32, or float64 for float64 rows."""
+        """A point amid the values: :func:`memokern.data.storage.center`, [D] float32, or float64
+        for float64 rows."""
         if self._center is None:
             dtype = torch.float64 if self.rows.dtype == torch.float64 else torch.float32
-            self._center = mean(self.rows, self.scale, self.shift, dtype)
+            self._center = center(self.rows, self.scale, self.shift, dtype, self._log_weights)
         return self._center
 
     @property

@@ -12,6 +12,7 @@ import torch
 
 from memokern.calls.values import dequantized
 from memokern.data import files, sources
+from memokern.util.torch_internals import traced
 
 ROW_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.uint8)
 # uint8 images are taken from 0..255 to [-1, 1], as diffusion models take them.
@@ -196,6 +197,36 @@ def mean(rows: torch.Tensor, scale: float, shift: float, dtype: torch.dtype) -> 
     for chunk in chunks(rows):
         total += chunk.sum(dim=0, dtype=torch.float64)
     return (total / len(rows) * scale + shift).to(dtype)
+
+
+SAMPLE = 64  # rows by which a mean is judged
+
+
+@torch.inference_mode(False)
+def center(
+    rows: torch.Tensor,
+    scale: float,
+    shift: float,
+    dtype: torch.dtype,
+    log_weights: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The mean [D], in `dtype`, of the values of rows that can have weight; the median of some of
+    them, feature by feature, where few rows lie so far off that the mean is no center of the
+    others: further from the median than half of the rows are."""
+    if rows.is_meta or traced(rows):  # there are no values to look at
+        return mean(rows, scale, shift, dtype)
+    kept = None if log_weights is None else ~torch.isneginf(log_weights)
+    if kept is not None and not bool(kept.all()):
+        rows = rows[kept]
+    found = mean(rows, scale, shift, torch.float64)
+    count = max(1, min(len(rows), SAMPLE, CHUNK_ELEMENTS // rows.shape[1]))
+    some = torch.linspace(0, len(rows) - 1, count, device="cpu").to(torch.int64)
+    values = dequantized(rows[some.to(rows.device)], scale, shift).to(torch.float64)
+    median = values.median(0).values
+    off = (values - median).square().sum(1).median()
+    if bool((found - median).square().sum() > off):
+        found = median
+    return found.to(dtype)
 
 
 @torch.inference_mode(False)

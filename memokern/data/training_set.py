@@ -75,8 +75,9 @@ class TrainingSet(StoredRows):
             the rows. nbytes: of rows, labels, weights and caches.
         scale, shift: y = row * scale + shift. labels: [N] int64 or None. conditions: [N, K], and
             log_weights: [N], float64 or None.
-        center: [D] float32 or float64, the mean row (of a subset with an index, the mean of the
-            whole set). sq_norms: [N] float64, |y_n - center|^2.
+        center: [D] float32 or float64, the mean of the rows that can have weight, or a median where
+            a few far ones would move it (of a subset with an index, that of the whole set).
+        sq_norms: [N] float64, |y_n - center|^2.
 
     Raises:
         TypeError: rows of another type (other integers, bool, complex); labels not integers.
@@ -143,7 +144,7 @@ class TrainingSet(StoredRows):
         self.labels = checked_labels(labels, self.n, self.device)
         self.conditions = checked_conditions(conditions, self.n, self.device)
         self.log_weights = checked_log_weights(log_weights, self.n, self.device)
-        self.name, self._derived = name, Derived(self.rows, self.scale, self.shift)
+        self.name, self._derived = name, self._new_derived()
         if check:
             require_finite(self.rows)
         if index and "index" in found and (scale, shift) == (found["scale"], found["shift"]):
@@ -159,17 +160,20 @@ class TrainingSet(StoredRows):
 
     # --- what queries need, computed once -----------------------------------------------------
 
+    def _new_derived(self) -> Derived:
+        return Derived(self.rows, self.scale, self.shift, log_weights=self.log_weights)
+
     def _current(self) -> Derived:  # of the rows as they are now
         if not self._derived.is_of(self.rows):
             if self._derived.index is not None:
                 raise ValueError("the rows changed after the index: call build_index() anew")
-            self._derived = Derived(self.rows, self.scale, self.shift)
+            self._derived = self._new_derived()
         self._derived.require_checked()
         return self._derived
 
     @property
     def center(self) -> torch.Tensor:
-        """The mean of the rows, [D] float32 (float64 for float64 rows); computed at first use."""
+        """A point amid the rows, [D] float32 (float64 for float64 rows); computed at first use."""
         return self._current().center
 
     @property
@@ -234,7 +238,7 @@ class TrainingSet(StoredRows):
             (8, 16)
         """
         if not self._derived.is_of(self.rows):
-            self._derived = Derived(self.rows, self.scale, self.shift)
+            self._derived = self._new_derived()
         self._derived.index = build(
             self.as_rows(), self.center, self.shape,
             basis=basis, dims=dims, storage=storage, progress=progress,

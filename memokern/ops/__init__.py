@@ -34,7 +34,7 @@ from memokern.calls import LogitBounds, Query, RowLists, Rows, Scan, State, Sums
 from memokern.ops import dense, listed, neighbours
 from memokern.ops.flat import flat, tensors
 from memokern.ops.registration import OPS
-from memokern.util.torch_internals import under_transform, undispatched
+from memokern.util.torch_internals import primal, under_transform, undispatched
 
 __all__ = [
     "bound_scan",
@@ -85,10 +85,11 @@ def nearest(x: Tensor, rows: Rows, k: int) -> tuple[Tensor, Tensor]:
 
 
 def bound_scan(query: Query, rows: Rows, bounds: LogitBounds) -> Scan:
-    """Which rows can matter."""
+    """Which rows can matter: a choice, which has no tangent."""
     backend = _direct("bound_scan", query, rows)
     if backend is not None:
-        return backend.bound_scan(query, rows, bounds)
+        scan = backend.bound_scan(query, rows, bounds)
+        return scan._replace(threshold=primal(scan.threshold))
     start, index, threshold, level = OPS.bound_scan(*flat(query, rows), *bounds)
     return Scan(RowLists(start, index), threshold, level)
 

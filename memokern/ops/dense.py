@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from memokern.backends.protocol import Call, choose
-from memokern.calls import Gradients, Query, State, Sums, to_sums
+from memokern.calls import BasicSums, Gradients, Query, State, Sums, to_sums
 from memokern.calls.checks import check_weighting
 from memokern.ops.flat import (
     FIVE,
     PER_QUERY,
     PREFIX,
+    SIX,
     SUM_GRADS,
     SUMS,
     TENSORS,
@@ -31,7 +32,7 @@ from memokern.ops.registration import (
     vmap,
 )
 
-_STATE = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+_STATE = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 _BOTH = "Tensor[] grads, Tensor[] grad_grads"
 
 
@@ -50,7 +51,8 @@ def _posterior_state(*args: Any) -> State:
     center = state.center
     if rows.center is not None and center.data_ptr() == rows.center.data_ptr():
         center = center.clone()  # a result of an operation may not be one of its arguments
-    return state._replace(acc=state.acc.to(_accumulates_in(*args[:2])), center=center)
+    kind = _accumulates_in(*args[:2])
+    return state._replace(acc=state.acc.to(kind), residual=state.residual.to(kind), center=center)
 
 
 def _accumulates_in(x: Tensor, rows: Tensor) -> torch.dtype:
@@ -58,18 +60,19 @@ def _accumulates_in(x: Tensor, rows: Tensor) -> torch.dtype:
 
 
 def _backward(*args: Any) -> Gradients:
-    sums, grads = Sums(*args[WIDTH : WIDTH + 5]), Sums(*args[WIDTH + 5 :])
+    sums = BasicSums(*args[WIDTH : WIDTH + 5])
+    grads = BasicSums(*args[WIDTH + 5 :])
     backend = choose("posterior_backward", _call(args))
     return backend.posterior_backward(query_of(args), rows_of(args), sums, grads)
 
 
 def _backward_rows(*args: Any) -> Tensor:
     backend = choose("posterior_backward_rows", _call(args))
-    return backend.posterior_backward_rows(query_of(args), rows_of(args), Sums(*args[WIDTH]))
+    return backend.posterior_backward_rows(query_of(args), rows_of(args), BasicSums(*args[WIDTH]))
 
 
 def _double_backward(*args: Any) -> list[Tensor]:
-    grads, grad_grads = Sums(*args[WIDTH]), Gradients(*args[WIDTH + 1])
+    grads, grad_grads = BasicSums(*args[WIDTH]), Gradients(*args[WIDTH + 1])
     backend = choose("posterior_double_backward", _call(args))
     heads, tails = backend.posterior_double_backward(
         query_of(args), rows_of(args), grads, grad_grads
@@ -77,7 +80,7 @@ def _double_backward(*args: Any) -> list[Tensor]:
     return [*heads, *tails]
 
 
-define("posterior", PREFIX, FIVE, _posterior)
+define("posterior", PREFIX, SIX, _posterior)
 define("posterior_state", PREFIX, _STATE, _posterior_state)
 define("posterior_backward", f"{PREFIX}, {SUMS}, {SUM_GRADS}", FIVE, _backward)
 define("posterior_backward_rows", f"{PREFIX}, Tensor[] grads", "Tensor", _backward_rows)
@@ -88,7 +91,8 @@ define("posterior_double_backward", f"{PREFIX}, {_BOTH}", "Tensor[]", _double_ba
 
 
 def fake_sums(x: Tensor, rows: Tensor, sigma: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    return (x.new_empty(x.shape), *(sigma.new_empty(sigma.shape) for _ in range(4)))
+    columns = (sigma.new_empty(sigma.shape) for _ in range(4))
+    return (x.new_empty(x.shape), *columns, x.new_empty(x.shape))
 
 
 def fake_gradients(*args: Any) -> tuple[Tensor, ...]:
@@ -103,9 +107,9 @@ def fake_double_backward(*args: Any) -> list[Tensor]:
 
 
 def _fake_state(x: Tensor, rows: Tensor, sigma: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    acc = x.new_empty(x.shape, dtype=_accumulates_in(x, rows))
+    acc, residual = (x.new_empty(x.shape, dtype=_accumulates_in(x, rows)) for _ in range(2))
     center = x.new_empty(x.shape[1], dtype=torch.float64)
-    return (*(sigma.new_empty(sigma.shape) for _ in range(6)), acc, center)
+    return (*(sigma.new_empty(sigma.shape) for _ in range(6)), acc, residual, center)
 
 
 fake("posterior", fake_sums)
@@ -124,6 +128,17 @@ def query_gradients(ctx: Any, grads: tuple[Tensor, ...], rows: Tensor | None) ->
     return [grads[0], rows, *grads[1:4], grad_bias, *(None,) * (WIDTH - 6)]
 
 
+def without_residual(
+    grads: tuple[Tensor, ...], mean: Tensor, alpha: Tensor
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """The gradients for the sums before the residual, alpha mean - x, which become those of
+    everything; and what it adds of its own to the gradients for x and for alpha."""
+    *five, pull = grads
+    five[0] = five[0] + (alpha[:, None] * pull).to(mean.dtype)
+    along = torch.where(pull == 0, 0.0, pull * mean)  # without rows of weight the mean is NaN
+    return five, -pull, along.to(torch.float64).sum(1)
+
+
 class _Posterior(torch.autograd.Function):
     @staticmethod
     def forward(*args: Any) -> Any:
@@ -137,8 +152,11 @@ class _Posterior(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         args = (*ctx.saved_tensors[:TENSORS], *ctx.options)
-        sums = [v.detach() for v in ctx.saved_tensors[TENSORS:]]
-        return tuple(_gradients(ctx, args, sums, list(grads)))
+        known = ctx.saved_tensors[TENSORS:]
+        five, grad_x, grad_alpha = without_residual(grads, known[0], args[3])
+        out = _gradients(ctx, args, [v.detach() for v in known[:5]], five)
+        out[0], out[3] = out[0] + grad_x, out[3] + grad_alpha
+        return tuple(out)
 
 
 def _gradients(
@@ -162,7 +180,7 @@ class _PosteriorState(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.options, ctx.has_bias = inputs[TENSORS:], inputs[5] is not None
-        ctx.mark_non_differentiable(output[0], output[1], output[7])
+        ctx.mark_non_differentiable(output[0], output[1], output[8])
         ctx.save_for_backward(*inputs[:TENSORS], *output)
 
     @staticmethod
@@ -170,29 +188,35 @@ class _PosteriorState(torch.autograd.Function):
         args = (*ctx.saved_tensors[:TENSORS], *ctx.options)
         query, state = query_of(args), State(*ctx.saved_tensors[TENSORS:])
         with torch.no_grad():
-            sums = to_sums(state, query)
+            sums = BasicSums(*to_sums(state, query)[:5])
         pulled, grad_t = _to_gradients_of_sums(State(*grads), state, query, sums)
+        pull, s = grads[7], state.s[:, None]
+        grad_x = (-s * pull).to(query.x.dtype)
+        grad_alpha = (pull * (state.acc + s * state.center)).to(torch.float64).sum(1)
         if query.bias is None:
             out = _gradients(ctx, args, list(sums), list(pulled))
+            out[0], out[3] = out[0] + grad_x, out[3] + grad_alpha
             out[4] = out[4] + grad_t
             return tuple(out)
         # A part of which the bias leaves no row has no gradient: it is asked as if it had them all,
         # since 0 times what is NaN would be NaN, and the answer is left out.
         empty = torch.isneginf(query.bias.detach()).all()
         args = (*args[:5], torch.where(empty, 0.0, query.bias), *args[6:])
-        sums = Sums(*(torch.where(empty, 0.0, v) for v in sums))
-        out = _gradients(ctx, args, list(sums), list(pulled))
+        known = [torch.where(empty, 0.0, v) for v in sums]
+        out = _gradients(ctx, args, known, list(pulled))
+        out[0], out[3] = out[0] + grad_x, out[3] + grad_alpha
         out[4] = out[4] + grad_t
         return tuple(None if g is None else torch.where(empty, 0.0, g) for g in out)
 
 
 def _to_gradients_of_sums(
-    grads: State, state: State, query: Query, sums: Sums
-) -> tuple[Sums, Tensor]:
+    grads: State, state: State, query: Query, sums: BasicSums
+) -> tuple[BasicSums, Tensor]:
     """Gradients for a state as gradients for its sums, and for the temperature where it is not in
     the sums: s = e^(log_z / T - m), s_v = s (mean_logit / T - m), s_bias = s mean_bias,
-    s_sq = s^2 weight_sq, acc = s (mean - center)."""
-    acc = (grads.acc * state.acc).to(torch.float64).sum(1)
+    s_sq = s^2 weight_sq, acc = s (mean - center), residual = s (alpha mean - x). What the last adds
+    to the gradients for x and for alpha is left to the caller."""
+    acc = (grads.acc * state.acc + grads.residual * state.residual).to(torch.float64).sum(1)
     by_log_s = grads.s * state.s + grads.s_v * state.s_v + grads.s_bias * state.s_bias
     by_log_s = by_log_s + 2 * grads.s_sq * state.s_sq + acc
     by_mean_v = grads.s_v * state.s
@@ -203,8 +227,8 @@ def _to_gradients_of_sums(
     m = torch.where(moves, state.m, 0.0)
     log_s, mean_v = m + s.log(), m + state.s_v / s
     grad_t = -(by_log_s * log_s + by_mean_v * mean_v) / query.temperature
-    pulled = Sums(
-        (grads.acc * state.s[:, None].to(state.acc.dtype)).to(query.x.dtype),
+    pulled = BasicSums(
+        (state.s[:, None] * (grads.acc + query.alpha[:, None] * grads.residual)).to(query.x.dtype),
         by_log_s / query.temperature,
         by_mean_v / query.temperature,
         grads.s_bias * state.s,

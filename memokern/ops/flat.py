@@ -23,6 +23,7 @@ SUM_GRADS = (
     " Tensor grad_weight_sq"
 )
 FIVE = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
+SIX = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 
 
 def flat(query: Query, rows: Rows) -> tuple[Any, ...]:

@@ -8,9 +8,25 @@ import torch
 from torch import Tensor
 
 from memokern.backends.protocol import Call, choose
-from memokern.calls import Gradients, LogitBounds, RowLists, Sums
-from memokern.ops.dense import fake_double_backward, fake_gradients, fake_sums, query_gradients
-from memokern.ops.flat import FIVE, PREFIX, SUM_GRADS, SUMS, TENSORS, WIDTH, query_of, rows_of
+from memokern.calls import BasicSums, Gradients, LogitBounds, RowLists, Sums
+from memokern.ops.dense import (
+    fake_double_backward,
+    fake_gradients,
+    fake_sums,
+    query_gradients,
+    without_residual,
+)
+from memokern.ops.flat import (
+    FIVE,
+    PREFIX,
+    SIX,
+    SUM_GRADS,
+    SUMS,
+    TENSORS,
+    WIDTH,
+    query_of,
+    rows_of,
+)
 from memokern.ops.registration import (
     LIBRARY,
     OPS,
@@ -45,14 +61,15 @@ def _listed(*args: Any) -> Sums:
 
 def _backward(*args: Any) -> Gradients:
     lists = RowLists(*args[WIDTH:_AFTER_LISTS])
-    sums, grads = Sums(*args[_AFTER_LISTS : _AFTER_LISTS + 5]), Sums(*args[_AFTER_LISTS + 5 :])
+    sums = BasicSums(*args[_AFTER_LISTS : _AFTER_LISTS + 5])
+    grads = BasicSums(*args[_AFTER_LISTS + 5 :])
     backend = choose("posterior_listed_backward", Call.of(args[0], args[1]))
     return backend.posterior_listed_backward(query_of(args), rows_of(args), lists, sums, grads)
 
 
 def _double_backward(*args: Any) -> list[Tensor]:
     lists = RowLists(*args[WIDTH:_AFTER_LISTS])
-    grads, grad_grads = Sums(*args[_AFTER_LISTS]), Gradients(*args[_AFTER_LISTS + 1])
+    grads, grad_grads = BasicSums(*args[_AFTER_LISTS]), Gradients(*args[_AFTER_LISTS + 1])
     backend = choose("posterior_listed_double_backward", Call.of(args[0], args[1]))
     heads, tails = backend.posterior_listed_double_backward(
         query_of(args), rows_of(args), lists, grads, grad_grads
@@ -61,7 +78,7 @@ def _double_backward(*args: Any) -> list[Tensor]:
 
 
 define("bound_scan", f"{PREFIX}, {_BOUNDS}", "(Tensor, Tensor, Tensor, Tensor)", _bound_scan)
-define("posterior_listed", f"{PREFIX}, {_LISTS}", FIVE, _listed)
+define("posterior_listed", f"{PREFIX}, {_LISTS}", SIX, _listed)
 define("posterior_listed_backward", f"{PREFIX}, {_LISTS}, {SUMS}, {SUM_GRADS}", FIVE, _backward)
 define(
     "posterior_listed_double_backward",
@@ -117,8 +134,11 @@ class _Listed(torch.autograd.Function):
         _no_gradient_for_rows(ctx)
         args = (*ctx.saved_tensors[:TENSORS], *ctx.options)
         lists, sums = ctx.saved_tensors[TENSORS : TENSORS + 2], ctx.saved_tensors[TENSORS + 2 :]
-        out = OPS.posterior_listed_backward(*args, *lists, *(v.detach() for v in sums), *grads)
-        return (*query_gradients(ctx, out, None), None, None)
+        five, grad_x, grad_alpha = without_residual(grads, sums[0], args[3])
+        known = (v.detach() for v in sums[:5])
+        found = list(OPS.posterior_listed_backward(*args, *lists, *known, *five))
+        found[0], found[2] = found[0] + grad_x, found[2] + grad_alpha
+        return (*query_gradients(ctx, tuple(found), None), None, None)
 
 
 class _ListedBackward(torch.autograd.Function):

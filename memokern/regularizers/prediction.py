@@ -77,11 +77,6 @@ class Prediction:
         s = self.query.sigma
         near = replace(self.query, sigma=torch.where(s == 0, SMALLEST, s))
         plain = self.posterior.residual.to(torch.float64)
-        # A row that is hit leaves a residual of 0, whatever the rounding of the mean says.
-        x = self.posterior.x
-        size = 8 * torch.finfo(x.dtype).eps * x.flatten(s.dim()).norm(dim=-1)
-        hit = plain.flatten(s.dim()).norm(dim=-1) <= size
-        plain = torch.where(wide(hit, plain) != 0, 0.0, plain)
         gated = self.regularizer.gather(self.regularizer.gate(plain, near, self.posterior))
         score = gated / SMALLEST / SMALLEST
         return torch.where(score.abs() < LARGEST, score, score * torch.inf).to(self.x.dtype)

@@ -34,7 +34,7 @@ class Small(NamedTuple):
     shape: tuple[int, ...]
     log_weights: Tensor | None
     numbers: tuple[float, float, float]
-    run: Callable[..., Tensor]
+    run: Callable[..., None]
 
 
 def small_call(
@@ -88,15 +88,24 @@ def _single(value: PerQuery) -> float:
 
 def small_mean(call: Small) -> Tensor:
     """The mean [*batch, *shape] alone."""
-    mean: Tensor = call.run(call.x, call.rows, call.numbers, call.log_weights)
+    mean = torch.empty_like(call.x)
+    call.run(call.x, call.rows, call.numbers, call.log_weights, mean, None, None)
     return mean
 
 
+def small_residual(call: Small) -> Tensor:
+    """The residual [*batch, *shape] alone."""
+    residual = torch.empty_like(call.x)
+    call.run(call.x, call.rows, call.numbers, call.log_weights, None, residual, None)
+    return residual
+
+
 def small_posterior(call: Small) -> tuple[Tensor, ...]:
-    """The mean, and [*batch] float64 sigma, alpha, temperature, log_z, mean_logit, mean_bias,
-    weight_sq."""
+    """Mean and residual, and [*batch] float64 sigma, alpha, temperature, log_z, mean_logit,
+    mean_bias, weight_sq."""
     x = call.x
     batch = x.shape[: x.dim() - len(call.shape)]
     columns = torch.empty((7, *batch), dtype=torch.float64)
-    mean: Tensor = call.run(x, call.rows, call.numbers, call.log_weights, columns)
-    return mean, *columns.unbind()
+    mean, residual = torch.empty_like(x), torch.empty_like(x)
+    call.run(x, call.rows, call.numbers, call.log_weights, mean, residual, columns)
+    return mean, residual, *columns.unbind()

@@ -43,6 +43,11 @@ def has_tangent(tensor: Tensor) -> bool:
     return forward_ad.unpack_dual(tensor).tangent is not None
 
 
+def primal(tensor: Tensor) -> Tensor:
+    """The tensor without its tangent of forward mode."""
+    return forward_ad.unpack_dual(tensor).primal
+
+
 def under_transform(*tensors: Tensor | None) -> bool:
     """Whether a derivative transform that a registered operation would lose is at work here."""
     if is_compiling():

@@ -54,7 +54,7 @@ def test_posterior_is_the_definition(backend, dtype, size, weighting) -> None:
     s, a, t = (0.3 + normal(b, seed=i).abs() for i in (3, 4, 5))
     p = memokern.posterior(x, rows, s, a, t, bias=bias, weighting=weighting)
     want = oracle.sums(query_of(x, s, a, t, bias, weighting), Rows(rows))
-    got = (p.mean, p.log_z, p.mean_logit, p.mean_bias, p.weight_sq)
+    got = (p.mean, p.log_z, p.mean_logit, p.mean_bias, p.weight_sq, p.residual)
     tol = 1e-10 if dtype == F64 else 1e-4
     for g, w in zip(got, want, strict=True):
         torch.testing.assert_close(g.double(), w, rtol=tol, atol=tol)

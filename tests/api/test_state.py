@@ -17,7 +17,7 @@ from memokern.calls import Rows
 from tests import harness, oracle
 from tests.cases import F32, F64, normal, query_of
 
-SUMS = ("mean", "log_z", "mean_logit", "mean_bias", "weight_sq")
+SUMS = ("mean", "log_z", "mean_logit", "mean_bias", "weight_sq", "residual")
 EXACT = [name for name in harness.ON_CPU if name != "triton"]
 
 

@@ -24,7 +24,7 @@ def in_triton(a: State, b: State) -> State:
     """Its accumulators are float32."""
     from memokern.backends.triton.core.state import merge_states
 
-    short = (s._replace(acc=s.acc.float()) for s in (a, b))
+    short = (s._replace(acc=s.acc.float(), residual=s.residual.float()) for s in (a, b))
     return harness.moved(merge_states(*(harness.moved(s, harness.DEVICE) for s in short)),
                          harness.CPU)  # fmt: skip
 
@@ -37,10 +37,14 @@ def in_cpp(isa: str, a: State, b: State) -> State:
         factors = compiled.merge(isa, mine, other)
         moved = other[2] * (b.center - a.center)
         each = torch.stack([a.acc[i], b.acc[i] + moved])
-        accs.append(torch.where(factors[:, None] == 0, 0.0, factors[:, None] * each).sum(0))
+        pulls = torch.stack([a.residual[i], b.residual[i]])
+        both = (
+            torch.where(factors[:, None] == 0, 0.0, factors[:, None] * v) for v in (each, pulls)
+        )
+        accs.append(torch.stack([v.sum(0) for v in both]))
         states.append(mine)
     table = torch.stack(states)
-    return State(*table.unbind(1), torch.stack(accs), a.center)
+    return State(*table.unbind(1), *torch.stack(accs, 1), a.center)
 
 
 MERGES: dict[str, Merge] = {"pytorch": calls.merge}
@@ -118,6 +122,7 @@ def _same(got: State, want: State, name: str) -> None:
         torch.testing.assert_close(a, e, **close, msg=lambda m, f=field: f"{f}: {m}")
     close = close | ({"rtol": 1e-6, "atol": 1e-6} if name == "triton" else {})
     torch.testing.assert_close(acc, want.acc.to(F64), **close)
+    torch.testing.assert_close(got.residual.to(F64), want.residual.to(F64), **close)
 
 
 @every_merge
@@ -161,7 +166,7 @@ def _of_kinds(seed: int, kinds: Tensor) -> State:
     acc = torch.where(lost[:, None], math.nan, torch.where(none[:, None], 0.0, acc))
     key = torch.where(none, math.inf, torch.where(lost, 0.0, key))
     m = torch.where(none, -math.inf, torch.where(lost, 0.0, m))
-    return State(key, m, *gone, acc, center)
+    return State(key, m, *gone, acc, acc.flip(1), center)
 
 
 @every_merge
@@ -226,6 +231,7 @@ def test_settled_states_can_be_joined_where_the_parts_saw_different_limits(sigma
         0 * one,
         one,
         rows.data[at],
+        rows.data[at] - query.x,
         torch.zeros(2, dtype=F64),
     )
     got = oracle.settled(limit, query)
@@ -242,12 +248,12 @@ def test_derivatives_flow_through_a_merge() -> None:
     (a, b, _), _ = _states(Parts(0.0, biased=True))
     leaves: list[Tensor] = []
     for state in (a, b):
-        leaves += [v.clone().requires_grad_() for v in (*state[2:6], state.acc)]
+        leaves += [v.clone().requires_grad_() for v in (*state[2:6], state.acc, state.residual)]
     joined = calls.merge(
-        State(a.key, a.m, *leaves[:5], a.center), State(b.key, b.m, *leaves[5:], b.center)
+        State(a.key, a.m, *leaves[:6], a.center), State(b.key, b.m, *leaves[6:], b.center)
     )
-    grads = torch.autograd.grad(sum(v.sum() for v in (*joined[2:6], joined.acc)), leaves)
+    grads = torch.autograd.grad(sum(v.sum() for v in joined[2:8]), leaves)
     assert all(torch.isfinite(g).all() for g in grads)
     assert torch.autograd.gradcheck(
-        lambda *v: calls.merge(State(a.key, a.m, *v[:5], a.center), b)[2:7], tuple(leaves[:5])
+        lambda *v: calls.merge(State(a.key, a.m, *v[:6], a.center), b)[2:8], tuple(leaves[:6])
     )

@@ -68,9 +68,9 @@ def test_opcheck_of_the_dense_sweep(kind: str, backend: str) -> None:
     args = ops.flat(leaves(query), rows)
     opcheck(OPS.posterior.default, args)
     sums = [v.detach() for v in OPS.posterior(*args)]
-    grads = [v.requires_grad_() for v in random_like(sums, 1)]
-    opcheck(OPS.posterior_backward.default, (*args, *sums, *grads))
-    inner = random_like(OPS.posterior_backward(*args, *sums, *grads), 2)
+    grads = [v.requires_grad_() for v in random_like(sums[:5], 1)]
+    opcheck(OPS.posterior_backward.default, (*args, *sums[:5], *grads))
+    inner = random_like(OPS.posterior_backward(*args, *sums[:5], *grads), 2)
     double = (*args, grads, inner)
     opcheck(OPS.posterior_double_backward.default, double, test_utils=NO_DERIVATIVE)
     opcheck(OPS.posterior_backward_rows.default, (*args, grads), test_utils=NO_DERIVATIVE)
@@ -103,9 +103,9 @@ def test_opcheck_of_listed_rows(dtype: torch.dtype, bias: str | None, backend: s
     args = (*ops.flat(leaves(query), rows), *LISTS)
     opcheck(OPS.posterior_listed.default, args)
     sums = [v.detach() for v in OPS.posterior_listed(*args)]
-    grads = [v.requires_grad_() for v in random_like(sums, 1)]
-    opcheck(OPS.posterior_listed_backward.default, (*args, *sums, *grads))
-    inner = random_like(OPS.posterior_listed_backward(*args, *sums, *grads), 2)
+    grads = [v.requires_grad_() for v in random_like(sums[:5], 1)]
+    opcheck(OPS.posterior_listed_backward.default, (*args, *sums[:5], *grads))
+    inner = random_like(OPS.posterior_listed_backward(*args, *sums[:5], *grads), 2)
     double = (*args, grads, inner)
     opcheck(OPS.posterior_listed_double_backward.default, double, test_utils=NO_DERIVATIVE)
 
@@ -326,7 +326,7 @@ def test_forward_mode_works_through_the_public_functions(backend: str) -> None:
 def test_an_unknown_weighting_is_refused_whoever_runs_it() -> None:
     query, rows = problem()
     wrong = query._replace(weighting="cauchy")
-    grads = [*ops.posterior(query, rows)]
+    grads = [*ops.posterior(query, rows)[:5]]
     for name in ("cpu", "reference"):
         if name not in harness.INSTALLED:
             continue

@@ -12,12 +12,11 @@ namespace memokern {
 namespace MEMOKERN_ISA_NS {
 
 // Fills the tile, J rows at a time: few streams to read, and whole lines to write.
-template <class R, class S, bool NORMS>
+template <class R, class S, bool NORMS, bool VALUED>
 static void pack_rows(const Source<R>& src, const Plan& pl, Tile<R>& t) {
   enum { W = Vec<R>::W, NR = 2 * W, J = 4 };
   typedef typename Vec<R>::T V;
   const int64_t full = pl.D / NR * NR;
-  const bool valued = src.valued;
   const double scale = src.rows.scale, shift = src.rows.shift;
   const double sq_unit = src.unit * src.unit;
   for (int64_t j0 = 0; j0 < t.cnt; j0 += J) {
@@ -36,9 +35,9 @@ static void pack_rows(const Source<R>& src, const Plan& pl, Tile<R>& t) {
         R* dst = t.y + d * pl.NT + j0 * NR;
 #pragma GCC unroll 4
         for (int j = 0; j < J; j++) {
-          const V a = valued ? ValueIn<R, S>::vec(raw[j] + d, scale, shift) + o0
+          const V a = VALUED ? ValueIn<R, S>::vec(raw[j] + d, scale, shift) + o0
                              : Convert<R, S>::vec(raw[j] + d) + o0;
-          const V b = valued ? ValueIn<R, S>::vec(raw[j] + d + W, scale, shift) + o1
+          const V b = VALUED ? ValueIn<R, S>::vec(raw[j] + d + W, scale, shift) + o1
                              : Convert<R, S>::vec(raw[j] + d + W) + o1;
           store(dst + j * NR, a);
           store(dst + j * NR + W, b);
@@ -66,10 +65,10 @@ static void pack_rows(const Source<R>& src, const Plan& pl, Tile<R>& t) {
 }
 template <class R, class S>
 static void pack_typed(const Source<R>& src, const Plan& pl, Tile<R>& t) {
-  if (src.rows.sq_norms)
-    pack_rows<R, S, false>(src, pl, t);
+  if (src.valued)
+    src.rows.sq_norms ? pack_rows<R, S, false, true>(src, pl, t) : pack_rows<R, S, true, true>(src, pl, t);
   else
-    pack_rows<R, S, true>(src, pl, t);
+    src.rows.sq_norms ? pack_rows<R, S, false, false>(src, pl, t) : pack_rows<R, S, true, false>(src, pl, t);
 }
 
 // The micro-kernel: c[i][0 .. V W) (+)= sum_k a(i, k) b[k][0 .. V W). It keeps M x V vectors in registers,

@@ -127,6 +127,38 @@ static typename Exact<R>::F exact_for(const Source<R>& src) {
   MK_BY_TYPE(R, exact_typed)
 }
 
+// sum += w (alpha y - x) for row n: its part of a residual, from the same differences.
+template <class R, class S>
+static void add_difference_typed(const Source<R>& src, int64_t n, const R* x, double alpha, double w,
+                                 R* sum) {
+  enum { W = Vec<double>::W };
+  typedef typename RawVec<double, R, W>::T Narrow;
+  const S* raw = (const S*)src.rows.data + n * src.rows.stride;
+  const double scale = src.rows.scale, shift = src.rows.shift;
+  int64_t d = 0;
+  for (; d + W <= src.rows.d; d += W) {
+    const Vec<double>::T e = difference(x + d, raw + d, alpha, scale, shift) * w;
+    *(Narrow*)(sum + d) -= __builtin_convertvector(e, Narrow);
+  }
+  if (d == src.rows.d) return;
+  S tail[W];
+  R xt[W];
+  memset((void*)tail, 0, sizeof tail);
+  memset((void*)xt, 0, sizeof xt);
+  memcpy((void*)tail, raw + d, (src.rows.d - d) * sizeof(S));
+  memcpy((void*)xt, x + d, (src.rows.d - d) * sizeof(R));
+  const Vec<double>::T e = difference(xt, tail, alpha, scale, shift) * w;
+  for (int64_t i = 0; d + i < src.rows.d; i++) sum[d + i] -= (R)e[i];
+}
+template <class R>
+struct AddDifference {
+  typedef void (*F)(const Source<R>&, int64_t, const R*, double, double, R*);
+};
+template <class R>
+static typename AddDifference<R>::F add_difference_for(const Source<R>& src) {
+  MK_BY_TYPE(R, add_difference_typed)
+}
+
 // Writes the values of the features d0 .. d0 + cnt of row n to dst in double, not centred.
 template <class R, class S>
 static void values_typed(const Source<R>& src, int64_t n, int64_t d0, int64_t cnt, double* dst) {

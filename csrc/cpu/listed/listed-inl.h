@@ -22,7 +22,12 @@ struct Piece {
   int64_t b, i0, i1;  // rows index[i0] .. index[i1 - 1] of query b
   bool alone;         // the query has no other piece
   State st;
-  double* sum;  // [D] sum of e^(v - m) y, in the backward pass of q y; its thread's own where it is alone
+  // [D] sum of e^(v - m) y, or of e^(v - m) (alpha y - x) where `close`; in the backward pass of q y. It is
+  // its thread's own where the piece is alone.
+  double* sum;
+  // Whether all rows of weight are so near to x that nothing is lost of y in x plus a difference; of a
+  // difference much would be lost in y.
+  bool close;
 };
 
 // The rows as they are, without a centre, in double: so are the queries, which changes nothing, and one
@@ -53,10 +58,10 @@ static void write_number(void* out, bool f64, int64_t i, double v) {
     ((float*)out)[i] = (float)v;
 }
 
-// sum += sum_i w_i y_i over the rows n whose |w_i| is more than `least`. sum has room for whole vectors.
-// Returns kDone or kStopped.
+// sum += sum_i w_i y_i over the rows n whose |w_i| is more than `least`, or, given x, w_i (alpha y_i - x).
+// sum has room for whole vectors. Returns kDone or kStopped.
 static int add_rows(const ListedRows& p, const int64_t* n, const double* w, int64_t count, double least,
-                    double* sum, Pace& pace) {
+                    double* sum, Pace& pace, const double* x = nullptr, double alpha = 1) {
   enum { W = Vec<double>::W };
   double buffer[SUM_ROWS * SUM_D];
   int64_t i = 0;
@@ -77,7 +82,14 @@ static int add_rows(const ListedRows& p, const int64_t* n, const double* w, int6
       const int64_t cnt = imin(SUM_D, p.src.rows.d - d0);
       for (int e = 0; e < SUM_ROWS; e++) {
         from[e] = buffer + imin(e, m - 1) * SUM_D;
-        if (e < m) p.values(p.src, rows[e], d0, cnt, buffer + e * SUM_D);
+        if (e >= m) continue;
+        double* y = buffer + e * SUM_D;
+        p.values(p.src, rows[e], d0, cnt, y);
+        for (int64_t d = 0; x && d < cnt; d++) {
+          double v = alpha * y[d];
+          MK_ROUND(v);  // x may have been computed so
+          y[d] = v - x[d0 + d];
+        }
       }
       for (int64_t d = 0; d < cnt; d += W) {
         const Vec<double>::T first = splat(a[0]) * load(from[0] + d) + splat(a[1]) * load(from[1] + d);
@@ -128,24 +140,23 @@ static int distances(const ListedRows& p, const Query<double>& q, const int64_t*
 static State weigh_listed(const Query<double>& q, const double* bias, const int64_t* n, double* t,
                           int64_t count) {
   State st = empty_state();
-  double key = 0;
-  if (q.mode == kZeroSigma) {
-    key = kInf;
-    for (int64_t i = 0; i < count; i++)
-      if (!bias || bias[n[i]] > -kInf) key = dmin(key, t[i]);
-  }
+  double least = kInf;  // relative to the nearest row, since a bias is lost beside a large distance
+  for (int64_t i = 0; i < count; i++)
+    if (!bias || bias[n[i]] > -kInf) least = dmin(least, t[i]);
+  const bool zero_sigma = q.mode == kZeroSigma;
+  const double key = zero_sigma ? least : 0;
   double m = -kInf;
   for (int64_t i = 0; i < count; i++) {
     const double b = bias ? bias[n[i]] : 0;
-    if (q.mode == kZeroSigma)
+    if (zero_sigma)
       t[i] = t[i] == key ? b * q.inv_t : -kInf;
     else
-      t[i] = (b - 0.5 * (t[i] / q.sigma) / q.sigma) * q.inv_t;
+      t[i] = (b - 0.5 * ((t[i] - least) / q.sigma) / q.sigma) * q.inv_t;
     m = dmax(m, t[i]);
   }
   if (!(m > -kInf)) return st;
   st.key = key;
-  st.m = m;
+  st.m = zero_sigma ? m : m - 0.5 * (least / q.sigma) / q.sigma * q.inv_t;
   for (int64_t i = 0; i < count; i++) {
     const double d = t[i] - m, w = __builtin_exp(d);
     t[i] = w;
@@ -199,11 +210,26 @@ static int64_t place_sums(Piece* pieces, int64_t count, int64_t Dp, double* sums
   return k;
 }
 
+// |x - alpha y| of all rows of weight is at most `reach`. |alpha y| is then at least a quarter of it.
+static bool is_close(const Query<double>& q, double reach) {
+  return q.alpha != 0 && reach <= 0.8 * __builtin_sqrt(q.xx);
+}
+
+// Makes a piece's sum one of y.
+static void of_values(const Query<double>& q, Piece& c, int64_t D) {
+  if (c.close && c.st.s > 0)
+    for (int64_t d = 0; d < D; d++) c.sum[d] = (c.sum[d] + c.st.s * q.x[d]) / q.alpha;
+  c.close = false;
+}
+
 static void listed_finish(const Query<double>& q, const Piece& c, int64_t D, const Sums& out, bool f64) {
   const bool none = q.mode == kNotFinite || !(c.st.s > 0);
   write_stats(q, c.st, c.b, out);
-  for (int64_t d = 0; d < D; d++)
-    write_number(out.mean, f64, c.b * D + d, none ? __builtin_nan("") : c.sum[d] / c.st.s);
+  for (int64_t d = 0; d < D; d++) {
+    const double v = none ? __builtin_nan("") : c.sum[d] / c.st.s;
+    write_number(out.mean, f64, c.b * D + d, c.close ? (v + q.x[d]) / q.alpha : v);
+    write_number(out.residual, f64, c.b * D + d, c.close ? v : q.alpha * v - q.x[d]);
+  }
 }
 
 static int run_posterior_listed(const Rows& rows, const Queries& in, const RowLists& list, const Sums& out,
@@ -214,9 +240,9 @@ static int run_posterior_listed(const Rows& rows, const Queries& in, const RowLi
   Arena arena, joined;
   const int64_t D = rows.d, Dp = round_up(D, 64), count = cut_lists(list, in.b, threads, nullptr);
   const int workers = (int)imax(1, imin(threads, count));
-  if (!arena.reserve(Arena::bytes<Piece>(count) + Arena::bytes<double>(list.count))) return kNoMemory;
+  if (!arena.reserve(Arena::bytes<Piece>(count) + 2 * Arena::bytes<double>(list.count))) return kNoMemory;
   Piece* pieces = arena.take<Piece>(count);
-  double* t = arena.take<double>(list.count);
+  double *t = arena.take<double>(list.count), *r2 = arena.take<double>(list.count);
   cut_lists(list, in.b, threads, pieces);
   const int64_t joins = place_sums(pieces, count, 0, nullptr);
   if (!joined.reserve(Arena::bytes<double>(joins * Dp) + Arena::bytes<double>(Dp))) return kNoMemory;
@@ -242,25 +268,37 @@ static int run_posterior_listed(const Rows& rows, const Queries& in, const RowLi
       const Query<double> q = listed_query(in, query_in_double(in, c.b, D, x), c.b, D);
       const int64_t* n = list.index + c.i0;
       if (q.mode != kNotFinite) {
-        failed |= distances(p, q, n, c.i1 - c.i0, t + c.i0, pace);
+        failed |= distances(p, q, n, c.i1 - c.i0, r2 + c.i0, pace);
+        memcpy(t + c.i0, r2 + c.i0, (c.i1 - c.i0) * sizeof(double));
         c.st = weigh_listed(q, in.bias, n, t + c.i0, c.i1 - c.i0);
       }
+      double reach = 0;
+      for (int64_t i = c.i0; c.st.s > 0 && i < c.i1; i++)
+        if (t[i] > 0) reach = dmax(reach, r2[i]);
+      c.close = c.st.s > 0 && is_close(q, __builtin_sqrt(reach));
       // All weights that are left out, together, are below 2^-60 of the largest.
       if (c.st.s > 0 && !failed)
-        failed |= add_rows(p, n, t + c.i0, c.i1 - c.i0, 8e-19 / (c.i1 - c.i0), c.sum, pace);
+        failed |= add_rows(p, n, t + c.i0, c.i1 - c.i0, 8e-19 / (c.i1 - c.i0), c.sum, pace,
+                           c.close ? q.x : nullptr, q.alpha);
       if (c.alone && !failed) listed_finish(q, c, D, out, in.f64);
     }
   }
   for (int64_t k = 0; k < count && !failed;) {
     Piece& a = pieces[k++];
     if (a.alone) continue;
+    const Query<double> q = listed_query(in, query_in_double(in, a.b, D, wide), a.b, D);
+    bool all = true;
+    for (int64_t i = k - 1; i < count && pieces[i].b == a.b; i++)
+      all &= pieces[i].close || !(pieces[i].st.s > 0);
+    for (int64_t i = k - 1; !all && i < count && pieces[i].b == a.b; i++) of_values(q, pieces[i], D);
+    a.close = all;
     for (; k < count && pieces[k].b == a.b; k++) {
       double fa, fb;
       merge(a.st, pieces[k].st, fa, fb);
       for (int64_t d = 0; d < D; d++)
         a.sum[d] = (fa == 0 ? 0 : fa * a.sum[d]) + (fb == 0 ? 0 : fb * pieces[k].sum[d]);
     }
-    listed_finish(listed_query(in, query_in_double(in, a.b, D, wide), a.b, D), a, D, out, in.f64);
+    listed_finish(q, a, D, out, in.f64);
   }
   return failed;
 }

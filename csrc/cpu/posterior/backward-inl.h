@@ -152,6 +152,14 @@ static void backward_tile(const TileContext<R>& s, const BackwardArgs& io, const
   }
 }
 
+// Whether log_z is so large that the weights e^((l - log_z) / T) would be off by its rounding: such a query,
+// whose rows are 10^4 times its noise away or more, is left to the sums over a list of all rows.
+template <class R>
+MK_INLINE bool is_far(const Query<R>& q, double log_z) {
+  return q.mode == kSoftmax && log_z > -kInf &&
+         __builtin_fabs(log_z) * q.inv_t > (sizeof(R) == 4 ? 1e9 : 1e6);
+}
+
 // Whether a query's gradients are sums over the rows, which needs neither sigma = 0 nor an exact hit.
 template <class R>
 MK_INLINE bool has_gradient(const Query<R>& q) {
@@ -176,7 +184,8 @@ static int backward_sweep(const Source<R>& src, const Queries& in, const Backwar
       w.g_shift[b] += g[d] * (mean[d] - src.center[d]);
     }
     put_query(src, pl, f.row, b, w.g);
-    if (f.q[b].mode == kLogWeighting && io.sums.log_z[b0 + b] == kInf) f.q[b].mode = kZeroSigma;
+    const double log_z = io.sums.log_z[b0 + b];
+    if (is_far(f.q[b], log_z) || (f.q[b].mode == kLogWeighting && log_z == kInf)) f.q[b].mode = kZeroSigma;
   }
   const TileContext<R> s = make_tile_context(src, pl, in.bias, b_max, f);
   for (f.tile.n0 = n0; f.tile.n0 < n1; f.tile.n0 += pl.NT) {

@@ -1,6 +1,7 @@
 // posterior_backward as a call: how it is shared among threads, how parts are joined, and the queries at a
 // limit.
 #pragma once
+#include "cpu/listed/listed_backward-inl.h"
 #include "cpu/posterior/backward-inl.h"
 
 namespace memokern {
@@ -18,6 +19,10 @@ static void backward_zero_sigma(const TileContext<R>& s, const BackwardArgs& io,
     r2[n] = s.bias && s.bias[n] == -kInf ? kInf : s.exact(*s.src, n, q.x, q.alpha);
   double best = kInf, m = -kInf, z = 0, exact[3];
   for (int64_t n = 0; n < N; n++) best = dmin(best, r2[n]);
+  if (best == kInf) {  // the bias leaves no row
+    io.out.temperature[b] = 0;
+    return;
+  }
   for (int64_t n = 0; n < N; n++)
     if (r2[n] == best) m = dmax(m, s.bias ? s.bias[n] : 0);
   for (int64_t n = 0; n < N; n++)
@@ -38,6 +43,25 @@ static void backward_zero_sigma(const TileContext<R>& s, const BackwardArgs& io,
     temp -= w * (bn - Eb) * h / T;
   }
   io.out.temperature[b] = temp;
+}
+
+// The gradients of query b over all rows by direct differences, as over a list of them; index [N] and bias
+// [N] are work space. `f64`, x and the rest are the call's.
+static int backward_by_differences(const Rows& rows, const Queries& in, const BackwardArgs& io, int64_t b,
+                                   int64_t* index, double* bias, int threads) {
+  const int64_t D = rows.d, start[2] = {0, rows.n};
+  for (int64_t n = 0; n < rows.n; n++) index[n] = n;
+  const auto at = [&](const void* p) { return (char*)p + b * D * (in.f64 ? 8 : 4); };
+  const Queries one = {at(in.x), in.f64,       1,       in.sigma + b, in.alpha + b, in.temperature + b,
+                       in.bias,  in.weighting, in.watch};
+  const SumsIn grads = {io.grads.mean + b * D, io.grads.log_z + b, io.grads.mean_logit + b,
+                        io.grads.mean_bias + b, io.grads.weight_sq + b};
+  const Gradients out = {at(io.out.x), io.out.sigma + b, io.out.alpha + b, io.out.temperature + b,
+                         in.bias ? bias : nullptr};
+  const RowLists list = {start, index, rows.n};
+  const int failed = run_posterior_listed_backward(rows, one, list, grads, out, threads);
+  for (int64_t n = 0; io.out.bias && n < rows.n; n++) io.out.bias[n] += bias[n];
+  return failed;
 }
 
 template <class R>
@@ -84,11 +108,23 @@ static int backward_typed(const Rows& rows, const Queries& in, const BackwardArg
   }
   const TileContext<R> s = make_tile_context(c.src, pl, in.bias, b_max, work[0].fwd);
   Arena distances;
-  double* r2 = nullptr;
+  double *r2 = nullptr, *far_bias = nullptr;
+  int64_t* index = nullptr;
+  Arena listed;
   for (int64_t b = 0; b < in.b; b++) {
     const Query<R> q = make_query(in, c.src, b, pl, work[0].fwd.row);
     const double log_z = io.sums.log_z[b];
     if (q.mode == kNotFinite && io.out.bias) io.out.bias[0] = __builtin_nan("");
+    if (is_far(q, log_z)) {
+      if (!index) {
+        if (!listed.reserve(Arena::bytes<int64_t>(rows.n) + Arena::bytes<double>(rows.n))) return kNoMemory;
+        index = listed.take<int64_t>(rows.n);
+        far_bias = listed.take<double>(rows.n);
+      }
+      failed = backward_by_differences(rows, in, io, b, index, far_bias, threads);
+      if (failed) return failed;
+      continue;
+    }
     if (q.mode != kZeroSigma && !(q.mode == kLogWeighting && log_z == kInf)) continue;
     if (!in.bias && !(log_z > -kInf && log_z < kInf)) continue;
     if (!r2) {

@@ -57,49 +57,62 @@ static void write_state(const Query<R>& q, const State& st, int64_t b, const Sta
 }
 
 // Writes all results of query b. run(d) is where its accumulator has the features d .. d + 2 W, d a multiple
-// of 2 W; multiplied by `unit` they are in the units of the rows' values.
+// of 2 W; multiplied by `unit` they are in the units of the rows' values. `near` has the rows that the
+// accumulator lacks. With s = s_acc + s_near,
+// - residual = (alpha acc - s_acc (x - alpha zero) + near) / s, where nothing cancels that near could lose;
+// - mean = zero + (acc + (near + s_near (x - alpha zero)) / alpha) / s.
 template <class R, class Run>
-static void finish(const Source<R>& src, const Query<R>& q, const State& st, double unit, Run run, int64_t b,
-                   const Output& out) {
+static void finish(const Source<R>& src, const Query<R>& q, const State& st, const Near<R>& near, double unit,
+                   Run run, int64_t b, const Output& out) {
   enum { NR = 2 * Vec<R>::W };
   const int64_t D = src.rows.d;
-  const bool not_finite = q.mode == kNotFinite;
-  const R nan = (R)__builtin_nan("");
-  if (out.sums) {
-    R* mean = (R*)out.sums->mean + b * D;
+  R* mean = out.sums && out.sums->mean ? (R*)out.sums->mean + b * D : nullptr;
+  R* acc = out.states ? (R*)out.states->acc + b * D : nullptr;
+  R* residual = (R*)(out.sums ? out.sums->residual : out.states->residual);
+  if (residual) residual += b * D;
+  if (out.sums)
     write_stats(q, st, b, *out.sums);
-    for (int64_t d = 0; d < D; d += NR) {
-      const R* a = run(d);
-      for (int64_t i = 0; i < imin(NR, D - d); i++)
-        mean[d + i] = not_finite ? nan : (R)((double)a[i] / st.s * unit + src.zero[d + i]);
-    }
-  } else {
-    R* acc = (R*)out.states->acc + b * D;
+  else
     write_state(q, st, b, *out.states);
-    for (int64_t d = 0; d < D; d += NR) {
-      const R* a = run(d);
-      for (int64_t i = 0; i < imin(NR, D - d); i++)
-        acc[d + i] = not_finite ? nan
-                     : st.s > 0 ? (R)((double)a[i] * unit + st.s * (src.zero[d + i] - src.center[d + i]))
-                                : R(0);
+  if (q.mode == kNotFinite || !(st.s > 0)) {
+    const R none = q.mode == kNotFinite || out.sums ? (R)__builtin_nan("") : R(0);
+    for (int64_t d = 0; d < D; d++) {
+      if (mean) mean[d] = none;
+      if (acc) acc[d] = none;
+      if (residual) residual[d] = none;
+    }
+    return;
+  }
+  const double s_acc = near.s == 0 ? st.s : dmax(st.s - near.s, 0), per = near.s == 0 ? 0 : 1 / q.alpha;
+  for (int64_t d = 0; d < D; d += NR) {
+    const R* a = run(d);
+    for (int64_t i = 0; i < imin(NR, D - d); i++) {
+      const double zero = src.zero[d + i], sum = a[i] * unit, xc = (double)q.x[d + i] - q.alpha * zero;
+      const double close = near.s == 0 ? 0 : near.sum[d + i];
+      const double all = sum + (near.s == 0 ? 0 : (close + near.s * xc) * per);
+      const double pull = q.alpha * sum - s_acc * xc + close;
+      if (mean) mean[d + i] = (R)(all / st.s + zero);
+      if (acc) acc[d + i] = (R)(all + st.s * (zero - src.center[d + i]));
+      if (residual) residual[d + i] = (R)(acc ? pull : pull / st.s);
     }
   }
 }
 
-// The [b] columns of the results, and the [b][d] vectors, whichever they are.
+// The [b] columns of the results, and the [b][d] vectors, whichever they are. The second may be null.
 struct OutputArrays {
   double* column[6];
   int columns;
-  void* vectors;
+  void* vectors[2];
 };
 static OutputArrays arrays_of(const Output& out) {
   if (out.sums) {
     const Sums& s = *out.sums;
-    const OutputArrays a = {{s.log_z, s.mean_logit, s.mean_bias, s.weight_sq, nullptr, nullptr}, 4, s.mean};
+    const OutputArrays a = {
+        {s.log_z, s.mean_logit, s.mean_bias, s.weight_sq, nullptr, nullptr}, 4, {s.mean, s.residual}};
     return a;
   }
   const States& s = *out.states;
-  const OutputArrays a = {{s.key, s.m, s.s, s.s_v, s.s_bias, s.s_sq}, 6, s.acc};
+  const OutputArrays a = {{s.key, s.m, s.s, s.s_v, s.s_bias, s.s_sq}, 6, {s.acc, s.residual}};
   return a;
 }
 

@@ -4,6 +4,10 @@
 // change by more than theta is evaluated again by direct differences in double. The m of a state is the full
 // l / T, so that exact logits lose nothing to the part that t leaves out. Queries lie side by side in P
 // [NT][Ps], W to a vector.
+//
+// What is evaluated so is near, as a rule, and its difference alpha y - x small beside alpha (y - center).
+// The accumulator would round it away. So these rows stay out of it: their weighted differences are added up
+// in Near, from which residual and mean get back what they need (finish-inl.h).
 #pragma once
 #include "cpu/core/exp-inl.h"
 #include "cpu/core/query-inl.h"
@@ -12,11 +16,26 @@
 namespace memokern {
 namespace MEMOKERN_ISA_NS {
 
+// Of one query, the rows that are left out of its accumulator.
+template <class R>
+struct Near {
+  R* sum;    // [Dp] the sum of w (alpha y - x)
+  double s;  // the sum of w; where it is 0, `sum` is not set
+};
+// What a change of m makes of it.
+template <class R>
+MK_INLINE void rescale(Near<R>& near, double f, int64_t D) {
+  if (near.s == 0 || f == 1) return;
+  near.s *= f;
+  for (int64_t d = 0; f != 0 && d < D; d++) near.sum[d] *= (R)f;
+}
+
 // A tile, and what its weighing needs to know and to write on.
 template <class R>
 struct TileContext {
   const Source<R>* src;
   typename Exact<R>::F exact;
+  typename AddDifference<R>::F add_difference;
   const Tile<R>* tile;
   int64_t NT, D, Ps;
   const double* bias;    // [N] or null
@@ -27,6 +46,7 @@ struct TileContext {
             // which is at least 1, by less than a tenth of theta
   int* exact_row;       // [W][NT] rows that are evaluated exactly,
   double* exact_value;  // [W][NT] their logits (at sigma = 0 first their squared distances)
+  bool* exact_near;     // [W][NT] whether they are kept in Near
   R* columns;           // [W][NT] the products of a query, side by side
 };
 
@@ -56,6 +76,14 @@ MK_INLINE double bias_of(const TileContext<R>& s, int64_t j) {
 template <class R>
 MK_INLINE double exact_r2(const Query<R>& q, const TileContext<R>& s, int64_t j) {
   return s.exact(*s.src, s.tile->n0 + j, q.x, q.alpha);
+}
+// Whether a row that was evaluated exactly is kept in Near: not where x is so far off that the mean would
+// lose by it, which is then x plus a difference, over alpha. There the accumulator loses the residual
+// nothing.
+template <class R>
+MK_INLINE bool is_near(const Query<R>& q, const TileContext<R>& s, int64_t j, double r2) {
+  const double sq = s.tile->sq[j];  // infinite where a float cannot hold it
+  return (sq < Precision<R>::safe && r2 < 16 * q.alpha * q.alpha * sq) || (r2 == 0 && q.alpha != 0);
 }
 // At most ln x, and at least ln x - 0.06, for a normal x > 0 and without a call: log2 of (1 + f) 2^k is at
 // least k + f.
@@ -118,7 +146,7 @@ MK_INLINE typename Vec<R>::T logits(const QueryGroup<R>& g, const TileContext<R>
 // not. Returns how many rows were taken.
 template <class R>
 static int take_inexact(const Query<R>& q, const TileContext<R>& s, const State& st, R* p, int64_t stride,
-                        double top, double err, int* row, double* value, double& m) {
+                        double top, double err, int* row, double* value, bool* near, double& m) {
   const bool all = err == kInf;
   const double known = st.s > 0 ? st.m + q.shared : -kInf, least = dmax(known, top - err);
   if (!all && top <= least + Precision<R>::log_theta - err) return 0;  // what follows can only be stricter
@@ -135,8 +163,10 @@ static int take_inexact(const Query<R>& q, const TileContext<R>& s, const State&
       rest = dmax(rest, t);
       continue;
     }
+    const double r2 = exact_r2(q, s, j);
     row[count] = (int)j;
-    value[count] = -0.5 * (exact_r2(q, s, j) / q.sigma) / q.sigma * q.inv_t + b * q.inv_t;
+    near[count] = is_near(q, s, j, r2);
+    value[count] = -0.5 * (r2 / q.sigma) / q.sigma * q.inv_t + b * q.inv_t;
     m = dmax(m, value[count++]);
     t = (R)-kInf;
   }

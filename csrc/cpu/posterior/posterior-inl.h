@@ -12,6 +12,13 @@ static void join_parts(const Plan& pl, SweepWork<R>* work, int parts, int64_t b)
   for (int i = 1; i < parts; i++) {
     double fa, fb;
     merge(work[0].st[b], work[i].st[b], fa, fb);
+    Near<R>&near = work[0].close[b], &other = work[i].close[b];
+    rescale(near, fa, pl.D);
+    if (fb != 0 && other.s != 0) {
+      for (int64_t d = 0; d < pl.D; d++)
+        near.sum[d] = (R)(fb * other.sum[d] + (near.s == 0 ? 0 : near.sum[d]));
+      near.s += fb * other.s;
+    }
     for (int64_t d = 0; d < pl.Dp; d += 2 * Vec<R>::W) {
       R *a = acc_at(pl, work[0].acc, b, d), *z = acc_at(pl, work[i].acc, b, d);
       for (int e = 0; e < 2 * Vec<R>::W; e++)
@@ -37,7 +44,7 @@ static int posterior_general(const CentredRows<R>& c, const Queries& in, const O
     if (!work[i].reserve(pl, in.bias != nullptr)) return kNoMemory;
   const auto finish_query = [&](SweepWork<R>& w, int64_t b, int64_t b0) {
     const auto run = [&](int64_t d) { return acc_at(pl, w.acc, b, d); };
-    finish(c.src, w.q[b], w.st[b], c.src.unit, run, b0 + b, out);
+    finish(c.src, w.q[b], w.st[b], w.close[b], c.src.unit, run, b0 + b, out);
   };
   int failed = 0;
   if (by_queries) {
@@ -66,46 +73,79 @@ static int posterior_general(const CentredRows<R>& c, const Queries& in, const O
   return kDone;
 }
 
-// Gathers the queries that the sweep of few features handed back, sweeps them in general, and scatters the
-// results.
-template <class R>
-static int posterior_handed_back(const CentredRows<R>& c, const Queries& in, const Output& out, double b_max,
-                                 int threads, const char* handed_back, int64_t count) {
+// Gathers the queries that a sweep of few features handed back for `which`, asks for them by `again`, and
+// scatters the results.
+template <class R, class Again>
+static int handed_back_again(const CentredRows<R>& c, const Queries& in, const Output& out,
+                             const char* handed_back, char which, Again again) {
   const int64_t D = c.src.rows.d;
+  int64_t count = 0;
+  for (int64_t b = 0; b < in.b; b++) count += handed_back[b] == which;
+  if (count == 0) return kDone;
+  const OutputArrays to = arrays_of(out);
   Arena arena;
-  if (!arena.reserve(2 * Arena::bytes<R>(count * D) + 9 * Arena::bytes<double>(count))) return kNoMemory;
-  R *x = arena.take<R>(count * D), *vectors = arena.take<R>(count * D);
+  if (!arena.reserve(3 * Arena::bytes<R>(count * D) + 9 * Arena::bytes<double>(count))) return kNoMemory;
+  R *x = arena.take<R>(count * D), *vectors[2];
+  for (int i = 0; i < 2; i++) vectors[i] = to.vectors[i] ? arena.take<R>(count * D) : nullptr;
   double *number[3], *column[6];
   for (double*& v : number) v = arena.take<double>(count);
   for (double*& v : column) v = arena.take<double>(count);
   int64_t k = 0;
   for (int64_t b = 0; b < in.b; b++) {
-    if (!handed_back[b]) continue;
+    if (handed_back[b] != which) continue;
     memcpy(x + k * D, (const R*)in.x + b * D, D * sizeof(R));
     number[0][k] = in.sigma[b];
     number[1][k] = in.alpha[b];
     number[2][k++] = in.temperature[b];
   }
   const Queries rest = {x, in.f64, count, number[0], number[1], number[2], in.bias, in.weighting, in.watch};
-  const Sums sums = {vectors, column[0], column[1], column[2], column[3]};
-  const States states = {column[0], column[1], column[2], column[3], column[4], column[5], vectors, nullptr};
+  const Sums sums = {vectors[0], column[0], column[1], column[2], column[3], vectors[1]};
+  const States states = {column[0], column[1],  column[2],  column[3], column[4],
+                         column[5], vectors[0], vectors[1], nullptr};
   const Output gathered = {out.sums ? &sums : nullptr, out.states ? &states : nullptr};
-  const int failed = posterior_general(c, rest, gathered, b_max, threads);
+  const int failed = again(rest, gathered);
   if (failed) return failed;
-  const OutputArrays to = arrays_of(out);
   k = 0;
   for (int64_t b = 0; b < in.b; b++) {
-    if (!handed_back[b]) continue;
-    memcpy((R*)to.vectors + b * D, vectors + k * D, D * sizeof(R));
+    if (handed_back[b] != which) continue;
+    for (int i = 0; i < 2; i++)
+      if (vectors[i]) memcpy((R*)to.vectors[i] + b * D, vectors[i] + k * D, D * sizeof(R));
     for (int i = 0; i < to.columns; i++) to.column[i][b] = column[i][k];
     k++;
   }
   return kDone;
 }
 
+// The sweep for few features: first about the centre; for what that hands back by differences of the values
+// as they are; and in general for the rest.
+template <class R>
+static int posterior_small(const CentredRows<R>& c, const Queries& in, const Output& out, double b_max,
+                           int threads, bool centred) {
+  enum { W = Vec<R>::W };
+  const int parts = (int)imax(1, imin(threads, in.b / (2 * W)));
+  Arena marks;
+  if (!marks.reserve(Arena::bytes<char>(in.b))) return kNoMemory;
+  char* handed_back = marks.take<char>(in.b);
+  const typename Small<R>::F part = small_for<R>(c.src.rows.d, centred);
+  int failed = 0;
+#pragma omp parallel for num_threads(parts) schedule(static, 1) reduction(| : failed) if (parts > 1)
+  for (int i = 0; i < parts; i++) {
+    const int64_t b0 = in.b * i / parts / W * W, b1 = i + 1 == parts ? in.b : in.b * (i + 1) / parts / W * W;
+    failed |= part(c.src, in, b_max, b0, b1, out, handed_back + b0);
+  }
+  if (failed) return failed;
+  const auto general = [&](const Queries& rest, const Output& to) {
+    return posterior_general(c, rest, to, b_max, threads);
+  };
+  const auto as_they_are = [&](const Queries& rest, const Output& to) {
+    return centred ? posterior_small(c, rest, to, b_max, threads, false) : general(rest, to);
+  };
+  failed = handed_back_again(c, in, out, handed_back, kAsTheyAre, as_they_are);
+  return failed ? failed : handed_back_again(c, in, out, handed_back, kInGeneral, general);
+}
+
 template <class R>
 static int posterior_typed(const Rows& rows, const Queries& in, const Output& out, int threads) {
-  enum { W = Vec<R>::W };
   if (in.b == 0 && !out.states) return kDone;
   CentredRows<R> c;
   if (!c.prepare(rows, in.bias)) return kNoMemory;
@@ -115,21 +155,7 @@ static int posterior_typed(const Rows& rows, const Queries& in, const Output& ou
   const bool few = in.b < 32 && (rows.d > 4 || rows.n > FEW_ROWS);
   if (rows.d > SMALL_D || few || in.weighting != kGaussian)
     return posterior_general(c, in, out, b_max, threads);
-  const int parts = (int)imax(1, imin(threads, in.b / (2 * W)));
-  Arena marks;
-  if (!marks.reserve(Arena::bytes<char>(in.b))) return kNoMemory;
-  char* handed_back = marks.take<char>(in.b);
-  const typename Small<R>::F part = small_for<R>(rows.d);
-  int failed = 0;
-#pragma omp parallel for num_threads(parts) schedule(static, 1) reduction(| : failed) if (parts > 1)
-  for (int i = 0; i < parts; i++) {
-    const int64_t b0 = in.b * i / parts / W * W, b1 = i + 1 == parts ? in.b : in.b * (i + 1) / parts / W * W;
-    failed |= part(c.src, in, b_max, b0, b1, out, handed_back + b0);
-  }
-  if (failed) return failed;
-  int64_t count = 0;
-  for (int64_t b = 0; b < in.b; b++) count += handed_back[b];
-  return count == 0 ? kDone : posterior_handed_back(c, in, out, b_max, threads, handed_back, count);
+  return posterior_small(c, in, out, b_max, threads, true);
 }
 
 static int run_posterior(const Rows& rows, const Queries& in, const Sums& sums, int threads) {

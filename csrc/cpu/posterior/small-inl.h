@@ -4,9 +4,13 @@
 // A part owns a range of queries and sweeps all rows in chunks of SMALL_ROWS. For each chunk and vector of
 // queries it computes logits by direct differences into L1, then the largest one, then exponentials and sums
 // in registers. A query's result depends on nothing but the rows: neither on the threads, nor on how the
-// batch is split. Queries whose logits a float cannot hold (small sigma, large bias), and those without a
-// softmax (sigma = 0, numbers that are not finite, no row with weight), are handed back for the general
-// sweep.
+// batch is split.
+//
+// There are two of it. The first takes queries and rows less the centre, multiplied by what makes the sum of
+// squares a logit. What that rounds away of a difference is too much where sigma is small; the second takes
+// the values as they are, x - alpha y with alpha as a sum of two numbers, which is rounded once, and adds up
+// the differences themselves. Each hands back the queries whose logits its numbers cannot hold (small sigma,
+// large bias), and those without a softmax (sigma = 0, numbers that are not finite, no row with weight).
 #pragma once
 #include "cpu/core/watch-inl.h"
 #include "cpu/posterior/finish-inl.h"
@@ -23,30 +27,38 @@ enum {
 };
 
 // One vector of queries. Logits are handled as -log2 of e^v, which is |x - alpha yc|^2 - inv_t b, where x,
-// alpha and inv_t hold the factors that make it so; m is the least of them.
+// alpha and inv_t hold the factors that make it so; m is the least of them. As they are, x and alpha + low
+// are the query's own and `unit` is the factor of the square; acc is then the sum of w (x - alpha y).
 template <class R, int D>
 struct LaneQueries {
   typedef typename Vec<R>::T V;
-  V x[D], acc[D], alpha, inv_t, m;
+  V x[D], acc[D], alpha, low, unit, inv_t, m;
   double s[Vec<R>::W], s_v[Vec<R>::W], s_bias[Vec<R>::W], s_sq[Vec<R>::W];
 };
 
 // One chunk of cnt rows y, less the centre, for one vector of queries. b: the rows' bias; finite_b: the same
 // with 0 for -inf.
-template <class R, int D, bool BIAS>
+template <class R, int D, bool BIAS, bool CENTRED>
 static void small_chunk(LaneQueries<R, D>& q, const R* y, const R* b, const R* finite_b, int64_t cnt) {
   enum { W = Vec<R>::W };
   typedef typename Vec<R>::T V;
   V l[SMALL_ROWS], low = q.m;
+  const auto difference = [&](int64_t r, int d) {
+    const V y_d = splat<R>(y[r * D + d]);
+    V e = q.x[d] - q.alpha * y_d;  // fused where the processor can, and so exact but for its last rounding
+    if (!CENTRED) e -= q.low * y_d;
+    return e;
+  };
   for (int64_t r = 0; r < cnt; r++) {
     V t = {};
 #pragma GCC unroll 8
     for (int d = 0; d < D; d++) {
-      V e = q.x[d] - q.alpha * splat<R>(y[r * D + d]);
+      V e = difference(r, d);
       e *= e;
       MK_ROUND(e);  // a fused sum would round the coordinates differently, and symmetric rows must stay ties
       t = d == 0 ? e : t + e;
     }
+    if (!CENTRED) t *= q.unit;
     if (BIAS) t -= q.inv_t * splat<R>(b[r]);
     l[r] = t;
     low = vmin(t, low);
@@ -69,7 +81,7 @@ static void small_chunk(LaneQueries<R, D>& q, const R* y, const R* b, const R* f
     s_sq += w * w;
     if (BIAS) s_bias += w * splat<R>(finite_b[r]);
 #pragma GCC unroll 8
-    for (int d = 0; d < D; d++) acc[d] += w * splat<R>(y[r * D + d]);
+    for (int d = 0; d < D; d++) acc[d] += w * (CENTRED ? splat<R>(y[r * D + d]) : difference(r, d));
   }
   // The large sums are rounded once per chunk, not once per row.
 #pragma GCC unroll 8
@@ -84,8 +96,17 @@ static void small_chunk(LaneQueries<R, D>& q, const R* y, const R* b, const R* f
   q.m = low;
 }
 
-// Queries b0 .. b1. handed_back [b1 - b0] receives 1 where the query is left to the general sweep.
-template <class R, int D>
+// What becomes of a query: it is answered, or handed back for one of the other sweeps.
+enum : char { kHere = 0, kAsTheyAre = 1, kInGeneral = 2 };
+// Whether x - alpha y is rounded once.
+#if (defined(__FMA__) || defined(__aarch64__)) && !defined(MEMOKERN_UNFUSED)
+enum { FUSED = 1 };
+#else
+enum { FUSED = 0 };
+#endif
+
+// Queries b0 .. b1. handed_back [b1 - b0] receives what becomes of each.
+template <class R, int D, bool CENTRED>
 static int small_part(const Source<R>& src, const Queries& in, double b_max, int64_t b0, int64_t b1,
                       const Output& out, char* handed_back) {
   enum { W = Vec<R>::W };
@@ -104,6 +125,8 @@ static int small_part(const Source<R>& src, const Queries& in, double b_max, int
   R* row = arena.take<R>(64);
   const typename Values<R>::F values = values_for(src);
   Pace pace = {in.watch, 0};
+  Source<R> about = src;
+  about.zero = src.center;  // about which the accumulators are
   for (int64_t q0 = b0; q0 < b1; q0 += block) {
     const int64_t count = imin(block, b1 - q0), vectors = (count + W - 1) / W;
     double y_max = 0;
@@ -117,8 +140,10 @@ static int small_part(const Source<R>& src, const Queries& in, double b_max, int
         q[i] = q[count - 1];  // fills up the last vector
       const bool softmax = q[i].mode == kSoftmax;
       const double f = softmax ? __builtin_sqrt(0.5 * kLog2E * q[i].inv_t) / q[i].sigma : 0;
-      for (int64_t d = 0; d < d_real; d++) v.x[d][e] = (R)(f * row[d]);
-      v.alpha[e] = (R)(f * q[i].alpha);
+      for (int64_t d = 0; d < d_real; d++) v.x[d][e] = CENTRED ? (R)(f * row[d]) : softmax ? q[i].x[d] : R(0);
+      v.alpha[e] = (R)((CENTRED ? f : 1) * q[i].alpha);
+      v.low[e] = (R)(q[i].alpha - v.alpha[e]);
+      v.unit[e] = (R)(f * f);
       v.inv_t[e] = (R)(softmax ? kLog2E * q[i].inv_t : 1);
       v.m[e] = (R)kInf;
     }
@@ -130,7 +155,7 @@ static int small_part(const Source<R>& src, const Queries& in, double b_max, int
         values(src, n0 + r, 0, d_real, value);
         double sq = 0;
         for (int d = 0; d < D; d++) {
-          const double v = d < d_real ? value[d] - src.center[d] : 0;
+          const double v = d < d_real ? value[d] - (CENTRED ? src.center[d] : 0) : 0;
           y[r * D + d] = (R)v;
           sq += v * v;
         }
@@ -143,9 +168,9 @@ static int small_part(const Source<R>& src, const Queries& in, double b_max, int
       }
       for (int64_t i = 0; i < vectors; i++) {
         if (in.bias)
-          small_chunk<R, D, true>(lanes[i], y, b, finite_b, cnt);
+          small_chunk<R, D, true, CENTRED>(lanes[i], y, b, finite_b, cnt);
         else
-          small_chunk<R, D, false>(lanes[i], y, b, finite_b, cnt);
+          small_chunk<R, D, false, CENTRED>(lanes[i], y, b, finite_b, cnt);
       }
     }
     y_max = __builtin_sqrt(y_max);
@@ -154,19 +179,27 @@ static int small_part(const Source<R>& src, const Queries& in, double b_max, int
       const int e = i % W;
       const int64_t at = q0 + i;
       // The rows within 15 of the largest logit are those that matter. Their distance r bounds the error of a
-      // logit: coordinates are off by u (2 |xc| + 3 |alpha y|), squares and sums by (D + 4) u.
+      // logit: squares and sums are off by (D + 4) u, coordinates about the centre by
+      // u (2 |xc| + 3 |alpha y|). As they are, by u of themselves, twice, and by what is lost of alpha y.
       const double u = Precision<R>::u, m = -v.m[e] * kLn2;
       const double reach = __builtin_fabs(m) + 2 * b_max * q[i].inv_t + 15;
       const double h = 0.5 * q[i].inv_t / (q[i].sigma * q[i].sigma);
-      const double err = 2 * u * __builtin_sqrt(reach * h) *
-                             (2 * __builtin_sqrt(q[i].xx) + 3 * __builtin_fabs(q[i].alpha) * y_max) +
-                         (D + 4) * u * reach + (in.bias ? 4 * u * b_max * q[i].inv_t : 0);
-      handed_back[at - b0] = q[i].mode != kSoftmax || !(err < Precision<R>::tolerance) || !(v.s[e] > 0);
-      if (handed_back[at - b0]) continue;
+      const double a = __builtin_fabs(q[i].alpha), root = __builtin_sqrt(reach * h);
+      const double lost = v.low[e] == 0 && (FUSED || q[i].alpha == 1) ? 0 : FUSED ? u : 2;
+      const double off = CENTRED ? 2 * __builtin_sqrt(q[i].xx) + 3 * a * y_max : lost * a * y_max;
+      const double rest = (in.bias ? 4 * u * b_max * q[i].inv_t : 0) + (D + (CENTRED ? 4 : 6)) * u * reach;
+      const double err = 2 * u * root * off + rest;
+      bool back = q[i].mode != kSoftmax || !(err < Precision<R>::tolerance) || !(v.s[e] > 0);
+      // As they are, the mean is x plus a difference, over alpha: not from too far off.
+      if (!CENTRED) back |= !(root < 32 * a * y_max * h) || !(q[i].xx + y_max * y_max * a * a < 1e30);
+      // What the values as they are will not do better either goes to the general sweep at once.
+      handed_back[at - b0] = !back ? kHere : rest < 0.5 * Precision<R>::tolerance ? kAsTheyAre : kInGeneral;
+      if (back) continue;
       const State st = {0, m, v.s[e], v.s_v[e] * kLn2, v.s_bias[e], v.s_sq[e]};
-      R acc[D];
-      for (int d = 0; d < D; d++) acc[d] = v.acc[d][e];
-      finish(src, q[i], st, 1.0, [&](int64_t d) { return acc + d; }, at, out);
+      R acc[D], none[D] = {};
+      for (int d = 0; d < D; d++) acc[d] = CENTRED ? v.acc[d][e] : -v.acc[d][e];
+      Near<R> near = {acc, CENTRED ? 0 : st.s};
+      finish(about, q[i], st, near, 1.0, [&](int64_t d) { return (CENTRED ? acc : none) + d; }, at, out);
     }
   }
   return kDone;
@@ -176,15 +209,19 @@ template <class R>
 struct Small {
   typedef int (*F)(const Source<R>&, const Queries&, double, int64_t, int64_t, const Output&, char*);
 };
-template <class R>
-static typename Small<R>::F small_for(int64_t d) {
+template <class R, bool CENTRED>
+static typename Small<R>::F small_typed(int64_t d) {
   switch (d) {
-    case 1: return small_part<R, 1>;
-    case 2: return small_part<R, 2>;
-    case 3: return small_part<R, 3>;
-    case 4: return small_part<R, 4>;
-    default: return small_part<R, SMALL_D>;
+    case 1: return small_part<R, 1, CENTRED>;
+    case 2: return small_part<R, 2, CENTRED>;
+    case 3: return small_part<R, 3, CENTRED>;
+    case 4: return small_part<R, 4, CENTRED>;
+    default: return small_part<R, SMALL_D, CENTRED>;
   }
+}
+template <class R>
+static typename Small<R>::F small_for(int64_t d, bool centred) {
+  return centred ? small_typed<R, true>(d) : small_typed<R, false>(d);
 }
 
 }  // namespace MEMOKERN_ISA_NS

@@ -20,11 +20,14 @@ struct SweepWork {
   R* p;                        // [NT][Ps]
   R* x;                        // [Bp][Dp] the queries, as query_at() says
   R* acc;                      // [B][Dp] the accumulators, as acc_at() says
+  R* near_sums;                // [B][Dp] the sums of `close`
   R *tile_bias, *finite_bias;  // [NT], null where there is no bias
   R* columns;                  // [W][NT]
   R* row;                      // [Dp]
   int* exact_row;              // [W][NT]
   double* exact_value;         // [W][NT]
+  bool* exact_near;            // [W][NT]
+  Near<R>* close;              // [Bp]
   State* st;                   // [Bp]
   Query<R>* q;                 // [Bp]
   QueryGroup<R>* groups;       // [Bp / W]
@@ -34,7 +37,8 @@ struct SweepWork {
     const int64_t tile_numbers = pl.direct ? 0 : pl.NT * pl.Dp;
     if (!arena.reserve(Arena::bytes<R>(tile_numbers) + 3 * Arena::bytes<R>(pl.NT) +
                        Arena::bytes<R>(pl.NT * pl.Ps) + Arena::bytes<R>(pl.Bp * pl.Dp) +
-                       Arena::bytes<R>(pl.B * pl.Dp) + Arena::bytes<R>(W * pl.NT) + Arena::bytes<R>(pl.Dp) +
+                       2 * Arena::bytes<R>(pl.B * pl.Dp) + Arena::bytes<bool>(W * pl.NT) +
+                       Arena::bytes<Near<R>>(pl.Bp) + Arena::bytes<R>(W * pl.NT) + Arena::bytes<R>(pl.Dp) +
                        Arena::bytes<int>(W * pl.NT) + Arena::bytes<double>(W * pl.NT) +
                        Arena::bytes<State>(pl.Bp) + Arena::bytes<Query<R>>(pl.Bp) +
                        Arena::bytes<QueryGroup<R>>(pl.Bp / W)))
@@ -46,10 +50,14 @@ struct SweepWork {
     p = arena.take<R>(pl.NT * pl.Ps);
     x = arena.take<R>(pl.Bp * pl.Dp);
     acc = arena.take<R>(pl.B * pl.Dp);
+    near_sums = arena.take_raw<R>(pl.B * pl.Dp);
     columns = arena.take<R>(W * pl.NT);
     row = arena.take<R>(pl.Dp);
     exact_row = arena.take<int>(W * pl.NT);
     exact_value = arena.take<double>(W * pl.NT);
+    exact_near = arena.take<bool>(W * pl.NT);
+    close = arena.take<Near<R>>(pl.Bp);
+    for (int64_t b = 0; b < pl.B; b++) close[b].sum = near_sums + b * pl.Dp;
     st = arena.take<State>(pl.Bp);
     q = arena.take<Query<R>>(pl.Bp);
     groups = arena.take<QueryGroup<R>>(pl.Bp / W);
@@ -70,6 +78,7 @@ static void load_queries(const Source<R>& src, const Queries& in, const Plan& pl
   for (int64_t b = 0; b < B; b++) {
     w.q[b] = make_query(in, src, b0 + b, pl, w.row);
     w.st[b] = empty_state();
+    w.close[b].s = 0;
     set_lane(w.groups[b / SweepWork<R>::W], (int)(b % SweepWork<R>::W), w.q[b]);
     put_query(src, pl, w.row, b, w.x);
   }
@@ -91,6 +100,7 @@ static TileContext<R> make_tile_context(const Source<R>& src, const Plan& pl, co
   TileContext<R> s;
   s.src = &src;
   s.exact = exact_for(src);
+  s.add_difference = add_difference_for(src);
   s.tile = &w.tile;
   s.NT = pl.NT;
   s.Ps = pl.Ps;
@@ -102,6 +112,7 @@ static TileContext<R> make_tile_context(const Source<R>& src, const Plan& pl, co
   s.least = (R)(Precision<R>::log_theta - 2.4 - __builtin_log((double)src.rows.n));
   s.exact_row = w.exact_row;
   s.exact_value = w.exact_value;
+  s.exact_near = w.exact_near;
   s.columns = w.columns;
   return s;
 }
@@ -135,7 +146,7 @@ static int sweep(const Source<R>& src, const Queries& in, const Plan& pl, double
       for (int64_t b = g; b < end; b += W) {
         const int lanes = (int)imin(W, B - b);
         double f[W];
-        any |= weigh_tile(w.q + b, w.groups[b / W], lanes, s, w.st + b, w.p + (b - g), f);
+        any |= weigh_tile(w.q + b, w.groups[b / W], lanes, s, w.st + b, w.close + b, w.p + (b - g), f);
         for (int e = 0; e < lanes; e++)
           if (f[e] != 1) scale_acc(pl, w.acc, b + e, f[e]);
       }

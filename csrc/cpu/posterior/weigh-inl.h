@@ -10,14 +10,20 @@
 namespace memokern {
 namespace MEMOKERN_ISA_NS {
 
-// Adds rows whose logits v are exact; p, whose numbers lie `stride` apart, receives their weights.
+// Adds rows whose logits v are exact; p, whose numbers lie `stride` apart, receives the weights of those that
+// the accumulator takes.
 template <class R>
-MK_INLINE void add_exact(const TileContext<R>& s, State& st, R* p, int64_t stride, const int* row,
-                         const double* v, int count) {
+MK_INLINE void add_exact(const Query<R>& q, const TileContext<R>& s, State& st, Near<R>& close, R* p,
+                         int64_t stride, const int* row, const double* v, const bool* near, int count) {
   for (int i = 0; i < count; i++) {
     const double d = v[i] - st.m, w = __builtin_exp(d);
-    p[row[i] * stride] = (R)w;
+    p[row[i] * stride] = near[i] ? R(0) : (R)w;
     if (w == 0) continue;
+    if (near[i]) {
+      if (close.s == 0) memset((void*)close.sum, 0, s.D * sizeof(R));
+      close.s += w;
+      s.add_difference(*s.src, s.tile->n0 + row[i], q.x, q.alpha, w, close.sum);
+    }
     st.s += w;
     st.s_v += w * d;
     st.s_sq += w * w;
@@ -29,7 +35,7 @@ MK_INLINE void add_exact(const TileContext<R>& s, State& st, R* p, int64_t strid
 // of the accumulator of query e.
 template <class R>
 static void weigh_softmax(const Query<R>* q, QueryGroup<R>& g, int lanes, const TileContext<R>& s, State* st,
-                          R* p, double* f) {
+                          Near<R>* close, R* p, double* f) {
   enum { W = Vec<R>::W };
   typedef typename Vec<R>::T V;
   const V top = logits(g, s, p);
@@ -41,9 +47,10 @@ static void weigh_softmax(const Query<R>* q, QueryGroup<R>& g, int lanes, const 
     double m = dmax(st[e].m, top[e] - q[e].shared);
     if (err > Precision<R>::theta)
       count[e] = take_inexact(q[e], s, st[e], p + e, s.Ps, top[e], err, s.exact_row + e * s.NT,
-                              s.exact_value + e * s.NT, m);
+                              s.exact_value + e * s.NT, s.exact_near + e * s.NT, m);
     st[e].key = 0;
     f[e] = st[e].s > 0 ? rescale(st[e], m) : (st[e].m = m, 1.0);
+    rescale(close[e], f[e], s.D);
     g.m[e] = (R)(m + q[e].shared);
   }
   const V lo = splat<R>(least_difference(R(0))), m = g.m;
@@ -67,13 +74,14 @@ static void weigh_softmax(const Query<R>* q, QueryGroup<R>& g, int lanes, const 
     st[e].s_v += sum_v[e];
     st[e].s_sq += sum_sq[e];
     st[e].s_bias += sum_bias[e];
-    add_exact(s, st[e], p + e, s.Ps, s.exact_row + e * s.NT, s.exact_value + e * s.NT, count[e]);
+    add_exact(q[e], s, st[e], close[e], p + e, s.Ps, s.exact_row + e * s.NT, s.exact_value + e * s.NT,
+              s.exact_near + e * s.NT, count[e]);
   }
 }
 
 // sigma = 0: only the nearest row counts, by its exact distance; ties share by their bias.
 template <class R>
-static double weigh_zero_sigma(const Query<R>& q, const TileContext<R>& s, State& st, R* p) {
+static double weigh_zero_sigma(const Query<R>& q, const TileContext<R>& s, State& st, Near<R>& close, R* p) {
   const double top = logits(q, s, p, p), err = error_of(q, s);
   double best = st.key;
   int count = 0;
@@ -100,22 +108,23 @@ static double weigh_zero_sigma(const Query<R>& q, const TileContext<R>& s, State
   for (int i = 0; i < count; i++) {
     if (s.exact_value[i] != best) continue;
     s.exact_row[kept] = s.exact_row[i];
+    s.exact_near[kept] = is_near(q, s, s.exact_row[i], best);
     s.exact_value[kept] = bias_of(s, s.exact_row[i]) * q.inv_t;
     m = dmax(m, s.exact_value[kept]);
     kept++;
   }
-  if (kept == 0) return f;
-  if (st.s > 0)
+  if (kept > 0 && st.s > 0)
     f *= rescale(st, m);
-  else
+  else if (kept > 0)
     st.m = m;
-  add_exact(s, st, p, 1, s.exact_row, s.exact_value, kept);
+  rescale(close, f, s.D);
+  add_exact(q, s, st, close, p, 1, s.exact_row, s.exact_value, s.exact_near, kept);
   return f;
 }
 
 // Weighting "log": l = -(D / 2) log(r^2 / D) + b. A row that the query hits exactly outweighs all others.
 template <class R>
-static double weigh_log(const Query<R>& q, const TileContext<R>& s, State& st, R* p) {
+static double weigh_log(const Query<R>& q, const TileContext<R>& s, State& st, Near<R>& close, R* p) {
   const double half = 0.5 * (double)s.D, delta = error_of_r2(q, s);
   double lower = st.s > 0 ? st.m + __builtin_log(st.s) : -kInf;
   for (int64_t j = 0; j < s.tile->cnt; j++) {  // a lower bound of log sum e^v, from this tile's best row
@@ -133,13 +142,17 @@ static double weigh_log(const Query<R>& q, const TileContext<R>& s, State& st, R
     if (b == -kInf) continue;
     const double err = near > 0 ? half * q.inv_t * delta / near : kInf;
     const double high = near > 0 ? (b - half * __builtin_log(near / s.D)) * q.inv_t : kInf;
-    if (err > Precision<R>::theta && high > lower + __builtin_log(Precision<R>::theta / dmin(1, err)))
+    bool exact = false;
+    if (err > Precision<R>::theta && high > lower + __builtin_log(Precision<R>::theta / dmin(1, err))) {
       r2 = exact_r2(q, s, j);
+      exact = true;
+    }
     if (!(r2 > 0)) {
       if (r2 == 0) hits++;
     }
     if (high < lower - 100) continue;
     s.exact_row[count] = (int)j;
+    s.exact_near[count] = exact && is_near(q, s, j, r2);
     s.exact_value[count] = r2 > 0 ? (b - half * __builtin_log(r2 / s.D)) * q.inv_t : kInf;
     m = dmax(m, s.exact_value[count]);
     count++;
@@ -156,6 +169,7 @@ static double weigh_log(const Query<R>& q, const TileContext<R>& s, State& st, R
     for (int i = 0; i < count; i++) {
       if (s.exact_value[i] != kInf) continue;
       s.exact_row[kept] = s.exact_row[i];
+      s.exact_near[kept] = s.exact_near[i];
       s.exact_value[kept] = bias_of(s, s.exact_row[i]) * q.inv_t;
       m = dmax(m, s.exact_value[kept++]);
     }
@@ -163,12 +177,12 @@ static double weigh_log(const Query<R>& q, const TileContext<R>& s, State& st, R
   } else {
     st.key = 1;
   }
-  if (count == 0) return f;
-  if (st.s > 0)
+  if (count > 0 && st.s > 0)
     f *= rescale(st, m);
-  else
+  else if (count > 0)
     st.m = m;
-  add_exact(s, st, p, 1, s.exact_row, s.exact_value, count);
+  rescale(close, f, s.D);
+  add_exact(q, s, st, close, p, 1, s.exact_row, s.exact_value, s.exact_near, count);
   return f;
 }
 
@@ -176,7 +190,7 @@ static double weigh_log(const Query<R>& q, const TileContext<R>& s, State& st, R
 // weight.
 template <class R>
 static bool weigh_tile(const Query<R>* q, QueryGroup<R>& g, int lanes, const TileContext<R>& s, State* st,
-                       R* p, double* f) {
+                       Near<R>* close, R* p, double* f) {
   double before[Vec<R>::W];
   bool softmax = false, any = false;
   for (int e = 0; e < lanes; e++) {
@@ -189,13 +203,13 @@ static bool weigh_tile(const Query<R>* q, QueryGroup<R>& g, int lanes, const Til
     R* column = s.columns + e * s.NT;
     for (int64_t j = 0; j < s.tile->cnt; j++) column[j] = p[j * s.Ps + e];
     if (q[e].mode == kZeroSigma)
-      f[e] = weigh_zero_sigma(q[e], s, st[e], column);
+      f[e] = weigh_zero_sigma(q[e], s, st[e], close[e], column);
     else if (q[e].mode == kLogWeighting)
-      f[e] = weigh_log(q[e], s, st[e], column);
+      f[e] = weigh_log(q[e], s, st[e], close[e], column);
     else
       memset((void*)column, 0, s.tile->cnt * sizeof(R));
   }
-  if (softmax) weigh_softmax(q, g, lanes, s, st, p, f);
+  if (softmax) weigh_softmax(q, g, lanes, s, st, close, p, f);
   for (int e = 0; e < lanes; e++) {
     any |= f[e] != 1 || st[e].s != before[e];
     if (q[e].mode == kSoftmax) continue;

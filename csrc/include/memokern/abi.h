@@ -41,11 +41,12 @@ struct Queries {
 
 // Normalised sums over the rows, to be written.
 struct Sums {
-  void* mean;          // [b][d] the type of x
+  void* mean;          // [b][d] the type of x, or null
   double* log_z;       // [b]
   double* mean_logit;  // [b]
   double* mean_bias;   // [b]
   double* weight_sq;   // [b]
+  void* residual;      // [b][d] the type of x: alpha mean - x, from the differences alpha y - x; or null
 };
 
 // The same, to be read: the results of a forward call, or the gradients that arrive for them.
@@ -67,6 +68,7 @@ struct States {
   double* s_bias;  // [b]
   double* s_sq;    // [b]
   void* acc;       // [b][d] the type of x: the sum of e^(v - m) (y - center)
+  void* residual;  // [b][d] the type of x: the sum of e^(v - m) (alpha y - x)
   double* center;  // [d] the center of the accumulator
 };
 

@@ -4,8 +4,8 @@
 // are those of `State` in memokern/calls/state.py, which defines them: with v = l / T, m is the largest v, s
 // the sum of e^(v - m), s_v the sum of e^(v - m) (v - m), s_bias the sum of e^(v - m) bias and s_sq the sum
 // of e^(2 (v - m)). Of two states with different keys only the one with the smaller key counts; the key is
-// the squared distance at sigma = 0. The accumulator, the sum of e^(v - m) (y - center), lies elsewhere:
-// merge() says what to multiply it by.
+// the squared distance at sigma = 0. The accumulators, the sums of e^(v - m) (y - center) and of
+// e^(v - m) (alpha y - x), lie elsewhere: merge() says what to multiply them by.
 //
 // The functions are `static`, so that every source file keeps a copy for its own instruction set.
 #pragma once

@@ -9,7 +9,17 @@ from torch import Tensor
 from memokern.backends.cpu import dense, listed, native
 from memokern.backends.cpu.projection import CosineProjection
 from memokern.backends.protocol import Backend, Call
-from memokern.calls import Gradients, LogitBounds, Query, RowLists, Rows, Scan, State, Sums
+from memokern.calls import (
+    BasicSums,
+    Gradients,
+    LogitBounds,
+    Query,
+    RowLists,
+    Rows,
+    Scan,
+    State,
+    Sums,
+)
 
 # Compiled kernels have no derivatives of their own for these.
 _REFERENCE_ONLY = {
@@ -60,7 +70,9 @@ class Cpu(Backend):
     def posterior(self, query: Query, rows: Rows) -> Sums:
         return dense.posterior(query, rows)
 
-    def posterior_backward(self, query: Query, rows: Rows, sums: Sums, grads: Sums) -> Gradients:
+    def posterior_backward(
+        self, query: Query, rows: Rows, sums: BasicSums, grads: BasicSums
+    ) -> Gradients:
         return dense.posterior_backward(query, rows, sums, grads)
 
     def nearest(self, x: Tensor, rows: Rows, k: int) -> tuple[Tensor, Tensor]:
@@ -73,7 +85,7 @@ class Cpu(Backend):
         return listed.posterior_listed(query, rows, lists)
 
     def posterior_listed_backward(
-        self, query: Query, rows: Rows, lists: RowLists, sums: Sums, grads: Sums
+        self, query: Query, rows: Rows, lists: RowLists, sums: BasicSums, grads: BasicSums
     ) -> Gradients:
         return listed.posterior_listed_backward(query, rows, lists, grads)
 

@@ -14,7 +14,7 @@ from memokern.backends.cpu.native import (
     row_types,
     threads,
 )
-from memokern.calls import Gradients, Query, Rows, State, Sums
+from memokern.calls import BasicSums, Gradients, Query, Rows, State, Sums
 from memokern.calls.checks import check_neighbours, prepared, prepared_x
 
 _F64 = torch.float64
@@ -27,7 +27,7 @@ def posterior(query: Query, rows: Rows) -> Sums:
     sums = empty_sums(q)
     module().posterior(native, native_query(q), addresses(sums), threads())
     del keep
-    return sums if q.x.dtype == query.x.dtype else sums._replace(mean=sums.mean.to(query.x.dtype))
+    return sums if q.x.dtype == query.x.dtype else in_type(sums, query.x.dtype)
 
 
 def posterior_state(query: Query, rows: Rows) -> State:
@@ -36,7 +36,7 @@ def posterior_state(query: Query, rows: Rows) -> State:
     native, keep = native_rows(rows)
     columns = [torch.empty_like(q.sigma) for _ in range(6)]
     center = torch.empty(rows.dim, dtype=_F64)
-    state = State._make([*columns, torch.empty_like(q.x), center])
+    state = State._make([*columns, torch.empty_like(q.x), torch.empty_like(q.x), center])
     module().posterior_state(native, native_query(q), addresses(state), threads())
     del keep
     return state
@@ -47,35 +47,35 @@ def small_posterior(
     rows: Rows,
     numbers: tuple[float, float, float],
     bias: Tensor | None,
-    columns: Tensor | None = None,
-) -> Tensor:
-    """The mean of a few queries [*batch, *shape], contiguous in the compute type, that share sigma,
-    alpha and temperature: no tensor is made but the result, nothing is checked.
+    mean: Tensor | None,
+    residual: Tensor | None,
+    columns: Tensor | None,
+) -> None:
+    """The sums of a few queries [*batch, *shape], contiguous in the compute type, that share sigma,
+    alpha and temperature, into what is given of mean, residual (like x) and columns: no tensor is
+    made, nothing is checked.
 
-    columns: [7, *batch] float64, if given, to be filled with the three numbers for each query and
-    with the sums after the mean.
+    columns: [7, *batch] float64, for the three numbers of each query and the sums of one number.
     """
     data, scale, shift, center, sq_norms = rows
     n, d = data.shape
-    mean = torch.empty_like(x)
     native = (
         data.data_ptr(), n, d, d if data.is_contiguous() else data.stride(0),
         row_types()[data.dtype], scale, shift, pointer(center), pointer(sq_norms),
     )  # fmt: skip
     module().small_posterior(
         native, x.data_ptr(), x.dtype == _F64, x.numel() // d, numbers, pointer(bias),
-        mean.data_ptr(), pointer(columns), threads(),
+        pointer(mean), pointer(residual), pointer(columns), threads(),
     )  # fmt: skip
-    return mean
 
 
-def posterior_backward(query: Query, rows: Rows, sums: Sums, grads: Sums) -> Gradients:
+def posterior_backward(query: Query, rows: Rows, sums: BasicSums, grads: BasicSums) -> Gradients:
     """The gradients for the query; see :mod:`memokern.ops`."""
     q = prepared(query, rows)
     native, keep = native_rows(rows)
     if q.x.dtype != query.x.dtype:
         # x's type rounded the mean: what is left of <g, y - mean> would be noise.
-        sums = sums._replace(mean=posterior(q, rows).mean)
+        sums = BasicSums(*posterior(q, rows)[:5])
     known, given, out = in_float64(sums), in_float64(grads), empty_gradients(q)
     module().posterior_backward(
         native, native_query(q), addresses(known), addresses(given), native_gradients(out, q),
@@ -86,13 +86,20 @@ def posterior_backward(query: Query, rows: Rows, sums: Sums, grads: Sums) -> Gra
 
 
 def empty_sums(query: Query) -> Sums:
-    """Room for the sums of a query, the mean in the type of x."""
-    return Sums(torch.empty_like(query.x), *(torch.empty_like(query.sigma) for _ in range(4)))
+    """Room for the sums of a query, mean and residual in the type of x."""
+    columns = (torch.empty_like(query.sigma) for _ in range(4))
+    return Sums._make([torch.empty_like(query.x), *columns, torch.empty_like(query.x)])
 
 
-def in_float64(sums: Sums) -> Sums:
+def in_type(sums: Sums, dtype: torch.dtype) -> Sums:
+    """The sums, with mean and residual in this type."""
+    mean, *columns, residual = sums
+    return Sums._make([mean.to(dtype), *columns, residual.to(dtype)])
+
+
+def in_float64(sums: BasicSums) -> BasicSums:
     """The sums, or their gradients, contiguous in float64: struct SumsIn."""
-    return Sums(*(v.to(_F64).contiguous() for v in sums))
+    return BasicSums(*(v.to(_F64).contiguous() for v in sums[:5]))
 
 
 def empty_gradients(query: Query) -> Gradients:

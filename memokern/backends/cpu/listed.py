@@ -11,17 +11,25 @@ from memokern.backends.cpu.dense import (
     empty_gradients,
     empty_sums,
     in_float64,
+    in_type,
     native_gradients,
 )
 from memokern.backends.cpu.native import addresses, module, native_query, native_rows, threads
-from memokern.calls import Gradients, LogitBounds, Query, RowLists, Rows, Scan, Sums
-from memokern.calls.checks import bands_of, prepared, prepared_bounds, prepared_lists
+from memokern.calls import BasicSums, Gradients, LogitBounds, Query, RowLists, Rows, Scan, Sums
+from memokern.calls.checks import (
+    bands_of,
+    check_gaussian,
+    prepared,
+    prepared_bounds,
+    prepared_lists,
+)
 
 _F64 = torch.float64
 
 
 def bound_scan(query: Query, rows: Rows, bounds: LogitBounds) -> Scan:
     """The rows that can matter to each query; see :mod:`memokern.ops` for what is proven."""
+    check_gaussian(query.weighting, "bound_scan")
     q, b = prepared(query, rows), query.x.shape[0]
     native, keep = native_rows(rows)
     held = prepared_bounds(bounds, b, rows)
@@ -51,6 +59,7 @@ def _native_bounds(bounds: LogitBounds, dims: Tensor, first_band: Tensor) -> tup
 
 def posterior_listed(query: Query, rows: Rows, lists: RowLists) -> Sums:
     """The sums over the rows listed, each logit by direct differences."""
+    check_gaussian(query.weighting, "posterior_listed")
     q = prepared(query, rows)
     native, keep = native_rows(rows._replace(center=None, sq_norms=None))
     held, sums = prepared_lists(lists, q.x.shape[0]), empty_sums(q)
@@ -58,10 +67,12 @@ def posterior_listed(query: Query, rows: Rows, lists: RowLists) -> Sums:
         native, native_query(q), _native_lists(held), addresses(sums), threads()
     )
     del keep
-    return sums._replace(mean=sums.mean.to(query.x.dtype))
+    return in_type(sums, query.x.dtype)
 
 
-def posterior_listed_backward(query: Query, rows: Rows, lists: RowLists, grads: Sums) -> Gradients:
+def posterior_listed_backward(
+    query: Query, rows: Rows, lists: RowLists, grads: BasicSums
+) -> Gradients:
     """The gradients for the query.
 
     The weights are taken anew in float64: the forward results are not needed, and what their type

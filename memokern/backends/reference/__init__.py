@@ -11,7 +11,18 @@ from torch import Tensor
 
 from memokern.backends.protocol import Backend, Call
 from memokern.backends.reference import dense, listed, scan
-from memokern.calls import Gradients, LogitBounds, Query, RowLists, Rows, Scan, State, Sums
+from memokern.calls import (
+    BasicSums,
+    Gradients,
+    LogitBounds,
+    Query,
+    RowLists,
+    Rows,
+    Scan,
+    State,
+    Sums,
+)
+from memokern.calls.checks import check_gaussian
 
 
 class Reference(Backend):
@@ -28,34 +39,38 @@ class Reference(Backend):
     def posterior_state(self, query: Query, rows: Rows) -> State:
         return dense.posterior_state(query, rows)
 
-    def posterior_backward(self, query: Query, rows: Rows, sums: Sums, grads: Sums) -> Gradients:
+    def posterior_backward(
+        self, query: Query, rows: Rows, sums: BasicSums, grads: BasicSums
+    ) -> Gradients:
         return dense.posterior_backward(query, rows, grads)
 
-    def posterior_backward_rows(self, query: Query, rows: Rows, grads: Sums) -> Tensor:
+    def posterior_backward_rows(self, query: Query, rows: Rows, grads: BasicSums) -> Tensor:
         return dense.posterior_backward_rows(query, rows, grads)
 
     def posterior_double_backward(
-        self, query: Query, rows: Rows, grads: Sums, grad_grads: Gradients
-    ) -> tuple[Gradients, Sums]:
+        self, query: Query, rows: Rows, grads: BasicSums, grad_grads: Gradients
+    ) -> tuple[Gradients, BasicSums]:
         return dense.posterior_double_backward(query, rows, grads, grad_grads)
 
     def nearest(self, x: Tensor, rows: Rows, k: int) -> tuple[Tensor, Tensor]:
         return dense.nearest(x, rows, k)
 
     def bound_scan(self, query: Query, rows: Rows, bounds: LogitBounds) -> Scan:
+        check_gaussian(query.weighting, "bound_scan")
         return scan.bound_scan(query, rows, bounds)
 
     def posterior_listed(self, query: Query, rows: Rows, lists: RowLists) -> Sums:
+        check_gaussian(query.weighting, "posterior_listed")
         return listed.posterior(query, rows, lists)
 
     def posterior_listed_backward(
-        self, query: Query, rows: Rows, lists: RowLists, sums: Sums, grads: Sums
+        self, query: Query, rows: Rows, lists: RowLists, sums: BasicSums, grads: BasicSums
     ) -> Gradients:
         return listed.backward(query, rows, lists, grads)
 
     def posterior_listed_double_backward(
-        self, query: Query, rows: Rows, lists: RowLists, grads: Sums, grad_grads: Gradients
-    ) -> tuple[Gradients, Sums]:
+        self, query: Query, rows: Rows, lists: RowLists, grads: BasicSums, grad_grads: Gradients
+    ) -> tuple[Gradients, BasicSums]:
         return listed.double_backward(query, rows, lists, grads, grad_grads)
 
 

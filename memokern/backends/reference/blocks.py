@@ -11,6 +11,7 @@ from torch import Tensor
 from memokern.calls import Rows
 
 F64 = torch.float64
+SAMPLE = 64  # rows, about, of which a center is taken
 ELEMENTS = 1 << 22  # of a temporary: 32 MiB in float64
 
 
@@ -35,14 +36,12 @@ def nan_for_inf(x: Tensor) -> Tensor:
 
 
 def center_of(rows: Rows) -> Tensor:
-    """[D] float64: the owner's center, else the mean of the rows."""
+    """[D] float64: the owner's center, else the median of a few rows, which no far one moves."""
     if rows.center is not None:
         return rows.center.to(F64)
     with torch.no_grad():
-        total = rows.data.new_zeros(rows.dim, dtype=F64)
-        for _, block in row_blocks(rows.detach()):
-            total = total + block.sum(0)
-        return total / rows.n
+        some = slice(None, None, max(1, rows.n // SAMPLE))
+        return rows.detach().values(some).median(0).values
 
 
 def direct_squares(x: Tensor, y: Tensor, alpha: Tensor) -> Tensor:
@@ -53,6 +52,28 @@ def direct_squares(x: Tensor, y: Tensor, alpha: Tensor) -> Tensor:
         diff = x[:, None] - alpha[:, None, None] * y[None, start : start + step]
         out.append(diff.square().sum(-1))
     return torch.cat(out, 1)
+
+
+def residuals(
+    power: Tensor, x: Tensor, rows: Rows, alpha: Tensor, center: Tensor, acc: Tensor
+) -> Tensor:
+    """sum_n power_n (alpha y_n - x) [B, D], given acc = sum_n power_n (y_n - center).
+
+    As for the squared distances, the value comes from the differences, which do not cancel, and the
+    derivatives from what it is equal to.
+    """
+    s = power.sum(1, keepdim=True)
+    equal = alpha[:, None] * acc - s * (x - alpha[:, None] * center)
+    with torch.no_grad():
+        direct = torch.zeros_like(acc)
+        for where, y in row_blocks(rows):
+            step = max(1, ELEMENTS // max(1, len(x) * x.shape[1]))
+            for first in range(0, len(y), step):
+                part = y[first : first + step]
+                w = power[:, where][:, first : first + step]
+                diff = alpha[:, None, None] * part[None] - x[:, None]
+                direct += torch.where(w[..., None] == 0, 0.0, w[..., None] * diff).sum(1)
+    return direct + (equal - equal.detach())
 
 
 def squared_distances(x: Tensor, rows: Rows, alpha: Tensor, center: Tensor) -> Tensor:

@@ -20,10 +20,21 @@ from memokern.backends.reference.blocks import (
     direct_squares,
     nan_for_inf,
     query_blocks,
+    residuals,
     row_blocks,
     squared_distances,
 )
-from memokern.calls import Gradients, Query, Rows, State, Sums, empty_state, to_sums, without
+from memokern.calls import (
+    BasicSums,
+    Gradients,
+    Query,
+    Rows,
+    State,
+    Sums,
+    empty_state,
+    to_sums,
+    without,
+)
 from memokern.util.torch_internals import recording
 
 
@@ -60,14 +71,20 @@ def _exponents(query: Query, rows: Rows, center: Tensor) -> _Exponents:
             key = (~limit).to(F64)
         # Written so that NaN has weight: of a query that is lost the gradients are NaN as well.
         weighs = reachable & (~limit | ~(r2 > nearest))
-        v = torch.where(weighs, _exponent(query, r2, query.bias, limit), -torch.inf)
+        # Relative to the nearest row, since a bias is lost beside a large distance.
+        least = torch.zeros_like(nearest)
+        if query.weighting == "gaussian":
+            least = torch.where(torch.isfinite(nearest), nearest, 0.0)
+        v = torch.where(weighs, _exponent(query, r2 - least, query.bias, limit), -torch.inf)
         m = v.amax(1, keepdim=True)
         weighs = weighs & ~(v - m <= _NOTHING)
         key = torch.where(weighs.any(1, keepdim=True), key, torch.inf)
     # What is not weighed is left out before it can become 0 times infinity in a derivative.
     bias = None if query.bias is None else torch.where(weighs, query.bias, 0.0)
-    v = _exponent(query, torch.where(weighs, r2, 1.0), bias, limit)
-    return _Exponents(key[:, 0], m[:, 0], torch.where(weighs, v - m, 0.0), weighs)
+    v = _exponent(query, torch.where(weighs, r2 - least, 1.0), bias, limit)
+    base = _exponent(query, least, None, limit | (least == 0))
+    below = torch.where(weighs, v - m + (base - base.detach()), 0.0)
+    return _Exponents(key[:, 0], (m + base.detach())[:, 0], below, weighs)
 
 
 def _exponent(query: Query, r2: Tensor, bias: Tensor | None, limit: Tensor) -> Tensor:
@@ -96,7 +113,9 @@ def _block_state(query: Query, rows: Rows, center: Tensor) -> State:
         s_bias = torch.zeros_like(s)
     else:
         s_bias = (power * torch.where(torch.isneginf(query.bias), 0.0, query.bias)).sum(1)
-    state = State(key, m, s, (power * below).sum(1), s_bias, power.square().sum(1), acc, center)
+    residual = residuals(power, query.x, rows, query.alpha, center, acc)
+    each = ((power * below).sum(1), s_bias, power.square().sum(1))
+    state = State(key, m, s, *each, acc, residual, center)
     # A query that is not finite knows nothing; without this, rules of 0 * NaN would decide.
     return without(state, ~torch.isfinite(query.x).all(1))
 
@@ -143,19 +162,19 @@ def _blocks(query: Query, rows: Rows) -> Iterator[derivatives.Block]:
         yield at, sums
 
 
-def posterior_backward(query: Query, rows: Rows, grads: Sums) -> Gradients:
+def posterior_backward(query: Query, rows: Rows, grads: BasicSums) -> Gradients:
     """The gradients for the query, by differentiating the formulas."""
     return derivatives.backward(query, grads, _blocks(query, rows))
 
 
 def posterior_double_backward(
-    query: Query, rows: Rows, grads: Sums, grad_grads: Gradients
-) -> tuple[Gradients, Sums]:
+    query: Query, rows: Rows, grads: BasicSums, grad_grads: Gradients
+) -> tuple[Gradients, BasicSums]:
     """The gradients of <grad_grads, posterior_backward> for the query and for grads."""
     return derivatives.double_backward(query, grads, grad_grads, _blocks(query, rows))
 
 
-def posterior_backward_rows(query: Query, rows: Rows, grads: Sums) -> Tensor:
+def posterior_backward_rows(query: Query, rows: Rows, grads: BasicSums) -> Tensor:
     """The gradient for floating-point rows [N, D]."""
     center, query = center_of(rows), query.detach()
     values = rows.detach().values(slice(None))
@@ -165,7 +184,7 @@ def posterior_backward_rows(query: Query, rows: Rows, grads: Sums) -> Tensor:
             leaf = values.clone().requires_grad_()
             part = _wide(query, at)
             sums = to_sums(_block_state(part, Rows(leaf), center), part)
-            total += derivatives.vjp(sums, [leaf], [g[at].to(F64) for g in grads])[0]
+            total += derivatives.vjp(sums[:5], [leaf], [g[at].to(F64) for g in grads[:5]])[0]
     return (rows.scale * total).to(rows.data.dtype)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from memokern.calls import Gradients, Query, Sums
+from memokern.calls import BasicSums, Gradients, Query, Sums
 from memokern.util.torch_internals import recording
 
 _F64 = torch.float64
@@ -28,29 +28,29 @@ def vjp(
     return [torch.zeros_like(v) if g is None else g for g, v in zip(got, inputs, strict=True)]
 
 
-def backward(query: Query, grads: Sums, blocks: Iterable[Block]) -> Gradients:
-    """Gradients for the query, of the sums that the blocks give."""
+def backward(query: Query, grads: BasicSums, blocks: Iterable[Block]) -> Gradients:
+    """Gradients for the query, of the sums that the blocks give, but for the residual."""
     out = _zeros(query)
     for at, sums in blocks:
         with recording():
             leaves = _leaves(at, query)
-            values = sums(_query(leaves, query))
-            parts = vjp(values, leaves, [g[at].detach().to(_F64) for g in grads])
+            values = sums(_query(leaves, query))[:5]
+            parts = vjp(values, leaves, [g[at].detach().to(_F64) for g in grads[:5]])
         _put(out, at, parts)
     return out._replace(x=out.x.to(query.x.dtype))
 
 
 def double_backward(
-    query: Query, grads: Sums, grad_grads: Gradients, blocks: Iterable[Block]
-) -> tuple[Gradients, Sums]:
+    query: Query, grads: BasicSums, grad_grads: Gradients, blocks: Iterable[Block]
+) -> tuple[Gradients, BasicSums]:
     """Gradients of <grad_grads, backward(...)> for the query and for grads."""
     out = _zeros(query)
-    tails = Sums(*(torch.zeros_like(g, dtype=_F64) for g in grads))
+    tails = BasicSums(*(torch.zeros_like(g, dtype=_F64) for g in grads[:5]))
     for at, sums in blocks:
         with recording():
             leaves = _leaves(at, query)
-            seeds = [g[at].detach().to(_F64).clone().requires_grad_() for g in grads]
-            first = vjp(sums(_query(leaves, query)), leaves, seeds, again=True)
+            seeds = [g[at].detach().to(_F64).clone().requires_grad_() for g in grads[:5]]
+            first = vjp(sums(_query(leaves, query))[:5], leaves, seeds, again=True)
             # The gradient for the bias is one for all queries.
             wanted = [*(g[at] for g in grad_grads[:4]), grad_grads.bias]
             inner = sum(

@@ -12,7 +12,17 @@ from torch import Tensor
 
 from memokern.backends.reference import derivatives
 from memokern.backends.reference.blocks import ELEMENTS, F64, nan_for_inf
-from memokern.calls import Gradients, Query, RowLists, Rows, State, Sums, to_sums, without
+from memokern.calls import (
+    BasicSums,
+    Gradients,
+    Query,
+    RowLists,
+    Rows,
+    State,
+    Sums,
+    to_sums,
+    without,
+)
 
 _NOTHING = -800.0  # e^v is 0 in float64 below it, and the row's part in any sum or derivative
 
@@ -61,7 +71,9 @@ def _block_state(query: Query, rows: Rows, lists: RowLists) -> State:
     s_bias = torch.zeros_like(power) if kept is None else power * kept
     sums = [total(v) for v in (power, power * below, s_bias, power.square())]
     acc = total(power[:, None] * y)
-    state = State._make([key, m, *sums, acc, acc.new_zeros(rows.dim)])
+    difference = query.alpha[q, None] * y - nan_for_inf(query.x)[q]
+    residual = total(torch.where(weighs[:, None], power[:, None] * difference, 0.0))
+    state = State._make([key, m, *sums, acc, residual, acc.new_zeros(rows.dim)])
     return without(state, ~torch.isfinite(query.x).all(1))
 
 
@@ -95,18 +107,19 @@ def posterior(query: Query, rows: Rows, lists: RowLists) -> Sums:
         parts.append(sums(part._replace(x=part.x.to(F64))))
     if not parts:
         empty = [query.sigma.new_empty(0) for _ in range(4)]
-        return Sums(query.x.new_empty(query.x.shape), *empty)
-    out = Sums(*(torch.cat(column) for column in zip(*parts, strict=True)))
-    return out._replace(mean=out.mean.to(query.x.dtype))
+        none = query.x.new_empty(query.x.shape)
+        return Sums._make([none, *empty, none.clone()])
+    mean, *columns, residual = (torch.cat(column) for column in zip(*parts, strict=True))
+    return Sums._make([mean.to(query.x.dtype), *columns, residual.to(query.x.dtype)])
 
 
-def backward(query: Query, rows: Rows, lists: RowLists, grads: Sums) -> Gradients:
+def backward(query: Query, rows: Rows, lists: RowLists, grads: BasicSums) -> Gradients:
     """The gradients for the query, by differentiating the formulas."""
     return derivatives.backward(query, grads, _blocks(query, rows, lists))
 
 
 def double_backward(
-    query: Query, rows: Rows, lists: RowLists, grads: Sums, grad_grads: Gradients
-) -> tuple[Gradients, Sums]:
+    query: Query, rows: Rows, lists: RowLists, grads: BasicSums, grad_grads: Gradients
+) -> tuple[Gradients, BasicSums]:
     """The gradients of <grad_grads, backward> for the query and for grads."""
     return derivatives.double_backward(query, grads, grad_grads, _blocks(query, rows, lists))

@@ -14,7 +14,17 @@ import torch
 from torch import Tensor
 
 from memokern.backends.protocol import Backend, Call
-from memokern.calls import Gradients, LogitBounds, Query, RowLists, Rows, Scan, State, Sums
+from memokern.calls import (
+    BasicSums,
+    Gradients,
+    LogitBounds,
+    Query,
+    RowLists,
+    Rows,
+    Scan,
+    State,
+    Sums,
+)
 from memokern.util.torch_internals import capturing
 
 MOST_NEIGHBOURS = 64
@@ -92,12 +102,14 @@ class Triton(Backend):
 
         return launch.posterior(query, rows)
 
-    def posterior_backward(self, query: Query, rows: Rows, sums: Sums, grads: Sums) -> Gradients:
+    def posterior_backward(
+        self, query: Query, rows: Rows, sums: BasicSums, grads: BasicSums
+    ) -> Gradients:
         from memokern.backends.triton.gradient import launch
 
         return launch.posterior_backward(query, rows, sums, grads)
 
-    def posterior_backward_rows(self, query: Query, rows: Rows, grads: Sums) -> Tensor:
+    def posterior_backward_rows(self, query: Query, rows: Rows, grads: BasicSums) -> Tensor:
         from memokern.backends.triton.gradient import launch
 
         return launch.posterior_backward_rows(query, rows, grads)
@@ -118,7 +130,7 @@ class Triton(Backend):
         return launch.posterior_listed(query, rows, lists)
 
     def posterior_listed_backward(
-        self, query: Query, rows: Rows, lists: RowLists, sums: Sums, grads: Sums
+        self, query: Query, rows: Rows, lists: RowLists, sums: BasicSums, grads: BasicSums
     ) -> Gradients:
         from memokern.backends.triton.listed import launch
 

@@ -14,7 +14,7 @@ import torch
 
 import memokern
 from memokern import ops
-from memokern.calls import Query, RowLists, Rows, Sums
+from memokern.calls import BasicSums, Query, RowLists, Rows, Sums
 from tests.harness import backend_of
 
 pytestmark = [
@@ -62,8 +62,8 @@ def _query(rows: Rows) -> Query:
     return Query(rows.data, *columns)
 
 
-def _sums(query: Query) -> Sums:
-    return Sums(query.x, *(torch.ones_like(query.sigma) for _ in range(4)))
+def _sums(query: Query) -> BasicSums:
+    return BasicSums(query.x, *(torch.ones_like(query.sigma) for _ in range(4)))
 
 
 def _listed(rows: Rows) -> None:

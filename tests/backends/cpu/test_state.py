@@ -139,7 +139,7 @@ def test_queries_without_weight_or_number(way: str, sigma: float, weighting: str
     nothing = query._replace(bias=torch.full((n,), -math.inf, dtype=F64))
     state = state_of(nothing, rows)
     assert (state.key == math.inf).all() and (state.m == -math.inf).all()
-    assert not any(v.any() for v in (*state[2:6], state.acc))
+    assert not any(v.any() for v in (*state[2:6], state.acc, state.residual))
     sums = CPU.posterior(nothing, rows)
     assert (sums.log_z == -math.inf).all()
     assert all(torch.isnan(v).all() for v in sums._replace(log_z=sums.mean))
@@ -149,7 +149,7 @@ def test_queries_without_weight_or_number(way: str, sigma: float, weighting: str
     x[2, -1] = -math.inf
     lost = state_of(query._replace(x=x), rows)
     clean = state_of(query, rows)
-    for name, a, e in zip(State._fields[:7], lost, clean, strict=False):
+    for name, a, e in zip(State._fields[:8], lost, clean, strict=False):
         assert torch.equal(a[3:], e[3:]) and torch.equal(a[:1], e[:1]), name
         unknown = a[1:3] == 0 if name in ("key", "m") else torch.isnan(a[1:3])
         assert unknown.all(), name

@@ -31,7 +31,7 @@ from memokern.backends.triton.listed import launch as listed
 from memokern.backends.triton.posterior import planner
 from memokern.backends.triton.scan import kernels as scan
 from memokern.backends.triton.scan import launch as scan_launch
-from memokern.calls import LogitBounds, Query, RowLists, Rows, Sums
+from memokern.calls import BasicSums, LogitBounds, Query, RowLists, Rows
 from memokern.regularizers import parse
 from memokern.util import env
 
@@ -242,7 +242,9 @@ def test_the_gradient_for_rows_at_all_sizes(launched: Launched, b: int, n: int, 
     """Two sweeps; the gradient is written once for each row, by the last block of queries."""
     query, _ = problem(b, 1, d)
     rows, stat = torch.zeros(n, d, dtype=torch.bfloat16), torch.zeros(b, dtype=F64)
-    out = BACKEND.posterior_backward_rows(query, Rows(rows), Sums(query.x, stat, stat, stat, stat))
+    out = BACKEND.posterior_backward_rows(
+        query, Rows(rows), BasicSums(query.x, stat, stat, stat, stat)
+    )
     assert out.shape == rows.shape and out.dtype == rows.dtype
     last = [args for name, _, args in launched
             if name.startswith("row_gradient ") and args["is_last"]]  # fmt: skip

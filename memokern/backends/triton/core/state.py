@@ -44,9 +44,11 @@ def merge(
 def merge_states_kernel(
     state_a, state_b,  # [STATE, B]
     acc_a, acc_b,  # [B, D]
+    residual_a, residual_b,  # [B, D]
     center_a, center_b,  # [D]
     state,  # [STATE, B] out
     acc,  # [B, D] out, about center_a
+    residual,  # [B, D] out
     B, D,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -72,6 +74,10 @@ def merge_states_kernel(
     total = tl.where(f_a == 0.0, 0.0, f_a * b_a)
     total += tl.where(f_b == 0.0, 0.0, f_b * (b_b + s_b * moved))
     tl.store(acc + i_b * D + o_d, total.to(tl.float32), mask=mask)
+    r_a = tl.load(residual_a + i_b * D + o_d, mask=mask, other=0.0).to(tl.float64)
+    r_b = tl.load(residual_b + i_b * D + o_d, mask=mask, other=0.0).to(tl.float64)
+    total = tl.where(f_a == 0.0, 0.0, f_a * r_a) + tl.where(f_b == 0.0, 0.0, f_b * r_b)
+    tl.store(residual + i_b * D + o_d, total.to(tl.float32), mask=mask)
     if i_d == 0:
         p_o = state + i_b
         tl.store(p_o + KEY * B, key)
@@ -83,16 +89,17 @@ def merge_states_kernel(
 
 
 def merge_states_variant() -> Variant:
+    narrow = ("acc_a", "acc_b", "residual_a", "residual_b", "acc", "residual")
     arrays = ("state_a", "state_b", "center_a", "center_b", "state")
     return Variant(
         name="merge_states",
         kernel=merge_states_kernel,
         signature={
-            **dict.fromkeys(arrays, "*fp64"), "acc_a": "*fp32", "acc_b": "*fp32", "acc": "*fp32",
+            **dict.fromkeys(arrays, "*fp64"), **dict.fromkeys(narrow, "*fp32"),
             "B": "i32", "D": "i32",
         },
         constexprs={"BLOCK_D": 128},
-        aligned=("acc_a", "acc_b", "center_a", "center_b", "acc", "D"),
+        aligned=(*narrow, "center_a", "center_b", "D"),
     )  # fmt: skip
 
 
@@ -106,11 +113,12 @@ def merge_states(a: State, b: State) -> State:
     size, d = a.acc.shape
     device = a.acc.device
     joined = torch.empty(STATE.value, size, dtype=torch.float64, device=device)
-    acc = torch.empty(size, d, dtype=torch.float32, device=device)
+    acc, residual = torch.empty(2, size, d, dtype=torch.float32, device=device)
     variant = merge_states_variant()
     variant.launch(
         (size, -(-d // variant.constexprs["BLOCK_D"])), device, state_a=torch.stack(a[:6]),
         state_b=torch.stack(b[:6]), acc_a=a.acc.contiguous(), acc_b=b.acc.contiguous(),
-        center_a=a.center, center_b=b.center, state=joined, acc=acc, B=size, D=d,
+        residual_a=a.residual.contiguous(), residual_b=b.residual.contiguous(), center_a=a.center,
+        center_b=b.center, state=joined, acc=acc, residual=residual, B=size, D=d,
     )  # fmt: skip
-    return State._make([*joined.unbind(0), acc, a.center])
+    return State._make([*joined.unbind(0), acc, residual, a.center])

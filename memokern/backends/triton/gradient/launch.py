@@ -33,12 +33,12 @@ from memokern.backends.triton.gradient import (
 from memokern.backends.triton.posterior import finish, planner, products, weigh
 from memokern.backends.triton.posterior.launch import sweep
 from memokern.backends.triton.posterior.queries import KernelQueries, prepare
-from memokern.calls import Gradients, Query, Rows, Sums
+from memokern.calls import BasicSums, Gradients, Query, Rows
 
 _F32, _F64 = torch.float32, torch.float64
 
 
-def posterior_backward(query: Query, rows: Rows, sums: Sums, grads: Sums) -> Gradients:
+def posterior_backward(query: Query, rows: Rows, sums: BasicSums, grads: BasicSums) -> Gradients:
     """The gradients for the query, given those for the sums."""
     q, data = prepare(query, rows)
     (b, d), device = q.x.shape, q.x.device
@@ -51,7 +51,7 @@ def posterior_backward(query: Query, rows: Rows, sums: Sums, grads: Sums) -> Gra
     return out._replace(x=out.x.to(query.x.dtype))
 
 
-def posterior_backward_rows(query: Query, rows: Rows, grads: Sums) -> Tensor:
+def posterior_backward_rows(query: Query, rows: Rows, grads: BasicSums) -> Tensor:
     """The gradient for floating-point rows [N, D], in their type."""
     data, given = rows.data, sharp(rows)
     if given is not rows:
@@ -63,14 +63,16 @@ def posterior_backward_rows(query: Query, rows: Rows, grads: Sums) -> Tensor:
     sums = finish.empty_sums(q)
     sweep(q, stored, sums)
     out = torch.empty(data.shape, dtype=data.dtype, device=data.device)
-    _into_rows(_Backward(q, stored, sums, grads), rows, out)
+    _into_rows(_Backward(q, stored, BasicSums(*sums[:5]), grads), rows, out)
     return out
 
 
 class _Backward:
     """What the coefficients of a chunk of rows and a block of queries are made of."""
 
-    def __init__(self, q: KernelQueries, data: KernelRows, sums: Sums, grads: Sums) -> None:
+    def __init__(
+        self, q: KernelQueries, data: KernelRows, sums: BasicSums, grads: BasicSums
+    ) -> None:
         self.q, self.data = q, data
         self.total, self.d = q.x.shape
         self.dtype, self.device = data.data.dtype, q.x.device
@@ -106,9 +108,9 @@ class _Backward:
         self.of_queries = {
             "table": q.table, "x": q.x, "alpha": q.alpha, "temperature": q.temperature,
             "scale_shift": q.scale_shift, "B": self.total,
-            "stats": torch.stack([v.to(_F64) for v in sums[1:]]),
+            "stats": torch.stack([v.to(_F64) for v in sums[1:5]]),
         }  # fmt: skip
-        self.of_grads = {"mean": mean, "grads": torch.stack([v.to(_F64) for v in grads[1:]])}
+        self.of_grads = {"mean": mean, "grads": torch.stack([v.to(_F64) for v in grads[1:5]])}
 
     def floats(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=_F32, device=self.device)

@@ -11,7 +11,7 @@ from memokern.backends.triton.core.pairs import MOST_PAIRS, Pairs
 from memokern.backends.triton.core.query_table import HARD, LOST, SOFT
 from memokern.backends.triton.core.rows import stride_of
 from memokern.backends.triton.listed import kernels
-from memokern.calls import Gradients, Query, RowLists, Rows, Sums
+from memokern.calls import BasicSums, Gradients, Query, RowLists, Rows, Sums
 from memokern.calls.checks import check_gaussian, prepared, prepared_lists
 from memokern.util.torch_internals import capturing
 
@@ -24,25 +24,30 @@ def posterior_listed(query: Query, rows: Rows, lists: RowLists) -> Sums:
     """The sums over the rows listed, each logit by direct differences."""
     if len(query.x) == 0:
         empty = [query.sigma.new_empty(0) for _ in range(4)]
-        return Sums(query.x.new_empty(query.x.shape), *empty)
+        none = query.x.new_empty(query.x.shape)
+        return Sums._make([none, *empty, none.clone()])
     each = _Lists(query, rows, lists)
     w, stats = each.weights(each.pairs(None)[0])
     # log_z is -inf of a list without weight, and at sigma = 0 where no row is hit; only there is
     # mean_logit a number.
     nothing = each.lost | torch.isnan(stats[1])
-    mean = torch.where(nothing[:, None], torch.nan, each.sum(w)).to(query.x.dtype)
+    mean = torch.where(nothing[:, None], torch.nan, each.sum(w))
+    residual = each.query.alpha[:, None] * mean - each.query.x.to(_F64)
     columns = [torch.where(each.lost, torch.nan, v) for v in stats[:4].unbind(0)]
-    return Sums._make([mean, *columns])
+    dtype = query.x.dtype
+    return Sums._make([mean.to(dtype), *columns, residual.to(dtype)])
 
 
-def posterior_listed_backward(query: Query, rows: Rows, lists: RowLists, grads: Sums) -> Gradients:
+def posterior_listed_backward(
+    query: Query, rows: Rows, lists: RowLists, grads: BasicSums
+) -> Gradients:
     """The gradients for the query; the weights are computed anew."""
     grad_bias = query.sigma.new_zeros(0 if query.bias is None else rows.n)
     if len(query.x) == 0:
         empty = [query.sigma.new_empty(0) for _ in range(3)]
         return Gradients._make([query.x.new_empty(query.x.shape), *empty, grad_bias])
     each = _Lists(query, rows, lists)
-    grads = Sums(*(v.detach().to(_F64) for v in grads))
+    grads = BasicSums(*(v.detach().to(_F64) for v in grads[:5]))
     products = each.pairs(grads.mean.contiguous())
     w, stats = each.weights(products[0])
     q, grad_b, out = each.coefficients(w, products, stats, torch.stack(grads[1:]))

@@ -38,6 +38,8 @@ def launch(q: KernelQueries, data: KernelRows, plan: planner.Chunked, into: Sums
     buffer = torch.empty(parts_d * plan.queries * chunk, dtype=torch.float32, device=device)
     acc = torch.empty(parts_n * plan.queries * d, dtype=torch.float32, device=device)
     state = torch.empty(STATE.value * plan.queries, dtype=torch.float64, device=device)
+    near = torch.empty(plan.queries * d, dtype=torch.float32, device=device)
+    near_s = torch.empty(plan.queries, dtype=torch.float64, device=device)
     factor = torch.empty(plan.queries, dtype=torch.float32, device=device)
     unit = torch.ones(plan.queries, dtype=torch.float32, device=device)
     for b0 in range(0, total, plan.queries):
@@ -53,7 +55,8 @@ def launch(q: KernelQueries, data: KernelRows, plan: planner.Chunked, into: Sums
             weigh_v.launch(
                 (b,), device, products=buffer, sq_norms=data.sq_norms, bias=data.bias_or_any,
                 table=q.table, x=q.x, sigma=q.sigma, alpha=q.alpha, scale_shift=q.scale_shift,
-                state=state, factor=factor, B=total, b0=b0, b=b, n0=n0, n=n, parts=parts_d,
+                state=state, factor=factor, pulls=near, pulls_s=near_s, B=total, b0=b0, b=b, n0=n0,
+                n=n, parts=parts_d,
                 rows=data.data, has_bias=data.has_bias, **at,
             )  # fmt: skip
             tiles_d = -(-d // add_v.constexprs["BLOCK_D"])
@@ -62,4 +65,4 @@ def launch(q: KernelQueries, data: KernelRows, plan: planner.Chunked, into: Sums
                 rows=add_rows, factor=factor, unit=unit, acc=acc, b=b, n0=n0, n=n, part_n=part_n,
                 **at,
             )  # fmt: skip
-        finish.launch(q, b0, b, Parts(state, 1, acc, parts_n), into)
+        finish.launch(q, b0, b, Parts(state, 1, acc, parts_n, near, near_s=near_s), into)

@@ -15,7 +15,8 @@ def posterior(query: Query, rows: Rows) -> Sums:
     q, data = prepare(query, rows)
     sums = finish.empty_sums(q)
     sweep(q, data, sums)
-    return sums._replace(mean=sums.mean.to(query.x.dtype))
+    kind = query.x.dtype
+    return sums._replace(mean=sums.mean.to(kind), residual=sums.residual.to(kind))
 
 
 def posterior_state(query: Query, rows: Rows) -> State:

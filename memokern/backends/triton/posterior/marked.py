@@ -25,7 +25,8 @@ def exact_kernel(
     sigma, alpha,  # [total]
     scale_shift,  # [2]
     state,  # [parts, STATE, B] out
-    acc,  # [parts, B, D] out, where the state has rows
+    acc,  # [parts, B, D] out, where the state has rows; as pulls, the sum of w (alpha y - x)
+    pulls,
     total, b0, B, D, stride_n, words, word_rows, part_words, has_bias,
     STRIPS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -49,6 +50,7 @@ def exact_kernel(
     key, m = s + inf, s - inf
     s_v, s_bias, s_sq = s, s, s
     b_acc = tl.zeros([BLOCK_D], tl.float64)
+    b_pull = tl.zeros([BLOCK_D], tl.float64)
     end = tl.minimum(words, (i_p + 1) * part_words)
     for j in range(i_p * part_words, end, STRIPS * WIDTH):
         # [STRIPS, WIDTH]
@@ -86,6 +88,7 @@ def exact_kernel(
             )  # fmt: skip
             b_u = tl.where(mask, as_operand(b_raw).to(tl.float64), 0.0)
             b_acc = b_acc * f_a + tl.sum(w[:, None] * b_u, 0) * f_b
+            b_pull = b_pull * f_a - tl.sum(tl.where(mask, w[:, None] * diff, 0.0), 0) * f_b
     p_s = state + i_p.to(tl.int64) * STATE * B + i_b
     tl.store(p_s + KEY * B, key)
     tl.store(p_s + M * B, m)
@@ -94,8 +97,9 @@ def exact_kernel(
     tl.store(p_s + S_BIAS * B, s_bias)
     tl.store(p_s + S_SQ * B, s_sq)
     o_f = tl.arange(0, BLOCK_D)
-    p_acc = acc + (i_p.to(tl.int64) * B + i_b) * D + o_f
-    tl.store(p_acc, b_acc.to(tl.float32), mask=(o_f < D) & (s > 0.0))
+    o_a = (i_p.to(tl.int64) * B + i_b) * D + o_f
+    tl.store(acc + o_a, b_acc.to(tl.float32), mask=(o_f < D) & (s > 0.0))
+    tl.store(pulls + o_a, b_pull.to(tl.float32), mask=(o_f < D) & (s > 0.0))
 
 
 def exact_variant(rows: torch.dtype, features: int) -> Variant:
@@ -106,14 +110,15 @@ def exact_variant(rows: torch.dtype, features: int) -> Variant:
         signature={
             "marks": "*i32", "rows": POINTERS[rows], "bias": "*fp64", "table": "*fp64",
             "x": "*fp32", "sigma": "*fp64", "alpha": "*fp64", "scale_shift": "*fp64",
-            "state": "*fp64", "acc": "*fp32", "total": "i32", "b0": "i32", "B": "i32", "D": "i32",
+            "state": "*fp64", "acc": "*fp32", "pulls": "*fp32",
+            "total": "i32", "b0": "i32", "B": "i32", "D": "i32",
             "stride_n": "i64", "words": "i32", "word_rows": "i32", "part_words": "i32",
             "has_bias": "i32",
         },
         constexprs={"STRIPS": STRIPS, "WIDTH": WIDTH, "BLOCK_D": features},
         num_warps=8 if features == 256 else 4,
         registers=255,
-        aligned=("marks", "rows", "bias", "x", "acc", "D", "stride_n"),
+        aligned=("marks", "rows", "bias", "x", "acc", "pulls", "D", "stride_n"),
     )  # fmt: skip
 
 

@@ -30,6 +30,7 @@ def launch(q: KernelQueries, data: KernelRows, plan: planner.OnePass, into: Sums
     words = fused.words(data.n, tile)
     # The sweep writes the first parts, the exact kernel the others.
     acc = torch.empty(parts * plan.queries * d, dtype=torch.float32, device=device)
+    pulls = torch.empty(plan.exact_parts * plan.queries * d, dtype=torch.float32, device=device)
     state = torch.empty(parts * STATE.value * plan.queries, dtype=torch.float64, device=device)
     marks = torch.empty(plan.queries * words, dtype=torch.int32, device=device)
     for b0 in range(0, total, plan.queries):
@@ -46,7 +47,7 @@ def launch(q: KernelQueries, data: KernelRows, plan: planner.OnePass, into: Sums
         exact_v.launch(
             (b, plan.exact_parts), device, x=q.x, sigma=q.sigma, alpha=q.alpha,
             scale_shift=q.scale_shift, state=state[swept * STATE.value * b :],
-            acc=acc[swept * b * d :], word_rows=min(tile.n, fused.WORD.value),
+            acc=acc[swept * b * d :], pulls=pulls, word_rows=min(tile.n, fused.WORD.value),
             part_words=planner.part_size(words, plan.exact_parts, marked.STRIPS), **at,
         )  # fmt: skip
-        finish.launch(q, b0, b, Parts(state, parts, acc, parts), into)
+        finish.launch(q, b0, b, Parts(state, parts, acc, parts, pulls, plan.exact_parts), into)

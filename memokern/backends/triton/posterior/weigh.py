@@ -7,12 +7,14 @@ import triton
 import triton.language as tl
 
 from memokern.backends.triton.core.exactness import (
+    HUGE,
     LOG_THETA,
     THETA,
     error_of,
     exact_differences,
     exact_from,
 )
+from memokern.backends.triton.core.operands import values_of
 from memokern.backends.triton.core.query_table import (
     A1,
     A2,
@@ -46,13 +48,17 @@ def weigh_kernel(
     scale_shift,  # [2]
     state,  # [STATE, b] in and out
     factor,  # [b] out: what the accumulators so far must be multiplied by
+    pulls,  # [b, D] in and out: sum of w (alpha y - x) of rows that the accumulators lack
+    pulls_s,  # [b] in and out: sum of their w; pulls is not set where it is 0
     B, b0, b, n0, n, D, stride_n, parts, has_bias,
     IS_LOG: tl.constexpr, STRIPS: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program owns a query and the chunk's rows, as STRIPS strips of WIDTH. It merges the chunk
     into the query's state, and writes weights relative to the new m. Rows whose weight the error of
-    the products could change are evaluated by direct differences, one of each strip at a time."""
+    the products could change are evaluated by direct differences, one of each strip at a time. Of
+    these, the near ones get weight 0 in `products`, and their differences are added up in pulls,
+    since accumulators would round them away."""
     i_b = tl.program_id(0).to(tl.int64)
     p_t = table + b0 + i_b
     mode = tl.load(p_t + MODE * B).to(tl.int32)
@@ -153,7 +159,45 @@ def weigh_kernel(
     gap = tl.where(counts, v - m_safe, 0.0).to(tl.float32)
     p = tl.where(counts, tl.exp(gap), 0.0)
     moved = p * gap
-    tl.store(products + i_b * n + o_j, p, mask=o_j < n)
+    PULL_D: tl.constexpr = BLOCK_D // 4  # few enough registers beside the chunk's weights
+    # Not where x is so far off that the mean, which is x plus a difference over alpha, would lose.
+    # Read anew: they would take registers from the loop before.
+    b_alpha = tl.load(alpha + b0 + i_b)
+    scale, shift = tl.load(scale_shift), tl.load(scale_shift + 1)
+    size = 16.0 * b_alpha * b_alpha * sq.to(tl.float64)
+    close = exact & counts & (p > 0.0) & (b_alpha != 0.0)
+    close = close & ((r2_exact == 0.0) | ((sq < HUGE) & (r2_exact < size)))
+    tl.store(products + i_b * n + o_j, tl.where(close, 0.0, p), mask=o_j < n)
+    p_close = tl.where(close, p, 0.0)
+    s_near = tl.where(n0 > 0, tl.load(pulls_s + i_b, mask=n0 > 0, other=0.0), 0.0) * f
+    p_near = pulls + i_b * D
+    if (s_near > 0.0) & (f != 1.0):
+        for d in range(0, D, PULL_D):
+            o_f = d + tl.arange(0, PULL_D)
+            b_near = tl.load(p_near + o_f, mask=o_f < D, other=0.0)
+            tl.store(p_near + o_f, b_near * f.to(tl.float32), mask=o_f < D)
+    left = close
+    count = tl.max(tl.sum(left.to(tl.int32), 1), 0)
+    known_near = s_near > 0.0
+    while count > 0:
+        first = tl.min(tl.where(left, o_w, WIDTH), 1)
+        found = first < WIDTH
+        here = left & (o_w == first[:, None])
+        b_w = tl.sum(tl.where(here, p_close, 0.0), 1).to(tl.float64)
+        o_n = (n0 + tl.arange(0, STRIPS) * WIDTH + tl.where(found, first, 0)).to(tl.int64)
+        for d in range(0, D, PULL_D):
+            o_f = d + tl.arange(0, PULL_D)
+            m_f = found[:, None] & (o_f < D)[None, :]
+            b_y = tl.load(rows + o_n[:, None] * stride_n + o_f[None, :], mask=m_f, other=0)
+            b_x = tl.load(x + (b0 + i_b) * D + o_f, mask=o_f < D, other=0.0).to(tl.float64)
+            diff = b_alpha * values_of(b_y, scale, shift) - b_x[None, :]
+            pull = tl.sum(tl.where(m_f, b_w[:, None] * diff, 0.0), 0).to(tl.float32)
+            b_near = tl.load(p_near + o_f, mask=(o_f < D) & known_near, other=0.0)
+            tl.store(p_near + o_f, b_near + pull, mask=o_f < D)
+        known_near = count > 0
+        left = left & (here == 0)
+        count -= 1
+    tl.store(pulls_s + i_b, s_near + tl.sum(tl.sum(p_close, 1), 0))
     tl.store(factor + i_b, f.to(tl.float32))
     s_v0 = tl.load(state + S_V * b + i_b, mask=n0 > 0, other=0.0)
     s_bias0 = tl.load(state + S_BIAS * b + i_b, mask=n0 > 0, other=0.0)
@@ -199,7 +243,8 @@ def variant(rows: torch.dtype, size: int, weighting: str) -> Variant:
         signature={
             "products": "*fp32", "sq_norms": "*fp64", "bias": "*fp64", "table": "*fp64",
             "x": "*fp32", "rows": POINTERS[rows], "sigma": "*fp64", "alpha": "*fp64",
-            "scale_shift": "*fp64", "state": "*fp64", "factor": "*fp32", "B": "i32", "b0": "i32",
+            "scale_shift": "*fp64", "state": "*fp64", "factor": "*fp32",
+            "pulls": "*fp32", "pulls_s": "*fp64", "B": "i32", "b0": "i32",
             "b": "i32", "n0": "i64", "n": "i32", "D": "i32", "stride_n": "i64", "parts": "i32",
             "has_bias": "i32",
         },
@@ -208,8 +253,8 @@ def variant(rows: torch.dtype, size: int, weighting: str) -> Variant:
         },
         num_warps=warps(size),
         registers=registers(size),
-        aligned=("products", "sq_norms", "bias", "table", "x", "rows", "scale_shift", "n", "D",
-                 "stride_n"),
+        aligned=("products", "sq_norms", "bias", "table", "x", "rows", "pulls", "scale_shift",
+                 "n", "D", "stride_n"),
     )  # fmt: skip
 
 
