@@ -92,9 +92,9 @@ def test_a_smoothed_bank_has_the_density_of_the_kernel_density_estimate():
     rows, h, sigma = normal(10, 2), 0.3, 0.05
     x = noisy(rows, processes.EDM(), 0.3)
     denoiser = Denoiser(rows, regularizer=regularizers.SmoothedBank(h))
-    found = log_likelihood(denoiser, x, sigma_min=sigma, terminal="mixture")
-    right = memokern.log_density(x, rows, math.hypot(h, sigma))
-    torch.testing.assert_close(found.log_density, right, rtol=0, atol=1e-5)
+    found = log_likelihood(denoiser, x[:3], sigma_min=sigma, terminal="mixture", **COARSE)
+    right = memokern.log_density(x[:3], rows, math.hypot(h, sigma))
+    torch.testing.assert_close(found.log_density, right, rtol=0, atol=1e-3)
 
 
 def test_labels_and_biases_choose_the_rows():

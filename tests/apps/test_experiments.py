@@ -144,10 +144,10 @@ def test_conditional_measures_are_those_of_brute_force() -> None:
     generator = torch.Generator().manual_seed(3)
     rows, conditions = conditional.linear_gaussian(200, 0.1, generator)
     _, asked = conditional.linear_gaussian(6, 0.1, generator)
-    digits = memokern.TrainingSet.digits()[:300].double()
+    digits = memokern.TrainingSet.digits()[:120].double()
     cases = [(rows, conditions, asked, h) for h in (0.01, 0.1, 0.5)]
     half = digits[:, :, :4].flatten(1)
-    cases += [(digits[:290], half[:290], half[290:], h) for h in (0.5, 2.0)]
+    cases += [(digits[:116], half[:116], half[116:], h) for h in (0.5, 2.0)]
     for y, c, wanted, h in cases:
         n_eff, trace = conditional.spread(y, c, wanted, h)
         w = torch.softmax(-torch.cdist(wanted, c).square() / (2 * h * h), 1)
