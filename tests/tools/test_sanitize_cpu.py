@@ -23,20 +23,6 @@ PLANTED = {
         "address",
         "use-after-poison",
     ),
-    "a row behind the last": (
-        "csrc/cpu/posterior/sweep-inl.h",
-        "const double v = bias[w.tile.n0 + j];",
-        "const double v = bias[w.tile.n0 + j + 1];",
-        "address",
-        "heap-buffer-overflow",
-    ),
-    "a sum of signed numbers": (
-        "csrc/cpu/core/exp-inl.h",
-        "typedef typename Vec<R>::Bits B;",
-        "typedef typename Vec<R>::I B;",
-        "address",
-        "signed integer overflow",
-    ),
     "a missing barrier": (
         "csrc/cpu/listed/listed_backward-inl.h",
         "#pragma omp for schedule(dynamic, 1)\n    for (int64_t k = 0; k < count; k++)\n      if",
