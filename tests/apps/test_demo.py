@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from memokern import TrainingSet, memorization
+from memokern import TrainingSet, functional, memorization
 from memokern.apps import demo
 from tests.apps.cli_calls import process
 
@@ -37,13 +37,13 @@ def test_mean_at_floor_stays_on_a_training_point_and_blends_elsewhere() -> None:
 
 
 def test_demo_searches_neighbours_once_for_both_criteria(monkeypatch) -> None:
-    searches, search = [], memorization.functional.nearest
+    searches, search = [], functional.nearest
 
     def counting(x, data, k=1, **options):
         searches.append((len(x), k))
         return search(x, data, k, **options)
 
-    monkeypatch.setattr(memorization.functional, "nearest", counting)
+    monkeypatch.setattr(functional, "nearest", counting)
     results = demo.run(3)
     assert searches == [(3, 2)] * 3
     for result in results:
