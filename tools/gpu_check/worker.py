@@ -65,7 +65,7 @@ def mistaken() -> Iterator[None]:
     def wrong(right: Any) -> Any:
         return lambda *args, **kwargs: off(right(*args, **kwargs))
 
-    names = [n for n in (*protocol.OPERATIONS, "small_mean") if hasattr(backend, n)]
+    names = [n for n in (*protocol.OPERATIONS, "small_posterior") if hasattr(backend, n)]
     with contextlib.ExitStack() as stack:
         for name in names:
             stack.enter_context(mock.patch.object(backend, name, wrong(getattr(backend, name))))
