@@ -10,7 +10,7 @@ from torch.library import opcheck
 
 import memokern
 from memokern import TrainingSet, ops
-from memokern.calls import Query, RowLists, Rows
+from memokern.calls import LogitBounds, Query, RowLists, Rows
 from memokern.ops.registration import OPS
 from tests import cases, compare, harness
 from tests.cases import F16, F32, F64, Case, query_of, random_like
@@ -370,3 +370,28 @@ def test_a_data_set_of_uint8_goes_through_with_its_unit(backend: str) -> None:
     got = ops.posterior(query_of(x, 0.3), rows)
     want = memokern.posterior(x, data[:], 0.3)
     torch.testing.assert_close(got.mean, want.mean, rtol=1e-5, atol=1e-5)
+
+
+def test_a_choice_of_rows_has_no_tangent(backend: str) -> None:
+    """bound_scan chooses: of a query with a tangent it says the same, without one."""
+    query, rows, bounds = indexed()
+    want = ops.bound_scan(query, rows, LogitBounds(*bounds))
+    with forward_ad.dual_level():
+        x = forward_ad.make_dual(query.x, torch.ones_like(query.x))
+        got = ops.bound_scan(query._replace(x=x), rows, LogitBounds(*bounds))
+        assert forward_ad.unpack_dual(got.threshold).tangent is None
+    torch.testing.assert_close(got.threshold, want.threshold, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+def test_selected_rows_have_the_gaussian_weighting_only(name: str) -> None:
+    query, rows, bounds = indexed()
+    query = query._replace(weighting="log")
+    lists = RowLists(torch.tensor([0, 1, 2, 3]), torch.tensor([0, 1, 2]))
+    with harness.named(name):
+        for call in (
+            lambda: ops.bound_scan(query, rows, LogitBounds(*bounds)),
+            lambda: ops.posterior_listed(query, rows, lists),
+        ):
+            with pytest.raises(ValueError, match='the weighting "gaussian" only'):
+                call()

@@ -251,7 +251,8 @@ def variant(rows: torch.dtype, size: int, weighting: str) -> Variant:
         constexprs={
             "IS_LOG": weighting == "log", "STRIPS": STRIPS, "WIDTH": size // STRIPS, "BLOCK_D": 64,
         },
-        num_warps=warps(size),
+        # With four warps the kernel of float32 rows would spill.
+        num_warps=max(warps(size), 8 if rows == torch.float32 else 4),
         registers=registers(size),
         aligned=("products", "sq_norms", "bias", "table", "x", "rows", "pulls", "scale_shift",
                  "n", "D", "stride_n"),
