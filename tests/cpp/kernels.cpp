@@ -47,7 +47,7 @@ struct Data {  // rows as stored, and the same as double
         std::memcpy(&raw[i * 8], &v, 8);
       } else if (c.type == kU8) {
         raw[i] = i >= 3 * c.d && i < 4 * c.d ? raw[i - 3 * c.d] : (unsigned char)(256 * uniform());
-        v = raw[i] * scale + shift;
+        v = (float)(raw[i] * (float)scale) + (float)shift;  // a value is a float, rounded twice
       } else {
         float f = (float)v;
         uint32_t bits;
@@ -113,8 +113,8 @@ struct Numbers {  // float or double, as a kernel computes
   double at(int64_t i) const { return f64 ? wide[i] : narrow[i]; }
   Doubles values() const { return f64 ? wide : Doubles(narrow.begin(), narrow.end()); }
 };
-static Sums sums_of(Numbers& mean, Doubles& stats, int64_t b) {
-  return {mean.data(), &stats[0], &stats[b], &stats[2 * b], &stats[3 * b]};
+static Sums sums_of(Numbers& mean, Doubles& stats, int64_t b, Numbers& residual) {
+  return {mean.data(), &stats[0], &stats[b], &stats[2 * b], &stats[3 * b], residual.data()};
 }
 
 struct Joined {  // the states of two parts of the rows, merged and normalised
@@ -124,6 +124,7 @@ struct Joined {  // the states of two parts of the rows, merged and normalised
     const int64_t D = rows.d, cut = rows.n / 3;
     Doubles columns[2], center[2];
     Numbers acc[2] = {Numbers(in.b * D, in.f64), Numbers(in.b * D, in.f64)};
+    Numbers residual(in.b * D, in.f64);
     for (int i = 0; i < 2; i++) {
       Rows part = rows;
       Queries q = in;
@@ -142,6 +143,7 @@ struct Joined {  // the states of two parts of the rows, merged and normalised
                          at + 4 * in.b,
                          at + 5 * in.b,
                          acc[i].data(),
+                         residual.data(),
                          center[i].data()};
       failed |= table.posterior_state(part, q, to, 2);
     }
@@ -183,9 +185,10 @@ static void check(const Table& table, const Case& c) {
   const void* query = c.f64 ? (const void*)x.data() : (const void*)xf.data();
   const double* row_bias = c.bias ? bias.data() : nullptr;
   const Queries in = {query, c.f64, c.b, sigma.data(), alpha.data(), one.data(), row_bias, kGaussian};
-  Numbers mean(c.b * c.d, c.f64), listed_mean(c.b * c.d, c.f64), grad_x(c.b * c.d, c.f64);
+  Numbers mean(c.b * c.d, c.f64), listed_mean(c.b * c.d, c.f64), grad_x(c.b * c.d, c.f64),
+      residual(c.b * c.d, c.f64);
   Doubles stats(4 * c.b), listed_stats(4 * c.b), grads(3 * c.b), grad_bias(c.n);
-  int failed = table.posterior(data.rows, in, sums_of(mean, stats, c.b), 2);
+  int failed = table.posterior(data.rows, in, sums_of(mean, stats, c.b, residual), 2);
   const Doubles mean64 = mean.values();
   const SumsIn forward = {mean64.data(), &stats[0], &stats[c.b], &stats[2 * c.b], &stats[3 * c.b]};
   const SumsIn given = {g.data(), zero.data(), zero.data(), zero.data(), zero.data()};
@@ -201,7 +204,8 @@ static void check(const Table& table, const Case& c) {
     start[b + 1] = (int64_t)list.size();
   }
   const RowLists lists = {start.data(), list.data(), (int64_t)list.size()};
-  failed |= table.posterior_listed(data.rows, in, lists, sums_of(listed_mean, listed_stats, c.b), 2);
+  failed |=
+      table.posterior_listed(data.rows, in, lists, sums_of(listed_mean, listed_stats, c.b, residual), 2);
   const Joined joined(table, data.rows, in);
   failed |= joined.failed;
   if (failed) std::exit(2);

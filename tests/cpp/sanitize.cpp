@@ -36,11 +36,12 @@ static int posterior(const Table& table, Problem& p, Watch* watch, int threads, 
   Queries q = p.queries;
   q.watch = watch;
   const int64_t b = q.b;
-  Vectors mean(b * p.c.d, q.f64);
+  Vectors mean(b * p.c.d, q.f64), residual(b * p.c.d, q.f64);
   Doubles stats(4 * b);
-  const Sums sums = {mean.data(), &stats[0], &stats[b], &stats[2 * b], &stats[3 * b]};
+  const Sums sums = {mean.data(), &stats[0], &stats[b], &stats[2 * b], &stats[3 * b], residual.data()};
   const int status = table.posterior(p.rows, q, sums, threads);
   mean.take(out);
+  residual.take(out);
   take_array(out, stats);
   return status;
 }
@@ -49,10 +50,11 @@ static int state(const Table& table, Problem& p, Watch* watch, int threads, Resu
   Queries q = p.queries;
   q.watch = watch;
   const int64_t b = q.b;
-  Vectors acc(b * p.c.d, q.f64);
+  Vectors acc(b * p.c.d, q.f64), residual(b * p.c.d, q.f64);
   Doubles numbers(6 * b), center(p.c.d);
   double* at = numbers.data();
-  const States to = {at, at + b, at + 2 * b, at + 3 * b, at + 4 * b, at + 5 * b, acc.data(), center.data()};
+  const States to = {at,         at + b,     at + 2 * b,      at + 3 * b,   at + 4 * b,
+                     at + 5 * b, acc.data(), residual.data(), center.data()};
   const int status = table.posterior_state(p.rows, q, to, threads);
   take(out, at, b);  // keys: m, s and acc depend on where the sums began
   return status;
@@ -81,16 +83,18 @@ static int gradients(const Table& table, Problem& p, Watch* watch, int threads, 
     Array<int64_t> index((int64_t)list.size());
     std::memcpy(index.data(), list.data(), list.size() * sizeof(int64_t));
     const RowLists lists = {start.data(), index.data(), index.n};
-    Vectors narrow_mean(b * D, q.f64);
-    const Sums sums = {narrow_mean.data(), &stats[0], &stats[b], &stats[2 * b], &stats[3 * b]};
+    Vectors narrow_mean(b * D, q.f64), residual(b * D, q.f64);
+    const Sums sums = {narrow_mean.data(), &stats[0],     &stats[b],
+                       &stats[2 * b],      &stats[3 * b], residual.data()};
     status = table.posterior_listed(p.rows, q, lists, sums, threads);
     narrow_mean.take(out);
     take_array(out, stats);
     if (!status) status = table.posterior_listed_backward(p.rows, q, lists, given, to, threads);
   } else {
     Problem wide(p.c);  // its sums in double; the queries are the same
-    Vectors narrow_mean(b * D, q.f64);
-    const Sums sums = {narrow_mean.data(), &stats[0], &stats[b], &stats[2 * b], &stats[3 * b]};
+    Vectors narrow_mean(b * D, q.f64), residual(b * D, q.f64);
+    const Sums sums = {narrow_mean.data(), &stats[0],     &stats[b],
+                       &stats[2 * b],      &stats[3 * b], residual.data()};
     status = table.posterior(p.rows, p.queries, sums, 1);
     for (int64_t i = 0; i < b * D; i++) mean[i] = q.f64 ? narrow_mean.wide[i] : narrow_mean.narrow[i];
     const SumsIn forward = {mean.data(), &stats[0], &stats[b], &stats[2 * b], &stats[3 * b]};
