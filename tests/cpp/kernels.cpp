@@ -47,7 +47,8 @@ struct Data {  // rows as stored, and the same as double
         std::memcpy(&raw[i * 8], &v, 8);
       } else if (c.type == kU8) {
         raw[i] = i >= 3 * c.d && i < 4 * c.d ? raw[i - 3 * c.d] : (unsigned char)(256 * uniform());
-        v = (float)(raw[i] * (float)scale) + (float)shift;  // a value is a float, rounded twice
+        volatile float product = raw[i] * (float)scale;  // rounded by itself, as a value's is
+        v = product + (float)shift;
       } else {
         float f = (float)v;
         uint32_t bits;
