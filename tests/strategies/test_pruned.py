@@ -139,7 +139,7 @@ def test_the_property_notices_a_bound_that_is_too_small():
     kept = holds(data, sound, x, sigma).rows_kept
     broken = PlainIndex(data.as_rows(), dims=(4, 8), basis="axes")
     k0 = broken.dims[0]
-    broken.coarse[:, k0 : k0 + broken.bands] *= 0.5
+    broken.coarse[:, k0 : k0 + broken.bands] *= 0.3
     with pytest.raises(AssertionError):
         holds(data, broken, x, sigma)
     assert kept.max() > 1

@@ -73,7 +73,10 @@ class Made:
 
     def compared(self, got: Any, want: Any, names: tuple[str, ...] = FIELDS) -> list[Compared]:
         """Sums, with what each may be off by."""
-        allowed = [MEAN * self.largest, *(STATISTICS * (1 + v.abs()) for v in want[1:])]
+        allowed = [
+            MEAN * self.largest if not i or name == "residual" else STATISTICS * (1 + v.abs())
+            for i, (name, v) in enumerate(zip(names, want, strict=True))
+        ]
         rows = zip(names, got, want, allowed, strict=True)
         # At sigma = 0 logits are infinite, but for those of a row that is hit.
         skipped = ("log_z", "mean_logit") if self.case.sigma == 0 else ()

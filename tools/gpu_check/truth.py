@@ -67,8 +67,8 @@ def logits(given: Given) -> Tensor:
     return torch.where(zero, limit, -r2 / (2 * sigma.square())) + given.bias
 
 
-def sums(given: Given) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """mean [B, D], log_z, mean_logit, mean_bias, weight_sq [B]."""
+def sums(given: Given) -> tuple[Tensor, ...]:
+    """mean [B, D], log_z, mean_logit, mean_bias, weight_sq [B], residual [B, D]."""
     logit, t = logits(given), given.temperature
     w = torch.softmax(logit / t[:, None], 1)
     mean = torch.zeros_like(given.x)
@@ -81,6 +81,7 @@ def sums(given: Given) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         torch.where(has_weight, w * logit, 0.0).sum(1),
         torch.where(has_weight, w * given.bias, 0.0).sum(1),
         w.square().sum(1),
+        given.alpha[:, None] * mean - given.x,
     )
 
 

@@ -203,7 +203,8 @@ def empty_sums(q: KernelQueries) -> Sums:
     """Where the normalised results go; mean and residual are float32."""
     b, device = q.x.shape[0], q.x.device
     columns = [torch.empty(b, dtype=torch.float64, device=device) for _ in range(4)]
-    mean, residual = torch.empty(2, *q.x.shape, dtype=torch.float32, device=device)
+    # Apart: results of an operation may not share memory.
+    mean, residual = (torch.empty(q.x.shape, dtype=torch.float32, device=device) for _ in range(2))
     return Sums._make([mean, *columns, residual])
 
 
@@ -211,7 +212,7 @@ def empty_state(q: KernelQueries) -> State:
     """Where a state goes, about the rows' center; the accumulator is float32."""
     b, device = q.x.shape[0], q.x.device
     columns = [torch.empty(b, dtype=torch.float64, device=device) for _ in range(6)]
-    acc, residual = torch.empty(2, *q.x.shape, dtype=torch.float32, device=device)
+    acc, residual = (torch.empty(q.x.shape, dtype=torch.float32, device=device) for _ in range(2))
     return State._make([*columns, acc, residual, q.center])
 
 
