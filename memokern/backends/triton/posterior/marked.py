@@ -104,6 +104,9 @@ def exact_kernel(
 
 def exact_variant(rows: torch.dtype, features: int) -> Variant:
     """For up to `features` features."""
+    # With fewer warps, or as many rows at a time, the kernel of bytes would spill.
+    narrow = rows == torch.uint8
+    strips = STRIPS // 2 if narrow and features == 256 else STRIPS
     return Variant(
         name=f"exact {row_name(rows)} D{features}",
         kernel=exact_kernel,
@@ -115,8 +118,8 @@ def exact_variant(rows: torch.dtype, features: int) -> Variant:
             "stride_n": "i64", "words": "i32", "word_rows": "i32", "part_words": "i32",
             "has_bias": "i32",
         },
-        constexprs={"STRIPS": STRIPS, "WIDTH": WIDTH, "BLOCK_D": features},
-        num_warps=8 if features == 256 else 4,
+        constexprs={"STRIPS": strips, "WIDTH": STRIPS * WIDTH // strips, "BLOCK_D": features},
+        num_warps=8 if features == 256 or (narrow and features == 128) else 4,
         registers=255,
         aligned=("marks", "rows", "bias", "x", "acc", "pulls", "D", "stride_n"),
     )  # fmt: skip
