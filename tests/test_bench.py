@@ -38,6 +38,7 @@ def bench(*args):
     )  # fmt: skip
 
 
+@pytest.mark.long
 def test_a_small_run_through_the_entry_point(tmp_path):
     out, page = tmp_path / "figures.json", tmp_path / "page.md"
     page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")

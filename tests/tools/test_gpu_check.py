@@ -46,6 +46,7 @@ def result_of(out: Path) -> dict[str, Any]:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.long
 def test_without_a_gpu_it_says_so_and_compiles() -> None:
     run = gpu_check("nearest_groups", "float32", "B16", "unaligned")
     assert run.returncode == 0, run.stderr
@@ -178,6 +179,7 @@ def lines_of(result: dict[str, Any]) -> list[dict[str, Any]]:
     return [*result["smoke"], *(run for case in result["times"] for run in case["runs"])]
 
 
+@pytest.mark.long
 def test_a_wrong_result_of_a_problem_is_not_timed(faulty) -> None:
     run, out = faulty
     times = {(c["name"], c["kind"]): c["runs"] for c in result_of(out)["times"]}
@@ -214,8 +216,8 @@ def test_a_run_that_is_stopped_leaves_what_it_had(number: signal.Signals, tmp_pa
         cwd=ROOT, stdout=subprocess.PIPE, text=True,
     ) as run:  # fmt: skip
         assert run.stdout is not None
-        while not run.stdout.readline().startswith("right  posterior"):
-            assert run.poll() is None
+        while not (line := run.stdout.readline()).startswith("right  posterior"):
+            assert run.poll() is None and not line.startswith("WRONG"), line
         children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
         assert children
         run.send_signal(number)

@@ -169,6 +169,7 @@ def test_rows_are_marked_only_where_rounding_matters(monkeypatch) -> None:
 # --- gradients ----------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_gradients_in_blocks_and_chunks(in_blocks) -> None:
     """Two blocks of queries, chunks and parts; the bias's sums run over all of them."""
     set_for, no_room = in_blocks
@@ -183,6 +184,7 @@ def test_gradients_in_blocks_and_chunks(in_blocks) -> None:
     compare.gradients(back, want, got, query, F32, "blocks")
 
 
+@pytest.mark.long
 def test_gradients_for_rows_in_blocks_and_chunks(in_blocks) -> None:
     """With a unit, and rows that have a stride."""
     set_for, no_room = in_blocks

@@ -170,6 +170,7 @@ def test_a_few_compiled_again() -> None:
             )
 
 
+@pytest.mark.long
 def test_described_rows_are_copied_by_the_device() -> None:
     """Whole tiles, not row by row; and the result of it still goes to the tensor cores."""
     counts = json.loads(compiling(

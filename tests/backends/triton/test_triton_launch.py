@@ -77,6 +77,7 @@ def test_streams_devices_options_and_no_compilation_that_is_not_needed(tmp_path:
     }
 
 
+@pytest.mark.long
 def test_what_is_launched_is_what_was_compiled_ahead_of_time(tmp_path: Path) -> None:
     """Whatever the numbers and addresses: types, and what is taken for granted of the arguments."""
     facts = driver("alignment", tmp_path)
@@ -97,6 +98,7 @@ def test_what_is_launched_is_what_was_compiled_ahead_of_time(tmp_path: Path) -> 
         assert {aligned for _, aligned in kernels} == {layout in ("plain", "odd bias")}
 
 
+@pytest.mark.long
 def test_a_device_that_is_too_small_says_so_before_anything_runs(tmp_path: Path) -> None:
     facts = driver("small", tmp_path)
     assert "shared memory" in facts["error"] and "8192" in facts["error"]

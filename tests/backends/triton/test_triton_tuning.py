@@ -237,6 +237,7 @@ def test_a_file_that_cannot_be_written_is_no_error(gpu: Gpu) -> None:
     assert list(tuning.cache_file().parent.iterdir()) == [tuning.cache_file()]
 
 
+@pytest.mark.long
 def test_triton_leaves_out_what_the_device_has_no_room_for(tmp_path: Path) -> None:
     """Triton's own launch code on a driver whose blocks have less shared memory than the default
     wants: it refuses, and the other configuration is launched."""
