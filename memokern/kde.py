@@ -14,7 +14,6 @@ from torch import Tensor
 
 from memokern import functional, validate
 from memokern.calls.state import State, empty_state
-from memokern.data.storage import UINT8_SCALE, UINT8_SHIFT
 from memokern.data.training_set import TrainingSet
 from memokern.partial import PosteriorState, merge, posterior_state
 from memokern.results import Posterior
@@ -168,15 +167,13 @@ def _within_blocks(
 ) -> PosteriorState:
     """The state of query i over the rows of its own block but row i, in float64."""
     n, flat = len(x), x.flatten(1).double()
-    weights = validate.checked(x, data, h, 1.0, 1.0, bias).query.bias
+    asked = validate.checked(x, data, h, 1.0, 1.0, bias)
+    weights, rows = asked.query.bias, asked.data.rows
     center = torch.zeros(flat.shape[1], dtype=torch.float64, device=x.device)
     parts = []
     for start in range(0, n, BLOCK):
         block = slice(start, min(start + BLOCK, n))
-        rows = data[block]
-        if not isinstance(data, TrainingSet) and data.dtype == torch.uint8:
-            rows = rows * UINT8_SCALE + UINT8_SHIFT
-        y = rows.flatten(1).double()
+        y = rows.values(block)
         square = (flat[block, None] - y).square().sum(-1)
         own = torch.eye(len(y), dtype=torch.bool, device=x.device)
         b = torch.zeros(len(y)).to(square) if weights is None else weights[block]
@@ -190,9 +187,8 @@ def _within_blocks(
             "key": torch.where(some, 0.0, torch.inf), "m": m, "s": e.sum(1),
             "s_v": (e * gap).sum(1), "s_sq": e.square().sum(1), "acc": e @ y,
             "s_bias": (e * torch.where(torch.isneginf(b), 0.0, b)).sum(1),
+            "residual": (e[:, :, None] * (y - flat[block, None])).sum(1),
         }  # fmt: skip
-        if "residual" in State._fields:
-            sums["residual"] = (e[:, :, None] * (y - flat[block, None])).sum(1)
         state = empty_state(len(y), center, torch.float64)._replace(**sums)
         parts.append(replace(_no_rows(x[block], h[block]), state=state))
     return _joined(x, h, parts)

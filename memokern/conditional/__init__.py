@@ -7,7 +7,7 @@ strategy has; so nothing of size N x B is made.
 """
 
 from memokern.conditional.groups import Group, groups
-from memokern.conditional.sweeps import joined, posterior
+from memokern.conditional.sweeps import joined, posterior, put_back
 from memokern.conditional.wanted import (
     EVERY_ROW,
     Label,
@@ -26,4 +26,5 @@ __all__ = [
     "joined",
     "label_numbers",
     "posterior",
+    "put_back",
 ]

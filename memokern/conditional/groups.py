@@ -26,9 +26,9 @@ from memokern.util.torch_internals import traced
 class Group(NamedTuple):
     """Queries that ask for the same rows.
 
-    at: which queries, [b] int64 into the flat batch. data: the rows that they may see. index: which
-    of all rows these are. bias: [n] float64 or None, what their condition adds to each logit, less
-    the largest.
+    at: which queries, [b] int64 into the flat batch. data: the rows that they may see. chosen:
+    which of all rows these are. bias: [n] float64 or None, what their condition adds to each logit,
+    less the largest.
     """
 
     at: Tensor
@@ -96,7 +96,7 @@ def groups(data: TrainingSet, batch: Sequence[int], wanted: Wanted) -> list[Grou
     labels = None
     if wanted.label is not None:
         labels = label_numbers(wanted.label, batch, data.device, count_labels(data))
-    given, left_out = checked_condition(wanted, batch, data), None
+    given = checked_condition(wanted, batch, data)
     left_out = checked_left_out(wanted.leave_out, batch, data)
     keys = []
     if labels is not None:

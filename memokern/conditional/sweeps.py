@@ -107,6 +107,13 @@ def _total(bias: Tensor | None, rows: Tensor) -> Tensor | float:
     return log_total(None if bias is None else bias[rows], len(rows))
 
 
+def put_back(values: list[Tensor], back: Tensor, batch: Sequence[int], axis: int) -> Tensor:
+    """Tensors of parts of the queries as one, in the queries' order and with their shape in the
+    place of `axis`; arguments as :func:`joined`."""
+    every = torch.cat(values, axis).index_select(axis, back)
+    return every.reshape((*every.shape[:axis], *batch, *every.shape[axis + 1 :]))
+
+
 def joined(parts: list[Posterior], back: Tensor, batch: Sequence[int], axis: int = 0) -> Posterior:
     """The posteriors of parts of the queries as one.
 
@@ -115,9 +122,8 @@ def joined(parts: list[Posterior], back: Tensor, batch: Sequence[int], axis: int
     with the most rows.
     """
 
-    def join(values: list[Any]) -> Tensor:
-        every = torch.cat(values, axis).index_select(axis, back)
-        return every.reshape((*every.shape[:axis], *batch, *every.shape[axis + 1 :]))
+    def join(values: list[Tensor]) -> Tensor:
+        return put_back(values, back, batch, axis)
 
     bounds = [p.certificate for p in parts if p.certificate is not None]
     certificate = None

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from memokern import conditional
@@ -23,8 +22,7 @@ def joined(parts: list[Prediction], back: Tensor, whole: Query, n: int) -> Predi
     batch = whole.sigma.shape
 
     def join(values: list[Tensor], axis: int) -> Tensor:
-        every = torch.cat(values, axis).index_select(axis, back)
-        return every.reshape((*every.shape[:axis], *batch, *every.shape[axis + 1 :]))
+        return conditional.put_back(values, back, batch, axis)
 
     # A regulariser may have replicated the queries along first axes; their own axis comes last.
     axis = parts[0].posterior.sigma.dim() - 1
