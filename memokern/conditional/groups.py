@@ -95,7 +95,7 @@ def groups(data: TrainingSet, batch: Sequence[int], wanted: Wanted) -> list[Grou
     b = math.prod(batch)
     labels = None
     if wanted.label is not None:
-        labels = label_numbers(wanted.label, batch, data.device, count_labels(data))
+        labels = label_numbers(wanted.label, batch, data.device, lambda: count_labels(data))
     given = checked_condition(wanted, batch, data)
     left_out = checked_left_out(wanted.leave_out, batch, data)
     keys = []

@@ -70,7 +70,7 @@ def by_lists(x: Tensor, data: TrainingSet, asked: Asked, label: Label) -> Poster
     batch, query = asked.batch, asked.query
     if math.prod(batch) < 2 or data.labels is None or traced(query.x):
         return None
-    labels = label_numbers(label, batch, data.device, count_labels(data))
+    labels = label_numbers(label, batch, data.device, lambda: count_labels(data))
     if labels.dim() == 0:
         return None
     known, which = labels.reshape(-1).unique(return_inverse=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,16 +36,18 @@ class Wanted:
         return not (self.label is None and self.condition is None and self.leave_out is None)
 
 
-def label_numbers(label: Label, batch: Sequence[int], device: torch.device, count: int) -> Tensor:
+def label_numbers(
+    label: Label, batch: Sequence[int], device: torch.device, count: Callable[[], int]
+) -> Tensor:
     """Labels as integers [] or [*batch]: given so, with None for -1, or one-hot
-    [*batch, count], where a query of zeros is -1.
+    [*batch, count()], where a query of zeros is -1. Only one-hot labels are counted.
 
     Raises: TypeError, ValueError for anything else.
     """
     if isinstance(label, list | tuple):
         label = [EVERY_ROW if v is None else v for v in label]
     labels = torch.as_tensor(label, device=device)
-    if labels.is_floating_point() and labels.shape == (*batch, count or -1):
+    if labels.is_floating_point() and labels.shape == (*batch, count() or -1):
         total = labels.sum(-1)
         if not bool(((labels == 0) | (labels == 1)).all()) or bool((total > 1).any()):
             raise ValueError("expected label as integers, or one-hot with one 1 or none per query")

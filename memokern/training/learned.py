@@ -161,7 +161,7 @@ class LearnedDenoiser(EDMNetwork, nn.Module):
         flat, times = x.reshape(-1, *self.shape), time.reshape(-1)
         given: list[Tensor] = []
         if label is not None:
-            numbers = label_numbers(label, batch, self.device, self.label_dim)
+            numbers = label_numbers(label, batch, self.device, lambda: self.label_dim)
             given = [numbers.expand(batch).reshape(-1)]
         sigma, alpha = self.process.sigma(times), self.process.alpha(times)
         scale = (alpha.square() * self.sigma_data**2 + sigma.square()).rsqrt()
