@@ -5,7 +5,6 @@ Triton's kernels are interpreted where there is no GPU; it must be told so befor
 
 import contextlib
 import importlib.util
-import zlib
 
 import pytest
 import torch
@@ -20,29 +19,18 @@ triton_interpreter.choose()
 if triton_interpreter.DEVICE.type == "cpu" and importlib.util.find_spec("triton"):
     triton_interpreter.install()
 
-from tests import harness  # noqa: E402  # it asks which backends are there
+from tests import harness, selection  # noqa: E402  # harness asks which backends are there
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest leaves out what is long
 def pytest_collection_modifyitems(items):
-    one_other_instruction_set(items)
-    if triton_interpreter.DEVICE.type == "cuda":
+    on_a_gpu = triton_interpreter.DEVICE.type == "cuda"
+    selection.select(items, harness.ISAS, interpreted=[] if on_a_gpu else ["triton"])
+    if on_a_gpu:
         return
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="there is no GPU"))
-
-
-def one_other_instruction_set(items):
-    """The same source is compiled for each instruction set: every case runs on the one in use and
-    on one of the others, another from case to case. `make test-all` runs it on all."""
-    for item in items:
-        backend = getattr(item, "callspec", None) and item.callspec.params.get("backend")
-        if backend in harness.ISAS:
-            case = item.nodeid.replace(backend, "")
-            chosen = harness.ISAS[zlib.crc32(case.encode()) % len(harness.ISAS)]
-            if backend != chosen:
-                item.add_marker(pytest.mark.long)
 
 
 @pytest.fixture

@@ -40,6 +40,7 @@ def follows_every_value(step, x, graphs=2) -> None:
 
 
 @pytest.mark.parametrize("name", processes.NAMES)
+@pytest.mark.one_of(3)
 def test_a_samplers_step_over_process_times(name):
     network = Denoiser(normal(9, 4, seed=1), processes.get(name))
 
@@ -51,12 +52,14 @@ def test_a_samplers_step_over_process_times(name):
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.one_of(2)
 def test_every_prediction(prediction):
     network = Denoiser(normal(9, 4, seed=1), processes.VP(), prediction=prediction)
     follows_every_value(lambda x, now, to: x + (to - now) * network(x, now), normal(3, 4))
 
 
 @pytest.mark.parametrize("name", REGULARIZERS)
+@pytest.mark.one_of(2)
 def test_every_regulariser(name):
     network = Denoiser(normal(9, 4, seed=1), regularizer=REGULARIZERS[name], prediction="score")
     follows_every_value(lambda x, now, to: x + (to - now) * network(x, now), normal(1, 4))
@@ -77,23 +80,25 @@ FUNCTIONS = {
 
 @pytest.mark.parametrize(("batch", "wrapped"), [(1, True), (3, False)])
 @pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.one_of(2)
 def test_every_function(name, batch, wrapped):
     rows = normal(9, 4, seed=1)
     data, function = TrainingSet(rows) if wrapped else rows, FUNCTIONS[name]
     follows_every_value(lambda x, a, b: function(x, data, a, b), normal(batch, 4, seed=2))
 
 
-def test_what_a_process_makes_of_numbers():
+@pytest.mark.one_of(3)
+@pytest.mark.parametrize("name", processes.NAMES)
+def test_what_a_process_makes_of_numbers(name):
     """time_of_sigma, time_of_ratio and round_sigma are called in loops too."""
-    for name in processes.NAMES:
-        process = processes.get(name)
-        network = Denoiser(normal(9, 4, seed=1), process)
+    process = processes.get(name)
+    network = Denoiser(normal(9, 4, seed=1), process)
 
-        def step(x, now, to, p=process, n=network):
-            return x * n.round_sigma(now) + p.time_of_ratio(to)
+    def step(x, now, to):
+        return x * network.round_sigma(now) + process.time_of_ratio(to)
 
-        torch.compiler.reset()
-        compiled = torch.compile(step, backend="eager")
-        x = normal(3, 4)
-        for now, to in itertools.pairwise(TIMES[:6]):
-            torch.testing.assert_close(compiled(x, now, to), step(x, now, to))
+    torch.compiler.reset()
+    compiled = torch.compile(step, backend="eager")
+    x = normal(3, 4)
+    for now, to in itertools.pairwise(TIMES[:6]):
+        torch.testing.assert_close(compiled(x, now, to), step(x, now, to))

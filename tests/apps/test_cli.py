@@ -72,6 +72,7 @@ def test_regularizers_join_and_reduce_memorisation(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("solver", ["euler", "heun", "rk45", "sde"])
+@pytest.mark.one_of(2)
 def test_every_solver_samples_the_plane(planar, tmp_path, solver) -> None:
     out, picture = tmp_path / "s.npz", tmp_path / "s.pdf"
     done = call(

@@ -22,6 +22,7 @@ def _backward(backend: str, query: Query, rows: Rows, seed: int) -> tuple[Sums, 
 
 
 @over(cases.gradients, "group")
+@pytest.mark.one_of(2)
 def test_as_autograd_through_the_definition(backend: str, group: list[Case]) -> None:
     for case in group:
         query, rows, grads, want = cases.with_gradients(case)
@@ -145,6 +146,7 @@ def _grads(query: Query, seed: int) -> BasicSums:
 
 
 @over(cases.row_gradients, "group", backends=INSTALLED)
+@pytest.mark.one_of(2)
 def test_rows_as_autograd_through_the_definition(backend: str, group: list[Case]) -> None:
     for case in group:
         query, rows = case.problem()

@@ -66,6 +66,7 @@ KINDS = pytest.mark.parametrize(
 
 
 @KINDS
+@pytest.mark.one_of(2)
 def test_posterior(backend, weighting, bias, known) -> None:
     """Also with rows that are left out: no second derivative may become NaN."""
     query, rows = problem(weighting, bias, known)
@@ -79,6 +80,7 @@ def test_posterior(backend, weighting, bias, known) -> None:
 
 
 @KINDS
+@pytest.mark.one_of(3)
 def test_posterior_state(backend, weighting, bias, known) -> None:
     """Of what is made of it, as its m is a constant: the sums of two parts joined."""
     query, rows = problem(weighting, bias, known)
@@ -99,6 +101,7 @@ def test_posterior_state(backend, weighting, bias, known) -> None:
 
 
 @pytest.mark.parametrize("bias", [None, "normal", "holes"])
+@pytest.mark.one_of(2)
 def test_posterior_listed(backend, bias) -> None:
     query, rows = problem(bias=bias)
     lists = LISTS
@@ -148,6 +151,7 @@ def test_nearest(backend) -> None:
 @harness.plain_backends
 @pytest.mark.parametrize("bias", [None, "hole"])
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
+@pytest.mark.one_of(2)
 def test_float32_through_the_operation(backend: str, weighting: str, bias: str | None) -> None:
     """Of all inputs, the rows too, first and second, as autograd through the definition: of the
     operation, and of the state of the whole."""

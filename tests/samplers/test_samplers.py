@@ -31,6 +31,7 @@ PATHS = ["ve", "vp", "score-sde-vp", "edm", "flow-matching", "ddpm", "cosine"]
 
 @pytest.mark.parametrize("solver", ["euler", "heun", "rk45", "sde"])
 @pytest.mark.parametrize("name", PATHS)
+@pytest.mark.one_of(2)
 def test_without_regularisation_samples_are_rows(name, solver):
     """The last level before the data must tell the rows apart: then x0 is one of them up to
     exp(-0.25 / (8 sigma^2)). Two rows can share a sample only on their bisector."""
@@ -49,6 +50,7 @@ def test_without_regularisation_samples_are_rows(name, solver):
 
 @pytest.mark.parametrize("name", ["edm", "vp", "flow-matching"])
 @pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2)])
+@pytest.mark.one_of(2)
 def test_order_of_the_solvers(name, solver, order):
     """Against rk45 to the same early stop: an order p divides the error by 2^p when the steps
     double. Smooth problem: rows one apart, stop at sigma = 0.5, EDM from sigma = 3."""
@@ -83,6 +85,7 @@ def test_distance_to_the_end_is_proportional_to_sigma(name):
 
 @pytest.mark.parametrize("name", ["ve", "edm", "score-sde-vp"])
 @pytest.mark.parametrize("solver", ["heun", "churn", "rk45", "sde"])
+@pytest.mark.one_of(2)
 def test_smoothed_bank_of_one_row_is_a_gaussian(name, solver):
     """SmoothedBank(h) around one row y: the exact score of N(y, h^2 I), so samples are that normal.
 
@@ -189,6 +192,7 @@ def test_same_seed_same_samples():
 
 @pytest.mark.parametrize("solver", ["euler", "heun", "rk45", "sde"])
 @pytest.mark.parametrize("name", PATHS)
+@pytest.mark.one_of(3)
 def test_early_stop_ends_at_its_level(name, solver):
     process = processes.get(name)
     denoiser = Denoiser(points(), process)

@@ -44,6 +44,7 @@ def ended(target, number: int) -> int:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda s: s.name)
+@pytest.mark.one_of(2)
 def test_a_signal_leaves_nothing_and_still_ends_the_process(tmp_path, number) -> None:
     target = tmp_path / "a.txt"
     target.write_text("old")

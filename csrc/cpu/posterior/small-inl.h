@@ -116,13 +116,14 @@ static int small_part(const Source<R>& src, const Queries& in, double b_max, int
   Arena arena;
   if (!arena.reserve(Arena::bytes<LaneQueries<R, D>>(block / W) + Arena::bytes<Query<R>>(block) +
                      Arena::bytes<R>(SMALL_ROWS * D + 64) + 2 * Arena::bytes<R>(SMALL_ROWS) +
-                     Arena::bytes<R>(64)))
+                     Arena::bytes<R>(64) + Arena::bytes<double>(SMALL_ROWS * D)))
     return kNoMemory;
   LaneQueries<R, D>* lanes = arena.take<LaneQueries<R, D>>(block / W);
   Query<R>* q = arena.take<Query<R>>(block);
   R *y = arena.take<R>(SMALL_ROWS * D + 64), *b = arena.take<R>(SMALL_ROWS),
     *finite_b = arena.take<R>(SMALL_ROWS);
   R* row = arena.take<R>(64);
+  double* value = arena.take_raw<double>(SMALL_ROWS * D);
   const typename Values<R>::F values = values_for(src);
   Pace pace = {in.watch, 0};
   Source<R> about = src;
@@ -150,12 +151,14 @@ static int small_part(const Source<R>& src, const Queries& in, double b_max, int
     for (int64_t n0 = 0; n0 < N; n0 += SMALL_ROWS) {
       const int64_t cnt = imin(SMALL_ROWS, N - n0);
       if (pace.stopped(cnt * count * (2 * D + 8))) return kStopped;
+      if (src.rows.stride == d_real)  // rows without gaps are read like one long row
+        values(src, n0, 0, cnt * d_real, value);
+      else
+        for (int64_t r = 0; r < cnt; r++) values(src, n0 + r, 0, d_real, value + r * d_real);
       for (int64_t r = 0; r < cnt; r++) {
-        double value[SMALL_D];
-        values(src, n0 + r, 0, d_real, value);
         double sq = 0;
         for (int d = 0; d < D; d++) {
-          const double v = d < d_real ? value[d] - (CENTRED ? src.center[d] : 0) : 0;
+          const double v = d < d_real ? value[r * d_real + d] - (CENTRED ? src.center[d] : 0) : 0;
           y[r * D + d] = (R)v;
           sq += v * v;
         }

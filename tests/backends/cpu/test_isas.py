@@ -30,6 +30,7 @@ WHICH = "from memokern.backends import protocol; print(protocol.get('cpu').isa()
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.one_of(3)
 def test_the_variable_chooses(isa: str) -> None:
     if isa not in isas.usable():
         pytest.skip(f"{isa} does not run here")
