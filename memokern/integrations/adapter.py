@@ -1,0 +1,165 @@
+"""What every adapter does: ask a denoiser for what a client's x is at the client's levels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from memokern import validate
+from memokern.conditional import EVERY_ROW, Label
+from memokern.data.training_set import TrainingSet
+from memokern.denoiser import Denoiser
+from memokern.processes import Process
+from memokern.regularizers import Regularizer
+from memokern.validate import PerQuery, wide
+
+# What samplers, and so adapters, ask of a denoiser.
+NEEDED = ("process", "space", "evaluate")
+# sigma / alpha in the place of infinity, for processes that do not reach it.
+FARTHEST = 1e6
+# By so much of itself a ratio may be missed by rounding alone.
+ROUNDING = 1e-6
+
+
+@dataclass(frozen=True)
+class Seen:
+    r"""What a denoiser says of x = alpha x0 + sigma eps.
+
+    Attributes:
+        x0, eps: [\*batch, \*shape]; at sigma = 0 eps is the noise's mean, 0. alpha, sigma: the
+            client's, [\*batch] float64.
+    """
+
+    x0: Tensor
+    eps: Tensor
+    alpha: Tensor
+    sigma: Tensor
+
+    @property
+    def score(self) -> Tensor:
+        """-eps / sigma."""
+        return -self.eps / wide(self.sigma, self.eps)
+
+    @property
+    def v(self) -> Tensor:
+        """alpha eps - sigma x0, for alpha^2 + sigma^2 = 1."""
+        return wide(self.alpha, self.eps) * self.eps - wide(self.sigma, self.x0) * self.x0
+
+    def velocity(self, d_alpha: Tensor, d_sigma: Tensor) -> Tensor:
+        """alpha' x0 + sigma' eps, for slopes [*batch] or []."""
+        return wide(d_alpha, self.x0) * self.x0 + wide(d_sigma, self.eps) * self.eps
+
+
+class Adapter(nn.Module):
+    r"""A denoiser behind a client's calling convention; the base of this package's models.
+
+    Rows become a :class:`memokern.Denoiser` on the client's own process, in whose units the
+    regulariser is. A denoiser keeps its process: it is asked at the time with the client's
+    sigma / alpha, and x is scaled to it. So one denoiser serves clients of all processes, and
+    whatever takes the place of a Denoiser, such as :class:`memokern.Given` or a network, serves
+    them too. Where a client starts without any signal (alpha = 0) and the denoiser's process does
+    not, sigma / alpha = 1e6, or the most that the process has, stands for that start.
+
+    Args:
+        source: a TrainingSet, rows [N, \*shape], or a denoiser. regularizer: with rows only.
+        path: the client's process.
+        bandwidth: of the conditions that the client gives, where it gives any.
+
+    Raises: TypeError, ValueError for a source that is none of these, or a second regulariser.
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        path: Process,
+        regularizer: Regularizer | None = None,
+        bandwidth: PerQuery | None = None,
+    ) -> None:
+        super().__init__()
+        if isinstance(source, TrainingSet | Tensor):
+            source = Denoiser(source, path, regularizer)
+        elif not all(hasattr(source, name) for name in NEEDED):
+            raise TypeError(
+                "expected a TrainingSet, rows [N, *shape] or a denoiser (memokern.Denoiser, Given,"
+                f" training.LearnedDenoiser), got {type(source).__name__}"
+            )
+        elif regularizer is not None:
+            raise ValueError("a denoiser has its own regularizer: give it there, or give rows")
+        self.path, self.denoiser, self.bandwidth = path, source, bandwidth
+        network = source
+        while not isinstance(network, nn.Module) and hasattr(network, "denoiser"):
+            network = network.denoiser
+        if network is not source and isinstance(network, nn.Module):
+            self.inside = network  # so that .to() and parameters() find it
+        self.classes = int(getattr(network, "label_dim", 0))
+        known = network.data.labels if isinstance(network, Denoiser) else None
+        # The client's null class, unless -1, which the denoiser has for it, is a class of the rows.
+        self.null = self.classes if known is not None and int(known.min()) >= 0 else None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of a row."""
+        return tuple(self.denoiser.space.shape[1:])
+
+    def numbers(self, name: str, value: PerQuery, x: Tensor) -> Tensor:
+        r"""A number per query [\*batch] float64, of one, or of a tensor that broadcasts."""
+        batch = validate.batch_shape(
+            validate.computable(x), self.denoiser.space.new_empty((1, *self.shape))
+        )
+        return validate.per_query(name, value, batch, x.device)
+
+    def at(
+        self,
+        x: Tensor,
+        alpha: Tensor,
+        sigma: Tensor,
+        label: Label = None,
+        condition: Tensor | None = None,
+    ) -> Seen:
+        r"""What the denoiser says of x [\*batch, \*shape] at levels [\*batch] float64.
+
+        Args:
+            label: as :class:`memokern.Denoiser` has it. The number after the last one, where rows
+                have labels, is the null class too, as in networks with an embedding for it.
+            condition: [\*batch, K].
+
+        Raises: as the denoiser's `evaluate`.
+        """
+        x, process, ratio = validate.computable(x), self.denoiser.process, sigma / alpha
+        start = process.ratio(torch.tensor(process.t_noise, dtype=torch.float64))
+        has_start = bool(torch.isinf(start))
+        time = process.time_of_ratio(ratio if has_start else ratio.clamp(max=FARTHEST))
+        a, s = process.alpha(time), process.sigma(time)
+        # One of the two is far from 0.
+        noisy = ratio > 1
+        scale = torch.where(noisy, s, a) / torch.where(noisy, sigma, alpha)
+        given: dict[str, Any] = {}
+        if condition is not None:
+            given = {"condition": condition, "bandwidth": self.bandwidth}
+        found = self.denoiser.evaluate(wide(scale, x) * x, time, self._label(label), **given)
+        x0, eps = found.x0, found.eps
+        # x = alpha x0 + sigma eps must hold for the client, also where its level is out of reach.
+        missed = noisy & (s / a < ratio * (1 - ROUNDING))
+        gap = torch.where(missed, a / s - alpha / torch.where(missed, sigma, 1.0), 0.0)
+        eps = eps + wide(gap, eps) * x0
+        zero = wide(sigma, eps) == 0
+        eps = torch.where(zero & ~torch.isfinite(eps), 0.0, eps)
+        return Seen(x0, eps, alpha, sigma)
+
+    def _label(self, label: Label) -> Label:
+        """The denoiser's label for a client's."""
+        if self.null is None or isinstance(label, list | tuple) or label is None:
+            return label
+        numbers = torch.as_tensor(label)
+        if numbers.is_floating_point():  # one-hot
+            return label
+        return torch.where(numbers == self.null, EVERY_ROW, numbers)
+
+
+def require_neutral(name: str, value: Tensor | None, what: str) -> None:
+    """ValueError for a client's input that rows know nothing of, unless it is absent or zero."""
+    if value is not None and bool((torch.as_tensor(value) != 0).any()):
+        raise ValueError(f"expected {name} absent or zero, because {what}")
