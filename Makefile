@@ -4,6 +4,8 @@
 # make fuzz     random problems on every backend, against the definition (ARGS="--minutes 10 --seed 3")
 # make bench    the benchmarks, with the peers that are installed (ARGS="--quick", ARGS="--help")
 # make lint     ruff, clang-format and mypy
+# make integrations  other projects' samplers and pipelines on memokern.integrations: installs them (half a GB beside PyTorch, two minutes)
+#                 and runs the tests (one minute)
 # make peers    what make bench compares with
 # make gpu-check  where there is a GPU: each operation against float64, then times beside the peers', within minutes
 #                 (ARGS="--minutes 15", ARGS="--help"); else: every kernel compiled
@@ -20,6 +22,7 @@ TORCH ?= torch==2.13.0
 # For builds of torch that bring none, as those for CPUs: what torch 2.13 goes with.
 TRITON ?= triton==3.7.1; platform_system == 'Linux' and platform_machine == 'x86_64'
 SMALLDIFFUSION ?= smalldiffusion==0.5.0
+CLIENTS ?= k-diffusion==0.1.1.post1 torchcfm==1.0.7 torchdyn==1.0.6 $(SMALLDIFFUSION)
 TTSEM ?= ttsem==0.1.0
 VENV ?= .venv
 ARM ?= aarch64-linux-gnu
@@ -28,7 +31,7 @@ BIN = $(VENV)/bin
 SOURCES = $(shell find csrc -type f) setup.py pyproject.toml
 CPP = $(shell find csrc tests/cpp -name "*.h" -o -name "*.cpp")
 
-.PHONY: demo test test-all fuzz bench lint peers gpu-check kernels sanitize sanitize-cpu neon clean
+.PHONY: demo test test-all fuzz bench lint integrations peers gpu-check kernels sanitize sanitize-cpu neon clean
 
 # torch first and alone: its pinned build decides what the rest may need.
 $(BIN)/python:
@@ -68,6 +71,11 @@ lint: $(VENV)/.dev-installed
 peers: $(VENV)/.dev-installed
 	MEMOKERN_BUILD_TESTING=1 $(BIN)/pip install -q --disable-pip-version-check "$(TORCH)" -e ".[bench]"
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps "$(SMALLDIFFUSION)"
+
+integrations: $(VENV)/.dev-installed
+	MEMOKERN_BUILD_TESTING=1 $(BIN)/pip install -q --disable-pip-version-check "$(TORCH)" -e ".[integrations]"
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps $(CLIENTS)
+	$(BIN)/python -m pytest -n 2 tests/integrations "tests/test_docs.py::test_docstring_examples" -k integrations $(ARGS)
 
 bench: $(VENV)/.dev-installed
 	$(BIN)/python -m bench $(ARGS)

@@ -12,7 +12,7 @@ from memokern.regularizers.covariance import CovarianceTikhonov
 from memokern.regularizers.density import EmpiricalBayes
 from memokern.regularizers.prediction import Prediction, evaluate
 from memokern.regularizers.smoothing import GaussianSmoothing, SmoothedBank
-from memokern.regularizers.text import parse
+from memokern.regularizers.text import describe, parse
 from memokern.regularizers.tikhonov import Tikhonov
 from memokern.regularizers.weights import NoiseUnconditioned, Temperature
 
@@ -30,6 +30,7 @@ __all__ = [
     "SmoothedBank",
     "Temperature",
     "Tikhonov",
+    "describe",
     "evaluate",
     "parse",
 ]

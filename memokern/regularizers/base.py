@@ -147,6 +147,11 @@ class Compose(Regularizer):
             if part.once and sum(isinstance(other, type(part)) for other in self._parts) > 1:
                 raise ValueError(f"compose one {type(part).__name__} only: {part.once}")
 
+    @property
+    def parts(self) -> tuple[Regularizer, ...]:
+        """Those that it is made of, in their order."""
+        return tuple(self._parts)
+
     def prepare(self, query: Query, data: Data) -> Query:
         for part in self._parts:
             query = part.prepare(query, data)

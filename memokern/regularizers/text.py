@@ -48,6 +48,30 @@ def parse(text: str) -> Regularizer | None:
     return parts[0] if len(parts) == 1 else Compose(*parts)
 
 
+def describe(regularizer: Regularizer | None) -> str:
+    """The text from which `parse` makes this regulariser again.
+
+    Raises: ValueError for regularisers that `parse` does not know, or with functions of sigma.
+
+    Example:
+        >>> from memokern.regularizers import Temperature, Tikhonov, describe
+        >>> describe(Temperature(0.5) & Tikhonov(0.01))
+        'temperature:sigma_c=0.5+tikhonov:c=0.01'
+    """
+    if regularizer is None:
+        return "none"
+    if isinstance(regularizer, Compose):
+        return "+".join(map(describe, regularizer.parts))
+    for name, (make, keys) in _KNOWN.items():
+        values = {key: getattr(regularizer, key, None) for key in keys}
+        if type(regularizer) is make and all(isinstance(v, int | float) for v in values.values()):
+            return f"{name}:{','.join(f'{key}={value!r}' for key, value in values.items())}"
+    raise ValueError(
+        f"{regularizer!r} cannot be written as text: it is none of {', '.join(_KNOWN)}, or has a"
+        " function as its parameter"
+    )
+
+
 def _split(text: str) -> list[str]:
     """Splits at each "+" that a name follows, so that 1e+2 stays whole."""
     parts: list[str] = []

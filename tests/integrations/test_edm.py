@@ -1,4 +1,4 @@
-"""EDM's sampler and loss (arXiv 2206.00364, algorithm 2 and table 1), from their calling convention.
+"""EDM's sampler and loss (arXiv 2206.00364, algorithm 2, table 1), from their calling convention.
 
 net(x, sigma, class_labels) with x float64 [B, C, R, R], sigma a float64 tensor [] or [B, 1, 1, 1],
 class_labels one-hot float32 [B, label_dim] or None. The sampler reads sigma_min, sigma_max and

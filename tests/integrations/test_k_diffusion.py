@@ -11,8 +11,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SIGMAS = torch.tensor([20.0, 6, 2, 0.8, 0.3, 0.05, 0.0], dtype=F64)
 
 
-@pytest.fixture(scope="module")
-def sampling():
+def installed():
     return client("k-diffusion", "k_diffusion.sampling")
 
 
@@ -20,7 +19,8 @@ def start():
     return 20 * normal(4, 2, 3, 3, seed=2)
 
 
-def test_euler_is_the_plain_loop(sampling):
+def test_euler_is_the_plain_loop():
+    sampling = installed()
     p = problem()
     found = sampling.sample_euler(KDiffusionModel(p.data), start(), SIGMAS, disable=True)
     x = start()
@@ -31,7 +31,8 @@ def test_euler_is_the_plain_loop(sampling):
 
 
 @pytest.mark.parametrize("name", ["heun", "dpm_2", "dpmpp_2m", "dpmpp_2s_ancestral", "lms"])
-def test_samplers_end_where_the_definition_takes_them(sampling, name):
+def test_samplers_end_where_the_definition_takes_them(name):
+    sampling = installed()
     p = problem()
     sample = getattr(sampling, f"sample_{name}")
     kwargs = {"noise_sampler": lambda *_: normal(4, 2, 3, 3, seed=3)} if "anc" in name else {}
@@ -45,7 +46,8 @@ def test_samplers_end_where_the_definition_takes_them(sampling, name):
     )
 
 
-def test_labels_in_extra_args_and_guidance(sampling):
+def test_labels_in_extra_args_and_guidance():
+    sampling = installed()
     p = problem()
     model, label = KDiffusionModel(p.data), torch.tensor([0, 2, 2, 1])
     found = sampling.sample_euler(
@@ -70,8 +72,9 @@ def test_labels_in_extra_args_and_guidance(sampling):
     torch.testing.assert_close(guided(x, sigma, label), want)
 
 
-def test_its_ode_likelihood_is_that_of_the_mixture(sampling):
+def test_its_ode_likelihood_is_that_of_the_mixture():
     """Its Hutchinson estimate along a flow that is traced by our gradients."""
+    sampling = installed()
     rows = normal(1, 3, 2, seed=4)  # one row: the score is linear and the estimate has no noise
     torch.manual_seed(0)
     x = rows.expand(2, 3, 2) + 0.3 * normal(2, 3, 2, seed=5)

@@ -50,7 +50,7 @@ class VPSDE:
         return -beta / 2, beta
 
 
-class subVPSDE(VPSDE):  # noqa: N801  # its name in the client
+class subVPSDE(VPSDE):
     def levels(self, t):
         alpha, _ = super().levels(t)
         return alpha, 1 - alpha**2

@@ -1,5 +1,7 @@
 """smalldiffusion's sampler on a closed form, beside its own IdealDenoiser."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -10,8 +12,7 @@ from tests.integrations.clients import F64, client, normal, problem
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(scope="module")
-def diffusion():
+def installed():
     return client("smalldiffusion", "smalldiffusion.diffusion")
 
 
@@ -23,19 +24,21 @@ def start(sigma):
     return float(sigma) * normal(4, 2, 3, 3, seed=2)
 
 
-def test_ddim_is_the_plain_loop(diffusion):
+def test_ddim_is_the_plain_loop():
+    diffusion = installed()
     p = problem()
     sigmas = diffusion.ScheduleDDPM().sample_sigmas(12).to(F64)
     found = last(diffusion.samples(SmallDiffusionModel(p.data), sigmas, xt=start(sigmas[0])))
     x = start(sigmas[0])
-    for now, then in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for now, then in pairwise(sigmas):
         x = x - (now - then) * p.eps(x, now)
     torch.testing.assert_close(found, x)
     assert p.distance(found) < 0.1  # its schedule ends at sigma = 0.01
 
 
 @pytest.mark.parametrize("gam,mu", [(2.0, 0.0), (1.0, 0.5)])
-def test_its_samplers_go_where_its_own_ideal_denoiser_takes_them(diffusion, gam, mu):
+def test_its_samplers_go_where_its_own_ideal_denoiser_takes_them(gam, mu):
+    diffusion = installed()
     p = problem()
     ideal = client("smalldiffusion", "smalldiffusion.model").IdealDenoiser(list(p.rows))
     sigmas = diffusion.ScheduleLogLinear(200, 0.1, 20.0).sample_sigmas(10).to(F64)
@@ -47,27 +50,29 @@ def test_its_samplers_go_where_its_own_ideal_denoiser_takes_them(diffusion, gam,
     torch.testing.assert_close(*ends)
 
 
-def test_flow_is_the_plain_loop(diffusion):
+def test_flow_is_the_plain_loop():
+    diffusion = installed()
     p = problem()
     sigmas = diffusion.ScheduleFlow().sample_sigmas(10)
     assert sigmas[0] == 1.0  # all noise: alpha = 0
     model = SmallDiffusionModel(p.data, flow=True)
     found = last(diffusion.samples(model, sigmas, xt=start(1.0)))
     x = start(1.0)
-    for now, then in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for now, then in pairwise(sigmas):
         x = x - (now - then) * (p.eps(x, now, 1 - now) - p.x0(x, now, 1 - now))
     torch.testing.assert_close(found, x)
     assert p.distance(found) < 1e-6
 
 
-def test_labels_and_guidance(diffusion):
+def test_labels_and_guidance():
+    diffusion = installed()
     p = problem()
     sigmas = diffusion.ScheduleLogLinear(100, 0.01, 20.0).sample_sigmas(8).to(F64)
     cond = torch.tensor([0, 1, 2, 2])
     model = SmallDiffusionModel(p.data)
     found = last(diffusion.samples(model, sigmas, xt=start(sigmas[0]), cond=cond, cfg_scale=0.5))
     x = start(sigmas[0])
-    for now, then in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for now, then in pairwise(sigmas):
         part = torch.cat(
             [p.eps(x[i : i + 1], now, label=int(c)) for i, c in enumerate(cond.tolist())]
         )

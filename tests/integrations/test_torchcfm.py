@@ -1,6 +1,7 @@
 """torchcfm: the field is the mean of its own targets, and its solvers take samples to the rows."""
 
 import functools
+from itertools import pairwise
 
 import pytest
 import torch
@@ -59,7 +60,7 @@ def test_torchdiffeq_takes_noise_to_the_rows():
     t = torch.linspace(0, 1, 21, dtype=F64)
     found = odeint(field, x, t, method="euler")[-1]
     want = x
-    for now, then in zip(t[:-1], t[1:], strict=True):
+    for now, then in pairwise(t):
         a, s = now, 1 - now
         want = want + (then - now) * (p.x0(want, s, a) - p.eps(want, s, a))
     torch.testing.assert_close(found, want)
