@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from memokern import validate
 from memokern.conditional import EVERY_ROW, Label
 from memokern.data.training_set import TrainingSet
 from memokern.denoiser import Denoiser
-from memokern.processes import Process
+from memokern.processes import EDM, Process
 from memokern.regularizers import Regularizer
 from memokern.validate import PerQuery, wide
 
@@ -29,14 +31,28 @@ class Seen:
     r"""What a denoiser says of x = alpha x0 + sigma eps.
 
     Attributes:
-        x0, eps: [\*batch, \*shape]; at sigma = 0 eps is the noise's mean, 0. alpha, sigma: the
-            client's, [\*batch] float64.
+        found: the denoiser's evaluation. alpha, sigma: the client's, [\*batch] float64.
+        gap: alpha / sigma where the denoiser was asked, less the client's, [\*batch]; None for 0.
     """
 
-    x0: Tensor
-    eps: Tensor
+    found: Any
     alpha: Tensor
     sigma: Tensor
+    gap: Tensor | None = None
+
+    @property
+    def x0(self) -> Tensor:
+        r"""[\*batch, \*shape]."""
+        out: Tensor = self.found.x0
+        return out
+
+    @cached_property
+    def eps(self) -> Tensor:
+        r"""[\*batch, \*shape]; at sigma = 0 the noise's mean, 0."""
+        eps: Tensor = self.found.eps
+        if self.gap is not None:  # x = alpha x0 + sigma eps must hold for the client
+            eps = eps + wide(self.gap, eps) * self.x0
+        return torch.where((wide(self.sigma, eps) == 0) & ~torch.isfinite(eps), 0.0, eps)
 
     @property
     def score(self) -> Tensor:
@@ -89,6 +105,7 @@ class Adapter(nn.Module):
         elif regularizer is not None:
             raise ValueError("a denoiser has its own regularizer: give it there, or give rows")
         self.path, self.denoiser, self.bandwidth = path, source, bandwidth
+        self.shape = tuple(source.space.shape[1:])  # of a row
         network = source
         while not isinstance(network, nn.Module) and hasattr(network, "denoiser"):
             network = network.denoiser
@@ -99,17 +116,13 @@ class Adapter(nn.Module):
         # The client's null class, unless -1, which the denoiser has for it, is a class of the rows.
         self.null = self.classes if known is not None and int(known.min()) >= 0 else None
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of a row."""
-        return tuple(self.denoiser.space.shape[1:])
-
     def numbers(self, name: str, value: PerQuery, x: Tensor) -> Tensor:
         r"""A number per query [\*batch] float64, of one, or of a tensor that broadcasts."""
-        batch = validate.batch_shape(
-            validate.computable(x), self.denoiser.space.new_empty((1, *self.shape))
-        )
-        return validate.per_query(name, value, batch, x.device)
+        split = x.dim() - len(self.shape)
+        if split < 0 or tuple(x.shape[split:]) != self.shape:
+            row = self.denoiser.space.new_empty((1, *self.shape))
+            validate.batch_shape(validate.computable(x), row)  # raises
+        return validate.per_query(name, value, x.shape[:split], x.device)
 
     def at(
         self,
@@ -118,6 +131,8 @@ class Adapter(nn.Module):
         sigma: Tensor,
         label: Label = None,
         condition: Tensor | None = None,
+        *,
+        time: Tensor | None = None,
     ) -> Seen:
         r"""What the denoiser says of x [\*batch, \*shape] at levels [\*batch] float64.
 
@@ -125,29 +140,29 @@ class Adapter(nn.Module):
             label: as :class:`memokern.Denoiser` has it. The number after the last one, where rows
                 have labels, is the null class too, as in networks with an embedding for it.
             condition: [\*batch, K].
+            time: [\*batch], that of the client's process with these levels, where it is known.
 
         Raises: as the denoiser's `evaluate`.
         """
-        x, process, ratio = validate.computable(x), self.denoiser.process, sigma / alpha
-        start = process.ratio(torch.tensor(process.t_noise, dtype=torch.float64))
-        has_start = bool(torch.isinf(start))
-        time = process.time_of_ratio(ratio if has_start else ratio.clamp(max=FARTHEST))
-        a, s = process.alpha(time), process.sigma(time)
-        # One of the two is far from 0.
-        noisy = ratio > 1
-        scale = torch.where(noisy, s, a) / torch.where(noisy, sigma, alpha)
         given: dict[str, Any] = {}
         if condition is not None:
             given = {"condition": condition, "bandwidth": self.bandwidth}
-        found = self.denoiser.evaluate(wide(scale, x) * x, time, self._label(label), **given)
-        x0, eps = found.x0, found.eps
-        # x = alpha x0 + sigma eps must hold for the client, also where its level is out of reach.
+        label = self._label(label)
+        process = self.denoiser.process
+        if time is not None and (process is self.path or type(process) is type(self.path) is EDM):
+            return Seen(self.denoiser.evaluate(x, time, label, **given), alpha, sigma)
+        x, ratio = validate.computable(x), sigma / alpha
+        start = torch.tensor(process.t_noise, dtype=torch.float64, device="cpu")
+        has_signal = not math.isinf(process.ratio(start))
+        asked = process.time_of_ratio(ratio.clamp(max=FARTHEST) if has_signal else ratio)
+        a, s = process.alpha(asked), process.sigma(asked)
+        # One of the two is far from 0.
+        noisy = ratio > 1
+        scale = torch.where(noisy, s, a) / torch.where(noisy, sigma, alpha)
+        found = self.denoiser.evaluate(wide(scale, x) * x, asked, label, **given)
         missed = noisy & (s / a < ratio * (1 - ROUNDING))
         gap = torch.where(missed, a / s - alpha / torch.where(missed, sigma, 1.0), 0.0)
-        eps = eps + wide(gap, eps) * x0
-        zero = wide(sigma, eps) == 0
-        eps = torch.where(zero & ~torch.isfinite(eps), 0.0, eps)
-        return Seen(x0, eps, alpha, sigma)
+        return Seen(found, alpha, sigma, gap)
 
     def _label(self, label: Label) -> Label:
         """The denoiser's label for a client's."""

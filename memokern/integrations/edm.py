@@ -47,7 +47,7 @@ class EDMModel(Adapter):
         super().__init__(source, EDM(), regularizer)
         self.label_dim = self.classes
         process = self.denoiser.process
-        start = torch.tensor(process.t_noise, dtype=torch.float64)
+        start = torch.tensor(process.t_noise, dtype=torch.float64, device="cpu")
         low = process.ratio(process.time_of_sigma(process.sigma_min))
         high = float(process.ratio(start))
         # What generate.py takes its grid from: the levels of the denoiser's own process.
@@ -82,4 +82,5 @@ class EDMModel(Adapter):
         if return_logvar:
             raise ValueError("a closed form has no log variance to return (return_logvar)")
         level = self.numbers("sigma", sigma, x)
-        return self.at(x, torch.ones_like(level), level, class_labels).x0.to(x.dtype)
+        found = self.at(x, torch.ones_like(level), level, class_labels, time=level)
+        return found.x0.to(x.dtype)

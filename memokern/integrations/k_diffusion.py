@@ -54,5 +54,5 @@ class KDiffusionModel(Adapter):
     ) -> Tensor:
         require_neutral("aug_cond", aug_cond, "the rows were not augmented")
         level = self.numbers("sigma", sigma, x)
-        found = self.at(x, torch.ones_like(level), level, class_cond, mapping_cond)
-        return found.x0.to(x.dtype)
+        one = torch.ones_like(level)
+        return self.at(x, one, level, class_cond, mapping_cond, time=level).x0.to(x.dtype)

@@ -97,22 +97,21 @@ class ScoreSDEModel(Adapter):
         super().__init__(source, _path(kind, sde, count, continuous), regularizer)
         self.kind, self.count, self.continuous = kind, count, bool(continuous)
 
-    def _level(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha and sigma where the client says that x is."""
+    def _time(self, labels: Tensor) -> Tensor:
+        """The process's time where the client says that x is."""
         if self.kind != "ve":
             # It divides the noise by that of the level below.
-            time = labels / LABELS_PER_TIME if self.continuous else labels.floor()
-            return self.path.alpha(time), self.path.sigma(time)
+            return labels / LABELS_PER_TIME if self.continuous else labels.floor()
         if self.continuous:
-            return torch.ones_like(labels), labels
+            return labels
         path = self.path
         assert isinstance(path, EDM)
         share = labels / (self.count - 1)  # of the way from the largest level to the lowest
-        sigma = path.sigma_max * (path.sigma_min / path.sigma_max) ** share
-        return torch.ones_like(labels), sigma
+        return path.sigma_max * (path.sigma_min / path.sigma_max) ** share
 
     def forward(self, x: Tensor, labels: PerQuery) -> Tensor:
-        found = self.at(x, *self._level(self.numbers("labels", labels, x)))
+        time = self._time(self.numbers("labels", labels, x))
+        found = self.at(x, self.path.alpha(time), self.path.sigma(time), time=time)
         return (found.score if self.kind == "ve" else found.eps).to(x.dtype)
 
 

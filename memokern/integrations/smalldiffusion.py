@@ -55,7 +55,7 @@ class SmallDiffusionModel(Adapter):
 
     def forward(self, x: Tensor, sigma: PerQuery, cond: Tensor | None = None) -> Tensor:
         level = self.numbers("sigma", sigma, x)
-        found = self.at(x, self.path.alpha(level), level, cond)
+        found = self.at(x, self.path.alpha(level), level, cond, time=level)
         if not self.flow:
             return found.eps.to(x.dtype)
         return found.velocity(self.path.d_alpha(level), self.path.d_sigma(level)).to(x.dtype)

@@ -117,5 +117,5 @@ class VectorField(Adapter):
             raise ValueError(f"expected no args, got {sorted(args)}; labels are y=")
         time = self.numbers("t", t, x).clamp(0.0, 1.0)
         path = self.path
-        found = self.at(x, path.alpha(time), path.sigma(time), y)
+        found = self.at(x, path.alpha(time), path.sigma(time), y, time=time)
         return found.velocity(path.d_alpha(time), path.d_sigma(time)).to(x.dtype)

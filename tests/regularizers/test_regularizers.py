@@ -17,6 +17,7 @@ from memokern.regularizers import (
     SmoothedBank,
     Temperature,
     Tikhonov,
+    describe,
     evaluate,
     parse,
 )
@@ -388,3 +389,23 @@ def test_a_compiled_prediction_still_has_its_potential():
         assert (out.log_potential is None) == (chosen is both)
         if chosen is not both:
             torch.testing.assert_close(out.log_potential, want.log_potential, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "none",
+        "tikhonov:c=0.1234567890123",
+        "empirical-bayes:log_tau=-3.5,normalized=True",
+        "temperature:sigma_c=1e-08+smoothing:h=0.1,samples=4,seed=3+bank:h=2.0",
+        "unconditioned:temperature=2.0",
+    ],
+)
+def test_describe_gives_the_text_back(text):
+    assert describe(parse(text)) == text
+
+
+def test_describe_says_what_it_cannot():
+    for regularizer in (Tikhonov(lambda sigma: sigma), CovarianceTikhonov(0.1, torch.eye(2))):
+        with pytest.raises(ValueError, match="cannot be written as text"):
+            describe(regularizer)
