@@ -406,6 +406,9 @@ def test_describe_gives_the_text_back(text):
 
 
 def test_describe_says_what_it_cannot():
-    for regularizer in (Tikhonov(lambda sigma: sigma), CovarianceTikhonov(0.1, torch.eye(2))):
+    for regularizer in (
+        Tikhonov(lambda sigma: sigma),
+        CovarianceTikhonov(0.1, torch.ones(2), torch.eye(2)),
+    ):
         with pytest.raises(ValueError, match="cannot be written as text"):
             describe(regularizer)
