@@ -26,6 +26,7 @@ def normal(*shape, seed=0, dtype=torch.float64):
     [np.float32(0.5), np.array(0.5), np.full(3, 0.5), torch.full((3, 1), 0.5), torch.tensor([0.5])],
     ids=["float32", "array", "array-3", "tensor-3x1", "tensor-1"],
 )
+@pytest.mark.one_of(2)
 def test_numbers_per_query_may_be_anybodys(sigma, backend):
     if backend == "triton" and not isinstance(sigma, torch.Tensor):
         pytest.skip("interpreted kernels: of what becomes the same tensors one is enough")

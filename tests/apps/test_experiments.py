@@ -196,6 +196,7 @@ def test_starts_of_the_structured_points_lie_on_the_square() -> None:
 
 
 @pytest.mark.parametrize("name", ANALYTIC)
+@pytest.mark.one_of(2)
 def test_every_experiment_can_be_drawn_and_concluded(numbers, name, tmp_path) -> None:
     experiment, n = experiments.get(name), numbers(name)
     figure = experiment.figure(n)

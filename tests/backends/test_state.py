@@ -45,6 +45,7 @@ def _largest(case: Case) -> torch.Tensor:
 
 
 @over(cases.states, "group")
+@pytest.mark.one_of(2)
 def test_normalised_it_is_the_posterior(backend: str, group: list[Case]) -> None:
     for case in group:
         query, rows, want = cases.answered(case)

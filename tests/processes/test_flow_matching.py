@@ -110,6 +110,7 @@ RK4 = [
 
 
 @pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.one_of(2)
 def test_fixed_steps_of_rk4_reach_the_rows(reverse):
     """The last stage is at the data. Its slope has weight h / 6, so the end is off by O(h)."""
     rows = normal(9, 3, seed=1)
@@ -130,6 +131,7 @@ def test_rk45_ends_where_the_process_ends(process):
 
 
 @pytest.mark.parametrize("name", ["ve", "vp", "score-sde-vp", "edm", "ddpm"])
+@pytest.mark.one_of(2)
 def test_rk45_does_not_move_a_gated_end(name):
     """With a gate, x0 held from an early level moves the end (arXiv 2501.15785)."""
     process, rows = processes.get(name), normal(6, 2, seed=1)

@@ -66,6 +66,7 @@ def test_a_schedule_that_ends_at_zero(values, rho):
 
 @pytest.mark.parametrize("solver", ["euler", "heun", "rk45", "sde"])
 @pytest.mark.parametrize("rho", [7.0, None])
+@pytest.mark.one_of(2)
 def test_sampling_from_no_signal(solver, rho):
     rows = 4 * normal(6, 2, seed=1)
     network = Denoiser(rows, DDPM(rescaled(1000), rho))

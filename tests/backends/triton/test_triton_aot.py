@@ -189,6 +189,7 @@ def test_described_rows_are_copied_by_the_device() -> None:
     assert products == described_products > 0
 
 
+@pytest.mark.long
 def test_what_is_no_good_is_noticed() -> None:
     """A product of float32 in too few threads spills, and is not on the matrix cores."""
     row = json.loads(compiling(
