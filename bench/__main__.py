@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 import memokern
-from bench import images, machine, report
+from bench import images, loops, machine, report
+from memokern.util import writing
 
 HERE = Path(__file__).resolve().parent
 RAN = (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.INTERRUPTED)
@@ -49,6 +50,15 @@ def _read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
+def _loops(out: Path, quick: bool) -> None:
+    """Adds to the figures those of the loops that calls take the place of."""
+    entries = []
+    for entry in loops.run(quick):
+        print(loops.line(entry), flush=True)
+        entries.append(entry)
+    writing.write_json(out, {**_read(out), "loops": entries})
+
+
 def _run(args: argparse.Namespace) -> int:
     out = Path("results") / f"bench-{time.strftime('%Y%m%d-%H%M%S')}.json"
     out = args.update or args.json or out
@@ -66,6 +76,8 @@ def _run(args: argparse.Namespace) -> int:
     started = time.time()
     status = int(pytest.main(options))
     if status in RAN and out.exists() and out.stat().st_mtime >= started:
+        if not (args.k or args.data):  # which choose among the cases above
+            _loops(out, args.quick)
         _print(_read(out), args.markdown)
         print(f"figures in {out}", file=sys.stderr)
     return status

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bench import table
+from bench import loops, table
 from bench.cases import OURS, TINY
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
@@ -46,6 +46,7 @@ def text(result: dict[str, Any]) -> str:
         for case in result["accuracy"]:
             errors = "  ".join(f"{k} {v:.1e}" for k, v in case[what].items())
             lines.append(f"error of the {what}, sigma {case['sigma']:<6} {errors}")
+    lines += [loops.line(entry) for entry in result.get("loops", ())]
     return "\n".join([*lines, "", *_notes(result)])
 
 

@@ -16,6 +16,7 @@ from bench import (
     cases,
     conftest,
     images,
+    loops,
     peers,
     pruned,
     report,
@@ -23,7 +24,6 @@ from bench import (
     scaling,
     table,
     timing,
-    training,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -264,15 +264,15 @@ def test_figures_of_two_machines_are_refused(tmp_path):
     assert report.compare(one, one) == "no case is in both"
 
 
-def test_training_targets_are_checked_before_they_are_timed(monkeypatch):
-    monkeypatch.setattr(training, "ROUNDS", 1)
+def test_loops_are_checked_before_they_are_timed(monkeypatch):
+    monkeypatch.setattr(loops, "ROUNDS", 1)
     clock = timing.Clock(patience=0.0)
-    found = [training.measure(case, clock) for case in training.cases(quick=True)]
+    found = [loops.measure(case, clock) for case in loops.cases(quick=True)]
     assert [entry["case"].split()[0] for entry in found] == [
-        "stable", "flow_matching", "stable_velocity"
+        "stable", "flow_matching", "stable_velocity", "labels", "conditions"
     ]  # fmt: skip
     assert all(entry["ratio"] > 0 for entry in found)
-    case = training.cases(quick=True)[0]
+    case = next(loops.cases(quick=True))
     wrong = dataclasses.replace(case, ours=lambda: case.truth + 1)
     with pytest.raises(AssertionError, match="memokern is off by"):
-        training.measure(wrong, clock)
+        loops.measure(wrong, clock)

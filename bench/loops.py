@@ -1,34 +1,31 @@
-"""`python -m bench.training`: training targets, against the loops that are published.
+"""Loops that people write, against the call that takes their place.
 
-The loops are written down from their formulas, as they build their matrices: the stable target
-field (arXiv 2302.00670) with differences [B, M, D] and a repeated target, empirical flow matching
-(arXiv 2506.03719), and the bank per class of StableVM with a loop over labels. Each is checked
+The published loops of training targets are written down from their formulas, as they build their
+matrices: the stable target field (arXiv 2302.00670) with differences [B, M, D] and a repeated
+target, empirical flow matching (arXiv 2506.03719), and the bank per class of StableVM with a loop
+over labels. Beside them stand one sweep for each label, and one for each condition. Each is checked
 against float64 before it is timed, and all of a case take turns in one run.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import memokern
-from bench import machine, report, timing
+from bench import timing
 from memokern.training import targets
-from memokern.util import writing
 
 ROUNDS = 5
 MOST_ERROR = 1e-3  # of the largest true value
 
 
-# --- the published loops ------------------------------------------------------------------------
+# --- the loops ----------------------------------------------------------------------------------
 
 
 def stf_loop(x: Tensor, rows: Tensor, sigma: Tensor) -> Tensor:
@@ -65,6 +62,25 @@ def bank_loop(x: Tensor, rows: Tensor, t: Tensor, label: Tensor, labels: Tensor)
     return out
 
 
+def label_loop(x: Tensor, data: memokern.TrainingSet, sigma: float, label: Tensor) -> Tensor:
+    """One sweep over the rows of each query's label."""
+    return torch.cat([memokern.denoise(q[None], data.where(int(c)), sigma)
+                      for q, c in zip(x, label, strict=True)])  # fmt: skip
+
+
+def condition_loop(
+    x: Tensor, data: memokern.TrainingSet, sigma: float, condition: Tensor, bandwidth: float
+) -> Tensor:
+    """One sweep for each query, with the bias of its condition."""
+    assert data.conditions is not None
+    return torch.cat([
+        memokern.denoise(
+            q[None], data, sigma, bias=-(data.conditions - c).square().sum(1) / (2 * bandwidth**2)
+        )
+        for q, c in zip(x, condition, strict=True)
+    ])  # fmt: skip
+
+
 # --- cases --------------------------------------------------------------------------------------
 
 
@@ -86,8 +102,8 @@ def _truth(x: Tensor, rows: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor:
     return torch.softmax(-square / (2 * sigma[:, None] ** 2), 1) @ rows
 
 
-def cases(quick: bool) -> list[Case]:
-    """CIFAR-sized rows; banks of 256 latents for each class."""
+def of_a_batch(quick: bool) -> Iterator[Case]:
+    """Targets over a reference batch of CIFAR-sized rows."""
     torch.manual_seed(0)
     b, m, d = (16, 128, 768) if quick else (128, 1024, 3072)
     rows = torch.rand(m, d) * 2 - 1
@@ -97,27 +113,28 @@ def cases(quick: bool) -> list[Case]:
     one = torch.ones(b, dtype=torch.float64)
     made = memokern.TrainingSet(rows, check=False)
     _ = made.sq_norms
-    found = [
-        Case(
-            f"stable B={b} M={m} D={d}",
-            lambda: targets.stable(x, rows, sigma),
-            lambda: stf_loop(x, rows, sigma.float()),
-            lambda: memokern.denoise(x, made, sigma),
-            _truth(x, rows, sigma, one),
-        )
-    ]
+    yield Case(
+        f"stable B={b} M={m} D={d}",
+        lambda: targets.stable(x, rows, sigma),
+        lambda: stf_loop(x, rows, sigma.float()),
+        lambda: memokern.denoise(x, made, sigma),
+        _truth(x, rows, sigma, one),
+    )
     t = torch.rand(b).double() * 0.2
     x_t = t[:, None].float() * y + (1 - t[:, None].float()) * noise
     sure = _truth(x_t, rows, 1 - t, t)
-    found.append(
-        Case(
-            f"flow_matching B={b} M={m} D={d}",
-            lambda: targets.flow_matching(x_t, rows, t),
-            lambda: flow_loop(x_t, rows, t.float()),
-            lambda: memokern.denoise(x_t, made, 1 - t, t),
-            (sure - x_t.double()) / (1 - t)[:, None],
-        )
+    yield Case(
+        f"flow_matching B={b} M={m} D={d}",
+        lambda: targets.flow_matching(x_t, rows, t),
+        lambda: flow_loop(x_t, rows, t.float()),
+        lambda: memokern.denoise(x_t, made, 1 - t, t),
+        (sure - x_t.double()) / (1 - t)[:, None],
     )
+
+
+def of_classes(quick: bool) -> Iterator[Case]:
+    """Banks of 256 latents for each class: a target, and samples of as many labels as queries."""
+    torch.manual_seed(0)
     classes, per, latent = (4, 32, 256) if quick else (100, 256, 1024)
     count = 16 if quick else 64
     labels = torch.arange(classes * per) % classes
@@ -149,23 +166,64 @@ def cases(quick: bool) -> list[Case]:
             out[mine] = memokern.denoise(x_v[mine], part, late[mine], 1 - late[mine])
         return out
 
-    found.append(
-        Case(
-            f"stable_velocity B={count} {classes} classes of {per} D={latent}",
-            lambda: targets.stable_velocity(x_v, kept, late, label),
-            lambda: bank_loop(x_v, bank, late.float(), label, labels),
-            sweeps,
-            (x_v.double() - torch.cat(means)) / late[:, None],
-        )
+    yield Case(
+        f"stable_velocity B={count} {classes} classes of {per} D={latent}",
+        lambda: targets.stable_velocity(x_v, kept, late, label),
+        lambda: bank_loop(x_v, bank, late.float(), label, labels),
+        sweeps,
+        (x_v.double() - torch.cat(means)) / late[:, None],
     )
-    return found
+    data, noise = kept.data, torch.tensor([0.5]).double()
+    each = torch.arange(count) % classes
+    x = bank[each] + 0.5 * z
+    yield Case(
+        f"labels B={count} {classes} classes of {per} D={latent}",
+        lambda: memokern.posterior(x, data, 0.5, label=each).mean,
+        lambda: label_loop(x, data, 0.5, each),
+        lambda: memokern.denoise(x, data, 0.5),
+        torch.cat([
+            _truth(x[i : i + 1], bank[labels == each[i]], noise, torch.ones(1).double())
+            for i in range(count)
+        ]),
+    )  # fmt: skip
+
+
+def of_conditions(quick: bool) -> Iterator[Case]:
+    """As many conditions as queries."""
+    torch.manual_seed(0)
+    b, n, d, k = (8, 500, 64, 4) if quick else (64, 50_000, 3072, 16)
+    rows, conditions = torch.randn(n, d), torch.randn(n, k).double()
+    data = memokern.TrainingSet(rows, conditions=conditions, check=False)
+    _ = data.sq_norms
+    # Noise that leaves the choice to the condition.
+    sigma, bandwidth = 3.0 * math.sqrt(d), 0.5
+    x, condition = rows[:b] + sigma * torch.randn(b, d), conditions[:b] + 0.1 * torch.randn(b, k)
+    weights = []
+    for q, c in zip(x.double(), condition, strict=True):
+        logits = -torch.cat([(part.double() - q).square().sum(1) for part in rows.split(5000)])
+        logits = logits / (2 * sigma**2) - (conditions - c).square().sum(1) / (2 * bandwidth**2)
+        weights.append(torch.softmax(logits, 0))
+    yield Case(
+        f"conditions B={b} N={n} D={d} K={k}",
+        lambda: memokern.posterior(x, data, sigma, condition=condition, bandwidth=bandwidth).mean,
+        lambda: condition_loop(x, data, sigma, condition, bandwidth),
+        lambda: memokern.denoise(x, data, sigma),
+        torch.cat([torch.stack(weights) @ part.double() for part in rows.split(256, 1)], 1),
+    )
+
+
+def cases(quick: bool) -> Iterator[Case]:
+    """Each is made when it is asked for, and gone with the next."""
+    yield from of_a_batch(quick)
+    yield from of_classes(quick)
+    yield from of_conditions(quick)
 
 
 def measure(case: Case, clock: timing.Clock) -> dict[str, Any]:
     """Seconds of each, in turns, once they are right."""
     scale = float(case.truth.abs().max())
-    ways = {"memokern": case.ours, "published loop": case.loop, "sweep alone": case.sweep}
-    for name in ("memokern", "published loop"):
+    ways = {"memokern": case.ours, "loop": case.loop, "sweep alone": case.sweep}
+    for name in ("memokern", "loop"):
         error = float((ways[name]().double() - case.truth).abs().max()) / scale
         if not error < MOST_ERROR:
             raise AssertionError(f"{case.name}: {name} is off by {error:.1e}")
@@ -175,27 +233,17 @@ def measure(case: Case, clock: timing.Clock) -> dict[str, Any]:
             times[name].append(clock.time(call, lambda: None))
     seconds = {name: timing.best(found)["seconds"] for name, found in times.items()}
     return {"case": case.name, "seconds": seconds,
-            "ratio": seconds["published loop"] / seconds["memokern"]}  # fmt: skip
+            "ratio": seconds["loop"] / seconds["memokern"]}  # fmt: skip
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser("python -m bench.training", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="small sizes: seconds")
-    parser.add_argument("--json", type=Path, help="where the figures go")
-    args = parser.parse_args()
-    about = machine.describe()
-    print(report.on(about), flush=True)
+def run(quick: bool) -> Iterator[dict[str, Any]]:
+    """The figures of each case, as soon as they are there."""
     clock = timing.Clock(patience=60.0)
-    found = []
-    for case in cases(args.quick):
-        entry = measure(case, clock)
-        found.append(entry)
-        ms = {name: f"{1e3 * s:.1f} ms" for name, s in entry["seconds"].items()}
-        print(f"{entry['case']}: {ms}, {entry['ratio']:.1f} x", flush=True)
-    if args.json:
-        writing.write_json(args.json, {"machine": about, "cases": found})
-    return 0
+    for case in cases(quick):
+        yield measure(case, clock)
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def line(entry: dict[str, Any]) -> str:
+    """The figures of a case in print."""
+    times = ", ".join(f"{name} {1e3 * s:.1f} ms" for name, s in entry["seconds"].items())
+    return f"{entry['case']}: {times}; the loop takes {entry['ratio']:.1f} times as long"
