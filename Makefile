@@ -4,8 +4,8 @@
 # make fuzz     random problems on every backend, against the definition (ARGS="--minutes 10 --seed 3")
 # make bench    the benchmarks, with the peers that are installed (ARGS="--quick", ARGS="--help")
 # make lint     ruff, clang-format and mypy
-# make integrations  other projects' samplers and pipelines on memokern.integrations: installs them (half a GB beside PyTorch, two minutes)
-#                 and runs the tests (one minute)
+# make integrations  other projects' samplers and pipelines on memokern.integrations: installs them (half a GB beside PyTorch; five minutes,
+#                 for the C++ is compiled again) and runs their tests (one minute)
 # make peers    what make bench compares with
 # make gpu-check  where there is a GPU: each operation against float64, then times beside the peers', within minutes
 #                 (ARGS="--minutes 15", ARGS="--help"); else: every kernel compiled

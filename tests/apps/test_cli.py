@@ -180,6 +180,17 @@ def test_memorization_reads_what_sample_wrote(tmp_path) -> None:
     assert done.stdout.splitlines()[2].split()[:2] == ["collapse", "100.0%"]
 
 
+def test_reproduce_takes_images_of_a_file(tmp_path) -> None:
+    images = np.random.default_rng(0).normal(size=(40, 4, 4)).astype(np.float32)
+    np.savez(tmp_path / "i.npz", a=images, b=images[:3])
+    arguments = ("reproduce", "conditional", "--quick", "--out", tmp_path, "--format", "png")
+    done = call(*arguments, "--data", tmp_path / "i.npz", "--key", "a")
+    assert done.exit_code == 0, done.output
+    assert "i.npz, 28 rows, the left half of other images given" in done.output
+    numbers = json.loads((tmp_path / "conditional.json").read_text())["numbers"]
+    assert numbers["images"]["shape"] == [4, 4]
+
+
 def test_reproduce_writes_figure_and_numbers(tmp_path) -> None:
     done = call("reproduce", "structured", "--quick", "--out", tmp_path / "new", "--format", "png")
     assert done.exit_code == 0, done.output

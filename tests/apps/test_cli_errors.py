@@ -99,6 +99,9 @@ reproduce => Missing argument
 reproduce magic => unknown experiment 'magic'; known: trajectories-ve
 reproduce rate --out notes.txt => --out: 'notes.txt' is a file, not a folder
 reproduce rate --format gif => 'gif' is not one of
+reproduce rate --data notes.txt => --data is for conditional, not for rate
+reproduce conditional --data missing.npy => --data: no such file
+reproduce conditional --key images => --key says which array of --data FILE
 demo --out notes.txt => --out: 'notes.txt' is a file, not a folder
 demo -n 0 => 0 is not in the range x>=1
 """

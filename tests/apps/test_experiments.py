@@ -14,12 +14,20 @@ from scipy import stats
 
 import memokern
 from memokern.apps import experiments
-from memokern.apps.experiments import conditional, networks, planar, squares, structured, sweeps
+from memokern.apps.experiments import (
+    conditional,
+    conditional_network,
+    networks,
+    planar,
+    squares,
+    structured,
+    sweeps,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 # Those with networks are in test_network_experiments.py.
-TRAINED = {experiment.name for experiment in networks.EXPERIMENTS}
+TRAINED = {e.name for e in (*networks.EXPERIMENTS, *conditional_network.EXPERIMENTS)}
 ANALYTIC = [name for name in experiments.EXPERIMENTS if name not in TRAINED]
 
 
@@ -169,16 +177,50 @@ def test_the_conditional_flow_ends_at_the_rows_as_often_as_their_weights_say(num
 
 def test_fewer_rows_and_less_variance_the_narrower_the_condition(numbers) -> None:
     n = numbers("conditional")
-    for values in (n["n_eff"].mean(0), n["digit_n_eff"], n["digit_trace"]):
+    digits = n["digits"]
+    for values in (n["n_eff"].mean(0), digits["n_eff"], digits["trace"], digits["own_n_eff"]):
         assert (np.diff(values) > 0).all()
+    # At its own condition a row counts most.
+    assert digits["own_n_eff"][0] < digits["n_eff"][0]
     assert n["trace"].mean(0)[0] < n["trace"].mean(0)[-1]
-    assert n["digit_trace"][-1] < n["digit_variance"]
+    assert digits["trace"][-1] < digits["variance"]
     # The published means, of other draws: the same size.
     for h, n_eff, trace in zip(
         n["bandwidths"], n["n_eff"].mean(0), n["trace"].mean(0), strict=True
     ):
         published = conditional.PUBLISHED[h]
         assert 0.5 < n_eff / published[1] < 2 and 0.6 < trace / published[0] < 1.6, h
+
+
+def test_inpainting_of_the_images_in_a_file(tmp_path) -> None:
+    """Against the weights by their definition; the published values are drawn beside them."""
+    generator = torch.Generator().manual_seed(4)
+    images = torch.randint(0, 256, (50, 3, 4, 6), dtype=torch.uint8, generator=generator)
+    np.savez(tmp_path / "some.npz", images=images.numpy(), labels=np.zeros(50))
+    p = conditional.Conditional(
+        data=str(tmp_path / "some.npz"), images=40, queries=6, image_bandwidths=(1.0, 2.0), seed=2
+    )
+    found = conditional.of_file(p)
+    assert (found["name"], found["shape"], found["rows"]) == ("some.npz", [3, 4, 6], 40)
+    first = torch.randperm(50, generator=torch.Generator().manual_seed(2))[:46]
+    pixels = images[first].double() * 2 / 255 - 1
+    generator = torch.Generator().manual_seed(2)
+    order = torch.randperm(46, generator=generator)
+    kept, fresh = pixels[order[:40]], pixels[order[40:]]
+    c, asked = (v[..., :3].flatten(1) for v in (kept, fresh))
+    own = c[:6] + 0.1 * torch.randn(6, 36, generator=generator, dtype=torch.float64)
+    flat = kept.flatten(1)
+    for prefix, wanted in (("", asked), ("own_", own)):
+        for k, h in enumerate((1.0, 2.0)):
+            w = torch.softmax(-torch.cdist(wanted, c).square() / (2 * h * h), 1)
+            square = (flat[None] - (w @ flat)[:, None]).square().sum(2)
+            n_eff, trace = (1 / w.square().sum(1)).mean(), (w * square).sum(1).mean()
+            assert found[f"{prefix}n_eff"][k] == pytest.approx(float(n_eff), rel=1e-5)
+            assert found[f"{prefix}trace"][k] == pytest.approx(float(trace), rel=1e-4, abs=1e-5)
+    assert conditional.of_file(conditional.Conditional()) is None
+    np.save(tmp_path / "flat.npy", np.zeros((5, 4), np.float32))
+    with pytest.raises(ValueError, match="to take halves of"):
+        conditional.of_file(conditional.Conditional(data=str(tmp_path / "flat.npy")))
 
 
 def test_squares_are_the_papers() -> None:

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from memokern.apps import experiments
-from memokern.apps.experiments import networks
+from memokern.apps.experiments import conditional_network, networks
+from memokern.training import LearnedDenoiser
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -22,6 +23,10 @@ TINY = {
     "network-squares": {
         "size": 16, "widths": (4, 8), "patch": 4, "depth": 2, "steps": 4, "evaluations": 2,
         "samples": 2, "batch": 4, "sampler_steps": 3,
+    },
+    "network-conditional": {
+        "points": 6, "asked": 3, "starts": 8, "width": 8, "steps": 4, "evaluations": 2,
+        "held_out": 20, "batch": 4, "sampler_steps": 3,
     },
 }  # fmt: skip
 
@@ -73,6 +78,45 @@ def test_small_width_few_epochs_early_stopping_and_c_reduce_the_collapse():
     stop = networks.early(whole)
     assert stop < len(whole["fraction"]) - 1
     assert networks.grows([whole["fraction"][stop], whole["fraction"][-1]], n["starts"])
+
+
+def test_effective_rows_are_right_in_the_mean():
+    """Of ten samples each, of rows drawn with known weights."""
+    p = torch.tensor([0.5, 0.3, 0.1, 0.1])
+    drawn = torch.multinomial(p.expand(20000, 4), 10, True, generator=torch.manual_seed(0))
+    pairs = 1 / conditional_network.effective_rows(drawn)
+    assert abs(float(pairs.mean()) - float(p.square().sum())) < 0.005
+    one = torch.zeros(2, 10, dtype=torch.int64)
+    assert conditional_network.effective_rows(one).tolist() == [1.0, 1.0]
+    assert conditional_network.effective_rows(torch.arange(10)[None]).tolist() == [90.0]
+
+
+def test_no_noise_is_added_to_a_condition():
+    """The loss is that of y with c held: another c of the same y and noise is another loss."""
+    network = networks.made(conditional_network.WithCondition, 0, 8, 1)
+    model = LearnedDenoiser(network, output="edm", sigma_data=1.0)
+    loss = conditional_network.ConditionalDenoising("x0")
+    rows = torch.tensor([[0.3, -0.2, 0.5], [1.0, 0.4, -1.0]])
+    noise, t = torch.randn(2, 3, generator=torch.manual_seed(0)), torch.tensor([0.5, 2.0]).double()
+    found = loss.at(model, rows, noise, t)
+    other = noise.clone()
+    other[:, 2] += 1
+    assert torch.equal(loss.at(model, rows, other, t), found)
+    for i in range(2):
+        x = rows[i : i + 1, :2] + float(t[i]) * noise[i : i + 1, :2]
+        x0 = conditional_network.at_conditions(model, rows[i : i + 1, 2:])(x, t[i])
+        torch.testing.assert_close(found[i], (x0 - rows[i, :2]).square().mean())
+    shifted = rows + torch.tensor([0.0, 0.0, 1.0])
+    assert not torch.allclose(loss.at(model, shifted, noise, t), found)
+
+
+@pytest.mark.long
+def test_stopped_early_a_conditional_network_keeps_the_variance_that_it_loses_in_the_end():
+    """The quick size."""
+    experiment = experiments.get("network-conditional")
+    n = experiment.run(experiment.parameters(**experiment.quick))
+    assert not any("does NOT hold" in line for line in experiment.conclude(n))
+    assert n["held_out"][-1] > 3 * min(n["held_out"]) and n["loss"][-1] < 0.5 * n["loss"][0]
 
 
 @pytest.mark.long

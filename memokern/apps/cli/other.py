@@ -37,6 +37,12 @@ def _experiment_list() -> str:
 @click.option(
     "--format", "suffix", default="pdf", show_default=True, type=click.Choice(["pdf", "png", "svg"])
 )
+@click.option(
+    "--data",
+    metavar="FILE",
+    help="Images whose halves `conditional` takes too: .npy, .npz or .safetensors.",
+)
+@click.option("--key", metavar="NAME", help="Which array of an .npz or .safetensors file.")
 @click.option("--quick", is_flag=True, help="Smaller sizes for a first look: rougher numbers.")
 @click.option(
     "--seed",
@@ -48,7 +54,14 @@ def _experiment_list() -> str:
     "--force", is_flag=True, help="Replace existing results; without it they are refused."
 )
 def reproduce(
-    name: str, out: Path, suffix: str, quick: bool, seed: int | None, force: bool
+    name: str,
+    out: Path,
+    suffix: str,
+    data: str | None,
+    key: str | None,
+    quick: bool,
+    seed: int | None,
+    force: bool,
 ) -> None:
     """Reproduce an experiment of arXiv:2501.15785: a figure fit for a paper, and a JSON of its
     numbers. Those with networks take a minute or two with --quick, and half an hour and more
@@ -63,6 +76,13 @@ def reproduce(
             raise ValueError(
                 f"unknown experiment {name!r}; known: {', '.join(experiments.EXPERIMENTS)}, all"
             )
+    if data is None and key is not None:
+        raise common.WrongInput("--key says which array of --data FILE: give that too")
+    if data is not None:
+        if not any(experiment.takes_data for experiment in chosen):
+            takers = ", ".join(n for n, e in experiments.EXPERIMENTS.items() if e.takes_data)
+            raise common.WrongInput(f"--data is for {takers}, not for {name}")
+        common.load(data, key, "--data", index=False)  # a wrong file is said before all else
     common.picture_folder(out)
     common.check_outputs(
         [
@@ -76,8 +96,9 @@ def reproduce(
         click.echo(f"{experiment.name}: {experiment.title}")
         with common.failure("cannot write"):
             outcome = experiments.reproduce(
-                experiment, out, suffix=f".{suffix}", quick=quick, seed=seed
-            )
+                experiment, out, suffix=f".{suffix}", quick=quick, seed=seed,
+                data=(data, key) if data is not None and experiment.takes_data else None,
+            )  # fmt: skip
         for line in outcome.conclusions:
             click.echo(f"  {line}")
         click.echo(

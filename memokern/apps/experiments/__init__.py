@@ -5,21 +5,29 @@ reproduce NAME` runs one and writes its figure and its numbers.
 Example:
     >>> from memokern.apps import experiments
     >>> sorted(experiments.EXPERIMENTS)[:3]
-    ['conditional', 'empirical-bayes-sweep', 'network-squares']
+    ['conditional', 'empirical-bayes-sweep', 'network-conditional']
     >>> experiments.get("rate").title
     'convergence to the training point at the rate of the noise level'
 """
 
 from __future__ import annotations
 
-from memokern.apps.experiments import conditional, networks, planar, squares, structured, sweeps
+from memokern.apps.experiments import (
+    conditional,
+    conditional_network,
+    networks,
+    planar,
+    squares,
+    structured,
+    sweeps,
+)
 from memokern.apps.experiments.base import Experiment, Outcome, output_paths, reproduce
 
 __all__ = ["EXPERIMENTS", "Experiment", "Outcome", "get", "output_paths", "reproduce"]
 
 EXPERIMENTS: dict[str, Experiment] = {
     experiment.name: experiment
-    for module in (planar, sweeps, structured, squares, conditional, networks)
+    for module in (planar, sweeps, structured, squares, conditional, networks, conditional_network)
     for experiment in module.EXPERIMENTS
 }
 

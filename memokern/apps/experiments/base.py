@@ -44,6 +44,11 @@ class Experiment:
     conclude: Callable[[Numbers], list[str]]
     quick: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
+    @property
+    def takes_data(self) -> bool:
+        """Whether its parameters have a file of the user's."""
+        return "data" in {field.name for field in dataclasses.fields(self.parameters)}
+
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
@@ -72,6 +77,7 @@ def reproduce(
     suffix: str = ".pdf",
     quick: bool = False,
     seed: int | None = None,
+    data: tuple[str, str | None] | None = None,
 ) -> Outcome:
     """Run an experiment and write its figure and numbers into `folder` (made if missing), each
     whole or not at all.
@@ -80,6 +86,7 @@ def reproduce(
         suffix: ".pdf", ".png" or ".svg".
         quick: smaller sizes (`Experiment.quick`); the JSON says so in its parameters.
         seed: what replaces the experiment's own seed.
+        data: a file of the user's and which array of it, for experiments that `takes_data`.
 
     Raises:
         RuntimeError: matplotlib is missing (before the computation).
@@ -91,6 +98,8 @@ def reproduce(
     changes = dict(experiment.quick) if quick else {}
     if seed is not None:
         changes["seed"] = seed
+    if data is not None:
+        changes |= {"data": data[0], "key": data[1]}
     parameters = experiment.parameters(**changes)
     started = time.perf_counter()
     numbers = experiment.run(parameters)

@@ -6,15 +6,18 @@ rows share the weight, and the law has the covariance Cov_h of the rows under p(
 one row is left, n_eff = 1 and tr Cov_h = 0: a conditional model memorises more than an
 unconditional one.
 
-Two problems: linear-Gaussian in the plane, where c is one coordinate with noise, and inpainting of
-digits, where c is the left half of an image. The published values (KhoiTrant68/cfm-collapse) are
-drawn beside the first as a guide to trend and size: their subsets and noise cannot be had.
+Two problems: linear-Gaussian in the plane, where c is one coordinate with noise, and inpainting,
+where c is the left half of an image: of digits, and of the images in a file where one is given. The
+published values (KhoiTrant68/cfm-collapse; inpainting of CIFAR-10) are drawn beside them as a guide
+to trend and size: their subsets and noise cannot be had.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,10 +30,13 @@ from memokern.apps import figures
 from memokern.apps.experiments.base import Experiment, Numbers
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # Published means: bandwidth -> tr Cov_h, n_eff; d = 2, k = 1, N = 200.
 PUBLISHED = {0.01: (0.583, 3.5), 0.05: (0.921, 13.6), 0.1: (1.004, 26.0), 0.5: (1.281, 101.5)}
+# The same of inpainting CIFAR-10; N = 2000, D = 3072.
+PUBLISHED_INPAINTING = {4.0: (79.15, 2.4), 5.0: (222.3, 17.2), 6.0: (344.1, 77.9)}
 # At this level x does not tell rows apart: |x - y|^2 / (2 sigma^2) is below 1e-6. The trace, which
 # the sweep gives as a difference of numbers of the size of sigma^2, is still right to 1e-6.
 UNINFORMATIVE = 1e4
@@ -40,7 +46,8 @@ UNINFORMATIVE = 1e4
 class Conditional:
     """points: N of the plane, in so many `seeds` sets; noise: of the condition; queries: conditions
     asked about. digits: rows; digit_bandwidths: in units of half an image, [-1, 1] per pixel.
-    starts: samples of one conditional flow.
+    starts: samples of one conditional flow. data: a file of images, and key: which array of it;
+    images: rows taken of it, image_bandwidths: as for digits.
     """
 
     points: int = 200
@@ -51,6 +58,10 @@ class Conditional:
     digits: int = 1700
     digit_bandwidths: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 1.0, 1.5, 2.0, 3.0)
     starts: int = 2000
+    data: str | None = None
+    key: str | None = None
+    images: int = 2000
+    image_bandwidths: tuple[float, ...] = (3.0, 4.0, 5.0, 6.0, 8.0, 12.0)
     seed: int = 1
 
 
@@ -91,8 +102,51 @@ def end_law(p: Conditional) -> Numbers:
     }  # fmt: skip
 
 
+def inpainting(images: Tensor, count: int, bandwidths: Sequence[float], p: Conditional) -> Numbers:
+    """Means of n_eff and tr Cov_h for `count` of the images [M, ..., W], in a random order, at left
+    halves of so many `queries`: of the images that follow ("n_eff", "trace"), and of the first rows
+    themselves, with a little noise ("own_n_eff", "own_trace")."""
+    generator = torch.Generator().manual_seed(p.seed)
+    order = torch.randperm(len(images), generator=generator)
+    kept, fresh = (images[i].double() for i in (order[:count], order[count:][: p.queries]))
+    half = images.shape[-1] // 2
+    left, others = (v[..., :half].flatten(1) for v in (kept, fresh))
+    own = left[: p.queries]
+    noise = torch.randn(own.shape, generator=generator, dtype=torch.float64)
+    found: Numbers = {
+        "bandwidths": list(bandwidths), "rows": len(kept), "noise": p.noise,
+        "variance": float(kept.flatten(1).var(0, unbiased=False).sum()),
+    }  # fmt: skip
+    for name, asked in (("", others), ("own_", own + p.noise * noise)):
+        each = [spread(kept, left, asked, h) for h in bandwidths]
+        found[f"{name}n_eff"] = [float(n.mean()) for n, _ in each]
+        found[f"{name}trace"] = [float(t.mean()) for _, t in each]
+    return found
+
+
+def of_file(p: Conditional) -> Numbers | None:
+    """Inpainting of the images in the file.
+
+    Raises: ValueError for rows of one axis, or too few of them; else as TrainingSet.
+    """
+    if p.data is None:
+        return None
+    data = memokern.TrainingSet(p.data, key=p.key)
+    if len(data.shape) < 2 or data.shape[-1] < 2 or data.n < 2:
+        raise ValueError(
+            f"expected at least two images [..., H, W] to take halves of, got {data.n} rows"
+            f" {list(data.shape)}"
+        )
+    count = min(p.images, data.n - min(p.queries, data.n // 2))
+    taken = torch.randperm(data.n, generator=torch.Generator().manual_seed(p.seed))
+    some = data.gather(taken[: count + p.queries])
+    found = inpainting(some, count, p.image_bandwidths, p)
+    return found | {"name": Path(p.data).name, "shape": list(data.shape)}
+
+
 def run_conditional(p: Conditional) -> Numbers:
-    """n_eff and tr Cov_h of both problems, and the end law of one flow."""
+    """n_eff and tr Cov_h of the problems, and the end law of one flow."""
+    images = of_file(p)  # first, because a file may be wrong
     numbers: Numbers = {"bandwidths": list(p.bandwidths), "end_law": end_law(p)}
     plane = np.zeros((2, p.seeds, len(p.bandwidths)))
     for seed in range(p.seeds):
@@ -103,17 +157,9 @@ def run_conditional(p: Conditional) -> Numbers:
             n_eff, trace = spread(rows, conditions, asked, h)
             plane[:, seed, k] = float(n_eff.mean()), float(trace.mean())
     numbers["n_eff"], numbers["trace"] = plane
-    digits = memokern.TrainingSet.digits()
-    images = digits[:].double()
-    left = images[:, :, :4].flatten(1)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(p.seed))
-    kept, fresh = order[: p.digits], order[p.digits :][: p.queries]
-    inpainting = [spread(images[kept], left[kept], left[fresh], h) for h in p.digit_bandwidths]
-    numbers["digit_bandwidths"] = list(p.digit_bandwidths)
-    numbers["digit_n_eff"] = [float(n.mean()) for n, _ in inpainting]
-    numbers["digit_trace"] = [float(t.mean()) for _, t in inpainting]
-    numbers["digit_variance"] = float(images[kept].flatten(1).var(0, unbiased=False).sum())
-    return numbers
+    digits = memokern.TrainingSet.digits()[:]
+    numbers["digits"] = inpainting(digits, p.digits, p.digit_bandwidths, p)
+    return numbers | {"images": images}
 
 
 def deviation(law: Numbers) -> tuple[float, int]:
@@ -126,6 +172,22 @@ def deviation(law: Numbers) -> tuple[float, int]:
     wanted = np.append(expected[often], expected[~often].sum())
     seen, wanted = seen[wanted > 0], wanted[wanted > 0]
     return float(((seen - wanted) ** 2 / wanted).sum()), len(seen) - 1
+
+
+def said(name: str, n: Numbers, published: Mapping[float, tuple[float, float]]) -> list[str]:
+    """What inpainting of these images gave."""
+    lines = []
+    for whose, prefix in (("other images", ""), ("the rows themselves", "own_")):
+        each = zip(n["bandwidths"], n[f"{prefix}n_eff"], n[f"{prefix}trace"], strict=True)
+        parts = [f"h = {h:g}: n_eff {e:.1f}, tr Cov {t:.2f}" for h, e, t in each]
+        lines.append(
+            f"{name}, {n['rows']} rows, the left half of {whose} given: {'; '.join(parts)}"
+            f"; all rows {n['variance']:.2f}"
+        )
+    if published:
+        parts = [f"h = {h:g}: {e:g}, {t:g}" for h, (t, e) in published.items()]
+        lines.append(f"published for inpainting of CIFAR-10: {'; '.join(parts)}")
+    return lines
 
 
 def conclude_conditional(n: Numbers) -> list[str]:
@@ -142,14 +204,8 @@ def conclude_conditional(n: Numbers) -> list[str]:
             )
             for h, e, t in zip(n["bandwidths"], n["n_eff"].mean(0), n["trace"].mean(0), strict=True)
         ),
-        "digits, the left half given: "
-        + "; ".join(
-            f"h = {h:g}: n_eff {e:.1f}, tr Cov {t:.2f}"
-            for h, e, t in zip(
-                n["digit_bandwidths"], n["digit_n_eff"], n["digit_trace"], strict=True
-            )
-        )
-        + f"; all rows {n['digit_variance']:.2f}",
+        *said("digits", n["digits"], {}),
+        *(said(n["images"]["name"], n["images"], PUBLISHED_INPAINTING) if n["images"] else ()),
         f"the conditional flow ends at rows (farthest {n['end_law']['farthest']:.1e}) as often as"
         f" p(c) says: chi-square {chi:.0f} at {freedom} degrees of freedom"
         + ("" if fair else " (does NOT hold here)"),
@@ -157,11 +213,30 @@ def conclude_conditional(n: Numbers) -> list[str]:
     return lines
 
 
+def _draw_inpainting(axis: Axes, n: Numbers, name: str) -> None:
+    own = "halves of rows"
+    for values, colour, label in (
+        ("n_eff", figures.BLUE, r"$n_{eff}$"),
+        ("trace", figures.VERMILION, r"tr Cov$_h$"),
+    ):
+        axis.loglog(n["bandwidths"], n[values], "o-", color=colour, label=label, markersize=3.5)
+        axis.loglog(n["bandwidths"], n[f"own_{values}"], "o--", color=colour, markersize=3.5,
+                    mfc="white", label=own if values == "trace" else None)  # fmt: skip
+    axis.axhline(n["variance"], color=figures.GREY, ls="--", lw=0.9, label="all rows")
+    axis.set(xlabel="bandwidth $h$", title=f"{name}, left half given")
+    low, high = min(n["bandwidths"]), max(n["bandwidths"])
+    ticks = [t for t in (0.2, 0.5, 1, 2, 3, 5, 10, 20) if low <= t <= high]
+    axis.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    axis.xaxis.set_minor_formatter("")
+    axis.legend(fontsize=7)
+
+
 def draw_conditional(n: Numbers) -> Figure:
-    """n_eff and tr Cov_h against h for the plane and the digits, and the end law."""
+    """n_eff and tr Cov_h against h for the plane and for images, and the end law."""
+    count = 4 if n["images"] else 3
     with figures.style():
-        figure, axes = figures.new(2.1 * figures.COLUMN, 2.6, 1, 3)
-        plane, digits, law = axes[0]
+        figure, axes = figures.new(0.7 * count * figures.COLUMN, 2.6, 1, count)
+        plane, digits, law = axes[0, :3]
         guide = np.array([[h, *PUBLISHED[h]] for h in PUBLISHED]).T
         for values, published, colour, label in (
             (n["n_eff"], guide[2], figures.BLUE, r"$n_{eff}$"),
@@ -174,15 +249,13 @@ def draw_conditional(n: Numbers) -> Figure:
                        label="published" if label.startswith("tr") else None)  # fmt: skip
         plane.set(xscale="log", yscale="log", xlabel="bandwidth $h$", title="linear-Gaussian")
         plane.legend(fontsize=7)
-        digits.loglog(n["digit_bandwidths"], n["digit_n_eff"], "o-", color=figures.BLUE,
-                      label=r"$n_{eff}$", markersize=3.5)  # fmt: skip
-        digits.loglog(n["digit_bandwidths"], n["digit_trace"], "o-", color=figures.VERMILION,
-                      label=r"tr Cov$_h$", markersize=3.5)  # fmt: skip
-        digits.axhline(n["digit_variance"], color=figures.GREY, ls="--", lw=0.9, label="all rows")
-        digits.set(xlabel="bandwidth $h$", title="digits, left half given")
-        digits.set_xticks([0.2, 0.5, 1.0, 2.0], ["0.2", "0.5", "1", "2"])
-        digits.xaxis.set_minor_formatter("")
-        digits.legend(fontsize=7)
+        _draw_inpainting(digits, n["digits"], "digits")
+        if n["images"]:
+            axis = axes[0, 3]
+            _draw_inpainting(axis, n["images"], n["images"]["name"])
+            guide = np.array([[h, *values] for h, values in PUBLISHED_INPAINTING.items()]).T
+            for values in guide[1:]:
+                axis.plot(guide[0], values, "x", color=figures.BLACK, markersize=5)
         share = n["end_law"]["count"] / n["end_law"]["count"].sum()
         top = float(max(share.max(), n["end_law"]["probability"].max())) * 1.1
         law.plot([0, top], [0, top], "-", color=figures.GREY, lw=0.9)

@@ -12,7 +12,8 @@ fraction of exact copies against the epochs.
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +31,8 @@ from memokern.training.networks import parameter_count
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+Network = TypeVar("Network", bound=torch.nn.Module)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +73,7 @@ def fit(trainer: Trainer, steps: list[int]) -> History:
     return trainer.history
 
 
-def made(network: type[MLP] | type[UNet], seed: int, *sizes: Any) -> MLP | UNet:
+def made(network: Callable[..., Network], seed: int, *sizes: Any) -> Network:
     """A network whose first weights are those of the seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
