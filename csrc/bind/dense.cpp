@@ -33,7 +33,8 @@ void small_posterior(const py::tuple& rows, uintptr_t x, bool f64, int64_t b, co
     for (int64_t j = 0; j < b; j++) c[i * b + j] = number;
   }
   if (PyErr_Occurred()) throw py::error_already_set();
-  Queries q = {pointer<void>(x), f64, b, c, c + b, c + 2 * b, pointer<double>(bias), kGaussian, nullptr};
+  Queries q = {pointer<void>(x),      f64,       b,  c,       c + b,  c + 2 * b,
+               pointer<double>(bias), kGaussian, {}, nullptr, nullptr};
   const Sums out = {pointer<void>(mean), c + 3 * b, c + 4 * b, c + 5 * b, c + 6 * b, pointer<void>(residual)};
   run(q, [&] { return kernels().posterior(r, q, out, threads); });
 }
@@ -50,7 +51,7 @@ void posterior_backward(const py::tuple& rows, const py::tuple& queries, const p
 void nearest(const py::tuple& rows, uintptr_t x, bool f64, int64_t b, int64_t k, uintptr_t sq_dist,
              uintptr_t index, int threads) {
   const Rows r = rows_from(rows);
-  Queries q = {pointer<void>(x), f64, b, nullptr, nullptr, nullptr, nullptr, kGaussian, nullptr};
+  Queries q = {pointer<void>(x), f64, b, nullptr, nullptr, nullptr, nullptr, kGaussian, {}, nullptr, nullptr};
   const Neighbours out = {pointer<double>(sq_dist), pointer<int64_t>(index), k};
   run(q, [&] { return kernels().nearest(r, q, out, threads); });
 }

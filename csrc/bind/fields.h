@@ -51,8 +51,8 @@ inline Rows rows_from(const py::tuple& t) {
   return checked(Rows{f, f, f, f, f, f, f, f, f});
 }
 inline Queries queries_from(const py::tuple& t) {
-  Fields f(t, "Queries", 8);
-  return checked(Queries{f, f, f, f, f, f, f, f, nullptr});
+  Fields f(t, "Queries", 14);
+  return checked(Queries{f, f, f, f, f, f, f, f, {f, f, f, f, f}, f, nullptr});
 }
 inline Sums sums_from(const py::tuple& t) {
   Fields f(t, "Sums", 6);
@@ -67,8 +67,8 @@ inline States states_from(const py::tuple& t) {
   return checked(States{f, f, f, f, f, f, f, f, f});
 }
 inline Gradients gradients_from(const py::tuple& t) {
-  Fields f(t, "Gradients", 5);
-  return checked(Gradients{f, f, f, f, f});
+  Fields f(t, "Gradients", 7);
+  return checked(Gradients{f, f, f, f, f, f, f});
 }
 inline RowLists lists_from(const py::tuple& t) {
   Fields f(t, "RowLists", 3);

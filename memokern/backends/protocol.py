@@ -52,6 +52,7 @@ class Call(NamedTuple):
     device: the type of the tensors' device. x, rows: their types. b, n, dim: how many queries, rows
     and features. k: how many neighbours, 0 for other operations. transform: whether a derivative
     transform of PyTorch (torch.func, forward mode) is at work, which a compiled kernel would lose.
+    own_bias: whether each query has a bias of its own (:attr:`.Query.own_bias`).
     """
 
     device: str
@@ -62,12 +63,21 @@ class Call(NamedTuple):
     dim: int
     k: int = 0
     transform: bool = False
+    own_bias: bool = False
 
     @classmethod
-    def of(cls, x: Tensor, rows: Tensor, k: int = 0, transform: bool = False) -> Call:
+    def of(
+        cls,
+        x: Tensor,
+        rows: Tensor,
+        k: int = 0,
+        *,
+        transform: bool = False,
+        own_bias: bool = False,
+    ) -> Call:
         """The call with these queries [B, D] and rows [N, D]."""
         b, n = x.shape[0], rows.shape[0]
-        return cls(x.device.type, x.dtype, rows.dtype, b, n, rows.shape[1], k, transform)
+        return cls(x.device.type, x.dtype, rows.dtype, b, n, rows.shape[1], k, transform, own_bias)
 
 
 class Backend:

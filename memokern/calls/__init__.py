@@ -4,13 +4,15 @@ A new input of the sweep is a field of :class:`Query` or :class:`Rows`; a new ou
 :class:`Sums` or :class:`State`.
 """
 
-from memokern.calls.arguments import WEIGHTINGS, LogitBounds, Query, RowLists, Rows
+from memokern.calls.arguments import WEIGHTINGS, Condition, LogitBounds, Query, RowLists, Rows
+from memokern.calls.bias import condition_bias, with_own_bias
 from memokern.calls.results import BasicSums, Gradients, Scan, Sums
 from memokern.calls.state import State, by_key, empty_state, merge, to_sums, without
 
 __all__ = [
     "WEIGHTINGS",
     "BasicSums",
+    "Condition",
     "Gradients",
     "LogitBounds",
     "Query",
@@ -20,8 +22,10 @@ __all__ = [
     "State",
     "Sums",
     "by_key",
+    "condition_bias",
     "empty_state",
     "merge",
     "to_sums",
+    "with_own_bias",
     "without",
 ]

@@ -19,6 +19,7 @@ class Rows(NamedTuple):
     data: [N, D] float64, float32, bfloat16, float16 or uint8; each row contiguous.
     center: [D] float32 or float64, and sq_norms: [N] float64 = |y_n - center|^2. A training set
     keeps both; where there is none, a backend computes a center of its own.
+    conditions: [N, K] float64, what a :class:`Condition` is compared with, or None.
     """
 
     data: Tensor
@@ -26,6 +27,7 @@ class Rows(NamedTuple):
     shift: float = 0.0
     center: Tensor | None = None
     sq_norms: Tensor | None = None
+    conditions: Tensor | None = None
 
     @property
     def n(self) -> int:
@@ -46,6 +48,27 @@ class Rows(NamedTuple):
         return self._replace(data=self.data.detach())
 
 
+class Condition(NamedTuple):
+    """What queries ask of the rows' conditions c_n: the logit of row n gets
+
+        -(|c - c_n|^2 - |c - a|^2) / (2 h^2),
+
+    at most 0. At h = 0 its limit: 0 where c_n is as near as a, else -inf.
+
+    c: [B, K], h: [B] >= 0, both float64. a: [B, K] float64, the nearest of all rows' conditions,
+    from which the part counts so that it is finite for some row whatever h is. A constant: the
+    gradient for c is sum_n g_n (c_n - a) / h^2.
+    """
+
+    c: Tensor
+    h: Tensor
+    a: Tensor
+
+    def take(self, at: Tensor | slice) -> Condition:
+        """Those of the queries at these positions."""
+        return Condition(self.c[at], self.h[at], self.a[at])
+
+
 class Query(NamedTuple):
     """Queries, and how each of them weighs the rows.
 
@@ -55,6 +78,8 @@ class Query(NamedTuple):
     -r^2 / (2 sigma^2) + bias_n; for "log", -(D / 2) log(r^2 / D) + bias_n.
     precision: how products with float32 rows are formed where there is a choice; see
     :func:`memokern.posterior`.
+    condition: a :class:`Condition`, whose part counts as bias too, or None. leave_out: [B] int64,
+    the number of a row that does not count for this query, -1 for none; or None.
     """
 
     x: Tensor
@@ -64,6 +89,8 @@ class Query(NamedTuple):
     bias: Tensor | None = None
     weighting: str = "gaussian"
     precision: str = "auto"
+    condition: Condition | None = None
+    leave_out: Tensor | None = None
 
     def take(self, at: Tensor | slice) -> Query:
         """The queries at these positions."""
@@ -72,24 +99,34 @@ class Query(NamedTuple):
             sigma=self.sigma[at],
             alpha=self.alpha[at],
             temperature=self.temperature[at],
+            condition=None if self.condition is None else self.condition.take(at),
+            leave_out=None if self.leave_out is None else self.leave_out[at],
         )
 
     def detach(self) -> Query:
         """The same queries, of which no gradient is recorded."""
-        return Query(
-            self.x.detach(),
-            self.sigma.detach(),
-            self.alpha.detach(),
-            self.temperature.detach(),
-            None if self.bias is None else self.bias.detach(),
-            self.weighting,
-            self.precision,
+        return self._replace(
+            x=self.x.detach(),
+            sigma=self.sigma.detach(),
+            alpha=self.alpha.detach(),
+            temperature=self.temperature.detach(),
+            bias=None if self.bias is None else self.bias.detach(),
+            condition=None
+            if self.condition is None
+            else Condition(*(v.detach() for v in self.condition)),
         )
 
     @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        """x, sigma, alpha, temperature, bias: what a gradient can be taken for."""
-        return self.x, self.sigma, self.alpha, self.temperature, self.bias
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """x, sigma, alpha, temperature, bias, condition, bandwidth: what a gradient can be taken
+        for."""
+        c, h = (None, None) if self.condition is None else self.condition[:2]
+        return self.x, self.sigma, self.alpha, self.temperature, self.bias, c, h
+
+    @property
+    def own_bias(self) -> bool:
+        """Whether each query has a bias of its own: that of a condition, or a row left out."""
+        return self.condition is not None or self.leave_out is not None
 
     def computes_in_float64(self, rows: Rows) -> bool:
         """Whether the sweep over these rows accumulates in float64."""

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from memokern.calls.arguments import WEIGHTINGS, LogitBounds, Query, RowLists, Rows
+from memokern.calls.arguments import WEIGHTINGS, Condition, LogitBounds, Query, RowLists, Rows
 
 F64 = torch.float64
 ROW_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.uint8)
@@ -65,10 +65,15 @@ def check_weighting(weighting: str) -> None:
         raise ValueError(f"weighting must be {' or '.join(WEIGHTINGS)}, not {weighting!r}")
 
 
-def check_gaussian(weighting: str, operation: str) -> None:
-    """ValueError for a weighting that an operation on selected rows does not have."""
-    if weighting != "gaussian":
-        raise ValueError(f'{operation} has the weighting "gaussian" only, not {weighting!r}')
+def check_selectable(query: Query, operation: str) -> None:
+    """ValueError for what an operation on selected rows does not have."""
+    if query.weighting != "gaussian":
+        raise ValueError(f'{operation} has the weighting "gaussian" only, not {query.weighting!r}')
+    if query.own_bias:
+        raise ValueError(
+            f"{operation} has no condition and no leave_out: sweep over all rows (posterior), or"
+            " give them as a bias"
+        )
 
 
 def contiguous64(tensor: Tensor) -> Tensor:
@@ -105,7 +110,33 @@ def prepared(query: Query, rows: Rows) -> Query:
         bias = contiguous64(bias)
         if bias.shape != (rows.n,):
             raise ValueError(f"bias must have shape [{rows.n}], not {list(bias.shape)}")
-    return Query(x, sigma, alpha, temperature, bias, query.weighting, query.precision)
+    condition, leave_out = query.condition, query.leave_out
+    if condition is not None:
+        condition = _prepared_condition(condition, rows, len(x))
+    if leave_out is not None:
+        leave_out = shaped("leave_out", leave_out, each, torch.int64)
+    return query._replace(
+        x=x, sigma=sigma, alpha=alpha, temperature=temperature, bias=bias, condition=condition,
+        leave_out=leave_out,
+    )  # fmt: skip
+
+
+def _prepared_condition(condition: Condition, rows: Rows, b: int) -> Condition:
+    """The condition, contiguous; ValueError unless it fits b queries and the rows."""
+    k = condition.c.shape[-1]
+    if rows.conditions is None:
+        raise ValueError("a condition needs the rows' conditions [N, K]")
+    if rows.conditions.shape != (rows.n, k) or not rows.conditions.is_contiguous():
+        raise ValueError(
+            f"the rows' conditions must be contiguous [{rows.n}, {k}], not"
+            f" {list(rows.conditions.shape)}"
+        )
+    shaped("conditions", rows.conditions, (rows.n, k), F64)
+    return Condition(
+        shaped("condition", condition.c, (b, k), F64),
+        shaped("bandwidth", condition.h, (b,), F64),
+        shaped("anchor", condition.a, (b, k), F64),
+    )
 
 
 def prepared_x(x: Tensor, rows: Rows) -> Tensor:

@@ -43,7 +43,8 @@ class Gradients(NamedTuple):
     """Gradients for the fields of a :class:`.Query`.
 
     x: [B, D] in x's type; sigma, alpha, temperature: [B] float64; bias: [N] float64, or [0] where
-    the query has none (an operation cannot return None).
+    the query has none (an operation cannot return None). condition: [B, K], bandwidth: [B], those
+    for c and h of a :class:`.Condition`, float64, or [0] likewise.
     """
 
     x: Tensor
@@ -51,6 +52,8 @@ class Gradients(NamedTuple):
     alpha: Tensor
     temperature: Tensor
     bias: Tensor
+    condition: Tensor
+    bandwidth: Tensor
 
 
 class Scan(NamedTuple):

@@ -51,10 +51,11 @@ def _direct(operation: str, query: Query, rows: Rows) -> Backend | None:
     """The backend, where the dispatcher has nothing to do (it takes as long as scanning a thousand
     rows), or would lose a transform that the reference answers."""
     all_tensors = tensors(query, rows)
+    own_bias = query.own_bias
     if undispatched(*all_tensors):
-        return choose(operation, Call.of(query.x, rows.data))
+        return choose(operation, Call.of(query.x, rows.data, own_bias=own_bias))
     if under_transform(*all_tensors):
-        return choose(operation, Call.of(query.x, rows.data, transform=True))
+        return choose(operation, Call.of(query.x, rows.data, transform=True, own_bias=own_bias))
     return None
 
 
@@ -69,7 +70,8 @@ def posterior(query: Query, rows: Rows) -> Sums:
 def posterior_state(query: Query, rows: Rows) -> State:
     """The dense sweep, not normalised."""
     if under_transform(*tensors(query, rows)):
-        backend = choose("posterior_state", Call.of(query.x, rows.data, transform=True))
+        call = Call.of(query.x, rows.data, transform=True, own_bias=query.own_bias)
+        backend = choose("posterior_state", call)
         return backend.posterior_state(query, rows)
     return State(*OPS.posterior_state(*flat(query, rows)))
 

@@ -11,14 +11,16 @@ from memokern.backends.protocol import Call, choose
 from memokern.calls import BasicSums, Gradients, Query, State, Sums, to_sums
 from memokern.calls.checks import check_weighting
 from memokern.ops.flat import (
-    FIVE,
+    CONDITIONS,
     PER_QUERY,
     PREFIX,
+    SEVEN,
     SIX,
     SUM_GRADS,
     SUMS,
     TENSORS,
     WIDTH,
+    flat,
     query_of,
     rows_of,
 )
@@ -33,12 +35,14 @@ from memokern.ops.registration import (
 )
 
 _STATE = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+# A bandwidth at which every condition counts the same.
+_FLAT = 1e150
 _BOTH = "Tensor[] grads, Tensor[] grad_grads"
 
 
 def _call(args: tuple[Any, ...]) -> Call:
-    check_weighting(args[10])
-    return Call.of(args[0], args[1])
+    check_weighting(args[15])
+    return Call.of(args[0], args[1], own_bias=args[6] is not None or args[9] is not None)
 
 
 def _posterior(*args: Any) -> Sums:
@@ -82,7 +86,7 @@ def _double_backward(*args: Any) -> list[Tensor]:
 
 define("posterior", PREFIX, SIX, _posterior)
 define("posterior_state", PREFIX, _STATE, _posterior_state)
-define("posterior_backward", f"{PREFIX}, {SUMS}, {SUM_GRADS}", FIVE, _backward)
+define("posterior_backward", f"{PREFIX}, {SUMS}, {SUM_GRADS}", SEVEN, _backward)
 define("posterior_backward_rows", f"{PREFIX}, Tensor[] grads", "Tensor", _backward_rows)
 define("posterior_double_backward", f"{PREFIX}, {_BOTH}", "Tensor[]", _double_backward)
 
@@ -96,9 +100,9 @@ def fake_sums(x: Tensor, rows: Tensor, sigma: Tensor, *_: Any) -> tuple[Tensor, 
 
 
 def fake_gradients(*args: Any) -> tuple[Tensor, ...]:
-    x, _, sigma, _, _, bias = args[:6]
-    grad_bias = sigma.new_empty(0) if bias is None else bias.new_empty(bias.shape)
-    return (x.new_empty(x.shape), *(sigma.new_empty(sigma.shape) for _ in range(3)), grad_bias)
+    x, _, sigma, _, _, *given = args[:8]
+    rest = (sigma.new_empty(0 if v is None else v.shape) for v in given)
+    return (x.new_empty(x.shape), *(sigma.new_empty(sigma.shape) for _ in range(3)), *rest)
 
 
 def fake_double_backward(*args: Any) -> list[Tensor]:
@@ -124,8 +128,10 @@ fake("posterior_double_backward", fake_double_backward)
 
 def query_gradients(ctx: Any, grads: tuple[Tensor, ...], rows: Tensor | None) -> list[Any]:
     """Gradients for the arguments of PREFIX, from those for the query and the rows."""
-    grad_bias = grads[4] if ctx.has_bias else None
-    return [grads[0], rows, *grads[1:4], grad_bias, *(None,) * (WIDTH - 6)]
+    if ctx.needs_input_grad[CONDITIONS]:
+        raise RuntimeError("there is no gradient for the rows' conditions: detach them")
+    rest = [g if given else None for g, given in zip(grads[4:7], ctx.given, strict=True)]
+    return [grads[0], rows, *grads[1:4], *rest, *(None,) * (WIDTH - 8)]
 
 
 def without_residual(
@@ -146,7 +152,7 @@ class _Posterior(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.options, ctx.has_bias = inputs[TENSORS:], inputs[5] is not None
+        ctx.options, ctx.given = inputs[TENSORS:], [v is not None for v in inputs[5:8]]
         ctx.save_for_backward(*inputs[:TENSORS], *output)
 
     @staticmethod
@@ -179,7 +185,7 @@ class _PosteriorState(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.options, ctx.has_bias = inputs[TENSORS:], inputs[5] is not None
+        ctx.options, ctx.given = inputs[TENSORS:], [v is not None for v in inputs[5:8]]
         ctx.mark_non_differentiable(output[0], output[1], output[8])
         ctx.save_for_backward(*inputs[:TENSORS], *output)
 
@@ -193,20 +199,31 @@ class _PosteriorState(torch.autograd.Function):
         pull, s = grads[7], state.s[:, None]
         grad_x = (-s * pull).to(query.x.dtype)
         grad_alpha = (pull * (state.acc + s * state.center)).to(torch.float64).sum(1)
-        if query.bias is None:
-            out = _gradients(ctx, args, list(sums), list(pulled))
-            out[0], out[3] = out[0] + grad_x, out[3] + grad_alpha
-            out[4] = out[4] + grad_t
-            return tuple(out)
-        # A part of which the bias leaves no row has no gradient: it is asked as if it had them all,
-        # since 0 times what is NaN would be NaN, and the answer is left out.
-        empty = torch.isneginf(query.bias.detach()).all()
-        args = (*args[:5], torch.where(empty, 0.0, query.bias), *args[6:])
-        known = [torch.where(empty, 0.0, v) for v in sums]
-        out = _gradients(ctx, args, known, list(pulled))
+        if query.bias is not None or query.own_bias:
+            # A query to which no row is left has no gradient: it is asked as if it had them all,
+            # for gradients of 0, since 0 times what is NaN would be NaN.
+            empty = state.s.detach() == 0
+            args = flat(_with_every_row(query, empty), rows_of(args))
+            sums, pulled = (
+                BasicSums(*(torch.where(empty[:, None] if v.dim() == 2 else empty, 0.0, v) for v in values))
+                for values in (sums, pulled)
+            )
+        out = _gradients(ctx, args, list(sums), list(pulled))
         out[0], out[3] = out[0] + grad_x, out[3] + grad_alpha
         out[4] = out[4] + grad_t
-        return tuple(None if g is None else torch.where(empty, 0.0, g) for g in out)
+        return tuple(out)
+
+
+def _with_every_row(query: Query, which: Tensor) -> Query:
+    """The query, with nothing that leaves out all rows of those in `which` [B]."""
+    bias, condition, leave_out = query.bias, query.condition, query.leave_out
+    if bias is not None:
+        bias = torch.where(torch.isneginf(bias.detach()).all(), 0.0, bias)
+    if condition is not None:
+        condition = condition._replace(h=torch.where(which, _FLAT, condition.h))
+    if leave_out is not None:
+        leave_out = torch.where(which, -1, leave_out)
+    return query._replace(bias=bias, condition=condition, leave_out=leave_out)
 
 
 def _to_gradients_of_sums(
@@ -244,7 +261,7 @@ class _PosteriorBackward(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.options, ctx.has_bias = inputs[TENSORS:WIDTH], inputs[5] is not None
+        ctx.options, ctx.given = inputs[TENSORS:WIDTH], [v is not None for v in inputs[5:8]]
         ctx.save_for_backward(*inputs[:TENSORS], *inputs[WIDTH + 5 :])
 
     @staticmethod
@@ -257,7 +274,7 @@ class _PosteriorBackward(torch.autograd.Function):
         args = (*ctx.saved_tensors[:TENSORS], *ctx.options)
         grads = list(ctx.saved_tensors[TENSORS:])
         out = OPS.posterior_double_backward(*args, grads, list(grad_grads))
-        return (*query_gradients(ctx, out[:5], None), *(None,) * 5, *out[5:])
+        return (*query_gradients(ctx, out[:7], None), *(None,) * 5, *out[7:])
 
 
 differentiable("posterior", _Posterior)

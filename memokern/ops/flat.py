@@ -6,28 +6,31 @@ from typing import Any
 
 from torch import Tensor
 
-from memokern.calls import Query, Rows
+from memokern.calls import Condition, Query, Rows
 
 # The first arguments of every operation but `nearest`; the tensors among them come first.
 PREFIX = (
     "Tensor x, Tensor rows, Tensor sigma, Tensor alpha, Tensor temperature, Tensor? bias,"
-    " Tensor? center, Tensor? sq_norms, float scale, float shift, str weighting, str precision"
+    " Tensor? condition, Tensor? bandwidth, Tensor? anchor, Tensor? leave_out, Tensor? center,"
+    " Tensor? sq_norms, Tensor? conditions, float scale, float shift, str weighting, str precision"
 )
-WIDTH, TENSORS = 12, 8
+WIDTH, TENSORS = 17, 13
+CONDITIONS = 12
 # Those of them that have a value for each query.
-PER_QUERY = frozenset({0, 2, 3, 4})
+PER_QUERY = frozenset({0, 2, 3, 4, 6, 7, 8, 9})
 
 SUMS = "Tensor mean, Tensor log_z, Tensor mean_logit, Tensor mean_bias, Tensor weight_sq"
 SUM_GRADS = (
     "Tensor grad_mean, Tensor grad_log_z, Tensor grad_mean_logit, Tensor grad_mean_bias,"
     " Tensor grad_weight_sq"
 )
-FIVE = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
+SEVEN = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 SIX = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 
 
 def flat(query: Query, rows: Rows) -> tuple[Any, ...]:
     """The arguments of :data:`PREFIX`."""
+    condition = (None,) * 3 if query.condition is None else query.condition
     return (
         query.x,
         rows.data,
@@ -35,8 +38,11 @@ def flat(query: Query, rows: Rows) -> tuple[Any, ...]:
         query.alpha,
         query.temperature,
         query.bias,
+        *condition,
+        query.leave_out,
         rows.center,
         rows.sq_norms,
+        rows.conditions,
         rows.scale,
         rows.shift,
         query.weighting,
@@ -46,14 +52,21 @@ def flat(query: Query, rows: Rows) -> tuple[Any, ...]:
 
 def query_of(args: tuple[Any, ...]) -> Query:
     """The query in the arguments of an operation."""
-    return Query(args[0], args[2], args[3], args[4], args[5], args[10], args[11])
+    given = args[6:9]
+    if any(v is None for v in given):
+        if not all(v is None for v in given):
+            raise ValueError("condition, bandwidth and anchor belong together: give all or none")
+        condition = None
+    else:
+        condition = Condition(*given)
+    return Query(args[0], *args[2:6], args[15], args[16], condition, args[9])
 
 
 def rows_of(args: tuple[Any, ...]) -> Rows:
     """The rows in the arguments of an operation."""
-    return Rows(args[1], args[8], args[9], args[6], args[7])
+    return Rows(args[1], args[13], args[14], *args[10:13])
 
 
 def tensors(query: Query, rows: Rows) -> tuple[Tensor | None, ...]:
     """What may carry a gradient or be mapped over."""
-    return query.x, rows.data, query.sigma, query.alpha, query.temperature, query.bias
+    return rows.data, *query.tensors

@@ -17,8 +17,8 @@ from memokern.ops.dense import (
     without_residual,
 )
 from memokern.ops.flat import (
-    FIVE,
     PREFIX,
+    SEVEN,
     SIX,
     SUM_GRADS,
     SUMS,
@@ -79,7 +79,7 @@ def _double_backward(*args: Any) -> list[Tensor]:
 
 define("bound_scan", f"{PREFIX}, {_BOUNDS}", "(Tensor, Tensor, Tensor, Tensor)", _bound_scan)
 define("posterior_listed", f"{PREFIX}, {_LISTS}", SIX, _listed)
-define("posterior_listed_backward", f"{PREFIX}, {_LISTS}, {SUMS}, {SUM_GRADS}", FIVE, _backward)
+define("posterior_listed_backward", f"{PREFIX}, {_LISTS}, {SUMS}, {SUM_GRADS}", SEVEN, _backward)
 define(
     "posterior_listed_double_backward",
     f"{PREFIX}, {_LISTS}, Tensor[] grads, Tensor[] grad_grads",
@@ -126,7 +126,7 @@ class _Listed(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.options, ctx.has_bias = inputs[TENSORS:WIDTH], inputs[5] is not None
+        ctx.options, ctx.given = inputs[TENSORS:WIDTH], [v is not None for v in inputs[5:8]]
         ctx.save_for_backward(*inputs[:TENSORS], *inputs[WIDTH:], *output)
 
     @staticmethod
@@ -148,7 +148,7 @@ class _ListedBackward(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.options, ctx.has_bias = inputs[TENSORS:WIDTH], inputs[5] is not None
+        ctx.options, ctx.given = inputs[TENSORS:WIDTH], [v is not None for v in inputs[5:8]]
         kept = (*inputs[:TENSORS], *inputs[WIDTH:_AFTER_LISTS], *inputs[_AFTER_LISTS + 5 :])
         ctx.save_for_backward(*kept)
 
@@ -158,7 +158,7 @@ class _ListedBackward(torch.autograd.Function):
         args = (*ctx.saved_tensors[:TENSORS], *ctx.options)
         lists, grads = ctx.saved_tensors[TENSORS : TENSORS + 2], ctx.saved_tensors[TENSORS + 2 :]
         out = OPS.posterior_listed_double_backward(*args, *lists, list(grads), list(grad_grads))
-        return (*query_gradients(ctx, out[:5], None), *(None,) * 7, *out[5:])
+        return (*query_gradients(ctx, out[:7], None), *(None,) * 7, *out[7:])
 
 
 # The lists are discrete: nothing is recorded.

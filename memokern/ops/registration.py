@@ -98,6 +98,8 @@ def vmap(name: str, per_query: frozenset[int] = frozenset(), shared_outputs: int
         if size and per_query and all(i in per_query for i, m in enumerate(mapped) if m):
             folded = list(moved)
             for i in per_query:
+                if moved[i] is None:
+                    continue
                 value = moved[i] if mapped[i] else moved[i].expand(size, *moved[i].shape)
                 folded[i] = value.flatten(0, 1)
             outs = op(*folded)

@@ -54,7 +54,7 @@ def explain(query: Query, rows: Rows, index: Index | None, method: str, k: int) 
     operation = "nearest" if k else "posterior"
     every = tensors(query, rows)
     transform = under_transform(*every)
-    call = Call.of(query.x, rows.data, k, transform)
+    call = Call.of(query.x, rows.data, k, transform=transform, own_bias=query.own_bias)
     answers = tuple(protocol.explain(operation, call))
     try:
         runs: str | None = protocol.choose(operation, call).name

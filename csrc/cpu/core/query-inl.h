@@ -40,6 +40,8 @@ struct Query {
   double a1, a2;          // t = a1 <xc, yc> - a2 |yc|^2 + b / T
   double shared;          // |xc|^2 / (2 sigma^2 T): l / T = t - shared
   double e0, e1, e2, e3;  // the error of t is e0 + e1 |yc| + e2 |yc|^2 + e3 |b|
+  int lane;               // among the queries that are weighed together
+  double b_max;           // where each query has a bias of its own, the largest |b| in the tile
 };
 
 // Estimates the error of t where weights are smooth. A product of two centred and rounded vectors, whose
@@ -81,6 +83,14 @@ static void bound_error(const Plan& pl, const Source<R>& src, Query<R>& q) {
   q.e3 = 0;
 }
 
+// Whether what query b asks of conditions, if anything, is finite.
+static bool has_condition(const Queries& in, int64_t b) {
+  const Conditions& c = in.conditions;
+  double all = 0;
+  for (int64_t i = b * c.k; c.rows && i < (b + 1) * c.k; i++) all += 0 * c.c[i] + 0 * c.a[i];
+  return all == 0 && (!c.rows || (c.h[b] >= 0 && c.h[b] < kInf));
+}
+
 // Query b; xc [D] receives its vector, centred.
 template <class R>
 static Query<R> make_query(const Queries& in, const Source<R>& src, int64_t b, const Plan& pl, R* xc) {
@@ -100,7 +110,7 @@ static Query<R> make_query(const Queries& in, const Source<R>& src, int64_t b, c
     xx += v * v;
   }
   q.xx = xx;
-  if (!(xx < kInf) || !(q.sigma >= 0) || !(q.inv_t > 0) || !(q.inv_t < kInf)) {
+  if (!(xx < kInf) || !has_condition(in, b) || !(q.sigma >= 0) || !(q.inv_t > 0) || !(q.inv_t < kInf)) {
     q.mode = kNotFinite;
     for (int64_t d = 0; d < D; d++) xc[d] = 0;
     q.xx = 0;

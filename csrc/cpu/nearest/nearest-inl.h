@@ -109,12 +109,14 @@ static int nearest_typed(const Rows& rows, const Queries& given, const Neighbour
   for (int64_t b = 0; b < given.b; b++) one[b] = 1;
   in.alpha = in.temperature = one;
   in.bias = nullptr;
+  in.conditions.rows = nullptr;
+  in.leave_out = nullptr;
   in.weighting = kGaussian;
   const int parts = (int)imax(1, imin(threads, tiles)), workers = (int)imax(1, imin(threads, pl.B));
   WorkSpaces<SweepWork<R>> list(parts);
   if (!list.items) return kNoMemory;
   for (int i = 0; i < parts; i++)
-    if (!list.items[i].reserve(pl, false)) return kNoMemory;
+    if (!list.items[i].reserve(pl, in)) return kNoMemory;
   CandidateLists lists;
   if (!lists.reserve(pl.B, parts, k, imin(rows.n, (tiles + parts - 1) / parts * pl.NT))) return kNoMemory;
   int failed = 0;

@@ -30,6 +30,7 @@ struct BackwardSums {
   double ql;      // sum of q (l - b)
   double qa, wa;  // sums of q c <x - alpha y, yc>, and of w <x - alpha y, yc>
   double temp;    // sum of w (l - E) h
+  double qh;      // sum of (q + gb w) part, the condition's part of the bias
 };
 
 template <class R>
@@ -44,13 +45,17 @@ struct BackwardWork {
   double* g_shift;     // [B] <g, mean - center>
   BackwardSums* sums;  // [B]
   double* grad_bias;   // [N] or null
+  double* grad_c;      // [B][k] sum of (q + gb w) (c_n - a), or null
   Arena arena;
-  bool reserve(const Plan& pl, bool bias, int64_t N) {
-    if (!fwd.reserve(pl, bias)) return false;
+  bool reserve(const Plan& pl, const Queries& in, int64_t N) {
+    const bool bias = in.bias;
+    const int64_t k = in.conditions.rows ? in.conditions.k : 0;
+    if (!fwd.reserve(pl, in)) return false;
     if (!arena.reserve(Arena::bytes<R>(pl.Bp * pl.Dp) + Arena::bytes<R>(pl.B * pl.Dp) +
                        Arena::bytes<R>(pl.NT * pl.Ps) + 3 * Arena::bytes<R>(pl.NT) +
                        Arena::bytes<double>(pl.B) + Arena::bytes<double>(pl.D) +
-                       Arena::bytes<BackwardSums>(pl.B) + (bias ? Arena::bytes<double>(N) : 0)))
+                       Arena::bytes<BackwardSums>(pl.B) + (bias ? Arena::bytes<double>(N) : 0) +
+                       Arena::bytes<double>(pl.B * k)))
       return false;
     g = arena.take<R>(pl.Bp * pl.Dp);
     pg = arena.take<R>(pl.NT * pl.Ps);
@@ -62,6 +67,7 @@ struct BackwardWork {
     g_shift = arena.take<double>(pl.B);
     sums = arena.take<BackwardSums>(pl.B);
     grad_bias = bias ? arena.take<double>(N) : nullptr;
+    grad_c = k ? arena.take<double>(pl.B * k) : nullptr;
     return true;
   }
 };
@@ -81,12 +87,19 @@ static void exact_row(const Source<R>& src, const Query<R>& q, const double* mea
   out[2] = gy;
 }
 
+// Of a query, what its condition gathers.
+struct ConditionArgs {
+  const Conditions* of;  // null where there is none
+  const double* part;    // [NT][W] what it adds to the logits
+  double* grad_c;        // [k]
+};
+
 // One tile for query b. p holds the products of the rows with the query and becomes the coefficients q c; pg
 // holds those with the gradient of the mean.
 template <class R>
 static void backward_tile(const TileContext<R>& s, const BackwardArgs& io, const Query<R>& q, int64_t b,
                           double g_shift, double* row, R* logit, R* p, R* pg, R* near, BackwardSums& a,
-                          double* grad_bias) {
+                          double* grad_bias, const ConditionArgs& condition) {
   const bool is_log = q.mode == kLogWeighting;
   const double T = q.temperature, E = io.sums.mean_logit[b], Eb = io.sums.mean_bias[b],
                S = io.sums.weight_sq[b];
@@ -100,7 +113,7 @@ static void backward_tile(const TileContext<R>& s, const BackwardArgs& io, const
     return;
   }
   for (int64_t j = 0; j < s.tile->cnt; j++) {
-    const double bj = bias_of(s, j);
+    const double bj = bias_of(q, s, j);
     double t, r2 = 0, exact[3];
     bool direct;
     if (is_log) {
@@ -142,6 +155,9 @@ static void backward_tile(const TileContext<R>& s, const BackwardArgs& io, const
     a.wa += w * xy;
     a.temp += w * (l - E) * (hg + ho);
     if (grad_bias) grad_bias[s.tile->n0 + j] += coeff + gb * w;
+    if (condition.of)
+      add_condition_gradient(*condition.of, b, s.tile->n0 + j, coeff + gb * w,
+                             condition.part[j * Vec<R>::W + q.lane], condition.grad_c, a.qh);
     if (direct) {  // its term of grad_x as it is: within the sums it would cancel where r is small
       for (int64_t d = 0; d < s.D; d++) near[d] += (R)(coeff * c * (q.alpha * row[d] - (double)q.x[d]));
       p[j] = R(0);
@@ -170,11 +186,15 @@ MK_INLINE bool has_gradient(const Query<R>& q) {
 template <class R>
 static int backward_sweep(const Source<R>& src, const Queries& in, const BackwardArgs& io, const Plan& pl,
                           double b_max, int64_t b0, int64_t B, int64_t n0, int64_t n1, BackwardWork<R>& w) {
+  enum { W = Vec<R>::W };
   const Products<R> products = products_for(src, pl);
   SweepWork<R>& f = w.fwd;
   memset((void*)w.sums, 0, pl.B * sizeof(BackwardSums));
   memset((void*)f.acc, 0, pl.B * pl.Dp * sizeof(R));
   memset((void*)w.near, 0, pl.B * pl.Dp * sizeof(R));
+  const Conditions& conditions = in.conditions;
+  const int64_t k = w.grad_c ? conditions.k : 0;
+  if (k) memset((void*)w.grad_c, 0, pl.B * k * sizeof(double));
   load_queries(src, in, pl, b0, B, f);
   for (int64_t b = 0; b < B; b++) {
     const double *g = io.grads.mean + (b0 + b) * pl.D, *mean = io.sums.mean + (b0 + b) * pl.D;
@@ -195,14 +215,18 @@ static int backward_sweep(const Source<R>& src, const Queries& in, const Backwar
     products.dots(src, pl, f.tile, f.x, 0, B, f.p, next);
     products.dots(src, pl, f.tile, w.g, 0, B, w.pg, next);
     for (int64_t b = 0; b < B; b++) {
+      if (b % W == 0)
+        load_own_bias(f, b, (int)imin(W, B - b),
+                      [&](int64_t i) { return io.sums.log_z[b0 + i] * f.q[i].inv_t + f.q[i].shared; });
       const bool moves = has_gradient(f.q[b]);
       for (int64_t j = 0; j < f.tile.cnt; j++) {
         w.dot[j] = moves ? f.p[j * pl.Ps + b] : R(0);
         w.dot_g[j] = w.pg[j * pl.Ps + b];
       }
+      const ConditionArgs condition = {k ? &conditions : nullptr, f.own.part, w.grad_c + b * k};
       if (moves)
         backward_tile(s, io, f.q[b], b0 + b, w.g_shift[b], w.row, w.logit, w.dot, w.dot_g, w.near + b * pl.Dp,
-                      w.sums[b], w.grad_bias);
+                      w.sums[b], w.grad_bias, condition);
       for (int64_t j = 0; j < f.tile.cnt; j++) f.p[j * pl.Ps + b] = w.dot[j];
     }
     products.accumulate(src, pl, f.tile, f.p, 0, B, f.acc, next);
@@ -212,13 +236,16 @@ static int backward_sweep(const Source<R>& src, const Queries& in, const Backwar
 
 // Adds what the other parts of query b found to what the first one did.
 template <class R>
-static void join_backward_parts(const Plan& pl, BackwardWork<R>* work, int parts, int64_t b) {
+static void join_backward_parts(const Plan& pl, const Queries& in, BackwardWork<R>* work, int parts,
+                                int64_t b) {
+  const int64_t k = work[0].grad_c ? in.conditions.k : 0;
   SweepWork<R>& f = work[0].fwd;
   for (int i = 1; i < parts; i++) {
     const double* from = (const double*)&work[i].sums[b];
     double* to = (double*)&work[0].sums[b];
     for (size_t e = 0; e < sizeof(BackwardSums) / sizeof(double); e++) to[e] += from[e];
     for (int64_t d = 0; d < pl.D; d++) work[0].near[b * pl.Dp + d] += work[i].near[b * pl.Dp + d];
+    for (int64_t e = b * k; e < (b + 1) * k; e++) work[0].grad_c[e] += work[i].grad_c[e];
     for (int64_t d = 0; d < pl.Dp; d += 2 * Vec<R>::W) {
       R *a = acc_at(pl, f.acc, b, d), *z = acc_at(pl, work[i].fwd.acc, b, d);
       for (int e = 0; e < 2 * Vec<R>::W; e++) a[e] += z[e];
@@ -229,9 +256,14 @@ static void join_backward_parts(const Plan& pl, BackwardWork<R>* work, int parts
 // From the sums over all rows to the gradients of query b, which is the block's query `row`.
 template <class R>
 static void backward_finish(const Source<R>& src, const Plan& pl, const Queries& in, const BackwardArgs& io,
-                            const Query<R>& q, const BackwardSums& a, R* acc, const R* near, int64_t row,
-                            int64_t b) {
-  R* gx = (R*)io.out.x + b * pl.D;
+                            const BackwardWork<R>& w, int64_t row, int64_t b) {
+  const Query<R>& q = w.fwd.q[row];
+  const BackwardSums& a = w.sums[row];
+  R *acc = w.fwd.acc, *gx = (R*)io.out.x + b * pl.D;
+  const R* near = w.near;
+  if (w.grad_c)
+    finish_condition_gradient(in.conditions, b, w.grad_c + row * in.conditions.k, a.qh,
+                              q.mode == kNotFinite ? __builtin_nan("") : 0, io.out);
   if (!has_gradient(q)) {
     const double v = q.mode == kNotFinite ? __builtin_nan("") : 0;
     for (int64_t d = 0; d < pl.D; d++) gx[d] = (R)v;

@@ -8,15 +8,14 @@ namespace memokern {
 namespace MEMOKERN_ISA_NS {
 
 // A query of which only the nearest rows have weight: at sigma = 0, or where it hits a row exactly with
-// weighting "log". Only the bias and the temperature still move it. r2 [N] is work space. Without a bias, the
-// temperature alone moves it, and only where log_z is finite.
+// weighting "log". Only the bias [N] and the temperature still move it. r2 [N] is work space. Without a bias,
+// the temperature alone moves it, and only where log_z is finite.
 template <class R>
 static void backward_zero_sigma(const TileContext<R>& s, const BackwardArgs& io, const Query<R>& q, int64_t b,
-                                double* row, double* r2, double* grad_bias, int threads) {
+                                const double* bias, double* row, double* r2, double* grad_bias, int threads) {
   const int64_t N = s.src->rows.n, D = s.D;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-  for (int64_t n = 0; n < N; n++)
-    r2[n] = s.bias && s.bias[n] == -kInf ? kInf : s.exact(*s.src, n, q.x, q.alpha);
+  for (int64_t n = 0; n < N; n++) r2[n] = bias && bias[n] == -kInf ? kInf : s.exact(*s.src, n, q.x, q.alpha);
   double best = kInf, m = -kInf, z = 0, exact[3];
   for (int64_t n = 0; n < N; n++) best = dmin(best, r2[n]);
   if (best == kInf) {  // the bias leaves no row
@@ -24,9 +23,9 @@ static void backward_zero_sigma(const TileContext<R>& s, const BackwardArgs& io,
     return;
   }
   for (int64_t n = 0; n < N; n++)
-    if (r2[n] == best) m = dmax(m, s.bias ? s.bias[n] : 0);
+    if (r2[n] == best) m = dmax(m, bias ? bias[n] : 0);
   for (int64_t n = 0; n < N; n++)
-    if (r2[n] == best) z += __builtin_exp(((s.bias ? s.bias[n] : 0) - m) * q.inv_t);
+    if (r2[n] == best) z += __builtin_exp(((bias ? bias[n] : 0) - m) * q.inv_t);
   // Only at distance 0 are log_z and mean_logit finite, and follow the bias.
   const bool finite = q.mode == kZeroSigma && best == 0;
   const double T = q.temperature, Eb = io.sums.mean_bias[b];
@@ -35,7 +34,7 @@ static void backward_zero_sigma(const TileContext<R>& s, const BackwardArgs& io,
   double temp = finite ? gL * (io.sums.log_z[b] - Eb) / T : 0;
   for (int64_t n = 0; n < N; n++) {
     if (r2[n] != best) continue;
-    const double bn = s.bias ? s.bias[n] : 0, w = __builtin_exp((bn - m) * q.inv_t) / z;
+    const double bn = bias ? bias[n] : 0, w = __builtin_exp((bn - m) * q.inv_t) / z;
     exact_row(*s.src, q, io.sums.mean + b * D, io.grads.mean + b * D, n, row, exact);
     const double h =
         (exact[2] + (gE + gb) * (bn - Eb) + 2 * io.grads.weight_sq[b] * (w - io.sums.weight_sq[b])) / T;
@@ -45,23 +44,38 @@ static void backward_zero_sigma(const TileContext<R>& s, const BackwardArgs& io,
   io.out.temperature[b] = temp;
 }
 
-// The gradients of query b over all rows by direct differences, as over a list of them; index [N] and bias
-// [N] are work space. `f64`, x and the rest are the call's.
+// The gradients of query b over all rows by direct differences, as over a list of them; bias [N] is the
+// query's or null, grad_bias [N] receives its gradient, and index [N] is work space. `f64`, x and the rest
+// are the call's.
 static int backward_by_differences(const Rows& rows, const Queries& in, const BackwardArgs& io, int64_t b,
-                                   int64_t* index, double* bias, int threads) {
+                                   const double* bias, int64_t* index, double* grad_bias, int threads) {
   const int64_t D = rows.d, start[2] = {0, rows.n};
   for (int64_t n = 0; n < rows.n; n++) index[n] = n;
   const auto at = [&](const void* p) { return (char*)p + b * D * (in.f64 ? 8 : 4); };
-  const Queries one = {at(in.x), in.f64,       1,       in.sigma + b, in.alpha + b, in.temperature + b,
-                       in.bias,  in.weighting, in.watch};
+  const Queries one = {at(in.x), in.f64,       1,  in.sigma + b, in.alpha + b, in.temperature + b,
+                       bias,     in.weighting, {}, nullptr,      in.watch};
   const SumsIn grads = {io.grads.mean + b * D, io.grads.log_z + b, io.grads.mean_logit + b,
                         io.grads.mean_bias + b, io.grads.weight_sq + b};
-  const Gradients out = {at(io.out.x), io.out.sigma + b, io.out.alpha + b, io.out.temperature + b,
-                         in.bias ? bias : nullptr};
+  const Gradients out = {
+      at(io.out.x), io.out.sigma + b, io.out.alpha + b, io.out.temperature + b, bias ? grad_bias : nullptr,
+      nullptr,      nullptr};
   const RowLists list = {start, index, rows.n};
-  const int failed = run_posterior_listed_backward(rows, one, list, grads, out, threads);
-  for (int64_t n = 0; io.out.bias && n < rows.n; n++) io.out.bias[n] += bias[n];
-  return failed;
+  return run_posterior_listed_backward(rows, one, list, grads, out, threads);
+}
+
+// What the gradient [N] for the biases of query b is to those that the queries share and to its condition.
+static void share_bias_gradient(const Queries& in, const BackwardArgs& io, int64_t b, int64_t N,
+                                const double* grad_bias) {
+  for (int64_t n = 0; io.out.bias && n < N; n++) io.out.bias[n] += grad_bias[n];
+  const Conditions& c = in.conditions;
+  if (!c.rows) return;
+  double *to_c = io.out.condition + b * c.k, to_h = 0;
+  const double base = anchor_square(c, b);
+  memset((void*)to_c, 0, c.k * sizeof(double));
+  for (int64_t n = 0; n < N; n++)
+    if (grad_bias[n] != 0)
+      add_condition_gradient(c, b, n, grad_bias[n], condition_part(c, b, base, n), to_c, to_h);
+  finish_condition_gradient(c, b, to_c, to_h, 0, io.out);
 }
 
 template <class R>
@@ -79,7 +93,7 @@ static int backward_typed(const Rows& rows, const Queries& in, const BackwardArg
   BackwardWork<R>* work = list.items;
   if (!work) return kNoMemory;
   for (int i = 0; i < parts; i++)
-    if (!work[i].reserve(pl, in.bias != nullptr, rows.n)) return kNoMemory;
+    if (!work[i].reserve(pl, in, rows.n)) return kNoMemory;
   int failed = 0;
   for (int64_t k0 = 0; k0 < blocks; k0 += by_queries ? blocks : 1) {
 #pragma omp parallel for num_threads(parts) schedule(static, 1) reduction(| : failed) if (parts > 1)
@@ -92,47 +106,46 @@ static int backward_typed(const Rows& rows, const Queries& in, const BackwardArg
         const int64_t n1 = by_queries ? rows.n : imin(rows.n, tiles * (i + 1) / parts * pl.NT);
         failed |= backward_sweep(c.src, in, io, pl, b_max, b0, B, n0, n1, work[i]);
         if (!by_queries || failed) continue;
-        for (int64_t b = 0; b < B; b++)
-          backward_finish(c.src, pl, in, io, work[i].fwd.q[b], work[i].sums[b], work[i].fwd.acc, work[i].near,
-                          b, b0 + b);
+        for (int64_t b = 0; b < B; b++) backward_finish(c.src, pl, in, io, work[i], b, b0 + b);
       }
     }
     if (failed) return failed;
     if (by_queries) break;
     const int64_t b0 = k0 * pl.B, B = imin(pl.B, in.b - b0);
     for (int64_t b = 0; b < B; b++) {
-      join_backward_parts(pl, work, parts, b);
-      backward_finish(c.src, pl, in, io, work[0].fwd.q[b], work[0].sums[b], work[0].fwd.acc, work[0].near, b,
-                      b0 + b);
+      join_backward_parts(pl, in, work, parts, b);
+      backward_finish(c.src, pl, in, io, work[0], b, b0 + b);
     }
   }
   const TileContext<R> s = make_tile_context(c.src, pl, in.bias, b_max, work[0].fwd);
-  Arena distances;
-  double *r2 = nullptr, *far_bias = nullptr;
+  Arena memory;
+  double *r2 = nullptr, *column = nullptr, *grad_bias = nullptr;
   int64_t* index = nullptr;
-  Arena listed;
   for (int64_t b = 0; b < in.b; b++) {
     const Query<R> q = make_query(in, c.src, b, pl, work[0].fwd.row);
     const double log_z = io.sums.log_z[b];
     if (q.mode == kNotFinite && io.out.bias) io.out.bias[0] = __builtin_nan("");
-    if (is_far(q, log_z)) {
-      if (!index) {
-        if (!listed.reserve(Arena::bytes<int64_t>(rows.n) + Arena::bytes<double>(rows.n))) return kNoMemory;
-        index = listed.take<int64_t>(rows.n);
-        far_bias = listed.take<double>(rows.n);
-      }
-      failed = backward_by_differences(rows, in, io, b, index, far_bias, threads);
-      if (failed) return failed;
-      continue;
-    }
-    if (q.mode != kZeroSigma && !(q.mode == kLogWeighting && log_z == kInf)) continue;
-    if (!in.bias && !(log_z > -kInf && log_z < kInf)) continue;
+    const bool far = is_far(q, log_z);
+    if (!far && q.mode != kZeroSigma && !(q.mode == kLogWeighting && log_z == kInf)) continue;
+    if (!far && !is_biased(in) && !(log_z > -kInf && log_z < kInf)) continue;
     if (!r2) {
-      if (!distances.reserve(Arena::bytes<double>(rows.n))) return kNoMemory;
-      r2 = distances.take<double>(rows.n);
+      if (!memory.reserve(3 * Arena::bytes<double>(rows.n) + Arena::bytes<int64_t>(rows.n))) return kNoMemory;
+      r2 = memory.take_raw<double>(rows.n);
+      column = memory.take_raw<double>(rows.n);
+      grad_bias = memory.take_raw<double>(rows.n);
+      index = memory.take_raw<int64_t>(rows.n);
     }
-    if (work[0].fwd.pace.stopped(rows.n * rows.d)) return kStopped;
-    backward_zero_sigma(s, io, q, b, work[0].row, r2, io.out.bias, threads);
+    if (has_own_bias(in)) own_column(in, b, rows.n, column);
+    const double* bias = has_own_bias(in) ? column : in.bias;
+    memset((void*)grad_bias, 0, rows.n * sizeof(double));
+    if (far) {
+      failed = backward_by_differences(rows, in, io, b, bias, index, grad_bias, threads);
+      if (failed) return failed;
+    } else {
+      if (work[0].fwd.pace.stopped(rows.n * rows.d)) return kStopped;
+      backward_zero_sigma(s, io, q, b, bias, work[0].row, r2, grad_bias, threads);
+    }
+    share_bias_gradient(in, io, b, rows.n, grad_bias);
   }
   if (io.out.bias)
     for (int i = 0; i < parts; i++)

@@ -10,7 +10,7 @@
 // in Near, from which residual and mean get back what they need (finish-inl.h).
 #pragma once
 #include "cpu/core/exp-inl.h"
-#include "cpu/core/query-inl.h"
+#include "cpu/posterior/own_bias-inl.h"
 #include "memokern/state.h"
 
 namespace memokern {
@@ -38,10 +38,11 @@ struct TileContext {
   typename AddDifference<R>::F add_difference;
   const Tile<R>* tile;
   int64_t NT, D, Ps;
-  const double* bias;    // [N] or null
-  const R* tile_bias;    // [NT] the bias of the tile's rows, or null
-  const R* finite_bias;  // [NT] the same with 0 for -inf
-  double b_max;          // the largest |bias| that is not infinite
+  const double* bias;      // [N] or null
+  const double* own_bias;  // [NT][W] the biases of the W queries that are weighed, or null: they share them
+  const R* tile_bias;      // [NT] the bias of the tile's rows; of own ones [NT][W]; or null
+  const R* finite_bias;    // the same with 0 for -inf
+  double b_max;            // the largest |bias| that is not infinite
   R least;  // where t - m is below it, e^(t - m) may be 0: at it, all N rows together would move the sum,
             // which is at least 1, by less than a tenth of theta
   int* exact_row;       // [W][NT] rows that are evaluated exactly,
@@ -55,7 +56,7 @@ struct TileContext {
 template <class R>
 MK_INLINE double error_of(const Query<R>& q, const TileContext<R>& s) {
   const double y2 = s.tile->sq_max;
-  const double err = q.e0 + q.e1 * s.tile->y_max + q.e2 * y2 + (s.tile_bias ? q.e3 * s.b_max : 0);
+  const double err = q.e0 + q.e1 * s.tile->y_max + q.e2 * y2 + q.e3 * (s.own_bias ? q.b_max : s.b_max);
   return q.xx < Precision<R>::safe && y2 < Precision<R>::safe && err < Precision<R>::big ? err : kInf;
 }
 // Weighting "log": the error of r^2.
@@ -70,7 +71,8 @@ MK_INLINE double nearness(const Query<R>& q, double key, double err) {
   return 0.5 * (q.xx - key) - err - (key < kInf ? (q.d + 16) * 1.2e-16 * key : 0);
 }
 template <class R>
-MK_INLINE double bias_of(const TileContext<R>& s, int64_t j) {
+MK_INLINE double bias_of(const Query<R>& q, const TileContext<R>& s, int64_t j) {
+  if (s.own_bias) return s.own_bias[j * Vec<R>::W + q.lane];
   return s.bias ? s.bias[s.tile->n0 + j] : 0;
 }
 template <class R>
@@ -103,9 +105,10 @@ MK_INLINE double threshold(double lower, double err) {
 template <class R>
 MK_INLINE R logits(const Query<R>& q, const TileContext<R>& s, const R* dot, R* p) {
   R best = (R)-kInf;
+  const int64_t step = s.own_bias ? Vec<R>::W : 1, lane = s.own_bias ? q.lane : 0;
   for (int64_t j = 0; j < s.tile->cnt; j++) {
     R t = dot[j] * (R)q.a1 - s.tile->sq[j] * (R)q.a2;
-    if (s.tile_bias && q.mode != kZeroSigma) t += s.tile_bias[j] * (R)q.inv_t;
+    if (s.tile_bias && q.mode != kZeroSigma) t += s.tile_bias[j * step + lane] * (R)q.inv_t;
     p[j] = t;
     best = t > best ? t : best;
   }
@@ -131,10 +134,11 @@ MK_INLINE typename Vec<R>::T logits(const QueryGroup<R>& g, const TileContext<R>
   const V a1 = g.a1, a2 = g.a2, inv_t = g.inv_t;
   const R *sq = s.tile->sq, *b = s.tile_bias;
   const int64_t cnt = s.tile->cnt, Ps = s.Ps;
+  const bool own = s.own_bias;
   V top = splat<R>((R)-kInf);
   for (int64_t j = 0; j < cnt; j++, p += Ps) {
     V t = load(p) * a1 - splat<R>(sq[j]) * a2;
-    if (b) t += splat<R>(b[j]) * inv_t;
+    if (b) t += (own ? load(b + j * Vec<R>::W) : splat<R>(b[j])) * inv_t;
     store(p, t);
     top = vmax(t, top);
   }
@@ -157,7 +161,7 @@ static int take_inexact(const Query<R>& q, const TileContext<R>& s, const State&
   m = st.m;
   for (int64_t j = 0; j < s.tile->cnt; j++) {
     R& t = p[j * stride];
-    const double b = bias_of(s, j);
+    const double b = bias_of(q, s, j);
     if (all ? b == -kInf : !((double)t > lo)) {
       if (all) t = (R)-kInf;
       rest = dmax(rest, t);

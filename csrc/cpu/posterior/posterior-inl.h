@@ -41,7 +41,7 @@ static int posterior_general(const CentredRows<R>& c, const Queries& in, const O
   SweepWork<R>* work = list.items;
   if (!work) return kNoMemory;
   for (int i = 0; i < parts; i++)
-    if (!work[i].reserve(pl, in.bias != nullptr)) return kNoMemory;
+    if (!work[i].reserve(pl, in)) return kNoMemory;
   const auto finish_query = [&](SweepWork<R>& w, int64_t b, int64_t b0) {
     const auto run = [&](int64_t d) { return acc_at(pl, w.acc, b, d); };
     finish(c.src, w.q[b], w.st[b], w.close[b], c.src.unit, run, b0 + b, out);
@@ -98,7 +98,8 @@ static int handed_back_again(const CentredRows<R>& c, const Queries& in, const O
     number[1][k] = in.alpha[b];
     number[2][k++] = in.temperature[b];
   }
-  const Queries rest = {x, in.f64, count, number[0], number[1], number[2], in.bias, in.weighting, in.watch};
+  const Queries rest = {x,       in.f64,       count, number[0], number[1], number[2],
+                        in.bias, in.weighting, {},    nullptr,   in.watch};
   const Sums sums = {vectors[0], column[0], column[1], column[2], column[3], vectors[1]};
   const States states = {column[0], column[1],  column[2],  column[3], column[4],
                          column[5], vectors[0], vectors[1], nullptr};
@@ -153,7 +154,7 @@ static int posterior_typed(const Rows& rows, const Queries& in, const Output& ou
   if (in.b == 0) return kDone;
   const double b_max = largest_bias(in.bias, rows.n);
   const bool few = in.b < 32 && (rows.d > 4 || rows.n > FEW_ROWS);
-  if (rows.d > SMALL_D || few || in.weighting != kGaussian)
+  if (rows.d > SMALL_D || few || in.weighting != kGaussian || has_own_bias(in))
     return posterior_general(c, in, out, b_max, threads);
   return posterior_small(c, in, out, b_max, threads, true);
 }

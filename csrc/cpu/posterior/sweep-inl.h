@@ -21,19 +21,22 @@ struct SweepWork {
   R* x;                        // [Bp][Dp] the queries, as query_at() says
   R* acc;                      // [B][Dp] the accumulators, as acc_at() says
   R* near_sums;                // [B][Dp] the sums of `close`
-  R *tile_bias, *finite_bias;  // [NT], null where there is no bias
-  R* columns;                  // [W][NT]
-  R* row;                      // [Dp]
-  int* exact_row;              // [W][NT]
-  double* exact_value;         // [W][NT]
-  bool* exact_near;            // [W][NT]
-  Near<R>* close;              // [Bp]
-  State* st;                   // [Bp]
-  Query<R>* q;                 // [Bp]
-  QueryGroup<R>* groups;       // [Bp / W]
+  R *tile_bias, *finite_bias;  // [NT], null where there is no bias, or one of each query's own:
+  OwnBias<R> own;
+  R* columns;             // [W][NT]
+  R* row;                 // [Dp]
+  int* exact_row;         // [W][NT]
+  double* exact_value;    // [W][NT]
+  bool* exact_near;       // [W][NT]
+  Near<R>* close;         // [Bp]
+  State* st;              // [Bp]
+  Query<R>* q;            // [Bp]
+  QueryGroup<R>* groups;  // [Bp / W]
   Pace pace;
   Arena arena;
-  bool reserve(const Plan& pl, bool bias) {
+  // `in` must outlive the work.
+  bool reserve(const Plan& pl, const Queries& in) {
+    const bool bias = in.bias && !has_own_bias(in);
     const int64_t tile_numbers = pl.direct ? 0 : pl.NT * pl.Dp;
     if (!arena.reserve(Arena::bytes<R>(tile_numbers) + 3 * Arena::bytes<R>(pl.NT) +
                        Arena::bytes<R>(pl.NT * pl.Ps) + Arena::bytes<R>(pl.Bp * pl.Dp) +
@@ -41,7 +44,7 @@ struct SweepWork {
                        Arena::bytes<Near<R>>(pl.Bp) + Arena::bytes<R>(W * pl.NT) + Arena::bytes<R>(pl.Dp) +
                        Arena::bytes<int>(W * pl.NT) + Arena::bytes<double>(W * pl.NT) +
                        Arena::bytes<State>(pl.Bp) + Arena::bytes<Query<R>>(pl.Bp) +
-                       Arena::bytes<QueryGroup<R>>(pl.Bp / W)))
+                       Arena::bytes<QueryGroup<R>>(pl.Bp / W) + OwnBias<R>::bytes(pl, in)))
       return false;
     tile.y = arena.take<R>(tile_numbers);
     tile.sq = arena.take<R>(pl.NT);
@@ -61,6 +64,7 @@ struct SweepWork {
     st = arena.take<State>(pl.Bp);
     q = arena.take<Query<R>>(pl.Bp);
     groups = arena.take<QueryGroup<R>>(pl.Bp / W);
+    own.take(pl, in, arena);
     return true;
   }
 };
@@ -77,6 +81,8 @@ static void load_queries(const Source<R>& src, const Queries& in, const Plan& pl
   w.pace.watch = in.watch;
   for (int64_t b = 0; b < B; b++) {
     w.q[b] = make_query(in, src, b0 + b, pl, w.row);
+    w.q[b].lane = (int)(b % SweepWork<R>::W);
+    if (w.own.in) w.own.set(b, b0 + b);
     w.st[b] = empty_state();
     w.close[b].s = 0;
     set_lane(w.groups[b / SweepWork<R>::W], (int)(b % SweepWork<R>::W), w.q[b]);
@@ -86,12 +92,23 @@ static void load_queries(const Source<R>& src, const Queries& in, const Plan& pl
 
 template <class R>
 static void load_bias(const double* bias, SweepWork<R>& w) {
-  if (!bias) return;
+  if (!w.tile_bias) return;
   for (int64_t j = 0; j < w.tile.cnt; j++) {
     const double v = bias[w.tile.n0 + j];
     w.tile_bias[j] = (R)v;
     w.finite_bias[j] = v == -kInf ? R(0) : (R)v;
   }
+}
+
+// Where each query has a bias of its own, makes those of the tile for `lanes` queries, b the first of them:
+// known(i) is a lower bound of log sum e^t of query i of the block.
+template <class R, class Known>
+static void load_own_bias(SweepWork<R>& w, int64_t b, int lanes, Known known) {
+  if (!w.own.in) return;
+  w.own.make(b, w.tile);
+  for (int64_t i = b; i < b + lanes; i++)
+    if (w.q[i].mode == kSoftmax) w.own.cut(w.q[i], w.tile, known(i));
+  w.own.round(w.tile.cnt);
 }
 
 template <class R>
@@ -106,8 +123,9 @@ static TileContext<R> make_tile_context(const Source<R>& src, const Plan& pl, co
   s.Ps = pl.Ps;
   s.D = pl.D;
   s.bias = bias;
-  s.tile_bias = w.tile_bias;
-  s.finite_bias = w.finite_bias;
+  s.own_bias = w.own.exact;
+  s.tile_bias = w.own.exact ? w.own.rounded : w.tile_bias;
+  s.finite_bias = w.own.exact ? w.own.finite : w.finite_bias;
   s.b_max = b_max;
   s.least = (R)(Precision<R>::log_theta - 2.4 - __builtin_log((double)src.rows.n));
   s.exact_row = w.exact_row;
@@ -146,6 +164,9 @@ static int sweep(const Source<R>& src, const Queries& in, const Plan& pl, double
       for (int64_t b = g; b < end; b += W) {
         const int lanes = (int)imin(W, B - b);
         double f[W];
+        load_own_bias(w, b, lanes, [&](int64_t i) {
+          return w.st[i].s > 1e-300 ? w.st[i].m + log_below(w.st[i].s) + w.q[i].shared : -kInf;
+        });
         any |= weigh_tile(w.q + b, w.groups[b / W], lanes, s, w.st + b, w.close + b, w.p + (b - g), f);
         for (int e = 0; e < lanes; e++)
           if (f[e] != 1) scale_acc(pl, w.acc, b + e, f[e]);

@@ -27,7 +27,7 @@ MK_INLINE void add_exact(const Query<R>& q, const TileContext<R>& s, State& st, 
     st.s += w;
     st.s_v += w * d;
     st.s_sq += w * w;
-    if (s.finite_bias) st.s_bias += w * (double)bias_of(s, row[i]);
+    if (s.finite_bias) st.s_bias += w * (double)bias_of(q, s, row[i]);
   }
 }
 
@@ -56,6 +56,7 @@ static void weigh_softmax(const Query<R>* q, QueryGroup<R>& g, int lanes, const 
   const V lo = splat<R>(least_difference(R(0))), m = g.m;
   const R *b = s.finite_bias, least = s.least;
   const int64_t cnt = s.tile->cnt, Ps = s.Ps;
+  const bool own = s.own_bias;
   V sum = {}, sum_v = {}, sum_bias = {}, sum_sq = {};
   R* column = p;
   for (int64_t j = 0; j < cnt; j++, column += Ps) {
@@ -66,7 +67,7 @@ static void weigh_softmax(const Query<R>* q, QueryGroup<R>& g, int lanes, const 
     sum += w;
     sum_v += w * d;
     sum_sq += w * w;
-    if (b) sum_bias += w * splat<R>(b[j]);
+    if (b) sum_bias += w * (own ? load(b + j * W) : splat<R>(b[j]));
   }
   for (int e = 0; e < lanes; e++) {
     if (q[e].mode != kSoftmax) continue;
@@ -88,9 +89,9 @@ static double weigh_zero_sigma(const Query<R>& q, const TileContext<R>& s, State
   // The row of the largest t may be one that the bias leaves out, so t bounds the distance only where there
   // is no bias.
   const double lo =
-      dmax(nearness(q, st.key, err), s.bias ? -kInf : nearness(q, dmax(0, q.xx - 2 * (top - err)), err));
+      dmax(nearness(q, st.key, err), s.tile_bias ? -kInf : nearness(q, dmax(0, q.xx - 2 * (top - err)), err));
   for (int64_t j = 0; j < s.tile->cnt; j++) {
-    if ((double)p[j] < lo || bias_of(s, j) == -kInf) continue;
+    if ((double)p[j] < lo || bias_of(q, s, j) == -kInf) continue;
     s.exact_row[count] = (int)j;
     s.exact_value[count] = exact_r2(q, s, j);
     best = dmin(best, s.exact_value[count]);
@@ -109,7 +110,7 @@ static double weigh_zero_sigma(const Query<R>& q, const TileContext<R>& s, State
     if (s.exact_value[i] != best) continue;
     s.exact_row[kept] = s.exact_row[i];
     s.exact_near[kept] = is_near(q, s, s.exact_row[i], best);
-    s.exact_value[kept] = bias_of(s, s.exact_row[i]) * q.inv_t;
+    s.exact_value[kept] = bias_of(q, s, s.exact_row[i]) * q.inv_t;
     m = dmax(m, s.exact_value[kept]);
     kept++;
   }
@@ -130,12 +131,12 @@ static double weigh_log(const Query<R>& q, const TileContext<R>& s, State& st, N
   for (int64_t j = 0; j < s.tile->cnt; j++) {  // a lower bound of log sum e^v, from this tile's best row
     const double r2 = q.xx - 2 * ((double)p[j] * q.a1 - (double)s.tile->sq[j] * q.a2) + delta;
     if (st.key != 0 && r2 < kInf)
-      lower = dmax(lower, (bias_of(s, j) - half * __builtin_log(r2 / s.D)) * q.inv_t);
+      lower = dmax(lower, (bias_of(q, s, j) - half * __builtin_log(r2 / s.D)) * q.inv_t);
   }
   int count = 0, hits = 0;
   double m = st.m;
   for (int64_t j = 0; j < s.tile->cnt; j++) {
-    const double b = bias_of(s, j);
+    const double b = bias_of(q, s, j);
     double r2 = q.xx - 2 * ((double)p[j] * q.a1 - (double)s.tile->sq[j] * q.a2);
     const double near = r2 - delta;  // r^2 is not below it
     p[j] = 0;
@@ -170,7 +171,7 @@ static double weigh_log(const Query<R>& q, const TileContext<R>& s, State& st, N
       if (s.exact_value[i] != kInf) continue;
       s.exact_row[kept] = s.exact_row[i];
       s.exact_near[kept] = s.exact_near[i];
-      s.exact_value[kept] = bias_of(s, s.exact_row[i]) * q.inv_t;
+      s.exact_value[kept] = bias_of(q, s, s.exact_row[i]) * q.inv_t;
       m = dmax(m, s.exact_value[kept++]);
     }
     count = kept;

@@ -25,6 +25,16 @@ struct Rows {
   const double* sq_norms;  // [n] |y - center|^2, or null: computed in the sweep
 };
 
+// The rows' conditions, and what each query asks of them: its logit of row i gets
+// -(|c - rows[i]|^2 - |c - a|^2) / (2 h^2), which is at most 0.
+struct Conditions {
+  const double* rows;  // [n][k], or null: nothing is asked
+  const double* c;     // [b][k]
+  const double* h;     // [b] >= 0; at 0 the limit
+  const double* a;     // [b][k] the condition of the nearest of all rows
+  int64_t k;
+};
+
 // `x` and whatever else has "the type of x" hold double where `f64`, else float. It is the type that a sweep
 // computes in: double where the queries or the rows are.
 struct Queries {
@@ -36,6 +46,8 @@ struct Queries {
   const double* temperature;  // [b]
   const double* bias;         // [n] or null
   int weighting;              // Weighting
+  Conditions conditions;      // of posterior, posterior_state and posterior_backward only, as is leave_out
+  const int64_t* leave_out;   // [b] a row that does not count, -1 for none; or null
   Watch* watch;               // or null
 };
 
@@ -79,6 +91,8 @@ struct Gradients {
   double* alpha;        // [b]
   double* temperature;  // [b]
   double* bias;         // [n], or null where there is no bias
+  double* condition;    // [b][k], and
+  double* bandwidth;    // [b]: for c and h, or null where there are no conditions
 };
 
 // The k nearest rows of each query, to be written.

@@ -25,7 +25,7 @@ def posterior(query: Query, rows: Rows) -> Sums:
     q = prepared(query, rows)
     native, keep = native_rows(rows)
     sums = empty_sums(q)
-    module().posterior(native, native_query(q), addresses(sums), threads())
+    module().posterior(native, native_query(q, rows), addresses(sums), threads())
     del keep
     return sums if q.x.dtype == query.x.dtype else in_type(sums, query.x.dtype)
 
@@ -37,7 +37,7 @@ def posterior_state(query: Query, rows: Rows) -> State:
     columns = [torch.empty_like(q.sigma) for _ in range(6)]
     center = torch.empty(rows.dim, dtype=_F64)
     state = State._make([*columns, torch.empty_like(q.x), torch.empty_like(q.x), center])
-    module().posterior_state(native, native_query(q), addresses(state), threads())
+    module().posterior_state(native, native_query(q, rows), addresses(state), threads())
     del keep
     return state
 
@@ -78,7 +78,7 @@ def posterior_backward(query: Query, rows: Rows, sums: BasicSums, grads: BasicSu
         sums = BasicSums(*posterior(q, rows)[:5])
     known, given, out = in_float64(sums), in_float64(grads), empty_gradients(q)
     module().posterior_backward(
-        native, native_query(q), addresses(known), addresses(given), native_gradients(out, q),
+        native, native_query(q, rows), addresses(known), addresses(given), native_gradients(out, q),
         threads(),
     )  # fmt: skip
     del keep
@@ -104,14 +104,15 @@ def in_float64(sums: BasicSums) -> BasicSums:
 
 def empty_gradients(query: Query) -> Gradients:
     """Room for the gradients of a query, that of x in its type."""
-    each = [torch.empty_like(query.sigma) for _ in range(3)]
-    bias = torch.empty(0, dtype=_F64) if query.bias is None else torch.empty_like(query.bias)
-    return Gradients._make([torch.empty_like(query.x), *each, bias])
+    each = (query.sigma.new_empty(0) if v is None else torch.empty_like(v) for v in query.tensors[1:])
+    return Gradients(torch.empty_like(query.x), *each)
 
 
 def native_gradients(out: Gradients, query: Query) -> tuple[int, ...]:
-    """struct Gradients, without a bias where the query has none."""
-    return (*addresses(out[:4]), 0 if query.bias is None else out.bias.data_ptr())
+    """struct Gradients, null for what the query has not."""
+    return tuple(
+        0 if v is None else g.data_ptr() for g, v in zip(out, query.tensors, strict=True)
+    )
 
 
 def nearest(x: Tensor, rows: Rows, k: int) -> tuple[Tensor, Tensor]:

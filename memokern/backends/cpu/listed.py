@@ -18,7 +18,7 @@ from memokern.backends.cpu.native import addresses, module, native_query, native
 from memokern.calls import BasicSums, Gradients, LogitBounds, Query, RowLists, Rows, Scan, Sums
 from memokern.calls.checks import (
     bands_of,
-    check_gaussian,
+    check_selectable,
     prepared,
     prepared_bounds,
     prepared_lists,
@@ -29,7 +29,7 @@ _F64 = torch.float64
 
 def bound_scan(query: Query, rows: Rows, bounds: LogitBounds) -> Scan:
     """The rows that can matter to each query; see :mod:`memokern.ops` for what is proven."""
-    check_gaussian(query.weighting, "bound_scan")
+    check_selectable(query, "bound_scan")
     q, b = prepared(query, rows), query.x.shape[0]
     native, keep = native_rows(rows)
     held = prepared_bounds(bounds, b, rows)
@@ -38,7 +38,7 @@ def bound_scan(query: Query, rows: Rows, bounds: LogitBounds) -> Scan:
     start = torch.empty(b + 1, dtype=torch.int64)
     threshold, level = torch.empty(b, dtype=_F64), torch.empty(b, dtype=torch.int64)
     found = module().bound_scan(
-        native, native_query(q), _native_bounds(held, dims, first_band), start.data_ptr(),
+        native, native_query(q, rows), _native_bounds(held, dims, first_band), start.data_ptr(),
         threshold.data_ptr(), level.data_ptr(), threads(),
     )  # fmt: skip
     index = torch.empty(found.count, dtype=torch.int64)
@@ -59,12 +59,12 @@ def _native_bounds(bounds: LogitBounds, dims: Tensor, first_band: Tensor) -> tup
 
 def posterior_listed(query: Query, rows: Rows, lists: RowLists) -> Sums:
     """The sums over the rows listed, each logit by direct differences."""
-    check_gaussian(query.weighting, "posterior_listed")
+    check_selectable(query, "posterior_listed")
     q = prepared(query, rows)
     native, keep = native_rows(rows._replace(center=None, sq_norms=None))
     held, sums = prepared_lists(lists, q.x.shape[0]), empty_sums(q)
     module().posterior_listed(
-        native, native_query(q), _native_lists(held), addresses(sums), threads()
+        native, native_query(q, rows), _native_lists(held), addresses(sums), threads()
     )
     del keep
     return in_type(sums, query.x.dtype)
@@ -83,7 +83,7 @@ def posterior_listed_backward(
     held, given = prepared_lists(lists, q.x.shape[0]), in_float64(grads)
     out = empty_gradients(q)
     module().posterior_listed_backward(
-        native, native_query(q), _native_lists(held), addresses(given), native_gradients(out, q),
+        native, native_query(q, rows), _native_lists(held), addresses(given), native_gradients(out, q),
         threads(),
     )  # fmt: skip
     del keep

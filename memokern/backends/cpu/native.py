@@ -80,12 +80,15 @@ def native_rows(rows: Rows) -> tuple[tuple[Any, ...], tuple[Tensor | None, ...]]
     return fields, keep
 
 
-def native_query(query: Query) -> tuple[Any, ...]:
+def native_query(query: Query, rows: Rows) -> tuple[Any, ...]:
     """struct Queries, of a query that :func:`memokern.calls.checks.prepared` returned."""
     x = query.x
+    c, h, a = (None, None, None) if query.condition is None else query.condition
     return (
         x.data_ptr(), x.dtype == _F64, x.shape[0], query.sigma.data_ptr(), query.alpha.data_ptr(),
         query.temperature.data_ptr(), pointer(query.bias), weightings()[query.weighting],
+        pointer(None if c is None else rows.conditions), pointer(c), pointer(h), pointer(a),
+        0 if c is None else c.shape[1], pointer(query.leave_out),
     )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from memokern.calls import (
     State,
     Sums,
 )
-from memokern.calls.checks import check_gaussian
+from memokern.calls.checks import check_selectable
 
 
 class Reference(Backend):
@@ -56,11 +56,11 @@ class Reference(Backend):
         return dense.nearest(x, rows, k)
 
     def bound_scan(self, query: Query, rows: Rows, bounds: LogitBounds) -> Scan:
-        check_gaussian(query.weighting, "bound_scan")
+        check_selectable(query, "bound_scan")
         return scan.bound_scan(query, rows, bounds)
 
     def posterior_listed(self, query: Query, rows: Rows, lists: RowLists) -> Sums:
-        check_gaussian(query.weighting, "posterior_listed")
+        check_selectable(query, "posterior_listed")
         return listed.posterior(query, rows, lists)
 
     def posterior_listed_backward(

@@ -33,6 +33,7 @@ from memokern.calls import (
     Sums,
     empty_state,
     to_sums,
+    with_own_bias,
     without,
 )
 from memokern.util.torch_internals import recording
@@ -53,6 +54,7 @@ _NOTHING = -800.0
 
 
 def _exponents(query: Query, rows: Rows, center: Tensor) -> _Exponents:
+    """Of a query without a condition."""
     r2 = squared_distances(query.x, rows, query.alpha, center)
     with torch.no_grad():
         reachable = torch.ones_like(r2, dtype=torch.bool)
@@ -103,6 +105,7 @@ def _exponent(query: Query, r2: Tensor, bias: Tensor | None, limit: Tensor) -> T
 def _block_state(query: Query, rows: Rows, center: Tensor) -> State:
     """The state of one block of float64 queries, differentiable in every tensor but m and key,
     which its sums do not depend on."""
+    query = with_own_bias(query, rows)
     key, m, below, weighs = _exponents(query, rows, center)
     power = torch.where(weighs, below.exp(), 0.0)
     acc = query.x.new_zeros(query.x.shape)
@@ -122,8 +125,18 @@ def _block_state(query: Query, rows: Rows, center: Tensor) -> State:
 
 def _wide(query: Query, at: slice) -> Query:
     """Some of the queries, with x in float64."""
-    part = query.take(at)
-    return part._replace(x=nan_for_inf(part.x.to(F64)))
+    return _finite(query.take(at))
+
+
+def _finite(query: Query) -> Query:
+    """x in float64, NaN where it is infinite or the condition is not finite: such a query is
+    lost."""
+    x = nan_for_inf(query.x.to(F64))
+    if query.condition is not None:
+        c, h, a = query.condition
+        known = torch.isfinite(c.sum(-1) + a.sum(-1) + h) & (h >= 0)
+        x = x * torch.where(known, 1.0, torch.nan)[:, None]
+    return query._replace(x=x)
 
 
 def posterior_state(query: Query, rows: Rows) -> State:
@@ -146,7 +159,8 @@ def posterior(query: Query, rows: Rows) -> Sums:
 
 def weights(query: Query, rows: Rows) -> Tensor:
     """softmax(l / T) [B, N] float64, dense."""
-    _, _, below, weighs = _exponents(_wide(query, slice(None)), rows, center_of(rows))
+    whole = with_own_bias(_wide(query, slice(None)), rows)
+    _, _, below, weighs = _exponents(whole, rows, center_of(rows))
     power = torch.where(weighs, below.exp(), 0.0)
     return power / power.sum(1, keepdim=True)
 
@@ -155,7 +169,7 @@ def _blocks(query: Query, rows: Rows) -> Iterator[derivatives.Block]:
     center, rows = center_of(rows), rows.detach()
 
     def sums(part: Query) -> Sums:
-        part = part._replace(x=nan_for_inf(part.x))
+        part = _finite(part)
         return to_sums(_block_state(part, rows, center), part)
 
     for at in query_blocks(query.x.shape[0], rows.n):
@@ -183,7 +197,8 @@ def posterior_backward_rows(query: Query, rows: Rows, grads: BasicSums) -> Tenso
         with recording():
             leaf = values.clone().requires_grad_()
             part = _wide(query, at)
-            sums = to_sums(_block_state(part, Rows(leaf), center), part)
+            state = _block_state(part, Rows(leaf, conditions=rows.conditions), center)
+            sums = to_sums(state, part)
             total += derivatives.vjp(sums[:5], [leaf], [g[at].to(F64) for g in grads[:5]])[0]
     return (rows.scale * total).to(rows.data.dtype)
 

@@ -11,6 +11,7 @@ from memokern.calls import BasicSums, Gradients, Query, Sums
 from memokern.util.torch_internals import recording
 
 _F64 = torch.float64
+BIAS = 4  # the place of the gradient for the bias, which is one for all queries
 
 # Which queries, and their sums as a function of these queries, x in float64.
 SumsOf = Callable[[Query], Sums]
@@ -33,10 +34,11 @@ def backward(query: Query, grads: BasicSums, blocks: Iterable[Block]) -> Gradien
     out = _zeros(query)
     for at, sums in blocks:
         with recording():
-            leaves = _leaves(at, query)
-            values = sums(_query(leaves, query))[:5]
+            part = query.take(at)
+            leaves = _leaves(part)
+            values = sums(_query(leaves, part))[:5]
             parts = vjp(values, leaves, [g[at].detach().to(_F64) for g in grads[:5]])
-        _put(out, at, parts)
+        _put(out, at, parts, query)
     return out._replace(x=out.x.to(query.x.dtype))
 
 
@@ -48,49 +50,62 @@ def double_backward(
     tails = BasicSums(*(torch.zeros_like(g, dtype=_F64) for g in grads[:5]))
     for at, sums in blocks:
         with recording():
-            leaves = _leaves(at, query)
+            part = query.take(at)
+            leaves = _leaves(part)
             seeds = [g[at].detach().to(_F64).clone().requires_grad_() for g in grads[:5]]
-            first = vjp(sums(_query(leaves, query))[:5], leaves, seeds, again=True)
-            # The gradient for the bias is one for all queries.
-            wanted = [*(g[at] for g in grad_grads[:4]), grad_grads.bias]
+            first = vjp(sums(_query(leaves, part))[:5], leaves, seeds, again=True)
+            wanted = [g if i == BIAS else g[at] for i, g in _given(grad_grads, query)]
             inner = sum(
-                ((g * gg).sum() for g, gg in zip(first, wanted, strict=False)),
+                ((g * gg).sum() for g, gg in zip(first, wanted, strict=True)),
                 start=query.x.new_zeros((), dtype=_F64),
             )
             parts = vjp((inner,), [*leaves, *seeds], [torch.ones_like(inner)])
-        _put(out, at, parts[: len(leaves)])
-        for total, part in zip(tails, parts[len(leaves) :], strict=True):
-            total[at] = part
+        _put(out, at, parts[: len(leaves)], query)
+        for total, tail in zip(tails, parts[len(leaves) :], strict=True):
+            total[at] = tail
     heads = out._replace(x=out.x.to(query.x.dtype))
     return heads, tails._replace(mean=tails.mean.to(grads.mean.dtype))
 
 
 def _zeros(query: Query) -> Gradients:
     """Zeros for every gradient, that of x in float64."""
-    bias = query.sigma.new_zeros(0) if query.bias is None else torch.zeros_like(query.bias)
-    each = [torch.zeros_like(query.sigma) for _ in range(3)]
-    return Gradients._make([torch.zeros_like(query.x, dtype=_F64), *each, bias])
+    none = query.sigma.new_zeros(0)
+    return Gradients(
+        *(none if v is None else torch.zeros_like(v, dtype=_F64) for v in query.tensors)
+    )
 
 
-def _put(out: Gradients, at: slice, parts: list[Tensor]) -> None:
+def _given(values: Gradients, query: Query) -> list[tuple[int, Tensor]]:
+    """The gradients for what the query has, with their places."""
+    every = zip(values, query.tensors, strict=True)
+    return [(i, g) for i, (g, v) in enumerate(every) if v is not None]
+
+
+def _put(out: Gradients, at: slice, parts: list[Tensor], query: Query) -> None:
     """The gradients of some queries into `out`; those for the bias are added up."""
-    for total, part in zip(out[:4], parts, strict=False):
-        total[at] = part
-    if len(parts) == 5:
-        out.bias.add_(parts[4])
+    for (i, total), part in zip(_given(out, query), parts, strict=True):
+        if i == BIAS:
+            total.add_(part)
+        else:
+            total[at] = part
 
 
-def _leaves(at: slice, query: Query) -> list[Tensor]:
+def _leaves(part: Query) -> list[Tensor]:
     """What some queries can be differentiated in, and the bias, which is everyone's."""
-    part = query.take(at)
-    tensors = [part.x.to(_F64), part.sigma, part.alpha, part.temperature]
-    if query.bias is not None:
-        tensors.append(query.bias)
-    return [tensor.detach().clone().requires_grad_() for tensor in tensors]
+    tensors = [part.x.to(_F64), *part.tensors[1:]]
+    return [v.detach().clone().requires_grad_() for v in tensors if v is not None]
 
 
 def _query(leaves: list[Tensor], like: Query) -> Query:
-    x, sigma, alpha, temperature, *bias = leaves
-    return Query(
-        x, sigma, alpha, temperature, bias[0] if bias else None, like.weighting, like.precision
+    """The query `like` with these leaves."""
+    rest = iter(leaves)
+    x, sigma, alpha, temperature, bias, c, h = (
+        None if v is None else next(rest) for v in like.tensors
+    )
+    assert x is not None and sigma is not None and alpha is not None and temperature is not None
+    condition = like.condition
+    if condition is not None and c is not None and h is not None:
+        condition = condition._replace(c=c, h=h)
+    return like._replace(
+        x=x, sigma=sigma, alpha=alpha, temperature=temperature, bias=bias, condition=condition
     )

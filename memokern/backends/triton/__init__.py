@@ -70,6 +70,10 @@ class Triton(Backend):
             return f"it runs tensors on the {where}, and these are on {call.device}"
         if call.transform:
             return "it has no torch.func transforms and no forward mode"
+        if call.own_bias:
+            return (
+                "it has no kernel for conditions and rows left out that differ from query to query"
+            )
         if torch.float64 in (call.x, call.rows):
             return "it has no kernel for float64"
         if call.b > MOST_QUERIES:

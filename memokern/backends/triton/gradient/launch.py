@@ -45,7 +45,8 @@ def posterior_backward(query: Query, rows: Rows, sums: BasicSums, grads: BasicSu
     columns = [torch.empty(b, dtype=_F64, device=device) for _ in range(3)]
     grad_bias = torch.zeros(data.n if data.has_bias else 0, dtype=_F64, device=device)
     grad_x = torch.empty(b, d, dtype=_F32, device=device)
-    out = Gradients._make([grad_x, *columns, grad_bias])
+    none = grad_bias.new_empty(0)  # the gradients of a condition, which queries have not
+    out = Gradients._make([grad_x, *columns, grad_bias, none, none.clone()])
     if b:
         _into_gradients(_Backward(q, data, sums, grads), out)
     return out._replace(x=out.x.to(query.x.dtype))

@@ -12,7 +12,7 @@ from memokern.backends.triton.core.query_table import HARD, LOST, SOFT
 from memokern.backends.triton.core.rows import stride_of
 from memokern.backends.triton.listed import kernels
 from memokern.calls import BasicSums, Gradients, Query, RowLists, Rows, Sums
-from memokern.calls.checks import check_gaussian, prepared, prepared_lists
+from memokern.calls.checks import check_selectable, prepared, prepared_lists
 from memokern.util.torch_internals import capturing
 
 _F64 = torch.float64
@@ -43,9 +43,10 @@ def posterior_listed_backward(
 ) -> Gradients:
     """The gradients for the query; the weights are computed anew."""
     grad_bias = query.sigma.new_zeros(0 if query.bias is None else rows.n)
+    none = [query.sigma.new_empty(0) for _ in range(2)]  # of a condition, which queries have not
     if len(query.x) == 0:
         empty = [query.sigma.new_empty(0) for _ in range(3)]
-        return Gradients._make([query.x.new_empty(query.x.shape), *empty, grad_bias])
+        return Gradients._make([query.x.new_empty(query.x.shape), *empty, grad_bias, *none])
     each = _Lists(query, rows, lists)
     grads = BasicSums(*(v.detach().to(_F64) for v in grads[:5]))
     products = each.pairs(grads.mean.contiguous())
@@ -60,7 +61,7 @@ def posterior_listed_backward(
         grad_bias = grad_bias.index_put((each.index,), grad_b, accumulate=True)
     grad_x = torch.where(each.lost[:, None], torch.nan, grad_x).to(query.x.dtype)
     columns = [torch.where(each.lost, torch.nan, v) for v in out[:3].unbind(0)]
-    return Gradients._make([grad_x, *columns, grad_bias])
+    return Gradients._make([grad_x, *columns, grad_bias, *none])
 
 
 class _Lists:
@@ -72,7 +73,7 @@ class _Lists:
 
     def __init__(self, query: Query, rows: Rows, lists: RowLists) -> None:
         self.query, self.rows = prepared(query.detach(), rows), rows.detach()
-        check_gaussian(query.weighting, "posterior_listed")
+        check_selectable(query, "posterior_listed")
         check_types(self.query.x, self.rows)
         self.b, self.d = self.query.x.shape
         self.device = self.query.x.device

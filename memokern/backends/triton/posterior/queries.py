@@ -181,7 +181,7 @@ class KernelQueries:
 
     def __init__(self, query: Query, rows: Rows, center: Tensor) -> None:
         """Of a query that is :func:`prepared <memokern.calls.checks.prepared>`."""
-        self.x, self.sigma, self.alpha, self.temperature, _ = query.tensors
+        self.x, self.sigma, self.alpha, self.temperature = query[:4]
         self.weighting, self.precision = query.weighting, precision_of(query.precision)
         self.operand, self.center = operand_of(rows.data.dtype, self.precision), center
         self.scale_shift = scale_shift(rows)

@@ -18,7 +18,7 @@ from memokern.backends.triton.scan import kernels
 from memokern.calls import LogitBounds, Query, RowLists, Rows, Scan
 from memokern.calls.checks import (
     bands_of,
-    check_gaussian,
+    check_selectable,
     contiguous64,
     prepared,
     prepared_bounds,
@@ -34,7 +34,7 @@ def bound_scan(query: Query, rows: Rows, bounds: LogitBounds) -> Scan:
     """The rows that can matter to each query; :mod:`memokern.ops` says what is proven of the
     others."""
     query, rows = prepared(query.detach(), rows), rows.detach()
-    check_gaussian(query.weighting, "bound_scan")
+    check_selectable(query, "bound_scan")
     check_types(query.x, rows)
     if rows.center is None or rows.sq_norms is None:
         raise ValueError("bound_scan needs the center of the rows that the bounds were made about")
