@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memokern import functional, regularizers, validate
+from memokern import sweep, validate
 from memokern.conditional import Label, Wanted, groups
 from memokern.data.stored import PER_ROW
 from memokern.data.training_set import TrainingSet
@@ -17,6 +17,8 @@ from memokern.edm_network import EDMNetwork
 from memokern.processes import EDM, Process
 from memokern.regularizers import Prediction, Query, Regularizer
 from memokern.regularizers.joined import joined
+from memokern.regularizers.prediction import evaluate_each
+from memokern.sweep import NOTHING, Own
 from memokern.util.held import Held
 from memokern.util.torch_internals import traced
 from memokern.validate import PerQuery, wide
@@ -106,8 +108,8 @@ class Denoiser(EDMNetwork, nn.Module):
         if prediction not in PREDICTIONS:
             known = ", ".join(PREDICTIONS)
             raise ValueError(f"expected prediction one of {known}, got {prediction!r}")
-        if method not in functional.METHODS:
-            known = ", ".join(functional.METHODS)
+        if method not in sweep.METHODS:
+            known = ", ".join(sweep.METHODS)
             raise ValueError(f"expected method one of {known}, got {method!r}")
         if not isinstance(data, TrainingSet):
             data = TrainingSet(data)
@@ -291,16 +293,18 @@ class Denoiser(EDMNetwork, nn.Module):
         if not wanted:
             return self._evaluate(x, self.data, sigma, alpha, bias, certificate)
         batch = validate.batch_shape(x, self.data)
-        found = groups(self.data, batch, wanted)
+        asked = validate.checked(x, self.data, sigma, alpha, 1.0, bias)
+        index = sweep.index_for(self.data, self.method)
+        found = groups(self.data, batch, wanted, sweep.why_in_groups(asked, index) is None)
         if not found:
             return self._evaluate(x, self.data, sigma, alpha, bias, certificate)
         flat = x.reshape(-1, *self._data.shape)
         sigmas, alphas = sigma.expand(batch).reshape(-1), alpha.expand(batch).reshape(-1)
         parts = []
         for group in found:
-            at, own = group.at, group.total_bias(bias)
+            at, part, own = group.at, group.total_bias(bias), group.own
             parts.append(
-                self._evaluate(flat[at], group.data, sigmas[at], alphas[at], own, certificate)
+                self._evaluate(flat[at], group.data, sigmas[at], alphas[at], part, certificate, own)
             )
         s, a, one = (v.reshape(batch) for v in (sigmas, alphas, torch.ones_like(sigmas)))
         back = torch.argsort(torch.cat([group.at for group in found]))
@@ -314,11 +318,12 @@ class Denoiser(EDMNetwork, nn.Module):
         alpha: Tensor,
         bias: Tensor | None,
         certificate: bool,
+        own: Own = NOTHING,
     ) -> Prediction:
         """The evaluation over these rows, at levels instead of times."""
-        return regularizers.evaluate(
-            x, data, sigma, alpha, regularizer=self.regularizer, bias=bias, method=self.method,
-            certificate=certificate,
+        return evaluate_each(
+            x, data, sigma, alpha, own, regularizer=self.regularizer, bias=bias,
+            method=self.method, certificate=certificate,
         )  # fmt: skip
 
     def forward(

@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from memokern.data.training_set import TrainingSet
-from memokern.functional import index_for
 from memokern.strategies import explanation
 from memokern.strategies.explanation import Explanation
+from memokern.sweep import index_for
 from memokern.validate import PerQuery, check_k, checked, computable
 
 

@@ -7,40 +7,29 @@ that broadcast to [*batch].
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from memokern import conditional, ops, validate
-from memokern.calls import Rows
+from memokern import conditional, ops, sweep, validate
 from memokern.conditional import Label, Wanted
 from memokern.data.training_set import TrainingSet
-from memokern.index.index import Index
-from memokern.ops.flat import tensors
 from memokern.results import Nearest, Posterior
-from memokern.strategies import costs, pruned, pruned_nearest
-from memokern.strategies.certificate import Certificate, nothing_dropped
+from memokern.strategies import costs, pruned_nearest
 from memokern.strategies.small_call import (
     small_call,
     small_mean,
-    small_posterior,
     small_residual,
 )
 from memokern.util.torch_internals import traced, under_transform
 from memokern.validate import (
-    Asked,
     PerQuery,
     as_data,
     batch_shape,
     check_k,
     checked,
-    log_total,
-    one_of,
 )
-
-METHODS = ("auto", "dense", "pruned")
 
 
 def posterior(
@@ -80,7 +69,9 @@ def posterior(
             number or one per query; 0 is the limit, where rows with that very condition share.
             In log_z, mean_logit and mean_bias this part counts from the largest that a row gets.
         leave_out: the number of a row that does not count, one for all queries or [\*batch]; -1
-            for none. Queries that ask for the same rows share a sweep.
+            for none. Conditions and rows left out may differ from query to query in one sweep, with
+            the compiled kernels; elsewhere, and with an index, queries that ask for the same share
+            one. Each label has a sweep of its own.
         bias: [N] floating point, finite or -inf (the row is left out); a TrainingSet's
             `log_weights` are added to it.
         weighting: "gaussian" as above, or "log", which does not know sigma (arXiv 2601.19285):
@@ -133,88 +124,13 @@ def posterior(
         1.0
     """
     x = validate.computable(x)
-    if not (label is None and condition is None and bandwidth is None and leave_out is None):
-        wanted = Wanted(label, condition, bandwidth, leave_out)
-        index_for(data, method)  # an error where one is asked for and missing
-        options: dict[str, Any] = {"weighting": weighting, "precision": precision, "method": method}
-        options |= {"certificate": certificate, "tol": tol}
-        asked = checked(x, data, sigma, alpha, temperature, bias, weighting, precision)
-        return conditional.posterior(posterior, x, data, asked, bias, wanted, options)
-    index = index_for(data, method)
-    if tol is not None and not (isinstance(tol, float | int) and 0 < tol < math.inf):
-        raise ValueError(f"expected tol as a finite number > 0, or None, got {tol!r}")
-    if weighting == "gaussian" and not certificate:
-        short = small_call(x, data, sigma, alpha, temperature, bias, method, precision)
-        if short is not None:
-            return _result(x, short.rows, short.log_weights, small_posterior(short))
+    options: dict[str, Any] = {"weighting": weighting, "method": method, "tol": tol}
+    options |= {"certificate": certificate, "precision": precision}
+    if label is None and condition is None and bandwidth is None and leave_out is None:
+        return sweep.posterior(x, data, sigma, alpha, temperature, bias, **options)
+    wanted = Wanted(label, condition, bandwidth, leave_out)
     asked = checked(x, data, sigma, alpha, temperature, bias, weighting, precision)
-    query, rows, batch = asked.query, asked.data.rows, asked.batch
-    bounds = None
-    if index is None or not _selects_rows(asked):
-        sums = ops.posterior(query, rows)
-    else:
-        pruned.warn_of_gradients(sigma=sigma, alpha=alpha, temperature=temperature)
-        sums, bounds = pruned.posterior(
-            query, rows, index,
-            eps=pruned.weight_allowed(query, rows, index, tol),
-            costs=costs.costs_of(query.x, rows.data) if method == "auto" else None,
-            certificate=certificate,
-        )  # fmt: skip
-        bounds = None if bounds is None else bounds.reshape(batch)
-    if certificate and bounds is None:
-        bounds = nothing_dropped(asked.sigma, rows.n)
-    mean, *stats, residual = sums
-    if mean.shape != x.shape:
-        mean, residual = mean.reshape(x.shape), residual.reshape(x.shape)
-    if len(batch) != 1:
-        stats = [v.reshape(batch) for v in stats]
-    found = (mean, residual, asked.sigma, asked.alpha, asked.temperature, *stats)
-    return _result(x, rows, query.bias, found, bounds)
-
-
-def _result(
-    x: Tensor,
-    rows: Rows,
-    bias: Tensor | None,
-    found: tuple[Tensor, ...],
-    bounds: Certificate | None = None,
-) -> Posterior:
-    mean, residual, sigma, alpha, temperature, log_z, mean_logit, mean_bias, weight_sq = found
-    return Posterior(
-        x=x,
-        mean=mean,
-        residual=residual,
-        log_z=log_z,
-        mean_logit=mean_logit,
-        mean_bias=mean_bias,
-        weight_sq=weight_sq,
-        sigma=sigma,
-        alpha=alpha,
-        temperature=temperature,
-        n=rows.n,
-        dim=rows.dim,
-        log_weight_total=log_total(bias, rows.n),
-        certificate=bounds,
-    )
-
-
-def _selects_rows(asked: Asked) -> bool:
-    """Whether rows can be selected for these queries: bounds are those of the gaussian weighting,
-    and no transform or compiler is at work, which could not follow the choice."""
-    every = tensors(asked.query, asked.data.rows)
-    return asked.query.weighting == "gaussian" and not (under_transform(*every) or traced(*every))
-
-
-def index_for(data: TrainingSet | Tensor, method: str) -> Index | None:
-    """The index to use, where the method and the data allow for one."""
-    one_of("method", method, METHODS)
-    index = data.index if isinstance(data, TrainingSet) else None
-    if method == "pruned" and index is None:
-        raise ValueError(
-            "method='pruned' needs an index of the rows: call build_index() on the TrainingSet"
-            " once (a tensor has none), or use method='auto' or 'dense'"
-        )
-    return None if method == "dense" else index
+    return conditional.posterior(x, data, asked, bias, wanted, options)
 
 
 def score(
@@ -328,7 +244,7 @@ def nearest(x: Tensor, data: TrainingSet | Tensor, k: int = 1, *, method: str = 
         >>> memokern.nearest(torch.tensor([[0.0, 1.0]]), torch.eye(2), k=2).index.tolist()
         [[1, 0]]
     """
-    x, index = validate.computable(x), index_for(data, method)
+    x, index = validate.computable(x), sweep.index_for(data, method)
     found = as_data(data)
     batch, rows = batch_shape(x, found), found.rows
     check_k(k, rows)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memokern.calls import BasicSums, Gradients, Query, RowLists, Rows, Sums
+from memokern.calls import BasicSums, Condition, Gradients, Query, RowLists, Rows, Sums
 from tests import oracle
 
 F32, F64 = torch.float32, torch.float64
@@ -82,7 +82,8 @@ class Case:
 
     offset: added to every row. repeat: the second half are copies of the first row, off by that
     much. bias: None; "normal"; "holes": every third row is left out; "hole": one is. known: the
-    center and norms are given. low, high: of sigmas and alphas that differ from query to query.
+    center and norms are given. own: what differs from query to query: None; "condition", of 3
+    numbers and bandwidth h; "left-out", a row, and none for every fourth query; "both".
     """
 
     b: int
@@ -98,6 +99,8 @@ class Case:
     known: bool = False
     offset: float = 0.0
     repeat: float | None = None
+    own: str | None = None
+    h: float = 0.8
     seed: int = 0
 
     def __str__(self) -> str:
@@ -110,6 +113,7 @@ class Case:
         words += ["known"] if self.known else []
         words += [f"offset{self.offset:g}"] if self.offset else []
         words += [f"repeat{self.repeat:g}"] if self.repeat is not None else []
+        words += [f"{self.own}-h{self.h:g}"] if self.own else []
         return "-".join(words)
 
     def row_values(self, g: torch.Generator) -> Rows:
@@ -141,7 +145,24 @@ class Case:
         query = query_of(
             x.to(self.x), self.sigma, self.alpha, self.temperature, self.bias_of(), self.weighting
         )
+        query, rows = self.with_own_bias(query, rows)
         return query, with_norms(rows) if self.known else rows
+
+    def with_own_bias(self, query: Query, rows: Rows) -> tuple[Query, Rows]:
+        at = torch.arange(self.b) % self.n
+        if self.own in ("left-out", "both"):
+            query = query._replace(leave_out=torch.where(at % 4 == 3, -1, at))
+        if self.own in ("condition", "both"):
+            rows = rows._replace(conditions=normal(self.n, 3, seed=6) + self.offset)
+            c = rows.conditions[at] + 0.4 * normal(self.b, 3, seed=7)
+            query = query._replace(condition=conditioned(c, self.h, rows))
+        return query, rows
+
+
+def conditioned(c: Tensor, h: float | Tensor, rows: Rows) -> Condition:
+    """The condition [B, K] of bandwidth h, counted from the nearest row's."""
+    a = rows.conditions[oracle.squares(c, rows.conditions).argmin(1)]
+    return Condition(c, column(h, len(c)), a)
 
 
 @functools.lru_cache(maxsize=64)
@@ -218,6 +239,27 @@ def fields(backend: str) -> Table:
     return _grouped(cases, lambda c: f"{c.weighting}-{name_of(c.x)}-{name_of(c.rows)}")
 
 
+def own_biases(backend: str) -> Table:
+    """Conditions and rows left out that differ from query to query: few and many queries, few
+    features and many, wide and narrow bandwidths, a large common offset, every type."""
+    if backend == "triton":
+        return {}
+    sizes = [(1, 70, 19, 0.5), (3, 70, 2, 0.5), (3, 70, 300, 0.5), (40, 70, 17, 0.5)]
+    sizes += [(265, 33, 5, 0.5), (9, 1, 4, 0.5), (20, 140, 19, 1e-3)]
+    cases = [
+        Case(b, n, d, t, F64 if t == F64 else F32, sigma, 0.9, 1.3, bias, own=own)
+        for b, n, d, sigma in sizes
+        for t in (row_types(backend) if d == 17 else (F32,))
+        for own, bias in (("condition", None), ("left-out", "hole"), ("both", "holes"))
+        if n > 1 or own == "condition"
+    ]
+    many = Case(17, 70, 19, sigma=0.5, own="condition")
+    cases += [replace(many, h=h) for h in (0.0, 1e-200, 1e-6, 0.01, 1e3, 1e150)]
+    cases += [replace(many, offset=1e6), replace(many, own="both", weighting="log")]
+    cases += [replace(many, own="both", weighting="log", x=F64)]
+    return _grouped(cases, lambda c: f"{c.own}-{name_of(c.rows)}")
+
+
 SIGMAS = (1e-3, 2e-3, 0.01, 0.1, 1.0, 5.0, 80.0, 1e3)
 
 
@@ -238,7 +280,7 @@ def noise_levels(backend: str) -> Table:
 
 def posterior(backend: str) -> Table:
     """All of the above."""
-    tables = (feature_tails, row_and_query_tails, fields, noise_levels)
+    tables = (feature_tails, row_and_query_tails, fields, own_biases, noise_levels)
     return {name: cases for table in tables for name, cases in table(backend).items()}
 
 
@@ -258,6 +300,8 @@ def states(backend: str) -> Table:
         for weighting in ("gaussian", "log")
         if weighting == "gaussian" or s == 0.7 or s == 1.0
     ]
+    if backend != "triton":
+        cases += [Case(b, 70, 19, own="both", bias="holes") for b in (2, 24)]
     return _grouped(cases, lambda c: f"{c.weighting}-{name_of(c.x)}-{name_of(c.rows)}")
 
 
@@ -294,6 +338,14 @@ def gradients(backend: str) -> Table:
         for t in row_types(backend)
         for weighting in ("gaussian", "log")
     ]
+    if backend != "triton":
+        cases += [
+            Case(b, n, d, t, F64 if t == F64 else F32, sigma, 0.9, 1.3, bias, weighting, own=own)
+            for b, d, sigma in ((4, 33, 2.0), (40, 17, 1.0), (9, 300, 0.02), (5, 3, 1e-7))
+            for t in (F32, F64)
+            for own, bias in (("condition", None), ("left-out", "hole"), ("both", "hole"))
+            for weighting in ("gaussian", "log")
+        ]
     return _grouped(cases, lambda c: f"{c.weighting}-{name_of(c.rows)}")
 
 
@@ -313,6 +365,10 @@ def second_derivatives(_: str) -> list[Case]:
         for weighting in ("gaussian", "log")
         for bias, known in ((None, False), ("normal", True), ("hole", False), ("holes", True))
         for sigma, alpha in ((0.6, 0.9), (1.1, -0.8))
+    ] + [
+        Case(3, 7, 2, F64, F64, 0.6, 0.9, 0.7, bias, weighting, own=own)
+        for weighting in ("gaussian", "log")
+        for own, bias in (("condition", None), ("both", "hole"))
     ]
 
 

@@ -96,10 +96,11 @@ def gradients(
 
 
 def check_gradient_types(got: Gradients, query: Query) -> None:
-    """Those of x in its type, the others float64; none for a bias that is not there."""
+    """Those of x in its type, the others float64; none for what the query has not."""
     assert got.x.dtype == query.x.dtype and got.x.shape == query.x.shape
     assert all(v.dtype == F64 for v in got[1:])
-    assert got.bias.shape == ((0,) if query.bias is None else query.bias.shape)
+    for value, of in zip(got[4:], query.tensors[4:], strict=True):
+        assert value.shape == ((0,) if of is None else of.shape)
 
 
 def row_gradient(got: Tensor, want: Tensor, rows: Rows, kind: torch.dtype, what: object) -> None:

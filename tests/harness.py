@@ -84,15 +84,19 @@ def poisoned() -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
-def refusal(name: str, operation: str, x: Tensor, rows: Rows, k: int = 0) -> str | None:
+def refusal(
+    name: str, operation: str, x: Tensor, rows: Rows, k: int = 0, own_bias: bool = False
+) -> str | None:
     """Why the backend does not take the call, or None."""
-    call = Call.of(x, rows.data, k)._replace(device=device_of(name).type)
+    call = Call.of(x, rows.data, k, own_bias=own_bias)._replace(device=device_of(name).type)
     return backend_of(name).refusal(operation, call)
 
 
-def ask(name: str, operation: str, x: Tensor, rows: Rows, k: int = 0) -> Backend:
+def ask(
+    name: str, operation: str, x: Tensor, rows: Rows, k: int = 0, own_bias: bool = False
+) -> Backend:
     """The backend; the test is skipped where it refuses the call."""
-    reason = refusal(name, operation, x, rows, k)
+    reason = refusal(name, operation, x, rows, k, own_bias)
     if reason is not None:
         pytest.skip(f"{name}, {operation}: {reason}")
     return backend_of(name)
@@ -100,7 +104,8 @@ def ask(name: str, operation: str, x: Tensor, rows: Rows, k: int = 0) -> Backend
 
 def _run(name: str, operation: str, x: Tensor, rows: Rows, *args: Any, k: int = 0) -> Any:
     """The operation with these arguments; its results on the CPU."""
-    backend = ask(name, operation, x, rows, k)
+    own_bias = any(isinstance(v, Query) and v.own_bias for v in args)
+    backend = ask(name, operation, x, rows, k, own_bias)
     with poisoned(), isas.selected(name.partition(":")[2]):
         return moved(getattr(backend, operation)(*moved(args, device_of(name))), CPU)
 

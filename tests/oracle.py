@@ -98,13 +98,28 @@ def _weigh(query: Query, rows: _Reachable) -> _Weighed:
     return _Weighed(y, b, logit / temperature, where, 1.0, zero)
 
 
+def bias(query: Query, rows: Rows) -> Tensor | None:
+    """All that one query, x [1, D], adds to the logits [N], or None."""
+    total = query.bias
+    if query.condition is not None:
+        c, h, a = (v[0] for v in query.condition)
+        over = (c - rows.conditions).square().sum(1) - (c - a).square().sum()
+        part = torch.where(over > 0, -math.inf, 0.0) if h == 0 else -over / h / h / 2
+        total = part if total is None else total + part
+    if query.leave_out is not None and query.leave_out[0] >= 0:
+        total = torch.zeros(rows.n, dtype=F64) if total is None else total
+        out = torch.arange(rows.n) == query.leave_out[0]
+        total = torch.where(out, -math.inf, total)
+    return total
+
+
 def _each(query: Query, rows: Rows, lists: RowLists | None) -> Iterator[tuple[Query, _Weighed]]:
     y = values(rows)
     reachable = _reachable(y, query.bias)
     for i in range(len(query.x)):
         one = query.take(slice(i, i + 1))
         if lists is None:
-            yield one, _weigh(one, reachable)
+            yield one, _weigh(one, _reachable(y, bias(one, rows)) if query.own_bias else reachable)
             continue
         some = lists.index[lists.start[i] : lists.start[i + 1]]
         listed = _reachable(y[some], None if query.bias is None else query.bias[some])
@@ -209,18 +224,19 @@ def nearest(x: Tensor, rows: Rows, k: int) -> tuple[Tensor, Tensor]:
 
 
 def leaves(query: Query) -> list[Tensor]:
-    """x in float64, sigma, alpha, temperature and the bias where there is one, to differentiate."""
-    tensors = [query.x.to(F64), query.sigma, query.alpha, query.temperature]
-    if query.bias is not None:
-        tensors.append(query.bias)
+    """x in float64, sigma, alpha, temperature, and bias, condition and bandwidth where there are
+    such, to differentiate."""
+    tensors = [query.x.to(F64), *(v for v in query.tensors[1:] if v is not None)]
     return [v.detach().clone().requires_grad_() for v in tensors]
 
 
 def query_of(tensors: Sequence[Tensor], like: Query) -> Query:
     """The query of such leaves."""
-    x, sigma, alpha, temperature, *bias = tensors
-    return Query(
-        x, sigma, alpha, temperature, bias[0] if bias else None, like.weighting, like.precision
+    x, sigma, alpha, temperature, *rest = tensors
+    bias = None if like.bias is None else rest.pop(0)
+    condition = None if like.condition is None else like.condition._replace(c=rest[0], h=rest[1])
+    return like._replace(
+        x=x, sigma=sigma, alpha=alpha, temperature=temperature, bias=bias, condition=condition
     )
 
 
@@ -242,11 +258,12 @@ def _product(values: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
 def gradients(
     query: Query, rows: Rows, grads: Sequence[Tensor], lists: RowLists | None = None
 ) -> Gradients:
-    """For the query, given those for the sums; bias [0] where the query has none."""
+    """For the query, given those for the sums; [0] for what the query has not."""
     inputs = leaves(query)
     out = sums(query_of(inputs, query), rows, lists)
-    found = _gradients(_product(out, grads), inputs)
-    return Gradients(*found, *([] if query.bias is not None else [torch.zeros(0, dtype=F64)]))
+    found = iter(_gradients(_product(out, grads), inputs))
+    none = torch.zeros(0, dtype=F64)
+    return Gradients(*(none if v is None else next(found) for v in query.tensors))
 
 
 def row_gradient(query: Query, rows: Rows, grads: Sequence[Tensor]) -> Tensor:
@@ -267,5 +284,6 @@ def second(
     inputs = leaves(query)
     seeds = [g.detach().to(F64).clone().requires_grad_() for g in grads]
     first = _gradients(_product(sums(query_of(inputs, query), rows, lists), seeds), inputs, True)
-    found = _gradients(_product(first, grad_grads[: len(first)]), [*inputs, *seeds])
+    given = [g for g, v in zip(grad_grads, query.tensors, strict=True) if v is not None]
+    found = _gradients(_product(first, given), [*inputs, *seeds])
     return found[: len(inputs)], found[len(inputs) :]

@@ -33,6 +33,7 @@ LAYERS = (
     ("validate",),
     ("strategies",),
     ("results",),
+    ("sweep",),
     ("conditional", "partial"),
     ("functional",),
     ("by_row",),

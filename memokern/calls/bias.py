@@ -1,5 +1,5 @@
-"""The bias that a query has of its own, in plain PyTorch: what a condition adds to each logit, and a
-row left out."""
+"""The bias that a query has of its own, in plain PyTorch: what a condition adds to each logit, and
+a row left out."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
 """Queries that ask for some of the rows: those with a label, those whose conditions are near, or
 all but one.
 
-Queries that ask for the same rows share a sweep. What they ask for becomes a part of the rows (a
-label) and a bias per row (a condition, a row left out), which every backend, regulariser and
-strategy has; so nothing of size N x B is made.
+A label becomes a part of the rows, over which its queries share a sweep. A condition and a row left
+out become fields of the query, of which the compiled kernels take as many as there are queries in
+one sweep; or, where a backend does not, and for queries that all ask for the same, a bias per row,
+which every backend, regulariser and strategy has. So nothing of size N x B is made.
 """
 
 from memokern.conditional.groups import Group, groups

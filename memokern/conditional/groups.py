@@ -1,5 +1,5 @@
 """The queries by the rows that they ask for, and what becomes of that: a part of the rows, and a
-bias per row."""
+bias per row that they share, or one of each query's own."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from memokern import ops
+from memokern.calls import Condition, Rows, condition_bias
 from memokern.conditional.wanted import (
     EVERY_ROW,
     Wanted,
@@ -20,21 +22,23 @@ from memokern.conditional.wanted import (
 )
 from memokern.data.storage import chunks
 from memokern.data.training_set import TrainingSet
-from memokern.util.torch_internals import traced
+from memokern.sweep import NOTHING, Own
+from memokern.util.torch_internals import primal, traced, under_transform
 
 
 class Group(NamedTuple):
-    """Queries that ask for the same rows.
+    """Queries that share a sweep.
 
     at: which queries, [b] int64 into the flat batch. data: the rows that they may see. chosen:
     which of all rows these are. bias: [n] float64 or None, what their condition adds to each logit,
-    less the largest.
+    less the largest, where they share it. own: what they do not share.
     """
 
     at: Tensor
     data: TrainingSet
     chosen: Tensor | slice
     bias: Tensor | None
+    own: Own = NOTHING
 
     def total_bias(self, bias: Tensor | None) -> Tensor | None:
         """The bias of these rows, with their part of one for all rows."""
@@ -44,46 +48,12 @@ class Group(NamedTuple):
         return part if self.bias is None else part + self.bias
 
 
-def squares(conditions: Tensor, c: Tensor) -> Tensor:
-    """|c - c_n|^2 [N] of conditions [N, K], by direct differences; twice differentiable in c, for
-    which nothing of size N x K is kept but the conditions."""
-    at = c.detach()
-    exact = torch.cat([(part - at).square().sum(1) for part in chunks(conditions)])
-    if not c.requires_grad:
-        return exact
-    moved = c - at  # 0, and has c's gradient
-    along = torch.mv(conditions, moved) - (at * moved).sum()
-    return exact - 2 * along + moved.square().sum()
-
-
-def condition_bias(conditions: Tensor, c: Tensor, h: Tensor) -> Tensor:
-    """What a condition adds to each logit, -|c - c_n|^2 / (2 h^2), less the largest of them [N]: so
-    it is finite for the nearest condition, whatever h is. At h = 0 the limit: 0 where the row's
-    condition is c, else -inf.
-
-    Raises: ValueError at h = 0 where no row has the condition.
-    """
-    r2 = squares(conditions, c)
-    least = r2.detach().argmin()
-    over = r2 - r2[least]
-    zero = h == 0
-    if not traced(h, c) and bool(zero) and float(r2[least].detach()) > 0:
-        raise ValueError(
-            "at bandwidth 0 only rows with exactly the query's condition count, and no row has it:"
-            f" the nearest is {math.sqrt(float(r2[least].detach())):.3g} away; use a bandwidth > 0"
-        )
-    width = torch.where(zero, 1.0, h)
-    # What is infinite has no weight and no derivative.
-    far = torch.isinf((over / width / width).detach()) | (zero & (over > 0))
-    value = -0.5 * (torch.where(far, 0.0, over) / width) / width
-    return torch.where(far, -torch.inf, value)
-
-
-def groups(data: TrainingSet, batch: Sequence[int], wanted: Wanted) -> list[Group]:
-    """The queries of a flat batch by what they ask for, in ascending order of that.
+def groups(data: TrainingSet, batch: Sequence[int], wanted: Wanted, together: bool) -> list[Group]:
+    """The queries of a flat batch by their label, in ascending order of that; within a label all
+    together, or by what else they ask for.
 
     A gradient for condition or bandwidth, and a transform or compiler, which has no values to
-    compare, give each query a group of its own.
+    compare, count as queries that all ask for something else.
 
     Raises: TypeError, ValueError for what does not fit; RuntimeError on the meta device.
     """
@@ -98,56 +68,113 @@ def groups(data: TrainingSet, batch: Sequence[int], wanted: Wanted) -> list[Grou
         labels = label_numbers(wanted.label, batch, data.device, lambda: count_labels(data))
     given = checked_condition(wanted, batch, data)
     left_out = checked_left_out(wanted.leave_out, batch, data)
-    keys = []
-    if labels is not None:
-        keys.append(labels.expand(tuple(batch)).reshape(-1, 1).to(torch.float64))
-    if left_out is not None:
-        keys.append(left_out[:, None].to(torch.float64))
-    apart = False
-    if given is not None:
-        keys += [given[0], given[1][:, None]]
-        apart = traced(*given) or any(v.requires_grad for v in given)
     if b == 0:
         return []
-    whole = torch.arange(b, device=data.device)
-    if apart or b == 1:
-        members = list(whole.split(1))
-    else:
-        _, which = torch.unique(torch.cat(keys, 1), dim=0, return_inverse=True)
-        order = torch.argsort(which, stable=True)
-        members = list(order.split(torch.bincount(which).tolist()))
     found = []
-    for at in members:
-        first = int(at[0])
+    for of_label in _alike(b, [] if labels is None else [_column(labels.expand(tuple(batch)))]):
         index: Tensor | slice = slice(None)
-        rows, bias = data, None
+        rows = data
         if labels is not None:
-            one = labels if labels.dim() == 0 else labels.reshape(-1)[first]
+            one = labels if labels.dim() == 0 else labels.reshape(-1)[of_label[0]]
             index, rows = rows_of(data, int(one))
-        if given is not None:
-            assert rows.conditions is not None
-            bias = condition_bias(rows.conditions, given[0][first], given[1][first])
-        if left_out is not None and int(left_out[first]) >= 0:
-            bias = _without(int(left_out[first]), index, rows.n, bias, data)
-        found.append(Group(at, rows, index, bias))
+        parts = _by_what_else(of_label, given, left_out)
+        if together and len(parts) > 1:
+            condition = None if given is None else _condition(given, of_label, rows)
+            places = None if left_out is None else _places(left_out[of_label], index, rows.n)
+            found.append(Group(of_label, rows, index, None, Own(condition, places)))
+            continue
+        for at in parts:
+            found.append(Group(at, rows, index, _shared_bias(at[:1], given, left_out, index, rows)))
     return found
 
 
-def _without(
-    row: int, index: Tensor | slice, n: int, bias: Tensor | None, data: TrainingSet
+def _column(values: Tensor) -> Tensor:
+    return values.reshape(-1, 1).to(torch.float64)
+
+
+def _alike(b: int, keys: list[Tensor]) -> list[Tensor]:
+    """The numbers of b queries, those with equal keys [b, .] together, in ascending order."""
+    whole = torch.arange(b, device=keys[0].device if keys else None)
+    if not keys or b == 1:
+        return [whole]
+    _, which = torch.unique(torch.cat(keys, 1), dim=0, return_inverse=True)
+    order = torch.argsort(which, stable=True)
+    return list(order.split(torch.bincount(which).tolist()))
+
+
+def _by_what_else(
+    at: Tensor, given: tuple[Tensor, Tensor] | None, left_out: Tensor | None
+) -> list[Tensor]:
+    """Some queries by condition, bandwidth and row left out."""
+    keys = []
+    if left_out is not None:
+        keys.append(_column(left_out[at]))
+    if given is not None:
+        if traced(*given) or any(v.requires_grad for v in given):
+            return list(at.split(1))
+        keys += [given[0][at], _column(given[1][at])]
+    return [at[part] for part in _alike(len(at), keys)]
+
+
+def _condition(given: tuple[Tensor, Tensor], at: Tensor, data: TrainingSet) -> Condition:
+    """What some queries ask of the conditions of these rows.
+
+    Raises: ValueError at h = 0 where no row has the condition.
+    """
+    conditions = data.conditions
+    assert conditions is not None
+    c, h = (v[at] for v in given)
+    with torch.no_grad():
+        if traced(c) or under_transform(c):
+            fixed = primal(c) if under_transform(c) else c.detach()
+            squares = [(part - fixed[:, None]).square().sum(-1) for part in chunks(conditions)]
+            nearest = torch.cat(squares, 1).argmin(1)
+        else:
+            sq, row = ops.nearest(c.detach(), Rows(conditions), 1)
+            nearest = row[:, 0]
+            missed = (h == 0) & (sq[:, 0] > 0)
+            if not traced(h) and bool(missed.any()):
+                raise ValueError(
+                    "at bandwidth 0 only rows with exactly the query's condition count, and no row"
+                    f" has it: the nearest is {float(sq[missed][0, 0].sqrt()):.3g} away; use a"
+                    " bandwidth > 0"
+                )
+    return Condition(c, h, conditions[nearest])
+
+
+def _shared_bias(
+    first: Tensor,
+    given: tuple[Tensor, Tensor] | None,
+    left_out: Tensor | None,
+    index: Tensor | slice,
+    data: TrainingSet,
 ) -> Tensor | None:
-    """The bias of the n rows at `index`, without one of all rows."""
+    """The bias [n] of these rows for queries that ask for what the `first` [1] does, or None."""
+    bias = None
+    if given is not None:
+        condition = _condition(given, first, data)
+        assert data.conditions is not None
+        bias = condition_bias(data.conditions, condition)[0]
+    if left_out is not None and int(left_out[first]) >= 0:
+        place = int(_places(left_out[first], index, data.n))
+        if place >= 0:
+            if bias is None:
+                bias = torch.zeros(data.n, dtype=torch.float64, device=data.device)
+            bias = bias.index_fill(0, torch.tensor([place], device=data.device), -torch.inf)
+    return bias
+
+
+def _places(row: Tensor, index: Tensor | slice, n: int) -> Tensor:
+    """Where rows [b] of all are among the n at `index`, which are ascending; -1 for those that are
+    not, and for -1."""
     place = row
     if isinstance(index, Tensor):
-        hit = (index == row).nonzero()
-        if not len(hit):
-            return bias  # a row of another label, which these queries do not see
-        place = int(hit[0, 0])
-    if n == 1:
-        raise ValueError(f"row {row} is the only one that its query could see, and is left out")
-    out = torch.zeros(n, dtype=torch.float64, device=data.device) if bias is None else bias.clone()
-    out[place] = -torch.inf
-    return out
+        place = torch.searchsorted(index, row).clamp(max=n - 1)
+        place = torch.where(index[place] == row, place, -1)
+    if n == 1 and not traced(row) and bool((place >= 0).any()):
+        only = int(row[place >= 0][0])
+        raise ValueError(f"row {only} is the only one that its query could see, and is left out")
+    return place
 
 
 def rows_of(data: TrainingSet, label: int) -> tuple[Tensor | slice, TrainingSet]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from memokern import ops
+from memokern import ops, sweep
 from memokern.calls import RowLists
 from memokern.conditional.groups import groups, rows_of
 from memokern.conditional.wanted import Label, Wanted, count_labels, label_numbers
@@ -25,7 +25,6 @@ LISTED, MOST_LISTED = 2, 1 << 24
 
 
 def posterior(
-    dense_or_pruned: Callable[..., Posterior],
     x: Tensor,
     data: TrainingSet | Tensor,
     asked: Asked,
@@ -35,9 +34,9 @@ def posterior(
 ) -> Posterior:
     """The posterior of queries x [*batch, *shape], over the rows that each asks for.
 
-    dense_or_pruned: :func:`memokern.posterior`, and options: its keywords. asked: the call as if
-    all rows counted.
+    asked: the call as if all rows counted. options: keywords of :func:`memokern.sweep.posterior`.
     """
+    index = sweep.index_for(data, options["method"])
     if not isinstance(data, TrainingSet):
         if data.requires_grad:
             raise ValueError("leave_out has no gradient for rows: pass rows.detach()")
@@ -49,18 +48,17 @@ def posterior(
     batch = asked.batch
     flat = x.reshape(-1, *data.shape)
     each = [v.reshape(-1) for v in (asked.sigma, asked.alpha, asked.temperature)]
-
-    def sweep(at: Tensor | slice, rows: TrainingSet, b: Tensor | None) -> Posterior:
-        method = "dense" if rows.index is None else options["method"]
-        own = {**options, "method": method, "bias": b}
-        return dense_or_pruned(flat[at], rows, *(v[at] for v in each), **own)
-
     parts, order = [], []
-    for group in groups(data, batch, wanted):
-        parts.append(sweep(group.at, group.data, group.total_bias(bias)))
-        order.append(group.at)
+    for group in groups(data, batch, wanted, sweep.why_in_groups(asked, index) is None):
+        at, rows = group.at, group.data
+        mine = {**options, "method": "dense"} if rows.index is None else options
+        s, a, t = (v[at] for v in each)
+        part = group.total_bias(bias)
+        parts.append(sweep.posterior(flat[at], rows, s, a, t, part, group.own, **mine))
+        order.append(at)
     if not parts:  # no queries
-        return sweep(slice(None), data, bias)
+        s, a, t = asked.sigma, asked.alpha, asked.temperature
+        return sweep.posterior(x, data, s, a, t, bias, **options)
     return replace(joined(parts, torch.argsort(torch.cat(order)), batch), x=x)
 
 

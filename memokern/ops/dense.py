@@ -204,14 +204,17 @@ class _PosteriorState(torch.autograd.Function):
             # for gradients of 0, since 0 times what is NaN would be NaN.
             empty = state.s.detach() == 0
             args = flat(_with_every_row(query, empty), rows_of(args))
-            sums, pulled = (
-                BasicSums(*(torch.where(empty[:, None] if v.dim() == 2 else empty, 0.0, v) for v in values))
-                for values in (sums, pulled)
-            )
+            sums, pulled = _zero_where(empty, sums), _zero_where(empty, pulled)
         out = _gradients(ctx, args, list(sums), list(pulled))
         out[0], out[3] = out[0] + grad_x, out[3] + grad_alpha
         out[4] = out[4] + grad_t
         return tuple(out)
+
+
+def _zero_where(which: Tensor, sums: BasicSums) -> BasicSums:
+    mean, *rest = sums
+    columns = (torch.where(which, 0.0, v) for v in rest)
+    return BasicSums(torch.where(which[:, None], 0.0, mean), *columns)
 
 
 def _with_every_row(query: Query, which: Tensor) -> Query:

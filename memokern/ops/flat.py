@@ -59,7 +59,8 @@ def query_of(args: tuple[Any, ...]) -> Query:
         condition = None
     else:
         condition = Condition(*given)
-    return Query(args[0], *args[2:6], args[15], args[16], condition, args[9])
+    x, _, sigma, alpha, temperature, bias = args[:6]
+    return Query(x, sigma, alpha, temperature, bias, args[15], args[16], condition, args[9])
 
 
 def rows_of(args: tuple[Any, ...]) -> Rows:

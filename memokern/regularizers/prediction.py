@@ -7,9 +7,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from memokern import functional, results, validate
+from memokern import results, sweep, validate
 from memokern.regularizers.base import Data, Query, Regularizer
 from memokern.results import Posterior
+from memokern.sweep import NOTHING, Own
 from memokern.util.torch_internals import traced
 from memokern.validate import PerQuery, wide
 
@@ -122,6 +123,25 @@ def evaluate(
         >>> evaluate(torch.tensor([[3.0]]), torch.tensor([[1.0]]), 2.0).score.tolist()
         [[-0.5]]
     """
+    return evaluate_each(
+        x, data, sigma, alpha, regularizer=regularizer, bias=bias, method=method,
+        certificate=certificate,
+    )  # fmt: skip
+
+
+def evaluate_each(
+    x: Tensor,
+    data: Data,
+    sigma: PerQuery,
+    alpha: PerQuery,
+    own: Own = NOTHING,
+    *,
+    regularizer: Regularizer | None,
+    bias: Tensor | None,
+    method: str,
+    certificate: bool,
+) -> Prediction:
+    """:func:`evaluate`, of queries [B, *shape] that may each ask for something of their own."""
     reg = Regularizer() if regularizer is None else regularizer
     if not isinstance(reg, Regularizer):
         raise TypeError(
@@ -132,9 +152,11 @@ def evaluate(
     asked = _query(x, data, sigma, alpha, bias)
     replicated = reg.replicate(asked)
     query = reg.prepare(replicated, data)
-    posterior = functional.posterior(
-        query.x, data, query.sigma, query.alpha, query.temperature,
-        bias=query.bias, weighting=query.weighting, method=method, certificate=certificate,
+    if own:
+        own = own.repeated(query.sigma.numel() // max(1, asked.sigma.numel()))
+    posterior = sweep.posterior(
+        query.x, data, query.sigma, query.alpha, query.temperature, query.bias, own,
+        weighting=query.weighting, method=method, certificate=certificate,
     )  # fmt: skip
     plain = posterior.residual
     gated = reg.gate(plain, replicated, posterior)

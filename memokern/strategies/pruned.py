@@ -141,6 +141,11 @@ def _hopeless(query: Query, index: Index, eps: float) -> bool:
     return float(noise.min()) * math.log(index.n / eps) > HOPELESS * index.mean_square
 
 
+def hopeless(query: Query, rows: Rows, index: Index) -> bool:
+    """The same for the least weight that is dropped where no tol is asked for."""
+    return len(query.x) == 0 or _hopeless(query, index, weight_allowed(query, rows, index, None))
+
+
 def _most_listed(n: int, costs: Costs) -> int:
     """The rows whose list costs what one more query does in a sweep."""
     return max(1, min(n, int(n * costs.query / costs.listed)))

@@ -225,5 +225,6 @@ def test_second_derivatives_as_autograd_through_the_definition(backend: str, cas
     want = oracle.second(query, rows, grads, seeds)
     kind = compare.unit(backend, query, rows)
     assert all(torch.isfinite(v).all() for v in (*heads, *tails))
-    compare.second_derivatives(heads[: len(want[0])], want[0], kind, (str(case), "query"))
+    heads = [g for g, v in zip(heads, query.tensors, strict=True) if v is not None]
+    compare.second_derivatives(heads, want[0], kind, (str(case), "query"))
     compare.second_derivatives(tails, want[1], kind, (str(case), "grads"))

@@ -22,13 +22,18 @@ def _state(backend: str, query: Query, rows: Rows) -> State:
 
 
 def _in_parts(backend: str, query: Query, rows: Rows, sizes: list[int]) -> list[State]:
-    """Of these many rows each; a bias goes with its rows."""
+    """Of these many rows each; a bias, conditions and the row left out go with their rows."""
     states, first = [], 0
     for size in sizes:
         at = slice(first, first + size)
         bias = None if query.bias is None else query.bias[at]
+        mine = query._replace(bias=bias)
         part = rows._replace(data=rows.data[at], center=None, sq_norms=None)
-        states.append(_state(backend, query._replace(bias=bias), part))
+        if query.own_bias:
+            part = part._replace(conditions=rows.conditions[at])
+            here = (query.leave_out >= first) & (query.leave_out < first + size)
+            mine = mine._replace(leave_out=torch.where(here, query.leave_out - first, -1))
+        states.append(_state(backend, mine, part))
         first += size
     return states
 

@@ -33,9 +33,9 @@ def backend(request):
         yield request.param
 
 
-def problem(weighting="gaussian", bias=None, known=False) -> tuple[Query, Rows]:
+def problem(weighting="gaussian", bias=None, known=False, own=None) -> tuple[Query, Rows]:
     """3 queries and 7 rows of 2 features."""
-    case = Case(3, 7, 2, F64, F64, 0.7, 0.9, 0.8, bias, weighting, known, seed=1)
+    case = Case(3, 7, 2, F64, F64, 0.7, 0.9, 0.8, bias, weighting, known, own=own, seed=1)
     query, rows = case.problem()
     each = torch.tensor([0.8, 1.0, 1.3], dtype=F64)
     columns = {"sigma": query.sigma * each, "alpha": query.alpha / each}
@@ -48,7 +48,7 @@ def differentiable(query: Query) -> tuple[list[Tensor], Tensor | None]:
     if query.bias is None:
         return leaves, None
     kept = torch.isfinite(query.bias)
-    return [*leaves[:4], query.bias[kept].clone().requires_grad_()], kept
+    return [*leaves[:4], query.bias[kept].clone().requires_grad_(), *leaves[5:]], kept
 
 
 def asked(leaves, kept: Tensor | None, like: Query) -> Query:
@@ -56,20 +56,26 @@ def asked(leaves, kept: Tensor | None, like: Query) -> Query:
     if kept is None:
         return query_of(leaves, like)
     bias = torch.full(kept.shape, -math.inf, dtype=F64).masked_scatter(kept, leaves[4])
-    return query_of([*leaves[:4], bias], like)
+    return query_of([*leaves[:4], bias, *leaves[5:]], like)
 
 
 KINDS = pytest.mark.parametrize(
-    ("weighting", "bias", "known"),
-    [(w, *more) for w in WEIGHTINGS for more in ((None, True), ("normal", False), ("holes", True))],
+    ("weighting", "bias", "known", "own"),
+    [
+        *((w, *more, None) for w in WEIGHTINGS for more in ((None, True), ("normal", False))),
+        *((w, "holes", True, None) for w in WEIGHTINGS),
+        ("gaussian", None, False, "condition"),
+        ("gaussian", "hole", False, "both"),
+        ("log", None, True, "both"),
+    ],
 )
 
 
 @KINDS
 @pytest.mark.one_of(2)
-def test_posterior(backend, weighting, bias, known) -> None:
+def test_posterior(backend, weighting, bias, known, own) -> None:
     """Also with rows that are left out: no second derivative may become NaN."""
-    query, rows = problem(weighting, bias, known)
+    query, rows = problem(weighting, bias, known, own)
     leaves, kept = differentiable(query)
 
     def call(*args):
@@ -81,9 +87,9 @@ def test_posterior(backend, weighting, bias, known) -> None:
 
 @KINDS
 @pytest.mark.one_of(3)
-def test_posterior_state(backend, weighting, bias, known) -> None:
+def test_posterior_state(backend, weighting, bias, known, own) -> None:
     """Of what is made of it, as its m is a constant: the sums of two parts joined."""
-    query, rows = problem(weighting, bias, known)
+    query, rows = problem(weighting, bias, known, own)
     query = query.take(slice(0, 2))
     leaves, kept = differentiable(query)
 
@@ -91,12 +97,18 @@ def test_posterior_state(backend, weighting, bias, known) -> None:
         whole, states = asked(args, kept, query), []
         for at in (slice(0, 2), slice(2, 7)):
             part = rows._replace(data=rows.data[at], sq_norms=None, center=None)
-            mine = None if whole.bias is None else whole.bias[at]
-            states.append(ops.posterior_state(whole._replace(bias=mine), part))
+            mine = whole._replace(bias=None if whole.bias is None else whole.bias[at])
+            if own is not None:
+                part = part._replace(conditions=rows.conditions[at])
+            if query.leave_out is not None:
+                here = query.leave_out - at.start
+                here = torch.where((here >= 0) & (here < part.n), here, -1)
+                mine = mine._replace(leave_out=here)
+            states.append(ops.posterior_state(mine, part))
         return tuple(calls.to_sums(calls.merge(*states), whole))
 
     assert gradcheck(call, leaves)
-    if bias == "holes":
+    if bias == "holes" or own == "condition":
         assert gradgradcheck(call, leaves)
 
 
@@ -173,7 +185,8 @@ def test_float32_through_the_operation(backend: str, weighting: str, bias: str |
             inputs = [v for v in leaves.tensors if v is not None]
             total = sum((v * g.to(v)).sum() for v, g in zip(out, grads, strict=True))
             found = torch.autograd.grad(total, [*inputs, data], retain_graph=True)
-            got = calls.Gradients(*found[:-1], *([] if bias else [torch.zeros(0, dtype=F64)]))
+            none = torch.zeros(0, dtype=F64)
+            got = calls.Gradients(*found[:4], found[4] if bias else none, none, none)
             sums = oracle.sums(query, rows)
             compare.gradients(harness.moved(got, harness.CPU), want, sums, query, F32, operation)
             row_gradient = oracle.row_gradient(query, rows, grads)

@@ -27,18 +27,18 @@ def backend(request):
         yield request.param
 
 
-def problem(dtype=F64, bias="normal", weighting="gaussian", known=False) -> tuple[Query, Rows]:
-    case = Case(3, 7, 2, dtype, dtype, 0.7, 0.9, 1.2, bias, weighting, known)
-    return case.problem()
+def problem(
+    dtype=F64, bias="normal", weighting="gaussian", known=False, own=None
+) -> tuple[Query, Rows]:
+    return Case(3, 7, 2, dtype, dtype, 0.7, 0.9, 1.2, bias, weighting, known, own=own).problem()
 
 
 def leaves(query: Query) -> Query:
-    return query._replace(
-        **{
-            name: None if v is None else v.clone().requires_grad_()
-            for name, v in zip(query._fields[:5], query[:5], strict=True)
-        }
-    )
+    fresh = [None if v is None else v.clone().requires_grad_() for v in query.tensors]
+    condition = query.condition
+    if condition is not None:
+        condition = condition._replace(c=fresh[5], h=fresh[6])
+    return Query(*fresh[:5], *query[5:7], condition, query.leave_out)
 
 
 # What opcheck is asked for: interpreted kernels are slow, so one of each kind is enough for them.
@@ -47,6 +47,8 @@ CHECKED = {
     "float64-log-known": (F64, None, "log", True),
     "float32-known": (F32, None, "gaussian", True),
     "float32-log": (F32, "holes", "log", False),
+    "float64-condition": (F64, None, "gaussian", False, "condition"),
+    "float32-both": (F32, "normal", "gaussian", True, "both"),
 }
 
 
@@ -56,7 +58,7 @@ checked_by_pytorch = pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
 )
 # All of them by the compiled kernels; who runs an operation matters little to how it is registered.
-FOR = {"reference": ("float64", "float32-log"), "triton": ("float32-log",)}
+FOR = {"reference": ("float64", "float32-log", "float64-condition"), "triton": ("float32-log",)}
 
 
 @pytest.mark.parametrize("kind", CHECKED)

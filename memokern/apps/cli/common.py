@@ -17,7 +17,7 @@ from typing import Any
 import click
 import torch
 
-from memokern import TrainingSet, functional
+from memokern import TrainingSet, sweep
 from memokern.apps import figures, info
 from memokern.data import layout as layouts
 from memokern.data import sources
@@ -253,7 +253,7 @@ def method_option(command: Callable[..., Any]) -> Callable[..., Any]:
         "--method",
         default="auto",
         show_default=True,
-        type=click.Choice(functional.METHODS),
+        type=click.Choice(sweep.METHODS),
         help="dense: sweep over all rows. pruned: over those that an index cannot prove to have "
         "no weight; the index is the data file's ('memokern index' makes such files), or is "
         "built. auto: what is faster, and an index is built only where that pays.",

@@ -57,7 +57,7 @@ def small_posterior(
 
     columns: [7, *batch] float64, for the three numbers of each query and the sums of one number.
     """
-    data, scale, shift, center, sq_norms = rows
+    data, scale, shift, center, sq_norms = rows[:5]
     n, d = data.shape
     native = (
         data.data_ptr(), n, d, d if data.is_contiguous() else data.stride(0),
@@ -104,15 +104,15 @@ def in_float64(sums: BasicSums) -> BasicSums:
 
 def empty_gradients(query: Query) -> Gradients:
     """Room for the gradients of a query, that of x in its type."""
-    each = (query.sigma.new_empty(0) if v is None else torch.empty_like(v) for v in query.tensors[1:])
+    each = (
+        query.sigma.new_empty(0) if v is None else torch.empty_like(v) for v in query.tensors[1:]
+    )
     return Gradients(torch.empty_like(query.x), *each)
 
 
 def native_gradients(out: Gradients, query: Query) -> tuple[int, ...]:
     """struct Gradients, null for what the query has not."""
-    return tuple(
-        0 if v is None else g.data_ptr() for g, v in zip(out, query.tensors, strict=True)
-    )
+    return tuple(0 if v is None else g.data_ptr() for g, v in zip(out, query.tensors, strict=True))
 
 
 def nearest(x: Tensor, rows: Rows, k: int) -> tuple[Tensor, Tensor]:

@@ -83,7 +83,8 @@ def posterior_listed_backward(
     held, given = prepared_lists(lists, q.x.shape[0]), in_float64(grads)
     out = empty_gradients(q)
     module().posterior_listed_backward(
-        native, native_query(q, rows), _native_lists(held), addresses(given), native_gradients(out, q),
+        native, native_query(q, rows), _native_lists(held), addresses(given),
+        native_gradients(out, q),
         threads(),
     )  # fmt: skip
     del keep
