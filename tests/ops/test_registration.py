@@ -47,7 +47,6 @@ CHECKED = {
     "float64-log-known": (F64, None, "log", True),
     "float32-known": (F32, None, "gaussian", True),
     "float32-log": (F32, "holes", "log", False),
-    "float64-condition": (F64, None, "gaussian", False, "condition"),
     "float32-both": (F32, "normal", "gaussian", True, "both"),
 }
 
@@ -58,7 +57,7 @@ checked_by_pytorch = pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
 )
 # All of them by the compiled kernels; who runs an operation matters little to how it is registered.
-FOR = {"reference": ("float64", "float32-log", "float64-condition"), "triton": ("float32-log",)}
+FOR = {"reference": ("float64", "float32-log"), "triton": ("float32-log",)}
 
 
 @pytest.mark.parametrize("kind", CHECKED)

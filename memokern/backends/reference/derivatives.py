@@ -69,9 +69,11 @@ def double_backward(
 
 def _zeros(query: Query) -> Gradients:
     """Zeros for every gradient, that of x in float64."""
-    none = query.sigma.new_zeros(0)
     return Gradients(
-        *(none if v is None else torch.zeros_like(v, dtype=_F64) for v in query.tensors)
+        *(
+            query.sigma.new_zeros(0) if v is None else torch.zeros_like(v, dtype=_F64)
+            for v in query.tensors
+        )
     )
 
 
