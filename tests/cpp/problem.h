@@ -39,7 +39,8 @@ struct Case {
   bool f64, bias, known;
   int weighting;
   double sigma;
-  int64_t gap;  // between rows
+  int64_t gap;         // between rows
+  int64_t conditions;  // numbers of a row's condition, 0: none; with some, rows are left out too
 };
 
 static void fail(const char* what, const Case& c, const Table& table) {
@@ -63,7 +64,8 @@ struct Stopper : Watch {
 struct Problem {
   Case c;
   Array<unsigned char> raw;
-  Doubles center, sq_norms, x64, sigma, alpha, temperature, bias, y;
+  Doubles center, sq_norms, x64, sigma, alpha, temperature, bias, y, conditions, condition, anchor, bandwidth;
+  Array<int64_t> leave_out;
   Array<float> x32;
   Rows rows;
   Queries queries;
@@ -80,6 +82,11 @@ struct Problem {
         temperature(c.b),
         bias(c.n),
         y(c.n * c.d),
+        conditions(c.n * c.conditions),
+        condition(c.b * c.conditions),
+        anchor(c.b * c.conditions),
+        bandwidth(c.b),
+        leave_out(c.b),
         x32(c.f64 ? 1 : c.b * c.d) {
     const double scale = c.type == kU8 ? 2 / 255.0 : 1, shift = c.type == kU8 ? -1 : 0;
     for (int64_t i = 0; i < c.n; i++)
@@ -105,6 +112,16 @@ struct Problem {
         (c.f64 ? x64[b * c.d + j] = v : x32[b * c.d + j] = (float)v);
       }
     }
+    for (int64_t i = 0; i < c.n * c.conditions; i++) conditions[i] = normal();
+    for (int64_t b = 0; b < c.b; b++) {
+      bandwidth[b] = b % 5 == 3 ? 0 : 0.5 + b % 3;
+      leave_out[b] = b % 3 == 1 ? b % c.n : -1;
+      for (int64_t j = 0; j < c.conditions; j++) {  // at bandwidth 0 that of a row
+        anchor[b * c.conditions + j] = conditions[b % c.n * c.conditions + j];
+        condition[b * c.conditions + j] =
+            anchor[b * c.conditions + j] + (bandwidth[b] > 0 ? 1e-3 * normal() : 0);
+      }
+    }
     if (c.b > 6) (c.f64 ? x64[5 * c.d] = NAN : x32[5 * c.d] = NAN);
     if (c.b > 8) (c.f64 ? x64[7 * c.d] = 1e200 : x32[7 * c.d] = 1e30f);
     rows = {raw.data(),
@@ -124,7 +141,12 @@ struct Problem {
                temperature.data(),
                c.bias ? bias.data() : nullptr,
                c.weighting,
+               {},
+               c.conditions ? leave_out.data() : nullptr,
                nullptr};
+    if (c.conditions)
+      queries.conditions = {conditions.data(), condition.data(), bandwidth.data(), anchor.data(),
+                            c.conditions};
   }
   // Stores v, or the raw number of row 0 again, and returns the raw number.
   double put(unsigned char* at, double v, bool again) {

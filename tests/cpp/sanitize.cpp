@@ -65,13 +65,20 @@ static int gradients(const Table& table, Problem& p, Watch* watch, int threads, 
   Queries q = p.queries;
   q.watch = watch;
   const int64_t b = q.b, D = p.c.d;
-  Doubles mean(b * D), stats(4 * b), g(b * D), ones(b), numbers(3 * b), grad_bias(p.c.n);
+  const int64_t k = listed ? 0 : p.c.conditions;
+  Doubles mean(b * D), stats(4 * b), g(b * D), ones(b), numbers(3 * b), grad_bias(p.c.n), grad_c(b * k),
+      grad_h(b);
   for (int64_t i = 0; i < b * D; i++) g[i] = std::sin((double)i);
   for (int64_t i = 0; i < b; i++) ones[i] = 1;
   const SumsIn given = {g.data(), ones.data(), ones.data(), ones.data(), ones.data()};
   Vectors x(b * D, q.f64);
-  const Gradients to = {x.data(), &numbers[0], &numbers[b], &numbers[2 * b],
-                        p.c.bias ? grad_bias.data() : nullptr};
+  const Gradients to = {x.data(),
+                        &numbers[0],
+                        &numbers[b],
+                        &numbers[2 * b],
+                        p.c.bias ? grad_bias.data() : nullptr,
+                        k ? grad_c.data() : nullptr,
+                        k ? grad_h.data() : nullptr};
   int status;
   if (listed) {
     Array<int64_t> start(b + 1);
@@ -103,6 +110,8 @@ static int gradients(const Table& table, Problem& p, Watch* watch, int threads, 
   x.take(out);
   take_array(out, numbers);
   if (p.c.bias) take_array(out, grad_bias);
+  if (k) take_array(out, grad_c);
+  if (k) take_array(out, grad_h);
   return status;
 }
 static int backward(const Table& table, Problem& p, Watch* watch, int threads, Results& out) {
@@ -317,15 +326,17 @@ int main(int argc, char** argv) {
         const double sigma = (const double[]){0.3, 0, 1e-3, 2, 1e-30}[i % 5];
         cases.push_back({n, d, b, std::min<int64_t>(n, (const int64_t[]){1, 3, 40, 300}[i % 4]), type,
                          type == kF64 || i % 8 == 3, i % 3 == 0 && n > 6, i % 2 == 0,
-                         i % 11 == 5 ? kLog : kGaussian, sigma, i % 4 == 1 ? 3 : 0});
+                         i % 11 == 5 ? kLog : kGaussian, sigma, i % 4 == 1 ? 3 : 0,
+                         i % 3 == 1 ? 1 + i % 4 : 0});
       }
   // Long enough for samples, further levels and full products of a scan, and for nearest to run out of room.
   for (int type : {kF32, kU8, kF16})
-    for (int64_t b : {3, 40}) cases.push_back({1300, 48, b, 9, type, false, b == 3, true, kGaussian, 0.2, 0});
-  cases.push_back({2500, 3, 60, 30, kF32, false, false, true, kGaussian, 0.5, 0});
+    for (int64_t b : {3, 40})
+      cases.push_back({1300, 48, b, 9, type, false, b == 3, true, kGaussian, 0.2, 0, 0});
+  cases.push_back({2500, 3, 60, 30, kF32, false, false, true, kGaussian, 0.5, 0, 0});
   // More than one block of queries, over rows of several tiles and of one.
-  cases.push_back({300, 260, 270, 2, kF32, false, true, false, kGaussian, 1, 0});
-  cases.push_back({60, 20, 600, 2, kBF16, true, false, true, kGaussian, 1, 0});
+  cases.push_back({300, 260, 270, 2, kF32, false, true, false, kGaussian, 1, 0, 2});
+  cases.push_back({60, 20, 600, 2, kBF16, true, false, true, kGaussian, 1, 0, 2});
   int ran = 0;
   for (size_t j = share; j < cases.size(); j += of, ran++) check(*table, cases[j]);
   std::printf("%s: %d problems\n", table->name, ran);
