@@ -182,6 +182,8 @@ def test_no_query_one_row_and_strides(backend: str) -> None:
         assert torch.equal(got.mean, rows.data[:1].expand(4, 3))
     wide, x = normal(50, 40, dtype=F32)[::2, 3:9], normal(7, 12, dtype=F32)[:, ::2]
     assert not wide.is_contiguous() and not x.is_contiguous()
+    same = normal(1, 3, dtype=F32).expand(40, 3)  # one row 40 times, which all lie in one place
+    _check(backend, query_of(normal(4, 3, dtype=F32), 1.0), Rows(same), "expanded")
     first = harness.posterior(backend, query_of(x, 1.0), Rows(wide))
     again = harness.posterior(backend, query_of(x.contiguous(), 1.0), Rows(wide.contiguous()))
     compare.equal(first, again)

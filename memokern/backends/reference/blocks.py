@@ -41,7 +41,8 @@ def center_of(rows: Rows) -> Tensor:
         return rows.center.to(F64)
     with torch.no_grad():
         some = slice(None, None, max(1, rows.n // SAMPLE))
-        return rows.detach().values(some).median(0).values
+        # Of expanded rows, whose stride is 0, PyTorch's median is whatever the memory held.
+        return rows.detach().values(some).contiguous().median(0).values
 
 
 def direct_squares(x: Tensor, y: Tensor, alpha: Tensor) -> Tensor:
