@@ -82,7 +82,7 @@ static void micro_kernel(const R* a, int64_t a_k, int64_t run, int64_t a_next, c
   typename Vec<R>::T r[U][M][V];
 #pragma GCC unroll 4
   for (int u = 0; u < U; u++)
-#pragma GCC unroll 12
+#pragma GCC unroll 24
     for (int i = 0; i < M; i++)
 #pragma GCC unroll 2
       for (int v = 0; v < V; v++) r[u][i][v] = typename Vec<R>::T{};
@@ -93,19 +93,19 @@ static void micro_kernel(const R* a, int64_t a_k, int64_t run, int64_t a_next, c
     for (; left >= U; left -= U, ak += U * a_k, b += U * b_k) {
 #pragma GCC unroll 4
       for (int u = 0; u < U; u++)
-#pragma GCC unroll 12
+#pragma GCC unroll 24
         for (int i = 0; i < M; i++)
 #pragma GCC unroll 2
           for (int v = 0; v < V; v++)
             r[u][i][v] += splat<R>(ak[u * a_k + i * AI]) * load(b + u * b_k + v * W);
     }
     for (; U > 1 && left > 0; left--, ak += a_k, b += b_k)
-#pragma GCC unroll 12
+#pragma GCC unroll 24
       for (int i = 0; i < M; i++)
 #pragma GCC unroll 2
         for (int v = 0; v < V; v++) r[0][i][v] += splat<R>(ak[i * AI]) * load(b + v * W);
   }
-#pragma GCC unroll 12
+#pragma GCC unroll 24
   for (int i = 0; i < M; i++)
 #pragma GCC unroll 2
     for (int v = 0; v < V; v++) {
@@ -219,6 +219,14 @@ static void packed_accumulate(const Source<R>&, const Plan& pl, const Tile<R>& t
         MK_CASE(4, 1)
         MK_CASE(5, 1)
         MK_CASE(6, 1)
+#if MK_MR > 6
+        MK_CASE(7, 1)
+        MK_CASE(8, 1)
+        MK_CASE(9, 1)
+        MK_CASE(10, 1)
+        MK_CASE(11, 1)
+        MK_CASE(12, 1)
+#endif
 #undef MK_CASE
       }
     }

@@ -9,16 +9,23 @@
 namespace memokern {
 namespace MEMOKERN_ISA_NS {
 
+// 24 of the 32 registers of AVX-512 hold sums, else 12 of 16.
+#if defined(__AVX512F__) && MEMOKERN_VBYTES == 64
+#define MK_MR 12
+#else
+#define MK_MR 6
+#endif
+
 enum {
-  MR = 6,              // rows or queries of a register block of MR x 2 vectors; 2 MR x 1 in half a panel
-  KC = 256,            // features of a block of the packed product: a panel of queries stays in L1
-  DIRECT_B = 6,        // up to so many queries read the rows directly (direct-inl.h)
-  DIRECT_D = 512,      // features of a block of the direct product: its queries stay in L1
-  DIRECT_SUM = 2048,   // features that the direct product adds up in one register
-  ROW_UNIT = 2 * MR,   // the rows of a tile are a multiple of it,
-  NT_GROUPED = 252,    // at most so many where queries pass a tile in groups,
-  NT_UNGROUPED = 132,  // and else so many, so that the logits of all queries stay in L1 and L2
-  BLOCK_B = 256,       // queries of a sweep, at most
+  MR = MK_MR,               // rows or queries of a register block of MR x 2 vectors; 2 MR x 1 in half a panel
+  KC = MR > 6 ? 128 : 256,  // features of a block of the packed product: a panel of queries stays in L1
+  DIRECT_B = 6,             // up to so many queries read the rows directly (direct-inl.h)
+  DIRECT_D = 512,           // features of a block of the direct product: its queries stay in L1
+  DIRECT_SUM = 2048,        // features that the direct product adds up in one register
+  ROW_UNIT = 2 * MR,        // the rows of a tile are a multiple of it,
+  NT_GROUPED = 252 / ROW_UNIT * ROW_UNIT,    // about 250 at most where queries pass a tile in groups,
+  NT_UNGROUPED = 132 / ROW_UNIT * ROW_UNIT,  // and else 130, so that the logits of all queries stay in L1, L2
+  BLOCK_B = 256,                             // queries of a sweep, at most
   MAX_BLOCKS = (BLOCK_B + MR - 1) / MR
 };
 

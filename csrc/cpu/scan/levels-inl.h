@@ -30,7 +30,7 @@ static void scan_block(const float* y, int64_t stride, int64_t k0, int64_t K, co
   typedef Vec<float>::I I;
   F r[M][V];
   float guess[M][V][W];
-#pragma GCC unroll 12
+#pragma GCC unroll 24
   for (int i = 0; i < M; i++)
 #pragma GCC unroll 2
     for (int v = 0; v < V; v++) {
@@ -39,23 +39,23 @@ static void scan_block(const float* y, int64_t stride, int64_t k0, int64_t K, co
     }
   int64_t k = 0;
   for (; k < k0; k++, x += V * W)
-#pragma GCC unroll 12
+#pragma GCC unroll 24
     for (int i = 0; i < M; i++)
 #pragma GCC unroll 2
       for (int v = 0; v < V; v++) r[i][v] += splat<float>(y[i * stride + k]) * load(x + v * W);
-#pragma GCC unroll 12
+#pragma GCC unroll 24
   for (int i = 0; i < M; i++)
 #pragma GCC unroll 2
     for (int v = 0; v < V; v++) store(guess[i][v], r[i][v]);
   for (; k < K; k++, x += V * W)
-#pragma GCC unroll 12
+#pragma GCC unroll 24
     for (int i = 0; i < M; i++)
 #pragma GCC unroll 2
       for (int v = 0; v < V; v++) r[i][v] += splat<float>(y[i * stride + k]) * load(x + v * W);
 #pragma GCC unroll 2
   for (int v = 0; v < V; v++) {
     F top = splat<float>((float)-kInf);
-#pragma GCC unroll 12
+#pragma GCC unroll 24
     for (int i = 0; i < M; i++) {
       store(p + i * ps + v * W, r[i][v]);
       top = vmax(load(guess[i][v]) * (1 - kBandsInGuess) + r[i][v] * kBandsInGuess, top);
