@@ -32,7 +32,8 @@ class Guided:
     r"""An evaluation with guidance, p_all + w (p - p_all) for each prediction p.
 
     Attributes:
-        x0, eps, score: [\*batch, \*shape]. posterior: of the rows asked for, with the certificate.
+        x0, eps, score: [\*batch, \*shape]. posterior: of the rows asked for, with the certificate;
+        None of a network.
     """
 
     x0: Tensor
@@ -43,7 +44,7 @@ class Guided:
     @property
     def certificate(self) -> Certificate | None:
         """That of the posterior."""
-        found: Certificate | None = self.posterior.certificate
+        found: Certificate | None = getattr(self.posterior, "certificate", None)
         return found
 
 
@@ -51,7 +52,7 @@ class Given:
     """A denoiser with what every query asks for, to take its place in samplers and likelihoods.
 
     Args:
-        denoiser: a :class:`memokern.Denoiser`.
+        denoiser: a :class:`memokern.Denoiser`, or a network in its place, which knows labels only.
         label, condition, bandwidth: as :func:`memokern.posterior`; one for all samples, or one for
             each of the B that are drawn: [B], [B, K].
         guidance: w, as the Denoiser's: another sweep, over all rows, where it is not 1.
@@ -87,7 +88,9 @@ class Given:
 
     def evaluate(self, x: Tensor, t: float | Tensor, label: Label = None, **asked: Any) -> Any:
         """As the denoiser's, for what was given. A label here goes before the one given."""
-        chosen: dict[str, Any] = {"condition": self.condition, "bandwidth": self.bandwidth}
+        condition = {"condition": self.condition, "bandwidth": self.bandwidth}
+        # Networks know labels only.
+        chosen = {name: value for name, value in condition.items() if value is not None}
         label = self.label if label is None else label
         part = self.denoiser.evaluate(x, t, label, **chosen, **asked)
         w = self.guidance
@@ -97,5 +100,6 @@ class Given:
         names = ("x0", "eps", "score")
         pairs = {name: (getattr(whole, name), getattr(part, name)) for name in names}
         return Guided(
-            **{k: torch.lerp(a, b, w) for k, (a, b) in pairs.items()}, posterior=part.posterior
+            **{k: torch.lerp(a, b, w) for k, (a, b) in pairs.items()},
+            posterior=getattr(part, "posterior", None),
         )

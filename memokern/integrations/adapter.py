@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -46,7 +45,7 @@ class Seen:
         out: Tensor = self.found.x0
         return out
 
-    @cached_property
+    @property
     def eps(self) -> Tensor:
         r"""[\*batch, \*shape]; at sigma = 0 the noise's mean, 0."""
         eps: Tensor = self.found.eps
@@ -57,16 +56,19 @@ class Seen:
     @property
     def score(self) -> Tensor:
         """-eps / sigma."""
-        return -self.eps / wide(self.sigma, self.eps)
+        eps = self.eps
+        return -eps / wide(self.sigma, eps)
 
     @property
     def v(self) -> Tensor:
         """alpha eps - sigma x0, for alpha^2 + sigma^2 = 1."""
-        return wide(self.alpha, self.eps) * self.eps - wide(self.sigma, self.x0) * self.x0
+        eps, x0 = self.eps, self.x0
+        return wide(self.alpha, eps) * eps - wide(self.sigma, x0) * x0
 
     def velocity(self, d_alpha: Tensor, d_sigma: Tensor) -> Tensor:
         """alpha' x0 + sigma' eps, for slopes [*batch] or []."""
-        return wide(d_alpha, self.x0) * self.x0 + wide(d_sigma, self.eps) * self.eps
+        eps, x0 = self.eps, self.x0
+        return wide(d_alpha, x0) * x0 + wide(d_sigma, eps) * eps
 
 
 class Adapter(nn.Module):
@@ -77,7 +79,8 @@ class Adapter(nn.Module):
     sigma / alpha, and x is scaled to it. So one denoiser serves clients of all processes, and
     whatever takes the place of a Denoiser, such as :class:`memokern.Given` or a network, serves
     them too. Where a client starts without any signal (alpha = 0) and the denoiser's process does
-    not, sigma / alpha = 1e6, or the most that the process has, stands for that start.
+    not, sigma / alpha = 1e6, or the most that the process has, stands for that start. A network is
+    asked for no more noise than its process starts with, which is what it was trained on.
 
     Args:
         source: a TrainingSet, rows [N, \*shape], or a denoiser. regularizer: with rows only.
@@ -112,9 +115,15 @@ class Adapter(nn.Module):
         if network is not source and isinstance(network, nn.Module):
             self.inside = network  # so that .to() and parameters() find it
         self.classes = int(getattr(network, "label_dim", 0))
-        known = network.data.labels if isinstance(network, Denoiser) else None
+        closed = isinstance(network, Denoiser)
+        known = network.data.labels if closed else None
         # The client's null class, unless -1, which the denoiser has for it, is a class of the rows.
-        self.null = self.classes if known is not None and int(known.min()) >= 0 else None
+        usual = known is not None and not known.is_meta and int(known.min()) >= 0
+        self.null = self.classes if usual else None
+        process = source.process
+        noisiest = torch.tensor(process.t_noise, dtype=torch.float64, device="cpu")
+        start = float(process.ratio(noisiest))
+        self.farthest = FARTHEST if closed and not math.isinf(start) else start
 
     def numbers(self, name: str, value: PerQuery, x: Tensor) -> Tensor:
         r"""A number per query [\*batch] float64, of one, or of a tensor that broadcasts."""
@@ -152,9 +161,7 @@ class Adapter(nn.Module):
         if time is not None and (process is self.path or type(process) is type(self.path) is EDM):
             return Seen(self.denoiser.evaluate(x, time, label, **given), alpha, sigma)
         x, ratio = validate.computable(x), sigma / alpha
-        start = torch.tensor(process.t_noise, dtype=torch.float64, device="cpu")
-        has_signal = not math.isinf(process.ratio(start))
-        asked = process.time_of_ratio(ratio.clamp(max=FARTHEST) if has_signal else ratio)
+        asked = process.time_of_ratio(ratio.clamp(max=self.farthest))
         a, s = process.alpha(asked), process.sigma(asked)
         # One of the two is far from 0.
         noisy = ratio > 1

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from memokern.util import checks
+from memokern.util.torch_internals import traced
 
 # The exponent of the grid of noise levels, and its lowest level (Karras et al., arXiv 2206.00364).
 RHO = 7.0
@@ -80,12 +81,13 @@ class Process(ABC):
 
         Processes without a closed form find it by bisection, to about the last bit.
 
-        Raises: ValueError for a level that the process does not reach.
+        Raises: ValueError for a level that the process does not reach; values under a compiler or a
+            transform are trusted.
         """
         level = level_of("sigma", sigma)
         low, high = (float(self.sigma(scalar(t))) for t in (self.t_data, self.t_noise))
         bad = ~((level >= low) & (level <= high * (1 + 1e-12)))
-        if bool(bad.any()):
+        if not traced(bad) and bool(bad.any()):
             raise ValueError(
                 f"expected sigma in [{low:.6g}, {high:.6g}], the levels of {self!r}, got"
                 f" {level[bad].flatten()[0].item():.6g}"
@@ -185,12 +187,12 @@ def scalar(value: float) -> Tensor:
 
 def level_of(name: str, value: float | Tensor) -> Tensor:
     """A noise level >= 0, or a tensor of such levels, as float64; TypeError or ValueError for
-    anything else."""
+    anything else. Values under a compiler or a transform are trusted."""
     if not isinstance(value, Tensor):
         return scalar(checks.number(name, value, 0.0, infinite=True))
     level = value.to(torch.float64)
     bad = torch.isnan(level) | (level < 0)
-    if bool(bad.any()):
+    if not traced(bad) and bool(bad.any()):
         raise ValueError(f"expected {name} >= 0, got {level[bad].flatten()[0].item():.6g}")
     return level
 

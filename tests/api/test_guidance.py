@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from memokern import Denoiser, TrainingSet, samplers
+from memokern import Denoiser, Given, TrainingSet, samplers
+from memokern.training import MLP, LearnedDenoiser
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -52,6 +53,18 @@ def test_the_null_class_means_all_rows(network, null):
     assert torch.equal(network(x, 0.8, -1), network(x, 0.8))
     assert torch.equal(network(x, 0.8, label), network.evaluate(x, 0.8, label).x0)
     assert samplers.ode(network, 4, 3, label=label, seed=0).x.shape == x.shape
+
+
+def test_a_network_with_labels_can_be_guided_too():
+    torch.manual_seed(0)
+    learned = LearnedDenoiser(MLP((5,), width=8, classes=3))
+    x = normal(4, 5, seed=9).float()
+    part, whole = learned.evaluate(x, 0.7, 2), learned.evaluate(x, 0.7)
+    assert torch.equal(Given(learned, 2).evaluate(x, 0.7).x0, part.x0)
+    guided = Given(learned, 2, guidance=1.5).evaluate(x, 0.7)
+    torch.testing.assert_close(guided.eps, torch.lerp(whole.eps, part.eps, 1.5))
+    assert guided.certificate is None
+    assert samplers.ode(Given(learned, 2, guidance=1.5), 3, 4, seed=0).x.shape == (3, 5)
 
 
 def test_minus_one_where_rows_have_it(network):

@@ -9,8 +9,8 @@ net(y + n, sigma, labels, augment_labels=...), and edm2's force_fp32= and return
 import pytest
 import torch
 
-from memokern import Denoiser, processes, regularizers
-from memokern.integrations import EDMModel
+from memokern import Denoiser, Given, processes, regularizers
+from memokern.integrations import EDMModel, VectorField
 from memokern.training import MLP, LearnedDenoiser
 from tests.integrations.clients import F64, normal, problem
 
@@ -111,6 +111,21 @@ def test_a_trained_network_stands_there_too():
     learned = LearnedDenoiser(MLP((2, 3, 3), width=8))
     x, sigma = normal(3, 2, 3, 3, seed=8).float(), torch.tensor([2.0, 0.5, 0.1], dtype=F64)
     torch.testing.assert_close(EDMModel(learned)(x, sigma), learned(x, sigma))
+
+
+def test_a_network_is_asked_for_no_more_noise_than_it_was_trained_on():
+    torch.manual_seed(0)
+    learned = LearnedDenoiser(MLP((2, 3, 3), width=8))
+    x = normal(2, 2, 3, 3, seed=10).float()
+    at_80 = learned(80 * x, 80.0)
+    torch.testing.assert_close(EDMModel(Given(learned))(160 * x, 160.0), learned(160 * x, 160.0))
+    model = VectorField(learned)  # flow matching starts with noise alone
+    torch.testing.assert_close(model(0.0, x), at_80 - x)
+    t = torch.tensor([1 / 161, 0.4], dtype=F64)  # sigma / alpha = 160 and 1.5
+    found = model(t, x)
+    alpha, sigma = t[0].float(), 1 - t[0].float()
+    x0 = learned(80 * x[:1] / sigma, 80.0)
+    torch.testing.assert_close(found[:1], x0 - (x[:1] - alpha * x0) / sigma, rtol=1e-4, atol=1e-5)
 
 
 def test_gradients_go_through():

@@ -213,3 +213,15 @@ def test_prior_is_noise_at_the_first_level():
 def test_wrong_constants(make, match):
     with pytest.raises(ValueError, match=match):
         make()
+
+
+@pytest.mark.parametrize("name", ["vp", "ddpm"])
+def test_inverses_have_no_values_to_check_under_a_compiler_or_a_transform(name):
+    process = processes.get(name)
+    ratio = torch.tensor([0.1, 1.0, 5.0], dtype=torch.float64)
+    want = process.time_of_ratio(ratio)
+    torch.testing.assert_close(torch.vmap(process.time_of_ratio)(ratio), want)
+    compiled = torch.compile(process.time_of_ratio, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(ratio), want)
+    with pytest.raises(ValueError, match="expected ratio >= 0"):
+        process.time_of_ratio(-ratio)
