@@ -27,6 +27,7 @@ from memokern.calls import (
     to_sums,
 )
 from memokern.util import env
+from memokern.util.torch_internals import capturing
 
 OPERATIONS = (
     "posterior_state",
@@ -78,6 +79,21 @@ class Call(NamedTuple):
         """The call with these queries [B, D] and rows [N, D]."""
         b, n = x.shape[0], rows.shape[0]
         return cls(x.device.type, x.dtype, rows.dtype, b, n, rows.shape[1], k, transform, own_bias)
+
+
+def captured(operation: str, call: Call) -> str | None:
+    """Why the call cannot be captured in a CUDA graph, if one is being captured; CUDA's own error
+    would say less."""
+    if operation == "bound_scan" and call.device == "cuda" and _captures():
+        return (
+            "it waits for the device to count rows, which cannot be captured in a CUDA graph:"
+            " sweep densely there (method='dense')"
+        )
+    return None
+
+
+def _captures() -> bool:
+    return torch.cuda.is_available() and capturing(torch.device("cuda"))
 
 
 class Backend:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from memokern.backends.protocol import Backend, Call
+from memokern.backends.protocol import Backend, Call, captured
 from memokern.backends.reference import dense, listed, scan
 from memokern.calls import (
     BasicSums,
@@ -26,7 +26,7 @@ from memokern.calls.checks import check_selectable
 
 
 class Reference(Backend):
-    """Takes every call."""
+    """Takes every call, but for what cannot be captured in a CUDA graph."""
 
     name = "reference"
 
@@ -34,7 +34,7 @@ class Reference(Backend):
         return "plain PyTorch in float64, any device; slow, every transform works"
 
     def refuses(self, operation: str, call: Call) -> str | None:
-        return None
+        return captured(operation, call)
 
     def posterior_state(self, query: Query, rows: Rows) -> State:
         return dense.posterior_state(query, rows)

@@ -13,7 +13,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from memokern.backends.protocol import Backend, Call
+from memokern.backends.protocol import Backend, Call, captured
 from memokern.calls import (
     BasicSums,
     Gradients,
@@ -25,10 +25,9 @@ from memokern.calls import (
     State,
     Sums,
 )
-from memokern.util.torch_internals import capturing
 
 MOST_NEIGHBOURS = 64
-# Kernels address the numbers that they keep for each query, up to 11, with 32 bits.
+# Kernels address the numbers that they keep for each query, up to 12, with 32 bits.
 MOST_QUERIES = 1 << 27
 # Kernels count rows with 32 bits, and some round the count up to 8,192.
 MOST_ROWS = (1 << 31) - (1 << 14)
@@ -82,12 +81,7 @@ class Triton(Backend):
             return f"it takes at most {MOST_ROWS:,} rows in a call, not {call.n:,}"
         if call.k > MOST_NEIGHBOURS:
             return f"it finds at most {MOST_NEIGHBOURS} neighbours, and {call.k} are asked for"
-        if operation == "bound_scan" and capturing(torch.device(call.device)):
-            return (
-                "it waits for the device to count rows, which cannot be captured in a CUDA graph:"
-                " sweep densely there (method='dense')"
-            )
-        return _REFERENCE_ONLY.get(operation)
+        return captured(operation, call) or _REFERENCE_ONLY.get(operation)
 
     def detail(self) -> str:
         import triton

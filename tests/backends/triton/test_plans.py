@@ -12,6 +12,7 @@ import torch
 pytest.importorskip("triton")
 
 import memokern
+from memokern.backends import protocol, triton
 from memokern.backends.protocol import Call, get
 from memokern.backends.triton import BACKEND
 from memokern.backends.triton.core import machine
@@ -269,14 +270,17 @@ def test_a_scan_in_turns(monkeypatch) -> None:
 
 def test_a_capture_is_refused(monkeypatch) -> None:
     """It waits for the device: in a CUDA graph CUDA's own error would say less."""
-    from memokern.backends import triton
-
-    call = Call(DEVICE.type, F32, F32, 1, 4, 3)
-    assert BACKEND.refuses("bound_scan", call) is None
-    monkeypatch.setattr(triton, "capturing", lambda device: device == torch.device(DEVICE.type))
-    refused = BACKEND.refuses("bound_scan", call)
-    assert refused is not None and "cannot be captured in a CUDA graph: sweep densely" in refused
-    assert BACKEND.refuses("posterior", call) is None
+    call = Call("cuda", F32, F32, 1, 4, 3)
+    monkeypatch.setattr(triton, "interpreted", lambda: False)
+    backends = (BACKEND, get("reference"))
+    assert [b.refuses("bound_scan", call) for b in backends] == [None, None]
+    monkeypatch.setattr(protocol, "_captures", lambda: True)
+    for backend in backends:
+        refused = backend.refuses("bound_scan", call)
+        assert refused is not None and "cannot be captured in a CUDA graph: sweep" in refused
+        assert backend.refuses("posterior", call) is None
+    with pytest.raises(RuntimeError, match=r"no backend runs this bound_scan.*sweep densely there"):
+        protocol.choose("bound_scan", call)
 
 
 def test_sizes_and_types_that_are_refused() -> None:
