@@ -76,7 +76,8 @@ def pairs_variant(dtype: torch.dtype, backward: bool) -> Variant:
             "xy": "*fp64", "M": "i32", "D": "i32", "N": "i32", "stride_n": "i64",
         },
         constexprs={"BACKWARD": backward, "BLOCK_M": 16, "BLOCK_D": 64 if backward else 128},
-        num_warps=4, num_stages=2, aligned=(*names, "D", "stride_n"),
+        num_warps=4, num_stages=2, unaligned_fields={"registers": 255},
+        aligned=(*names, "D", "stride_n"),
     )  # fmt: skip
 
 

@@ -36,6 +36,9 @@ def choices(variant: Variant) -> tuple[Variant, ...]:
         return (variant,)  # nothing can be loaded ahead, or it waits for arithmetic anyway
     if kernel == "sweep" and variant.constexprs["BLOCK_B"] > 16 and not _holds_terms(variant):
         return (variant,)  # its registers are full: another depth spills some
+    many = variant.constexprs["BLOCK_B"] > 16
+    if kernel == "dot_products" and many and variant.signature["rows"] == "*fp32":
+        return (variant,)  # full too, with Triton 3.8
     # Loading far ahead hides the time that memory takes. A stage less leaves shared memory to other
     # blocks, which hide it too. More stages than the default would exceed an A100's shared memory.
     stages = variant.num_stages - 1

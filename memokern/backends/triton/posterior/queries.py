@@ -34,6 +34,7 @@ from memokern.backends.triton.core.query_table import (
     LOG,
     LOST,
     MODE,
+    OO,
     SOFT,
     TABLE,
     XO,
@@ -127,6 +128,7 @@ def queries_kernel(
     tl.store(to + MODE * B, mode.to(tl.float64))
     tl.store(to + DOT * B, tl.where(known & fits, dot, 0.0))
     tl.store(to + XO * B, tl.where(known, sxo, 0.0))
+    tl.store(to + OO * B, tl.where(known, tl.sqrt(soo), 0.0))
 
     for d in range(0, D, BLOCK_D):
         o_d = d + tl.arange(0, BLOCK_D)

@@ -27,6 +27,7 @@ from memokern.backends.triton.core.query_table import (
     INV_T,
     LOST,
     MODE,
+    OO,
 )
 from memokern.backends.triton.core.state import KEY, S_BIAS, S_SQ, S_V, M, S
 from memokern.backends.triton.core.variant import POINTERS, ROW_TYPES, Variant, row_name
@@ -106,17 +107,15 @@ def weigh_kernel(
         margin = LOG_THETA - tl.log(tl.minimum(tl.maximum(off, 1e-30), 1.0))
         exact = mask & (near <= 0.0)
         exact = exact | (mask & (off > THETA) & (high > low64 + margin))
-        v = (bias64 - half * tl.log(tl.where(r2 > 0.0, r2, 1.0) / D)) * inv_t
     else:
-        t += tl.where(hard, 0.0, b_b * inv_t.to(tl.float32))
-        top = tl.max(tl.max(tl.where(mask & (t == t), t, -inf), 1), 0)
+        t_b = t + tl.where(hard, 0.0, b_b * inv_t.to(tl.float32))
+        top = tl.max(tl.max(tl.where(mask & (t_b == t_b), t_b, -inf), 1), 0)
         # Rounded down, because what is known exactly must stay a lower bound.
         known = tl.where((s0 > 0.0) & (mode != HARD), m0 + common, -inf).to(tl.float32)
         known = tl.where(known > -inf, known - 1.2e-7 * tl.abs(known), known)
         low = tl.maximum(top - err, known)
         lo = exact_from(low, err, hard)
-        exact = mask & (t_all | (t >= lo))
-        v = t.to(tl.float64) - common
+        exact = mask & (t_all | (t_b >= lo))
 
     r2_exact = tl.zeros([STRIPS, WIDTH], tl.float64)
     scale, shift = tl.load(scale_shift), tl.load(scale_shift + 1)
@@ -141,15 +140,16 @@ def weigh_kernel(
     # The exact rows become (key, v) too; then only the smallest key counts.
     if IS_LOG:
         hit = exact & (r2_exact == 0.0)
-        v_exact = bias64 - half * tl.log(tl.where(r2_exact > 0.0, r2_exact, D) / D)
-        v = tl.where(exact, v_exact * inv_t, v)
+        r2 = tl.where(exact, r2_exact, r2)
+        v_r = -half * tl.log(tl.where(r2 > 0.0, r2, tl.where(exact, D, 1.0)) / D) * inv_t
         key = tl.where(mask, tl.where(hit, 0.0, 1.0), inf)
     else:
         # Multiplied by 1 / sigma twice, because sigma^2 underflows long before sigma does.
         per = 1.0 / tl.where(hard, 1.0, b_sigma)
         v_exact = tl.where(hard, 0.0, -0.5 * (r2_exact * per) * per * inv_t)
-        v = tl.where(exact, v_exact + bias64 * inv_t, v)
+        v_r = tl.where(exact, v_exact, t.to(tl.float64) - common)
         key = tl.where(mask, tl.where(hard, tl.where(exact, r2_exact, inf), 0.0), inf)
+    v = v_r + bias64 * inv_t
     best = tl.minimum(key0, tl.min(tl.min(key, 1), 0))
     counts = mask & (key == best) & (best < inf)
     stays = (key0 == best) & (s0 > 0.0)
@@ -158,13 +158,21 @@ def weigh_kernel(
     f = tl.where(stays, tl.exp(tl.where(stays, m0 - m_safe, 0.0)), 0.0)
     gap = tl.where(counts, v - m_safe, 0.0).to(tl.float32)
     p = tl.where(counts, tl.exp(gap), 0.0)
-    moved = p * gap
+    # With the distances' part of v by itself: that of the bias would round it away where sigma is
+    # large.
+    s = tl.sum(tl.sum(p.to(tl.float64), 1), 0)
+    s_r = tl.sum(tl.sum(tl.where(counts, p.to(tl.float64) * v_r, 0.0), 1), 0)
+    s_bias = tl.sum(tl.sum(p * b_b, 1), 0).to(tl.float64)
+    s_sq = tl.sum(tl.sum(p * p, 1), 0).to(tl.float64)
     PULL_D: tl.constexpr = BLOCK_D // 4  # few enough registers beside the chunk's weights
     # Not where x is so far off that the mean, which is x plus a difference over alpha, would lose.
     # Read anew: they would take registers from the loop before.
     b_alpha = tl.load(alpha + b0 + i_b)
     scale, shift = tl.load(scale_shift), tl.load(scale_shift + 1)
-    size = 16.0 * b_alpha * b_alpha * sq.to(tl.float64)
+    # A row as it enters products is at least so large; what accumulators round is a part of that.
+    norm = tl.sqrt(sq.to(tl.float64))
+    norm = tl.maximum(norm, tl.load(p_t + OO * B) - norm)
+    size = 16.0 * b_alpha * b_alpha * norm * norm
     close = exact & counts & (p > 0.0) & (b_alpha != 0.0)
     close = close & ((r2_exact == 0.0) | ((sq < HUGE) & (r2_exact < size)))
     tl.store(products + i_b * n + o_j, tl.where(close, 0.0, p), mask=o_j < n)
@@ -197,20 +205,20 @@ def weigh_kernel(
         known_near = count > 0
         left = left & (here == 0)
         count -= 1
-    tl.store(pulls_s + i_b, s_near + tl.sum(tl.sum(p_close, 1), 0))
+    # In float64 as s is, so that the two differ by the rows that the accumulators have.
+    tl.store(pulls_s + i_b, s_near + tl.sum(tl.sum(p_close.to(tl.float64), 1), 0))
     tl.store(factor + i_b, f.to(tl.float32))
     s_v0 = tl.load(state + S_V * b + i_b, mask=n0 > 0, other=0.0)
     s_bias0 = tl.load(state + S_BIAS * b + i_b, mask=n0 > 0, other=0.0)
     s_sq0 = tl.load(state + S_SQ * b + i_b, mask=n0 > 0, other=0.0)
     drop = tl.where(stays, m0 - m_safe, 0.0)
-    s = tl.sum(tl.sum(p, 1), 0)
-    s_v = tl.where(f > 0.0, f * (s_v0 + s0 * drop), 0.0) + tl.sum(tl.sum(moved, 1), 0)
+    s_v = tl.where(f > 0.0, f * (s_v0 + s0 * drop), 0.0) + (s_r + inv_t * s_bias - m_safe * s)
     tl.store(state + KEY * b + i_b, best)
     tl.store(state + M * b + i_b, m)
     tl.store(state + S * b + i_b, s0 * f + s)
     tl.store(state + S_V * b + i_b, s_v)
-    tl.store(state + S_BIAS * b + i_b, s_bias0 * f + tl.sum(tl.sum(p * b_b, 1), 0))
-    tl.store(state + S_SQ * b + i_b, s_sq0 * f * f + tl.sum(tl.sum(p * p, 1), 0))
+    tl.store(state + S_BIAS * b + i_b, s_bias0 * f + s_bias)
+    tl.store(state + S_SQ * b + i_b, s_sq0 * f * f + s_sq)
 
 
 def chunk_sizes(weighting: str, products: int = 1) -> tuple[int, ...]:
