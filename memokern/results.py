@@ -101,8 +101,9 @@ class Posterior:
     def covariance_trace(self) -> Tensor:
         """tr Cov_w(y) = (-2 sigma^2 (sum w l - sum w b) - |x - alpha mean|^2) / alpha^2.
 
-        A difference of two squares: absolute error about 1e-7 |x - alpha mean|^2 / alpha^2 for
-        float32 queries, and 0 where that is larger than the trace. Gaussian kernel, alpha != 0.
+        A difference of two squares: absolute error up to about 2e-6 sum w |x - alpha y|^2 / alpha^2
+        for float32 queries, whatever the bias, and 0 where that is larger than the trace. Gaussian
+        kernel, alpha != 0.
         """
         r2 = -2 * self.sigma.square() * (self.mean_logit - self.mean_bias)
         gap = self.residual.to(torch.float64)

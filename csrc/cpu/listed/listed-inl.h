@@ -227,8 +227,8 @@ static void listed_finish(const Query<double>& q, const Piece& c, int64_t D, con
   write_stats(q, c.st, c.b, out);
   for (int64_t d = 0; d < D; d++) {
     const double v = none ? __builtin_nan("") : c.sum[d] / c.st.s;
-    write_number(out.mean, f64, c.b * D + d, c.close ? (v + q.x[d]) / q.alpha : v);
-    write_number(out.residual, f64, c.b * D + d, c.close ? v : q.alpha * v - q.x[d]);
+    if (out.mean) write_number(out.mean, f64, c.b * D + d, c.close ? (v + q.x[d]) / q.alpha : v);
+    if (out.residual) write_number(out.residual, f64, c.b * D + d, c.close ? v : q.alpha * v - q.x[d]);
   }
 }
 

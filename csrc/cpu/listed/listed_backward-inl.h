@@ -71,7 +71,17 @@ static void listed_coefficients(const ListedBackward& s, int64_t b, const Query<
   const State st = weigh_listed(q, s.in->bias, n, t, count);
   const bool zero_sigma = q.mode == kZeroSigma, finite = !zero_sigma || st.key == 0, any = st.s > 0;
   const double T = q.temperature;
-  const double E = any ? T * (st.m + st.s_v / st.s) : 0, L = any ? T * (st.m + __builtin_log(st.s)) : 0;
+  // Logits relative to the nearest row, beside which a bias and what differs would be lost where it is far.
+  double least = kInf, E = 0;
+  for (int64_t i = 0; i < count; i++)
+    if (t[i] > 0) least = dmin(least, r2[i]);
+  const auto logit = [&](int64_t i) {
+    const double bn = s.in->bias ? s.in->bias[n[i]] : 0;
+    return zero_sigma ? bn : bn - 0.5 * ((r2[i] - least) / q.sigma) / q.sigma;
+  };
+  for (int64_t i = 0; any && i < count; i++)
+    if (t[i] > 0) E += t[i] / st.s * logit(i);
+  const double gap = any ? T * (__builtin_log(st.s) - st.s_v / st.s) : 0;  // log_z - mean_logit
   const double gL = finite ? grads.log_z[b] : 0, gE = finite ? grads.mean_logit[b] : 0;
   const double gb = grads.mean_bias[b], gS = grads.weight_sq[b];
   double mean_h = 0, sigma = 0, alpha = 0, temp = 0;
@@ -79,8 +89,7 @@ static void listed_coefficients(const ListedBackward& s, int64_t b, const Query<
     const double bn = s.in->bias ? s.in->bias[n[i]] : 0, w = any ? t[i] / st.s : 0;
     t[i] = w;
     if (w == 0) continue;
-    const double l = zero_sigma ? bn : bn - 0.5 * (r2[i] / q.sigma) / q.sigma;
-    gy[i] += gE * (l - E) + gb * bn + 2 * gS * w;  // h, but for a constant
+    gy[i] += gE * (logit(i) - E) + gb * bn + 2 * gS * w;  // h, but for a constant
     mean_h += w * gy[i];
   }
   const double is2 = zero_sigma ? 0 : 1 / q.sigma / q.sigma;
@@ -90,10 +99,8 @@ static void listed_coefficients(const ListedBackward& s, int64_t b, const Query<
       t[i] = gy[i] = 0;
       continue;
     }
-    const double bn = s.in->bias ? s.in->bias[n[i]] : 0;
-    const double l = zero_sigma ? bn : bn - 0.5 * (r2[i] / q.sigma) / q.sigma, h = gy[i] - mean_h;
-    const double c = w * (gL + gE + h / T);
-    temp += w * (l - E) * h;
+    const double h = gy[i] - mean_h, c = w * (gL + gE + h / T);
+    temp += w * (logit(i) - E) * h;
     if (!zero_sigma) {
       sigma += c * ((r2[i] / q.sigma) / q.sigma);
       alpha += c * xy[i];
@@ -103,7 +110,7 @@ static void listed_coefficients(const ListedBackward& s, int64_t b, const Query<
   }
   s.out->sigma[b] = zero_sigma ? 0 : sigma / q.sigma;
   s.out->alpha[b] = alpha * is2;
-  s.out->temperature[b] = gL * (L - E) / T - temp / T / T;
+  s.out->temperature[b] = gL * gap / T - temp / T / T;
 }
 
 static void listed_backward_finish(const ListedBackward& s, const Piece& c, const Query<double>& q,

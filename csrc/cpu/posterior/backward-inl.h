@@ -103,10 +103,14 @@ static void backward_tile(const TileContext<R>& s, const BackwardArgs& io, const
   const bool is_log = q.mode == kLogWeighting;
   const double T = q.temperature, E = io.sums.mean_logit[b], Eb = io.sums.mean_bias[b],
                S = io.sums.weight_sq[b];
+  // Where one row has nearly all weight, the gradient is made of the others, and their weights must be right
+  // to a share of what these have together.
+  const double share = __builtin_log(dmax(dmin(1 - S, 1), Precision<R>::u));
   const double gL = io.grads.log_z[b], gE = io.grads.mean_logit[b], gb = io.grads.mean_bias[b];
   const double gS = io.grads.weight_sq[b];
   const double common = is_log ? 0 : q.shared * T, tz = (io.sums.log_z[b] + common) / T, err = error_of(q, s);
-  const double lo = err > Precision<R>::theta ? threshold<R>(tz, err) : kInf, half = 0.5 * (double)s.D;
+  const double lo = err > Precision<R>::theta ? threshold<R>(tz, err) + share : kInf,
+               half = 0.5 * (double)s.D;
   const double delta = is_log ? error_of_r2(q, s) : 0;
   if (!is_log && (double)logits(q, s, p, logit) < tz + least_difference(R(0)) - err) {
     for (int64_t j = 0; j < s.tile->cnt; j++) p[j] = 0;  // no row of the tile has weight
@@ -121,36 +125,37 @@ static void backward_tile(const TileContext<R>& s, const BackwardArgs& io, const
       const double least = r2 - delta, e = least > 0 ? half * delta / least / T : kInf;
       const double high = least > 0 ? (bj - half * __builtin_log(least / s.D)) / T : kInf;
       direct = bj != -kInf && e > Precision<R>::theta &&
-               high > tz + __builtin_log(Precision<R>::theta / dmin(1, e));
+               high > tz + share + __builtin_log(Precision<R>::theta / dmin(1, e));
       t = high;
     } else {
-      t = logit[j];
+      t = logit[j] + pull_of_bias(q, s, j);
       direct = !(t <= lo);
     }
     if (bj == -kInf || (!direct && t - tz < least_difference(R(0)))) {
       p[j] = 0;
       continue;
     }
-    double l, xy, gy;
+    double l, lr, xy, gy;  // lr: l - b
     if (direct) {
       exact_row(*s.src, q, io.sums.mean + b * s.D, io.grads.mean + b * s.D, s.tile->n0 + j, row, exact);
       r2 = exact[0];
       xy = exact[1];
       gy = exact[2];
-      l = bj - 0.5 * (r2 / q.sigma) / q.sigma;
+      lr = -0.5 * (r2 / q.sigma) / q.sigma;
     } else {
       xy = (double)p[j] - q.alpha * s.tile->sq[j];
       gy = (double)pg[j] - g_shift;
-      l = t * T - common;
+      lr = logit[j] * T - common;
     }
-    if (is_log) l = bj - half * __builtin_log(r2 / s.D);
+    if (is_log) lr = -half * __builtin_log(r2 / s.D);
+    l = lr + bj;
     const double w = __builtin_exp((l - io.sums.log_z[b]) / T);
     const double hg = gy / T, ho = gE * (l - E) / T + gb * (bj - Eb) / T + 2 * gS * (w - S) / T;
     const double coeff = w * (gL + gE + hg + ho), c = is_log ? s.D / r2 : 1;
     a.w += w;
     a.drift += w * hg;
     a.q += coeff;
-    a.ql += coeff * (l - bj);
+    a.ql += coeff * lr;
     a.qa += coeff * c * xy;
     a.wa += w * xy;
     a.temp += w * (l - E) * (hg + ho);

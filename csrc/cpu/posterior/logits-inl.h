@@ -101,24 +101,35 @@ MK_INLINE double threshold(double lower, double err) {
   return lower + log_below(Precision<R>::theta / dmin(1, err)) - err;
 }
 
-// Makes t of the products of one query with the rows; p may be dot. Returns the largest.
+// What the bias of row j adds to t.
+template <class R>
+MK_INLINE R pull_of_bias(const Query<R>& q, const TileContext<R>& s, int64_t j) {
+  if (!s.tile_bias || q.mode == kZeroSigma) return R(0);
+  return s.tile_bias[s.own_bias ? j * Vec<R>::W + q.lane : j] * (R)q.inv_t;
+}
+// Makes t, but for the bias, of the products of one query with the rows; p may be dot. Returns the largest t.
+// The bias stays apart because it may be far larger than what the distances leave of t where sigma is large:
+// with it, that would be rounded away.
 template <class R>
 MK_INLINE R logits(const Query<R>& q, const TileContext<R>& s, const R* dot, R* p) {
+  const R a1 = (R)q.a1, a2 = (R)q.a2, inv_t = (R)q.inv_t, *sq = s.tile->sq;
+  const R* b = q.mode != kZeroSigma ? s.tile_bias : nullptr;
+  const int64_t cnt = s.tile->cnt;
   R best = (R)-kInf;
   const int64_t step = s.own_bias ? Vec<R>::W : 1, lane = s.own_bias ? q.lane : 0;
-  for (int64_t j = 0; j < s.tile->cnt; j++) {
-    R t = dot[j] * (R)q.a1 - s.tile->sq[j] * (R)q.a2;
-    if (s.tile_bias && q.mode != kZeroSigma) t += s.tile_bias[j * step + lane] * (R)q.inv_t;
+  for (int64_t j = 0; j < cnt; j++) {
+    const R t = dot[j] * a1 - sq[j] * a2, whole = b ? t + b[j * step + lane] * inv_t : t;
     p[j] = t;
-    best = t > best ? t : best;
+    best = whole > best ? whole : best;
   }
   return best;
 }
 
-// W queries side by side, as the lanes see them: t = a1 dot - a2 |yc|^2 + inv_t b; m is the largest t so far.
+// W queries side by side, as the lanes see them: t = a1 dot - a2 |yc|^2 + inv_t b; m is the largest t so far,
+// top the largest of the tile without its bias.
 template <class R>
 struct QueryGroup {
-  typename Vec<R>::T a1, a2, inv_t, m;
+  typename Vec<R>::T a1, a2, inv_t, m, top;
 };
 template <class R>
 MK_INLINE void set_lane(QueryGroup<R>& g, int e, const Query<R>& q) {
@@ -129,25 +140,26 @@ MK_INLINE void set_lane(QueryGroup<R>& g, int e, const Query<R>& q) {
 // The same for W queries. It reads copies of its arguments' fields, because as far as the compiler knows the
 // store of a vector may change anything.
 template <class R>
-MK_INLINE typename Vec<R>::T logits(const QueryGroup<R>& g, const TileContext<R>& s, R* p) {
+MK_INLINE typename Vec<R>::T logits(QueryGroup<R>& g, const TileContext<R>& s, R* p) {
   typedef typename Vec<R>::T V;
   const V a1 = g.a1, a2 = g.a2, inv_t = g.inv_t;
   const R *sq = s.tile->sq, *b = s.tile_bias;
   const int64_t cnt = s.tile->cnt, Ps = s.Ps;
   const bool own = s.own_bias;
-  V top = splat<R>((R)-kInf);
+  V top = splat<R>((R)-kInf), best = top;
   for (int64_t j = 0; j < cnt; j++, p += Ps) {
-    V t = load(p) * a1 - splat<R>(sq[j]) * a2;
-    if (b) t += (own ? load(b + j * Vec<R>::W) : splat<R>(b[j])) * inv_t;
+    const V t = load(p) * a1 - splat<R>(sq[j]) * a2;
     store(p, t);
     top = vmax(t, top);
+    if (b) best = vmax(t + (own ? load(b + j * Vec<R>::W) : splat<R>(b[j])) * inv_t, best);
   }
-  return top;
+  g.top = top;
+  return b ? best : top;
 }
 
-// Takes the rows that must be evaluated exactly out of a column of t, whose numbers lie `stride` apart and
-// whose largest is `top`. Their logits go to `value`. m is raised to the largest logit that is left, exact or
-// not. Returns how many rows were taken.
+// Takes the rows that must be evaluated exactly out of a column of t without the bias, whose numbers lie
+// `stride` apart; the largest t is `top`. Their logits go to `value`. m is raised to the largest logit that
+// is left, exact or not. Returns how many rows were taken.
 template <class R>
 static int take_inexact(const Query<R>& q, const TileContext<R>& s, const State& st, R* p, int64_t stride,
                         double top, double err, int* row, double* value, bool* near, double& m) {
@@ -160,11 +172,13 @@ static int take_inexact(const Query<R>& q, const TileContext<R>& s, const State&
   int count = 0;
   m = st.m;
   for (int64_t j = 0; j < s.tile->cnt; j++) {
-    R& t = p[j * stride];
-    const double b = bias_of(q, s, j);
-    if (all ? b == -kInf : !((double)t > lo)) {
-      if (all) t = (R)-kInf;
-      rest = dmax(rest, t);
+    R& apart = p[j * stride];
+    const double b = bias_of(q, s, j), t = apart + pull_of_bias(q, s, j);
+    if (all ? b == -kInf : !(t > lo)) {
+      if (all)
+        apart = (R)-kInf;
+      else
+        rest = dmax(rest, t);
       continue;
     }
     const double r2 = exact_r2(q, s, j);
@@ -172,7 +186,7 @@ static int take_inexact(const Query<R>& q, const TileContext<R>& s, const State&
     near[count] = is_near(q, s, j, r2);
     value[count] = -0.5 * (r2 / q.sigma) / q.sigma * q.inv_t + b * q.inv_t;
     m = dmax(m, value[count++]);
-    t = (R)-kInf;
+    apart = (R)-kInf;
   }
   m = dmax(m, rest - q.shared);
   return count;

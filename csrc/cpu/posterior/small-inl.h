@@ -26,9 +26,11 @@ enum {
   FEW_ROWS = 2048      // up to so many rows this sweep is taken for few queries too
 };
 
-// One vector of queries. Logits are handled as -log2 of e^v, which is |x - alpha yc|^2 - inv_t b, where x,
-// alpha and inv_t hold the factors that make it so; m is the least of them. As they are, x and alpha + low
-// are the query's own and `unit` is the factor of the square; acc is then the sum of w (x - alpha y).
+// One vector of queries. Of rows with a bias s_v is the sum of w times the square alone, because the bias may
+// be far larger and would round it away. Logits are handled as -log2 of e^v, which is |x - alpha yc|^2 -
+// inv_t b, where x, alpha and inv_t hold the factors that make it so; m is the least of them. As they are, x
+// and alpha + low are the query's own and `unit` is the factor of the square; acc is then the sum of w (x -
+// alpha y).
 template <class R, int D>
 struct LaneQueries {
   typedef typename Vec<R>::T V;
@@ -59,11 +61,11 @@ static void small_chunk(LaneQueries<R, D>& q, const R* y, const R* b, const R* f
       t = d == 0 ? e : t + e;
     }
     if (!CENTRED) t *= q.unit;
-    if (BIAS) t -= q.inv_t * splat<R>(b[r]);
     l[r] = t;
+    if (BIAS) t -= q.inv_t * splat<R>(b[r]);
     low = vmin(t, low);
   }
-  const V none = splat<R>((R)kInf), lo = splat<R>(lowest_power(R(0)));
+  const V none = splat<R>((R)kInf), most = splat<R>((R)Precision<R>::big), lo = splat<R>(lowest_power(R(0)));
   V shift = low - q.m;
   shift = low == none ? V{} : (shift < lo ? lo : shift);
   const V f = vexp2(shift);
@@ -71,13 +73,13 @@ static void small_chunk(LaneQueries<R, D>& q, const R* y, const R* b, const R* f
 #pragma GCC unroll 8
   for (int d = 0; d < D; d++) acc[d] = V{};
   for (int64_t r = 0; r < cnt; r++) {
-    V d_ = low - l[r];
+    V d_ = low - (BIAS ? l[r] - q.inv_t * splat<R>(b[r]) : l[r]);
     d_ = vmax(d_, lo);  // lo also where both are inf, because no row so far has weight
     V w = vexp2(d_);
     // Without a bias the row of the largest logit has weight 1, and 2^lo is as good as nothing beside it.
     if (BIAS) w = d_ > lo ? w : V{};
     s += w;
-    s_v += w * d_;
+    s_v += w * (BIAS ? vmin(l[r], most) : d_);
     s_sq += w * w;
     if (BIAS) s_bias += w * splat<R>(finite_b[r]);
 #pragma GCC unroll 8
@@ -88,7 +90,7 @@ static void small_chunk(LaneQueries<R, D>& q, const R* y, const R* b, const R* f
   for (int d = 0; d < D; d++) q.acc[d] = q.acc[d] * f + acc[d];
   for (int i = 0; i < W; i++) {
     const double g = f[i];
-    q.s_v[i] = g * (q.s_v[i] + q.s[i] * shift[i]) + s_v[i];
+    q.s_v[i] = g * (BIAS ? q.s_v[i] : q.s_v[i] + q.s[i] * shift[i]) + s_v[i];
     q.s[i] = g * q.s[i] + s[i];
     q.s_bias[i] = g * q.s_bias[i] + s_bias[i];
     q.s_sq[i] = g * g * q.s_sq[i] + s_sq[i];
@@ -198,7 +200,8 @@ static int small_part(const Source<R>& src, const Queries& in, double b_max, int
       // What the values as they are will not do better either goes to the general sweep at once.
       handed_back[at - b0] = !back ? kHere : rest < 0.5 * Precision<R>::tolerance ? kAsTheyAre : kInGeneral;
       if (back) continue;
-      const State st = {0, m, v.s[e], v.s_v[e] * kLn2, v.s_bias[e], v.s_sq[e]};
+      const double s_v = in.bias ? q[i].inv_t * v.s_bias[e] - v.s_v[e] * kLn2 - m * v.s[e] : v.s_v[e] * kLn2;
+      const State st = {0, m, v.s[e], s_v, v.s_bias[e], v.s_sq[e]};
       R acc[D], none[D] = {};
       for (int d = 0; d < D; d++) acc[d] = CENTRED ? v.acc[d][e] : -v.acc[d][e];
       Near<R> near = {acc, CENTRED ? 0 : st.s};

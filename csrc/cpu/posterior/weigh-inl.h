@@ -54,12 +54,12 @@ static void weigh_softmax(const Query<R>* q, QueryGroup<R>& g, int lanes, const 
     g.m[e] = (R)(m + q[e].shared);
   }
   const V lo = splat<R>(least_difference(R(0))), m = g.m;
-  const R *b = s.finite_bias, least = s.least;
+  const R *b = s.finite_bias, *whole = s.tile_bias, least = s.least;
   const int64_t cnt = s.tile->cnt, Ps = s.Ps;
   const bool own = s.own_bias;
   V sum = {}, sum_v = {}, sum_bias = {}, sum_sq = {};
   R* column = p;
-  for (int64_t j = 0; j < cnt; j++, column += Ps) {
+  for (int64_t j = 0; !b && j < cnt; j++, column += Ps) {
     V d = load(column) - m;
     d = vmax(d, lo);  // lo also where both are -inf
     const V w = vexp(d, least);
@@ -67,12 +67,26 @@ static void weigh_softmax(const Query<R>* q, QueryGroup<R>& g, int lanes, const 
     sum += w;
     sum_v += w * d;
     sum_sq += w * w;
-    if (b) sum_bias += w * (own ? load(b + j * W) : splat<R>(b[j]));
+  }
+  // With a bias, sum_v is of t without it, less its largest: s_v follows in double, and sum w r^2 from s_v
+  // and s_bias, with nothing lost to a bias that is large beside r^2 / sigma^2.
+  const V inv_t = g.inv_t, distances = g.top, none = splat<R>((R)-Precision<R>::big);
+  for (int64_t j = 0; b && j < cnt; j++, column += Ps) {
+    const V apart = load(column);
+    V d = apart + (own ? load(whole + j * W) : splat<R>(whole[j])) * inv_t - m;
+    d = vmax(d, lo);
+    const V w = vexp(d, least);
+    store(column, w);
+    sum += w;
+    sum_v += w * vmax(apart - distances, none);
+    sum_sq += w * w;
+    sum_bias += w * (own ? load(b + j * W) : splat<R>(b[j]));
   }
   for (int e = 0; e < lanes; e++) {
     if (q[e].mode != kSoftmax) continue;
     st[e].s += sum[e];
-    st[e].s_v += sum_v[e];
+    const double apart = sum[e] > 0 ? ((double)distances[e] - (st[e].m + q[e].shared)) * (double)sum[e] : 0;
+    st[e].s_v += b ? (double)sum_v[e] + apart + q[e].inv_t * (double)sum_bias[e] : (double)sum_v[e];
     st[e].s_sq += sum_sq[e];
     st[e].s_bias += sum_bias[e];
     add_exact(q[e], s, st[e], close[e], p + e, s.Ps, s.exact_row + e * s.NT, s.exact_value + e * s.NT,

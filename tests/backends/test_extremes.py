@@ -1,0 +1,106 @@
+"""Distances beside a bias that is larger than they are, and gradients of queries whose rows are far
+for their noise."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from memokern.calls import BasicSums, Query, Rows, State, Sums, by_key, merge, to_sums
+from tests import compare, harness, oracle
+from tests.cases import F32, F64, U8, Case, normal, query_of
+from tests.harness import every_backend, over, sized
+
+
+def squares(got: Sums, query: Query) -> Tensor:
+    """sum w |x - alpha y|^2 from what a sweep gives."""
+    return -2 * query.sigma.square() * (got.mean_logit - got.mean_bias)
+
+
+def check_squares(got: Sums, query: Query, rows: Rows, backend: str, what: object) -> None:
+    want = oracle.reach(query, rows).square()
+    # float64: as exact as a logit is, whose bias may be large.
+    kind = compare.unit(backend, query, rows)
+    last = 8 * 2.3e-16 * query.sigma.square() * (1 + query.bias[query.bias.isfinite()].abs().max())
+    tol = {F32: 2e-6, F64: 1e-13}[kind] * want + last
+    off = ((squares(got, query) - want).abs() / tol).max()
+    assert off <= 1, (what, off.item())
+
+
+@over(
+    sized(
+        *((b, 150, d, t) for b in (3, 24) for d in (3, 40) for t in (F32, U8, F64)),
+        triton=((2, 40, 300, F32),),  # not yet in one pass, for up to 256 features
+    ),
+    "b",
+    "n",
+    "d",
+    "rows",
+)
+def test_distances_beside_a_bias(backend: str, b: int, n: int, d: int, rows: torch.dtype) -> None:
+    """Of the logits little is left for r^2: at sigma = 80 each unit of the bias is 12800 of it."""
+    sigmas = (80.0, 1e3) if backend != "triton" else (1e3,)
+    for sigma in sigmas:
+        for temperature in (1.0, 2.5):
+            case = Case(b, n, d, rows, sigma=sigma, temperature=temperature, bias="hole")
+            query, stored = case.problem()
+            query = query._replace(x=oracle.values(stored)[:b].float() + 0.1, bias=3 * query.bias)
+            got = harness.posterior(backend, query, stored)
+            check_squares(got, query, stored, backend, str(case))
+            joined = _joined(backend, query, stored, n // 3)
+            check_squares(to_sums(joined, query), query, stored, backend, ("joined", str(case)))
+
+
+def _joined(backend: str, query: Query, rows: Rows, cut: int) -> State:
+    """The state of two parts of the rows."""
+    parts = [
+        harness.posterior_state(
+            backend, query._replace(bias=query.bias[at]), rows._replace(data=rows.data[at])
+        )
+        for at in (slice(0, cut), slice(cut, None))
+    ]
+    return merge(*parts, by_key(query))
+
+
+@over(sized((2, 40, 3), (20, 40, 40), triton=()), "b", "n", "d")
+@pytest.mark.parametrize("temperature", [1.0, 1.7])
+def test_gradients_of_far_queries(backend: str, b: int, n: int, d: int, temperature: float) -> None:
+    """At |x - y| = 10^8 sigma, log_z / T has no digit left behind the point. Equal rows share."""
+    data = normal(n, d, dtype=F32)
+    data[n // 2 :] = data[: n - n // 2]
+    x = data[:b] + torch.linspace(0.5, 1.0, b)[:, None] / math.sqrt(d)
+    bias = normal(n, seed=3)
+    query, rows = query_of(x, 1e-8, 0.9, temperature, bias), Rows(data)
+    got = harness.posterior(backend, query, rows)
+    # Of what equal rows share nothing moves the mean; these have gradients.
+    zero = torch.zeros(b, dtype=F64)
+    grads = BasicSums(torch.zeros(b, d), *(normal(b, seed=i) for i in (1, 2, 3)), zero)
+    back = harness.backward(backend, query, rows, got, grads)
+    want = oracle.gradients(query, rows, grads)
+    for name, a, e in zip(back._fields, back, want, strict=True):
+        if backend == "reference" and name == "temperature":
+            continue  # log_z - mean_logit of numbers that have no more digits
+        off = (a.double() - e).abs().max() / e.abs().max()
+        assert off <= 1e-6, (name, off.item())
+
+
+@every_backend
+def test_gradient_where_one_row_has_nearly_all_weight(backend: str) -> None:
+    """The weight of the others, 10^-5, makes all of it: its error is that of a share of theirs."""
+    if backend == "triton":
+        pytest.skip("its share of 10^-6 is still one of all weight")
+    d = 3
+    data = normal(20, d, dtype=F32)
+    data[1] = data[0] + 0.048 / math.sqrt(d)
+    x = data[:1] - 0.0002 / math.sqrt(d)
+    query, rows = query_of(x, 0.01), Rows(data)
+    got = harness.posterior(backend, query, rows)
+    zero = torch.zeros(1, dtype=F64)
+    grads = BasicSums(normal(1, d, seed=4).float(), zero, zero, zero, zero)
+    back = harness.backward(backend, query, rows, got, grads)
+    want = oracle.gradients(query, rows, grads)
+    assert 1e-6 < 1 - float(oracle.weights(query, rows).max()) < 1e-4
+    assert (back.x.double() - want.x).norm() <= 1e-5 * want.x.norm()
