@@ -81,8 +81,8 @@ def test_gradients_of_far_queries(backend: str, b: int, n: int, d: int, temperat
     back = harness.backward(backend, query, rows, got, grads)
     want = oracle.gradients(query, rows, grads)
     for name, a, e in zip(back._fields, back, want, strict=True):
-        if backend == "reference" and name == "temperature":
-            continue  # log_z - mean_logit of numbers that have no more digits
+        if e.numel() == 0 or (backend == "reference" and name == "temperature"):
+            continue  # not there, or log_z - mean_logit of numbers that have no more digits
         off = (a.double() - e).abs().max() / e.abs().max()
         assert off <= 1e-6, (name, off.item())
 

@@ -106,7 +106,7 @@ def test_float32_queries_on_float64_rows(backend: str) -> None:
     back = harness.backward(backend, query, rows, got, grads)
     want = oracle.gradients(query, rows, grads)
     for a, e in zip(back[1:], want[1:], strict=True):
-        assert (a - e).abs().max() <= 1e-10 * e.abs().max()
+        assert e.numel() == 0 or (a - e).abs().max() <= 1e-10 * e.abs().max()
     assert (back.x.double() - want.x).abs().max() <= 1e-7 * want.x.abs().max()
 
 
