@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from memokern import TrainingSet
+from memokern.apps import experiments
 from memokern.data import files
 from tests.apps.cli_calls import call, process
 
@@ -180,15 +181,25 @@ def test_memorization_reads_what_sample_wrote(tmp_path) -> None:
     assert done.stdout.splitlines()[2].split()[:2] == ["collapse", "100.0%"]
 
 
-def test_reproduce_takes_images_of_a_file(tmp_path) -> None:
-    images = np.random.default_rng(0).normal(size=(40, 4, 4)).astype(np.float32)
+def test_reproduce_takes_images_of_a_file(tmp_path, monkeypatch) -> None:
+    images = np.zeros((4, 4, 4), np.float32)
     np.savez(tmp_path / "i.npz", a=images, b=images[:3])
-    arguments = ("reproduce", "conditional", "--quick", "--out", tmp_path, "--format", "png")
-    done = call(*arguments, "--data", tmp_path / "i.npz", "--key", "a")
-    assert done.exit_code == 0, done.output
-    assert "i.npz, 28 rows, the left half of other images given" in done.output
-    numbers = json.loads((tmp_path / "conditional.json").read_text())["numbers"]
-    assert numbers["images"]["shape"] == [4, 4]
+    taken = []
+
+    def reproduce(experiment, folder, **options):
+        taken.append((experiment.name, options["data"]))
+        return experiments.Outcome({}, [], [], 0.0)
+
+    monkeypatch.setattr(experiments, "reproduce", reproduce)
+    given = ("--out", tmp_path / "new", "--data", tmp_path / "i.npz", "--key", "a")
+    for name in ("conditional", "all"):
+        done = call("reproduce", name, *given)
+        assert done.exit_code == 0, done.output
+    data = (str(tmp_path / "i.npz"), "a")
+    assert taken[0] == ("conditional", data) and len(taken) == 1 + len(experiments.EXPERIMENTS)
+    assert dict(taken[1:]) == dict.fromkeys(experiments.EXPERIMENTS) | {"conditional": data}
+    done = call("reproduce", "conditional", *given[:-2])
+    assert done.exit_code == 2 and "['a', 'b']" in done.output
 
 
 def test_reproduce_writes_figure_and_numbers(tmp_path) -> None:

@@ -192,7 +192,7 @@ def test_fewer_rows_and_less_variance_the_narrower_the_condition(numbers) -> Non
         assert 0.5 < n_eff / published[1] < 2 and 0.6 < trace / published[0] < 1.6, h
 
 
-def test_inpainting_of_the_images_in_a_file(tmp_path) -> None:
+def test_inpainting_of_the_images_in_a_file(numbers, tmp_path) -> None:
     """Against the weights by their definition; the published values are drawn beside them."""
     generator = torch.Generator().manual_seed(4)
     images = torch.randint(0, 256, (50, 3, 4, 6), dtype=torch.uint8, generator=generator)
@@ -217,6 +217,10 @@ def test_inpainting_of_the_images_in_a_file(tmp_path) -> None:
             n_eff, trace = (1 / w.square().sum(1)).mean(), (w * square).sum(1).mean()
             assert found[f"{prefix}n_eff"][k] == pytest.approx(float(n_eff), rel=1e-5)
             assert found[f"{prefix}trace"][k] == pytest.approx(float(trace), rel=1e-4, abs=1e-5)
+    whole = numbers("conditional") | {"images": found}
+    assert len(conditional.draw_conditional(whole).axes) == 4
+    lines = conditional.conclude_conditional(whole)
+    assert sum(line.startswith("some.npz, 40 rows, the left half of") for line in lines) == 2
     assert conditional.of_file(conditional.Conditional()) is None
     np.save(tmp_path / "flat.npy", np.zeros((5, 4), np.float32))
     with pytest.raises(ValueError, match="to take halves of"):
