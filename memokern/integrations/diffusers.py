@@ -15,12 +15,12 @@ from memokern import processes, regularizers
 from memokern.conditional import Label
 from memokern.data.training_set import TrainingSet
 from memokern.denoiser import Denoiser
-from memokern.integrations.adapter import Adapter, Seen
+from memokern.integrations.adapter import Adapter
 from memokern.integrations.noise_of_schedulers import SchedulerNoise
 from memokern.processes import Process
 from memokern.regularizers import Regularizer
 from memokern.util.writing import atomic
-from memokern.validate import PerQuery, one_of
+from memokern.validate import PerQuery
 
 try:
     import diffusers
@@ -33,7 +33,6 @@ except ImportError as error:
     ) from error
 
 CONFIG, ROWS = "config.json", "diffusion_pytorch_model.safetensors"
-PREDICTIONS = ("epsilon", "sample", "v_prediction", "flow_prediction")
 
 
 def _same(process: Process, other: Process) -> bool:
@@ -56,16 +55,17 @@ class DiffusersOutput(BaseOutput):
 class DiffusersModel(ModelMixin, ConfigMixin):
     r"""The `unet` or `transformer` of a pipeline, and the model of loops over scheduler.timesteps.
 
-    It gives what the scheduler's config asks for: epsilon, sample (x0), v_prediction, or the
-    velocity z - y of flow matching. The noise level is the scheduler's own at its current step,
-    also where it rounds timesteps or takes them from another grid; for timesteps that the scheduler
-    does not have now, as in training, it is that of its training schedule. A pipeline that makes a
-    scheduler of its own (DDIMPipeline does) is known by its config alone, which says the same.
+    It gives what the scheduler's config asks for: epsilon, sample (x0), v_prediction, the velocity
+    z - y of flow matching, or for EDM's schedulers what a network gives before c_skip and c_out.
+    The noise level is the scheduler's own at its current step, also where it rounds timesteps or
+    takes them from another grid; for timesteps that the scheduler does not have now, as in
+    training, it is that of its training schedule. A pipeline that makes a scheduler of its own
+    (DDIMPipeline does) is known by its config alone, which says the same.
 
     Args:
         source: a TrainingSet, rows [N, C, H, W], or any denoiser (:class:`Adapter` says how).
-        scheduler: DDPM, DDIM, PNDM, Euler, Heun, DPM-Solver, UniPC, flow-match Euler and Heun, and
-            others with `alphas_cumprod` or flow's sigmas. `model.scheduler = other` changes it.
+        scheduler: DDPM, DDIM, PNDM, Euler, Heun, DPM-Solver, UniPC, flow-match Euler and Heun,
+            EDM's two, and others with `alphas_cumprod`. `model.scheduler = other` changes it.
         regularizer: with rows; in the units of the scheduler's process.
         bandwidth: of the conditions given as `encoder_hidden_states`.
 
@@ -154,17 +154,9 @@ class DiffusersModel(ModelMixin, ConfigMixin):
             condition = condition[:, 0]
         time = self.adapter.numbers("timestep", timestep, x)
         alpha, sigma = self.noise.levels(time)
-        out = self._wanted(self.adapter.at(x, alpha, sigma, class_labels, condition)).to(x.dtype)
+        seen = self.adapter.at(x, alpha, sigma, class_labels, condition)
+        out = self.noise.wanted(seen).to(x.dtype)
         return DiffusersOutput(sample=out) if return_dict else (out,)
-
-    def _wanted(self, seen: Seen) -> Tensor:
-        """What the scheduler takes."""
-        kind = one_of("prediction_type", self.noise.prediction, PREDICTIONS)
-        if kind == "epsilon":
-            return seen.eps
-        if kind == "sample":
-            return seen.x0
-        return seen.v if kind == "v_prediction" else seen.eps - seen.x0
 
     # --- files --------------------------------------------------------------------------------
 

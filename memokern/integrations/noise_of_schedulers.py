@@ -7,14 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memokern.processes import DDPM, FlowMatching, Process
+from memokern.integrations.adapter import Seen
+from memokern.processes import DDPM, EDM, FlowMatching, Process
+from memokern.validate import one_of, wide
+
+PREDICTIONS = ("epsilon", "sample", "v_prediction", "flow_prediction")
 
 
 class SchedulerNoise:
     """alpha and sigma of what a scheduler gives the model, x = alpha y + sigma z.
 
     Schedulers with `alphas_cumprod` give x with alpha^2 + sigma^2 = 1; their `sigmas`, where they
-    have any, are sigma / alpha. Those of flow matching give x = (1 - sigma) y + sigma z.
+    have any, are sigma / alpha. Those of flow matching give x = (1 - sigma) y + sigma z, and
+    EDM's x = c_in (y + sigma z).
 
     Attributes: path: the process. prediction: what the scheduler takes, as its config has it.
 
@@ -28,17 +33,23 @@ class SchedulerNoise:
         self.flow = bool(config.get("use_flow_sigmas")) or name.startswith("FlowMatch")
         alphas = getattr(scheduler, "alphas_cumprod", None)
         self.prediction = config.get("prediction_type", "flow_prediction")
-        if not self.flow and (alphas is None or not isinstance(self.prediction, str)):
+        self.edm = name.startswith("EDM")
+        if not self.flow and not self.edm and alphas is None:
             raise ValueError(
-                f"expected a scheduler with alphas_cumprod, or of flow matching, got {name}, for"
-                " which a model is no prediction of eps, x0, v or the velocity"
+                f"expected a scheduler with alphas_cumprod, of flow matching or EDM, got {name},"
+                " for which a model is no prediction of eps, x0, v or the velocity"
             )
         if self.flow:
             self.prediction = "flow_prediction"
+        one_of("prediction_type", self.prediction, PREDICTIONS)
         if str(config.get("variance_type", "")).startswith("learned"):
             raise ValueError(f"{name} expects a learned variance, which a closed form has not")
         self.steps = int(config.get("num_train_timesteps", 1000))
-        self.path: Process = FlowMatching(reverse=True) if self.flow else DDPM(alphas)
+        self.path: Process
+        if self.edm:
+            self.path = EDM(config["sigma_min"], config["sigma_max"])
+        else:
+            self.path = FlowMatching(reverse=True) if self.flow else DDPM(alphas)
 
     def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """alpha and sigma at timesteps [*batch] float64."""
@@ -46,6 +57,10 @@ class SchedulerNoise:
         if self.flow:
             sigma = t / self.steps if current is None else current
             return 1 - sigma, sigma
+        if self.edm:
+            ratio = torch.exp(4 * t) if current is None else current
+            alpha = (ratio.square() + self.scheduler.config.sigma_data**2).rsqrt()
+            return alpha, ratio * alpha
         if current is None:
             if getattr(self.scheduler.config, "timestep_type", None) == "continuous":
                 current = torch.exp(4 * t)
@@ -53,6 +68,20 @@ class SchedulerNoise:
                 return self.path.alpha(t), self.path.sigma(t)
         alpha = (1 + current.square()).rsqrt()
         return alpha, current * alpha
+
+    def wanted(self, seen: Seen) -> Tensor:
+        """What the scheduler takes for a model's output, made of x0 and eps."""
+        if self.edm:
+            # F in x0 = c_skip x / c_in + c_out F, where c_out has the other sign with v_prediction.
+            data = self.scheduler.config.sigma_data
+            out = wide(seen.sigma / data, seen.x0) * seen.x0
+            out = out - wide(seen.alpha * data, out) * seen.eps
+            return -out if self.prediction == "v_prediction" else out
+        if self.prediction == "epsilon":
+            return seen.eps
+        if self.prediction == "sample":
+            return seen.x0
+        return seen.v if self.prediction == "v_prediction" else seen.eps - seen.x0
 
     def _current(self, t: Tensor) -> Tensor | None:
         """The scheduler's own sigma [*batch] at these timesteps, None where it has none."""

@@ -52,6 +52,12 @@ def definition(p, scheduler, prediction):
             alpha, sigma = (1 + ratio**2).rsqrt(), ratio * (1 + ratio**2).rsqrt()
             if prediction == "flow_prediction":
                 alpha, sigma = 1 - ratio, ratio
+        if "EDM" in type(scheduler).__name__:
+            d = scheduler.config.sigma_data
+            y, s = x * (ratio**2 + d**2).sqrt(), ratio  # before c_in
+            c_skip, c_out = d**2 / (s**2 + d**2), s * d / (s**2 + d**2).sqrt()
+            sign = -1 if prediction == "v_prediction" else 1
+            return ((p.x0(y, s) - c_skip * y) / (sign * c_out)).to(x.dtype)
         x0, eps = p.x0(x, sigma, alpha), p.eps(x, sigma, alpha)
         found = {
             "epsilon": eps,
@@ -99,6 +105,9 @@ CASES = {
         {"use_flow_sigmas": True, "prediction_type": "flow_prediction"},
     ),
     "unipc": ("UniPCMultistepScheduler", {}),
+    "edm": ("EDMEulerScheduler", {}),
+    "edm v": ("EDMEulerScheduler", {"prediction_type": "v_prediction", "sigma_data": 1.0}),
+    "edm dpm-solver": ("EDMDPMSolverMultistepScheduler", {}),
     "flow": ("FlowMatchEulerDiscreteScheduler", {}),
     "flow, shifted": ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
     "flow, heun": ("FlowMatchHeunDiscreteScheduler", {}),
@@ -282,7 +291,7 @@ def test_labels_conditions_and_what_is_refused():
         model(x, 500, pooled_projections=x)
     with pytest.raises(TypeError, match="a sample"):
         model(x)
-    for name in ("EDMEulerScheduler", "CMStochasticIterativeScheduler"):
+    for name in ("ScoreSdeVeScheduler", "CMStochasticIterativeScheduler"):
         with pytest.raises(ValueError, match=f"got {name}"):
             module.DiffusersModel(p.data, getattr(diffusers, name)())
     with pytest.raises(ValueError, match="learned variance"):
