@@ -209,7 +209,8 @@ def draw_network_conditional(n: Numbers) -> Figure:
         loss.set(yscale="log", title="loss; dotted: early stop")
         variance.axhline(n["law_variance"], color=figures.GREY, ls="--", lw=0.9,
                          label="variance of the law")  # fmt: skip
-        variance.set(title="samples at a condition")
+        top = max(*n["variance"], n["law_variance"])
+        variance.set(title="samples at a condition", ylim=(-0.04, 1.5 * top))  # with a legend
         rows.set(yscale="log", title="rows that share the samples")
         rows.set_yticks([1, 2, 5, 10, 20, 40], ["1", "2", "5", "10", "20", "40"])
         for axis in (loss, rows):
