@@ -19,6 +19,8 @@ DTYPES = {
     "uint8": torch.uint8,
 }
 MEAN_PEERS = ("cached", "naive", "cdist", "sdpa", "compile")
+# Of queries that have a condition each: the sweep without, a call for each, and the formula.
+CONDITIONAL_PEERS = ("unconditional", "one by one", "in torch")
 KEOPS_DIM = 64  # KeOps is made for D below 100, its documentation says
 K = 2  # neighbours in the `nearest` case
 OURS = "memokern"
@@ -109,10 +111,16 @@ def _types() -> list[Case]:
 def _other(threads: int) -> list[Case]:
     backward = Target("ratio", 1.8, OURS, "forward", at_most=True)
     nearest = (Target("ratio", 1, "faiss"), Target("error", 1e-6, at_most=True))
+    conditional = (
+        Target("ratio", 1.3, OURS, "unconditional", at_most=True),
+        Target("ratio", 5, "one by one"),
+        Target("ratio", 1, "in torch"),
+    )
     cases = [
         Case("mean", 64, 3072, (OURS, *MEAN_PEERS), sigma=0.002),
         Case("backward", 64, 3072, (OURS, "forward", "cached", "naive", "sdpa"), (backward,)),
         Case("nearest", 64, 3072, (OURS, "faiss"), nearest, quick=True),
+        Case("condition", 64, 3072, (OURS, *CONDITIONAL_PEERS), conditional),
     ]
     if threads > 1:
         second = (Target("ratio", 1.85, "1 thread", "2 threads"),)

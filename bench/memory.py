@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+import memokern
 from bench import peers
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,6 +55,11 @@ def _prepare(
     if op == "nearest":
         search = peers.NEAREST[name](rows)
         return lambda: search(x, 2)
+    if op == "condition":  # another one for each query
+        numbers = torch.linspace(0, 1, len(rows))
+        data = memokern.TrainingSet(rows, conditions=numbers)
+        _, c = data.sq_norms, numbers[: len(x), None] + 1e-3
+        return lambda: memokern.posterior(x, data, sigma, condition=c, bandwidth=0.1)
     mean = peers.MEAN[name](rows)
     if op == "mean":
         return lambda: mean(x, sigma)

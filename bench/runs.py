@@ -66,6 +66,43 @@ def _posterior(case: Case, rows: Tensor) -> Make:
     return make
 
 
+def _condition(case: Case, rows: Tensor) -> Make:
+    """Queries that each have a condition of 4 numbers, which thousands of rows share; beside it the
+    sweep without conditions, a call for each query, and the formula with its N x B matrices."""
+    x, h, sigma = queries(rows, case.b, case.noise), 1.0, case.noise
+    conditions = torch.randn(len(rows), 4, generator=torch.Generator().manual_seed(1))
+    data = memokern.TrainingSet(rows, conditions=conditions)
+    c, norms = conditions[: case.b] + 0.1, rows.square().sum(1)
+    _ = data.sq_norms
+    gaps = peers.squares(_checked(c), conditions) / (2 * h**2)
+    weights = (-peers.squares(_checked(x), rows) / (2 * sigma**2) - gaps).softmax(1)
+    truth = sum(
+        w @ y.double() for w, y in zip(weights.split(2048, 1), rows.split(2048), strict=True)
+    )
+
+    def mean(at: slice) -> Tensor:
+        return memokern.posterior(x[at], data, sigma, condition=c[at], bandwidth=h).mean
+
+    def in_torch() -> Tensor:
+        distance = x.square().sum(1, keepdim=True) + norms - 2 * x @ rows.T
+        gap = torch.cdist(c, conditions).square()
+        return (-distance / (2 * sigma**2) - gap / (2 * h**2)).softmax(1) @ rows
+
+    def make(name: str) -> Run:
+        if name == "unconditional":
+            plain = peers.reference(_checked(x), rows, sigma)
+            return Run(lambda: memokern.posterior(x, data, sigma).mean, plain)
+        each = [slice(i, i + 1) for i in range(case.b)]
+        calls = {
+            OURS: lambda: mean(slice(None)),
+            "one by one": lambda: torch.cat([mean(at) for at in each]),
+            "in torch": in_torch,
+        }
+        return Run(calls[name], truth)
+
+    return make
+
+
 def _threads(case: Case, rows: Tensor) -> Make:
     x = queries(rows, case.b, case.noise)
     truth = peers.reference(_checked(x), rows, case.noise)
@@ -132,6 +169,7 @@ _MAKERS = {
     "threads": _threads,
     "types": _types,
     "backward": _backward,
+    "condition": _condition,
     "nearest": _nearest,
 }
 

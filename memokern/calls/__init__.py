@@ -5,7 +5,7 @@ A new input of the sweep is a field of :class:`Query` or :class:`Rows`; a new ou
 """
 
 from memokern.calls.arguments import WEIGHTINGS, Condition, LogitBounds, Query, RowLists, Rows
-from memokern.calls.bias import condition_bias, with_own_bias
+from memokern.calls.bias import condition_bias, condition_squares, with_own_bias
 from memokern.calls.results import BasicSums, Gradients, Scan, Sums
 from memokern.calls.state import State, by_key, empty_state, merge, to_sums, without
 
@@ -23,6 +23,7 @@ __all__ = [
     "Sums",
     "by_key",
     "condition_bias",
+    "condition_squares",
     "empty_state",
     "merge",
     "to_sums",

@@ -12,7 +12,7 @@ from memokern.calls.arguments import Condition, Query, Rows
 _ELEMENTS = 1 << 22
 
 
-def _squares(c: Tensor, conditions: Tensor) -> Tensor:
+def condition_squares(c: Tensor, conditions: Tensor) -> Tensor:
     """|c_b - c_n|^2 [B, N] by direct differences, a block of rows at a time."""
     step = max(1, _ELEMENTS // max(1, c.numel()))
     return torch.cat([(c[:, None] - part).square().sum(-1) for part in conditions.split(step)], 1)
@@ -23,7 +23,7 @@ def condition_bias(conditions: Tensor, condition: Condition) -> Tensor:
     [N, K]. Differentiable in c and h to any order; memory O(B N)."""
     c, h, a = condition
     with torch.no_grad():
-        over = _squares(c, conditions) - (c - a).square().sum(-1, keepdim=True)
+        over = condition_squares(c, conditions) - (c - a).square().sum(-1, keepdim=True)
         over = torch.where(over > 0, over, 0 * over)  # NaN stays
     # Less a constant it is linear in c: so are its derivatives made.
     zero, moved = h[:, None] == 0, c - c.detach()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from memokern import ops
-from memokern.calls import Condition, Rows, condition_bias
+from memokern.calls import Condition, Rows, condition_bias, condition_squares
 from memokern.conditional.wanted import (
     EVERY_ROW,
     Wanted,
@@ -20,7 +20,6 @@ from memokern.conditional.wanted import (
     count_labels,
     label_numbers,
 )
-from memokern.data.storage import chunks
 from memokern.data.training_set import TrainingSet
 from memokern.sweep import NOTHING, Own
 from memokern.util.torch_internals import primal, traced, under_transform
@@ -125,15 +124,12 @@ def _condition(given: tuple[Tensor, Tensor], at: Tensor, data: TrainingSet) -> C
     assert conditions is not None
     c, h = (v[at] for v in given)
     with torch.no_grad():
-        if traced(c) or under_transform(c):
-            fixed = primal(c) if under_transform(c) else c.detach()
-            squares = [(part - fixed[:, None]).square().sum(-1) for part in chunks(conditions)]
-            nearest = torch.cat(squares, 1).argmin(1)
+        if under_transform(c):  # which the operation would lose
+            nearest = condition_squares(primal(c), conditions).argmin(1)
         else:
             sq, row = ops.nearest(c.detach(), Rows(conditions), 1)
-            nearest = row[:, 0]
-            missed = (h == 0) & (sq[:, 0] > 0)
-            if not traced(h) and bool(missed.any()):
+            nearest, missed = row[:, 0], (h == 0) & (sq[:, 0] > 0)
+            if not traced(h, c) and bool(missed.any()):
                 raise ValueError(
                     "at bandwidth 0 only rows with exactly the query's condition count, and no row"
                     f" has it: the nearest is {float(sq[missed][0, 0].sqrt()):.3g} away; use a"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from memokern import ops, sweep
 from memokern.calls import RowLists
-from memokern.conditional.groups import groups, rows_of
+from memokern.conditional.groups import Group, groups, rows_of
 from memokern.conditional.wanted import Label, Wanted, count_labels, label_numbers
 from memokern.data.training_set import TrainingSet
 from memokern.results import Certificate, Posterior
@@ -42,23 +42,28 @@ def posterior(
             raise ValueError("leave_out has no gradient for rows: pass rows.detach()")
         data = TrainingSet(data, check=False)
     if wanted.label_alone and asked.query.weighting == "gaussian" and not options["certificate"]:
-        found = by_lists(x, data, asked, wanted.label)
-        if found is not None:
-            return found
+        listed = by_lists(x, data, asked, wanted.label)
+        if listed is not None:
+            return listed
     batch = asked.batch
-    flat = x.reshape(-1, *data.shape)
-    each = [v.reshape(-1) for v in (asked.sigma, asked.alpha, asked.temperature)]
-    parts, order = [], []
-    for group in groups(data, batch, wanted, sweep.why_in_groups(asked, index) is None):
-        at, rows = group.at, group.data
-        mine = {**options, "method": "dense"} if rows.index is None else options
-        s, a, t = (v[at] for v in each)
-        part = group.total_bias(bias)
-        parts.append(sweep.posterior(flat[at], rows, s, a, t, part, group.own, **mine))
-        order.append(at)
-    if not parts:  # no queries
-        s, a, t = asked.sigma, asked.alpha, asked.temperature
+    found = groups(data, batch, wanted, sweep.why_in_groups(asked, index) is None)
+    s, a, t = asked.sigma, asked.alpha, asked.temperature
+    if not found:  # no queries
         return sweep.posterior(x, data, s, a, t, bias, **options)
+
+    def of_group(x: Tensor, s: Tensor, a: Tensor, t: Tensor, group: Group) -> Posterior:
+        rows, part = group.data, group.total_bias(bias)
+        mine = {**options, "method": "dense"} if rows.index is None else options
+        return sweep.posterior(x, rows, s, a, t, part, group.own, **mine)
+
+    if len(found) == 1:
+        return of_group(x, s, a, t, found[0])
+    flat, parts, order = x.reshape(-1, *data.shape), [], []
+    s, a, t = (v.reshape(-1) for v in (s, a, t))
+    for group in found:
+        at = group.at
+        parts.append(of_group(flat[at], s[at], a[at], t[at], group))
+        order.append(group.at)
     return replace(joined(parts, torch.argsort(torch.cat(order)), batch), x=x)
 
 

@@ -126,7 +126,11 @@ def checked_left_out(
         raise ValueError(
             f"expected leave_out as one row or one per query {tuple(batch)}, got {got}"
         )
-    if found.numel() and not -1 <= int(found.min()) <= int(found.max()) < data.n:
+    if (
+        not traced(found)
+        and found.numel()
+        and not -1 <= int(found.min()) <= int(found.max()) < data.n
+    ):
         raise ValueError(
             f"expected leave_out in 0..{data.n - 1}, or -1 for none, got"
             f" {int(found.min())}..{int(found.max())}"

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import memokern
-from memokern import Denoiser, Given, TrainingSet, regularizers, samplers
+from memokern import Denoiser, Given, TrainingSet, ops, regularizers, samplers
 from tests import cases, harness
 from tests.cases import F32, F64
 
@@ -152,6 +152,77 @@ def test_many_labels_go_by_lists_with_gradients():
         torch.testing.assert_close(listed.mean[i].detach(), alone.mean[0])
         torch.testing.assert_close(listed.log_density[i].detach(), alone.log_density[0])
         torch.testing.assert_close(grad[i], alone.score[0])
+
+
+def sweeps_of(monkeypatch, call):
+    """How many queries each sweep over the rows had."""
+    seen, sweep = [], ops.posterior
+
+    def counted(query, rows):
+        if rows.dim == D:  # not one that adds up biases alone
+            seen.append(len(query.x))
+        return sweep(query, rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ops, "posterior", counted)
+        call()
+    return seen
+
+
+@pytest.mark.parametrize("names", [("condition", "bandwidth"), ("leave_out",)], ids=str)
+def test_what_differs_is_one_sweep(names, backend, monkeypatch):
+    """Of the kernels that take it; queries that share all share a bias."""
+    data, asked = data_of(F32), {name: ASKED[name] for name in names}
+    x = X.float()
+    seen = sweeps_of(monkeypatch, lambda: memokern.posterior(x, data, 0.5, **asked))
+    found = memokern.explain(x, data, 0.5, condition=asked.get("condition"), leave_out=3)
+    if backend == "triton":
+        assert len(seen) == 5 and sum(seen) == B
+        assert "as triton does not: it has no kernel for conditions" in found.strategy
+    else:
+        assert seen == [B] and found.strategy.startswith("dense, one sweep for conditions")
+        assert found.call.own_bias and found.runs == backend
+    network = Denoiser(data, regularizer=regularizers.GaussianSmoothing(0.1, 4))
+    if backend != "triton" and "leave_out" not in names:
+        seen = sweeps_of(monkeypatch, lambda: network.evaluate(x, 0.5, **asked))
+        assert seen == [4 * B]
+        each = [network.evaluate(x[i], 0.5, **{k: v[i] for k, v in asked.items()}) for i in (0, 4)]
+        for i, one in zip((0, 4), each, strict=True):
+            torch.testing.assert_close(network.evaluate(x, 0.5, **asked).x0[i], one.x0)
+    shared = {name: value[:1].expand(B, *value.shape[1:]) for name, value in asked.items()}
+    assert sweeps_of(monkeypatch, lambda: memokern.posterior(x, data, 0.5, **shared)) == [B]
+
+
+def test_a_condition_that_one_of_the_queries_cannot_have():
+    c = CONDITIONS[:3] + torch.tensor([[0.0, 0], [0.3, 0], [0, 0]], dtype=F64)
+    h = torch.tensor([0.0, 0, 1], dtype=F64)
+    with pytest.raises(ValueError, match=r"at bandwidth 0 only rows .* the nearest is 0"):
+        memokern.posterior(X[:3], data_of(), 0.5, condition=c, bandwidth=h)
+    found = memokern.posterior(X[:3], data_of(), 0.5, condition=CONDITIONS[:3], bandwidth=h)
+    torch.testing.assert_close(found.mean[:2], ROWS[:2])
+
+
+def test_transforms_and_compilers_take_a_condition_each(backend):
+    if backend == "triton":
+        pytest.skip("it refuses, and the reference is tested")
+    data = data_of(log_weights=None)
+    c, h = ASKED["condition"], torch.tensor([0.5, 0.2, 0.5, 3.0, 0.1, 0.7], dtype=F64)
+
+    def density(x, condition, bandwidth):
+        found = memokern.posterior(x, data, 0.6, condition=condition, bandwidth=bandwidth)
+        return found.log_density
+
+    want = density(X, c, h)
+    torch.testing.assert_close(torch.func.vmap(density)(X, c, h), want)
+    leaves = [v.clone().requires_grad_() for v in (X, c, h)]
+    first = torch.autograd.grad(density(*leaves).sum(), leaves)
+    got = torch.func.grad(lambda *v: density(*v).sum(), argnums=(0, 1, 2))(X, c, h)
+    for a, b in zip(got, first, strict=True):
+        torch.testing.assert_close(a, b)
+    compiled = torch.compile(density, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(X, c, h), want)
+    for a, b in zip(torch.autograd.grad(compiled(*leaves).sum(), leaves), first, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_with_an_index_and_a_certificate():
