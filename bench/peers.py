@@ -122,7 +122,7 @@ MEAN: dict[str, Callable[[Tensor], Mean]] = {
     "keops": _keops,
 }
 NEAREST = {"memokern": _memokern_nearest, "faiss": _faiss}
-ALL = {*MEAN, *NEAREST}
+ALL = {*MEAN, *NEAREST, "in torch"}
 LIBRARY: dict[str, Callable[[], object]] = {
     "ideal": _smalldiffusion,
     "keops": lambda: importlib.import_module("pykeops.torch"),
