@@ -24,6 +24,9 @@ from memokern.data.training_set import TrainingSet
 from memokern.sweep import NOTHING, Own
 from memokern.util.torch_internals import primal, traced, under_transform
 
+# Numbers up to which all pairs of conditions are compared at once, with no kernel's call.
+FEW = 1 << 20
+
 
 class Group(NamedTuple):
     """Queries that share a sweep.
@@ -76,13 +79,15 @@ def groups(data: TrainingSet, batch: Sequence[int], wanted: Wanted, together: bo
         if labels is not None:
             one = labels if labels.dim() == 0 else labels.reshape(-1)[of_label[0]]
             index, rows = rows_of(data, int(one))
-        parts = _by_what_else(of_label, given, left_out)
-        if together and len(parts) > 1:
+        keys = _what_else(of_label, given, left_out)
+        if together and len(of_label) > 1 and (keys is None or bool((keys != keys[:1]).any())):
             condition = None if given is None else _condition(given, of_label, rows)
             places = None if left_out is None else _places(left_out[of_label], index, rows.n)
             found.append(Group(of_label, rows, index, None, Own(condition, places)))
             continue
-        for at in parts:
+        parts = of_label.split(1) if keys is None else _alike(len(of_label), [keys])
+        for part in parts:
+            at = part if keys is None else of_label[part]
             found.append(Group(at, rows, index, _shared_bias(at[:1], given, left_out, index, rows)))
     return found
 
@@ -94,25 +99,28 @@ def _column(values: Tensor) -> Tensor:
 def _alike(b: int, keys: list[Tensor]) -> list[Tensor]:
     """The numbers of b queries, those with equal keys [b, .] together, in ascending order."""
     whole = torch.arange(b, device=keys[0].device if keys else None)
-    if not keys or b == 1:
+    if b == 1 or not sum(v.shape[1] for v in keys):
         return [whole]
     _, which = torch.unique(torch.cat(keys, 1), dim=0, return_inverse=True)
     order = torch.argsort(which, stable=True)
     return list(order.split(torch.bincount(which).tolist()))
 
 
-def _by_what_else(
+def _what_else(
     at: Tensor, given: tuple[Tensor, Tensor] | None, left_out: Tensor | None
-) -> list[Tensor]:
-    """Some queries by condition, bandwidth and row left out."""
-    keys = []
+) -> Tensor | None:
+    """What some queries ask for beside a label [b, .], to be compared; None where all count as
+    different."""
+    keys = [at.new_zeros((len(at), 0), dtype=torch.float64)]
     if left_out is not None:
+        if traced(left_out):
+            return None
         keys.append(_column(left_out[at]))
     if given is not None:
         if traced(*given) or any(v.requires_grad for v in given):
-            return list(at.split(1))
+            return None
         keys += [given[0][at], _column(given[1][at])]
-    return [at[part] for part in _alike(len(at), keys)]
+    return torch.cat(keys, 1)
 
 
 def _condition(given: tuple[Tensor, Tensor], at: Tensor, data: TrainingSet) -> Condition:
@@ -127,12 +135,15 @@ def _condition(given: tuple[Tensor, Tensor], at: Tensor, data: TrainingSet) -> C
         if under_transform(c):  # which the operation would lose
             nearest = condition_squares(primal(c), conditions).argmin(1)
         else:
-            sq, row = ops.nearest(c.detach(), Rows(conditions), 1)
-            nearest, missed = row[:, 0], (h == 0) & (sq[:, 0] > 0)
+            if not traced(c) and c.numel() * len(conditions) <= FEW:
+                sq, nearest = condition_squares(c, conditions).min(1)
+            else:
+                sq, nearest = (v[:, 0] for v in ops.nearest(c.detach(), Rows(conditions), 1))
+            missed = (h == 0) & (sq > 0)
             if not traced(h, c) and bool(missed.any()):
                 raise ValueError(
                     "at bandwidth 0 only rows with exactly the query's condition count, and no row"
-                    f" has it: the nearest is {float(sq[missed][0, 0].sqrt()):.3g} away; use a"
+                    f" has it: the nearest is {float(sq[missed][0].sqrt()):.3g} away; use a"
                     " bandwidth > 0"
                 )
     return Condition(c, h, conditions[nearest])

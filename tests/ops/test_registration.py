@@ -45,7 +45,6 @@ def leaves(query: Query) -> Query:
 CHECKED = {
     "float64": (F64, "normal", "gaussian", False),
     "float64-log-known": (F64, None, "log", True),
-    "float32-known": (F32, None, "gaussian", True),
     "float32-log": (F32, "holes", "log", False),
     "float32-both": (F32, "normal", "gaussian", True, "both"),
 }
