@@ -156,6 +156,7 @@ def test_the_references_gradient_is_that_of_its_mean():
 
 def test_every_case_names_what_can_be_built_and_its_targets_name_its_runs():
     own = {"forward", "denoise", "1 thread", "2 threads", "dense", "pruned", *cases.DTYPES}
+    own |= set(cases.CONDITIONAL_PEERS)
     for case in cases.select():
         assert set(case.runs) <= peers.ALL | own, case
         for target in case.targets:
