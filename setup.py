@@ -37,7 +37,7 @@ KERNELS = ["csrc/cpu/isa/baseline.cpp"]
 TESTING = ["csrc/testing/hooks_baseline.cpp"]
 if X86:
     KERNELS += [source for source in ISA_FLAGS if "cpu/isa" in source]
-    TESTING += [source for source in ISA_FLAGS if "testing" in source]
+    TESTING = [*(source for source in ISA_FLAGS if "testing" in source), *TESTING]
 
 # Apple's compiler has no OpenMP of its own; without it the kernels run on one thread.
 OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]
@@ -52,7 +52,7 @@ FLAGS = [
 
 
 class BuildExt(build_ext):
-    """Flags for each source, the sources compiled side by side, and a hint where that fails."""
+    """Flags for each source, all sources compiled side by side, and a hint where that fails."""
 
     def build_extensions(self):
         compile_one, compile_many = self.compiler._compile, self.compiler.compile
@@ -62,13 +62,14 @@ class BuildExt(build_ext):
             compile_one(obj, source, ext, cc_args, [*extra, *flags], pp_opts)
 
         def side_by_side(sources, **kwargs):
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                done = list(pool.map(lambda source: compile_many([source], **kwargs), sources))
+            done = list(pool.map(lambda source: compile_many([source], **kwargs), sources))
             return [obj for objects in done for obj in objects]
 
         self.compiler._compile, self.compiler.compile = with_flags, side_by_side
+        self.parallel = True  # the modules, whose sources share the pool
         try:
-            super().build_extensions()
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                super().build_extensions()
         except CompileError as error:
             raise SystemExit(f"{error}\n{NO_COMPILER}") from error
 
@@ -88,7 +89,7 @@ def extension(name, sources):
 
 if __name__ == "__main__":
     BIND = [f"csrc/bind/{name}.cpp" for name in ("module", "isa", "dense", "listed")]
-    EXTENSIONS = [extension("memokern._C", [*BIND, *KERNELS])]
+    EXTENSIONS = [extension("memokern._C", [*KERNELS, *BIND])]  # what takes longest first
     if os.environ.get("MEMOKERN_BUILD_TESTING") == "1":
-        EXTENSIONS.append(extension("memokern._testing", ["csrc/bind/testing.cpp", *TESTING]))
+        EXTENSIONS.append(extension("memokern._testing", [*TESTING, "csrc/bind/testing.cpp"]))
     setup(ext_modules=EXTENSIONS, cmdclass={"build_ext": BuildExt})

@@ -109,7 +109,7 @@ def test_threads_of_lists(b: int, dtype: torch.dtype, threads) -> None:
         got = harness.listed("cpu", query, rows, lists)
         ones = type(got)(*(torch.ones_like(v) for v in got))
         back = harness.listed_backward("cpu", query, rows, lists, got, ones)
-        results.append([*got, *back])
+        results.append([v for v in (*got, *back) if v.numel()])
     for other in results[1:]:
         for a, e in zip(other, results[0], strict=True):
             tol = 2e-7 if a.dtype == F32 else 1e-12
