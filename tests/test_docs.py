@@ -55,10 +55,10 @@ def test_readme_python_runs(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("page", ["docs/conditional.md", "docs/densities.md", "docs/training.md"])
+@pytest.mark.parametrize("page", ["conditional", "densities", "memorization", "training"])
 def test_examples_of_pages_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    blocks = readme_blocks("python", page)
+    blocks = readme_blocks("python", f"docs/{page}.md")
     assert blocks
     scope: dict = {}
     for block in blocks:
