@@ -40,10 +40,12 @@ from memokern.util.torch_internals import recording
 
 
 class _Exponents(NamedTuple):
-    """The exponents v = l / T [B, N] of a block of queries: the state's `key` and `m` [B], v - m
-    where a row has weight, and where that is."""
+    """The exponents v = l / T [B, N] of a block of queries: the state's `key` [B], `base` [B], the
+    logit of the nearest row without its bias, `m` [B], the largest of v - base / T, and what v is
+    below m + base / T where a row has weight, and where that is."""
 
     key: Tensor
+    base: Tensor
     m: Tensor
     below: Tensor
     weighs: Tensor
@@ -84,13 +86,19 @@ def _exponents(query: Query, rows: Rows, center: Tensor) -> _Exponents:
     # What is not weighed is left out before it can become 0 times infinity in a derivative.
     bias = None if query.bias is None else torch.where(weighs, query.bias, 0.0)
     v = _exponent(query, torch.where(weighs, r2 - least, 1.0), bias, limit)
-    base = _exponent(query, least, None, limit | (least == 0))
-    below = torch.where(weighs, v - m + (base - base.detach()), 0.0)
-    return _Exponents(key[:, 0], (m + base.detach())[:, 0], below, weighs)
+    base = _pull(query, least, limit | (least == 0))
+    below = torch.where(weighs, v - m, 0.0)
+    return _Exponents(key[:, 0], base[:, 0], m[:, 0], below, weighs)
 
 
 def _exponent(query: Query, r2: Tensor, bias: Tensor | None, limit: Tensor) -> Tensor:
     """l / T of squared distances [B, .]; at a limit [B, 1] the bias alone."""
+    logit = _pull(query, r2, limit)
+    return (logit if bias is None else logit + bias) / query.temperature[:, None]
+
+
+def _pull(query: Query, r2: Tensor, limit: Tensor) -> Tensor:
+    """l of squared distances [B, .], without a bias; 0 at a limit [B, 1]."""
     if query.weighting == "gaussian":
         width = torch.where(limit, 1.0, query.sigma[:, None])
         # Divided twice: sigma^2 underflows long before sigma does.
@@ -98,15 +106,34 @@ def _exponent(query: Query, r2: Tensor, bias: Tensor | None, limit: Tensor) -> T
     else:
         dim = query.x.shape[1]
         pull = -0.5 * dim * torch.log(torch.where(r2 == 0, 1.0, r2) / dim)
-    logit = torch.where(limit, 0.0, pull)
-    return (logit if bias is None else logit + bias) / query.temperature[:, None]
+    return torch.where(limit, 0.0, pull)
 
 
 def _block_state(query: Query, rows: Rows, center: Tensor) -> State:
     """The state of one block of float64 queries, differentiable in every tensor but m and key,
     which its sums do not depend on."""
+    state, base = _block_relative(query, rows, center, state=True)
+    return state._replace(m=state.m + (base / query.temperature).detach())
+
+
+def _block_sums(query: Query, rows: Rows, center: Tensor) -> Sums:
+    """The sums of one block of float64 queries, differentiable in every tensor. The base, which may
+    be large, does not depend on the temperature: it comes in last."""
+    state, base = _block_relative(query, rows, center, state=False)
+    sums = to_sums(state, query)
+    return sums._replace(log_z=sums.log_z + base, mean_logit=sums.mean_logit + base)
+
+
+def _block_relative(
+    query: Query, rows: Rows, center: Tensor, *, state: bool
+) -> tuple[State, Tensor]:
+    """The state of one block of queries with m relative to a base [B]: l - base in place of l.
+    state: whether the sums carry the derivatives of base / T, which a state's m cannot."""
     query = with_own_bias(query, rows)
-    key, m, below, weighs = _exponents(query, rows, center)
+    key, base, m, below, weighs = _exponents(query, rows, center)
+    if state:
+        own = (base / query.temperature)[:, None]
+        below = torch.where(weighs, below + (own - own.detach()), 0.0)
     power = torch.where(weighs, below.exp(), 0.0)
     acc = query.x.new_zeros(query.x.shape)
     for where, y in row_blocks(rows):
@@ -118,9 +145,9 @@ def _block_state(query: Query, rows: Rows, center: Tensor) -> State:
         s_bias = (power * torch.where(torch.isneginf(query.bias), 0.0, query.bias)).sum(1)
     residual = residuals(power, query.x, rows, query.alpha, center, acc)
     each = ((power * below).sum(1), s_bias, power.square().sum(1))
-    state = State(key, m, s, *each, acc, residual, center)
+    found = State(key, m, s, *each, acc, residual, center)
     # A query that is not finite knows nothing; without this, rules of 0 * NaN would decide.
-    return without(state, ~torch.isfinite(query.x).all(1))
+    return without(found, ~torch.isfinite(query.x).all(1)), base
 
 
 def _wide(query: Query, at: slice) -> Query:
@@ -154,13 +181,21 @@ def posterior_state(query: Query, rows: Rows) -> State:
 
 def posterior(query: Query, rows: Rows) -> Sums:
     """The dense sweep, normalised; differentiable to any order in every tensor."""
-    return to_sums(posterior_state(query, rows), query)
+    center = center_of(rows)
+    parts = [
+        _block_sums(_wide(query, at), rows, center)
+        for at in query_blocks(query.x.shape[0], rows.n)
+    ]
+    if not parts:
+        return to_sums(empty_state(0, center, F64), query)
+    mean, *columns, residual = (torch.cat(column) for column in zip(*parts, strict=True))
+    return Sums._make([mean.to(query.x.dtype), *columns, residual.to(query.x.dtype)])
 
 
 def weights(query: Query, rows: Rows) -> Tensor:
     """softmax(l / T) [B, N] float64, dense."""
     whole = with_own_bias(_wide(query, slice(None)), rows)
-    _, _, below, weighs = _exponents(whole, rows, center_of(rows))
+    _, _, _, below, weighs = _exponents(whole, rows, center_of(rows))
     power = torch.where(weighs, below.exp(), 0.0)
     return power / power.sum(1, keepdim=True)
 
@@ -169,8 +204,7 @@ def _blocks(query: Query, rows: Rows) -> Iterator[derivatives.Block]:
     center, rows = center_of(rows), rows.detach()
 
     def sums(part: Query) -> Sums:
-        part = _finite(part)
-        return to_sums(_block_state(part, rows, center), part)
+        return _block_sums(_finite(part), rows, center)
 
     for at in query_blocks(query.x.shape[0], rows.n):
         yield at, sums
@@ -197,8 +231,7 @@ def posterior_backward_rows(query: Query, rows: Rows, grads: BasicSums) -> Tenso
         with recording():
             leaf = values.clone().requires_grad_()
             part = _wide(query, at)
-            state = _block_state(part, Rows(leaf, conditions=rows.conditions), center)
-            sums = to_sums(state, part)
+            sums = _block_sums(part, Rows(leaf, conditions=rows.conditions), center)
             total += derivatives.vjp(sums[:5], [leaf], [g[at].to(F64) for g in grads[:5]])[0]
     return (rows.scale * total).to(rows.data.dtype)
 

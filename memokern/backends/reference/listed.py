@@ -27,8 +27,9 @@ from memokern.calls import (
 _NOTHING = -800.0  # e^v is 0 in float64 below it, and the row's part in any sum or derivative
 
 
-def _block_state(query: Query, rows: Rows, lists: RowLists) -> State:
-    """The state of float64 queries over their listed rows, differentiable in the query."""
+def _block_sums(query: Query, rows: Rows, lists: RowLists) -> Sums:
+    """The sums of float64 queries over their listed rows, differentiable in the query. Logits are
+    relative to that of the nearest row, as in the dense sweep, which comes in last."""
     b, start, index = len(query.x), lists.start, lists.index
     each = torch.arange(b, device=query.x.device)
     q = each.repeat_interleave(start.diff())
@@ -43,9 +44,12 @@ def _block_state(query: Query, rows: Rows, lists: RowLists) -> State:
     def total(value: Tensor) -> Tensor:
         return value.new_zeros((b, *value.shape[1:])).index_add(0, q, value)
 
+    def pull(r2: Tensor, sigma: Tensor, limit: Tensor) -> Tensor:
+        width = torch.where(limit, 1.0, sigma)
+        return torch.where(limit, 0.0, -0.5 * (r2 / width) / width)
+
     def exponent(r2: Tensor, bias: Tensor | None, limit: Tensor) -> Tensor:
-        width = torch.where(limit, 1.0, query.sigma)[q]
-        logit = torch.where(limit[q], 0.0, -0.5 * (r2 / width) / width)
+        logit = pull(r2, query.sigma[q], limit[q])
         return (logit if bias is None else logit + bias) / query.temperature[q]
 
     with torch.no_grad():
@@ -59,13 +63,15 @@ def _block_state(query: Query, rows: Rows, lists: RowLists) -> State:
         limit = far | (query.sigma == 0)
         # Written so that NaN has weight: of a query that is lost the gradients are NaN as well.
         weighs = reachable & (~limit[q] | ~(r2 > nearest[q]))
-        v = torch.where(weighs, exponent(r2, bias, limit), -torch.inf)
+        least = torch.where(torch.isfinite(nearest), nearest, 0.0)
+        v = torch.where(weighs, exponent(r2 - least[q], bias, limit), -torch.inf)
         m = largest(v)
         weighs = weighs & ~(v - m[q] <= _NOTHING)
         key = torch.where(torch.isneginf(m), torch.inf, torch.where(limit, nearest, 0.0))
     # What is not weighed is left out before it can become 0 times infinity in a derivative.
     kept = None if bias is None else torch.where(weighs, bias, 0.0)
-    v = exponent(torch.where(weighs, r2, 1.0), kept, limit)
+    v = exponent(torch.where(weighs, r2 - least[q], 1.0), kept, limit)
+    base = pull(least, query.sigma, limit | (least == 0))
     below = torch.where(weighs, v - m[q], 0.0)
     power = torch.where(weighs, below.exp(), 0.0)
     s_bias = torch.zeros_like(power) if kept is None else power * kept
@@ -74,7 +80,8 @@ def _block_state(query: Query, rows: Rows, lists: RowLists) -> State:
     difference = query.alpha[q, None] * y - nan_for_inf(query.x)[q]
     residual = total(torch.where(weighs[:, None], power[:, None] * difference, 0.0))
     state = State._make([key, m, *sums, acc, residual, acc.new_zeros(rows.dim)])
-    return without(state, ~torch.isfinite(query.x).all(1))
+    found = to_sums(without(state, ~torch.isfinite(query.x).all(1)), query)
+    return found._replace(log_z=found.log_z + base, mean_logit=found.mean_logit + base)
 
 
 def _blocks(query: Query, rows: Rows, lists: RowLists) -> Iterator[derivatives.Block]:
@@ -83,7 +90,7 @@ def _blocks(query: Query, rows: Rows, lists: RowLists) -> Iterator[derivatives.B
     rows = rows.detach()
 
     def sums_of(part: RowLists) -> derivatives.SumsOf:
-        return lambda query: to_sums(_block_state(query, rows, part), query)
+        return lambda query: _block_sums(query, rows, part)
 
     first = 0
     while first < len(offsets) - 1:
