@@ -75,17 +75,24 @@ def _exponents(query: Query, rows: Rows, center: Tensor) -> _Exponents:
             key = (~limit).to(F64)
         # Written so that NaN has weight: of a query that is lost the gradients are NaN as well.
         weighs = reachable & (~limit | ~(r2 > nearest))
-        # Relative to the nearest row, since a bias is lost beside a large distance.
-        least = torch.zeros_like(nearest)
+        # Relative to the nearest row, since a bias is lost beside a large distance: r^2 less its
+        # own, or over it where the logit is a logarithm.
+        known = torch.isfinite(nearest)
         if query.weighting == "gaussian":
-            least = torch.where(torch.isfinite(nearest), nearest, 0.0)
-        v = torch.where(weighs, _exponent(query, r2 - least, query.bias, limit), -torch.inf)
+            least = origin = torch.where(known, nearest, 0.0)
+            unit = torch.ones_like(nearest)
+        else:
+            least = torch.where(known & (nearest > 0), nearest, float(query.x.shape[1]))
+            origin, unit = torch.zeros_like(nearest), query.x.shape[1] / least
+        v = torch.where(
+            weighs, _exponent(query, (r2 - origin) * unit, query.bias, limit), -torch.inf
+        )
         m = v.amax(1, keepdim=True)
         weighs = weighs & ~(v - m <= _NOTHING)
         key = torch.where(weighs.any(1, keepdim=True), key, torch.inf)
     # What is not weighed is left out before it can become 0 times infinity in a derivative.
     bias = None if query.bias is None else torch.where(weighs, query.bias, 0.0)
-    v = _exponent(query, torch.where(weighs, r2 - least, 1.0), bias, limit)
+    v = _exponent(query, torch.where(weighs, (r2 - origin) * unit, 1.0), bias, limit)
     base = _pull(query, least, limit | (least == 0))
     below = torch.where(weighs, v - m, 0.0)
     return _Exponents(key[:, 0], base[:, 0], m[:, 0], below, weighs)
@@ -183,8 +190,7 @@ def posterior(query: Query, rows: Rows) -> Sums:
     """The dense sweep, normalised; differentiable to any order in every tensor."""
     center = center_of(rows)
     parts = [
-        _block_sums(_wide(query, at), rows, center)
-        for at in query_blocks(query.x.shape[0], rows.n)
+        _block_sums(_wide(query, at), rows, center) for at in query_blocks(query.x.shape[0], rows.n)
     ]
     if not parts:
         return to_sums(empty_state(0, center, F64), query)
