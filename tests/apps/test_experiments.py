@@ -111,6 +111,7 @@ def test_falling_allows_for_the_samples_noise_only() -> None:
 
 
 @pytest.mark.parametrize("name", ["tikhonov-sweep", "empirical-bayes-sweep"])
+@pytest.mark.one_of(2)
 def test_all_collapse_without_regularisation_and_fewer_the_stronger_it_is(numbers, name) -> None:
     n = numbers(name)
     assert n["unregularised_fraction"] == 1.0

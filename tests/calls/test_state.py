@@ -127,6 +127,7 @@ def _same(got: State, want: State, name: str) -> None:
 
 @every_merge
 @every_case
+@pytest.mark.one_of(2)
 def test_parts_join_to_the_whole_in_any_grouping_and_order(parts: Parts, name: str) -> None:
     merge, ((a, b, c), whole) = MERGES[name], _states(parts)
     for joined in (

@@ -97,6 +97,7 @@ def test_many_features_take_no_square_matrix():
 
 @pytest.mark.parametrize("basis", ["dct", "pca"])
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.one_of(3)
 def test_building_makes_nothing_larger_than_a_chunk(monkeypatch, dtype, basis):
     rows = rows_of(dtype, n=1000, shape=(3, 8, 8))
     whole = TrainingSet(rows).build_index(basis, dims=(4, 8)).index

@@ -93,7 +93,7 @@ def with_hits(query: Query, rows: Rows) -> Query:
 @pytest.mark.parametrize("sigma", SIGMAS)
 @pytest.mark.parametrize("dtype", ROW_TYPES, ids=name_of)
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.one_of(3)
+@pytest.mark.one_of(4)
 def test_state_of_gaussian_weights(way: str, dtype: torch.dtype, sigma: float) -> None:
     b, n, d = WAYS[way]
     for bias, temperature in ((None, 1.0), ("holes", 1.7)):

@@ -100,6 +100,7 @@ def test_far_offsets_through_descriptors(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("d", [3, 140, 300])
+@pytest.mark.one_of(3)
 def test_plans_change_only_the_order_of_sums(d: int, in_blocks) -> None:
     """Other parts of rows, features and queries: the same results within rounding, and the same of
     a query wherever it lies."""
@@ -131,6 +132,7 @@ def test_states_in_blocks(chunks: bool, in_blocks, monkeypatch) -> None:
 
 @pytest.mark.parametrize("precision", ["tf32x3", "ieee"])
 @pytest.mark.parametrize("d", [20, 300])
+@pytest.mark.one_of(2)
 def test_precisions(precision: str, d: int, monkeypatch) -> None:
     monkeypatch.setenv(env.PRECISION, precision)
     # So much noise that no row is evaluated exactly, whatever the products are.
