@@ -52,6 +52,8 @@ demo: $(VENV)/.demo-installed
 
 # Several processes test on the same cores: threads that wait must leave them to the others.
 test test-all: export OMP_WAIT_POLICY = PASSIVE
+# Many tests start processes, which import the same modules.
+test test-all: unexport PYTHONDONTWRITEBYTECODE
 
 test: $(VENV)/.dev-installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not long" $(ARGS)
