@@ -52,14 +52,14 @@ demo: $(VENV)/.demo-installed
 
 # Several processes test on the same cores: threads that wait must leave them to the others.
 test test-all: export OMP_WAIT_POLICY = PASSIVE
-# Many tests start processes, which import the same modules.
-test test-all: unexport PYTHONDONTWRITEBYTECODE
+# Many tests start processes, which import the same modules: they are compiled once.
+PYTEST = env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest
 
 test: $(VENV)/.dev-installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not long" $(ARGS)
+	$(PYTEST) -n 2 --dist loadfile -m "not long" $(ARGS)
 
 test-all: $(VENV)/.dev-installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(PYTEST) -n 2 --dist loadfile $(ARGS)
 
 fuzz: $(VENV)/.dev-installed
 	$(BIN)/python -m tests.fuzz $(ARGS)
