@@ -3,12 +3,12 @@ but for one query's number for each row."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from memokern.calls import Rows
+from memokern.calls import Rows, Sums
 
 F64 = torch.float64
 SAMPLE = 64  # rows, about, of which a center is taken
@@ -33,6 +33,19 @@ def query_blocks(b: int, n: int) -> Iterator[slice]:
 def nan_for_inf(x: Tensor) -> Tensor:
     """A query that is not finite is lost: NaN, which goes on into its gradients too."""
     return x * torch.where(torch.isinf(x), torch.nan, 1.0)
+
+
+def gaussian_logit(r2: Tensor, sigma: Tensor, limit: Tensor) -> Tensor:
+    """-r^2 / (2 sigma^2) of tensors that broadcast; 0 at a limit of small sigma."""
+    width = torch.where(limit, 1.0, sigma)
+    # Divided twice: sigma^2 underflows long before sigma does.
+    return torch.where(limit, 0.0, -0.5 * (r2 / width) / width)
+
+
+def joined(parts: Sequence[Sums], dtype: torch.dtype) -> Sums:
+    """The sums of blocks of queries as one, mean and residual in the type of the queries."""
+    mean, *columns, residual = (torch.cat(column) for column in zip(*parts, strict=True))
+    return Sums._make([mean.to(dtype), *columns, residual.to(dtype)])
 
 
 def center_of(rows: Rows) -> Tensor:

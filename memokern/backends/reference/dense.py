@@ -18,6 +18,8 @@ from memokern.backends.reference.blocks import (
     F64,
     center_of,
     direct_squares,
+    gaussian_logit,
+    joined,
     nan_for_inf,
     query_blocks,
     residuals,
@@ -107,12 +109,9 @@ def _exponent(query: Query, r2: Tensor, bias: Tensor | None, limit: Tensor) -> T
 def _pull(query: Query, r2: Tensor, limit: Tensor) -> Tensor:
     """l of squared distances [B, .], without a bias; 0 at a limit [B, 1]."""
     if query.weighting == "gaussian":
-        width = torch.where(limit, 1.0, query.sigma[:, None])
-        # Divided twice: sigma^2 underflows long before sigma does.
-        pull = -0.5 * (r2 / width) / width
-    else:
-        dim = query.x.shape[1]
-        pull = -0.5 * dim * torch.log(torch.where(r2 == 0, 1.0, r2) / dim)
+        return gaussian_logit(r2, query.sigma[:, None], limit)
+    dim = query.x.shape[1]
+    pull = -0.5 * dim * torch.log(torch.where(r2 == 0, 1.0, r2) / dim)
     return torch.where(limit, 0.0, pull)
 
 
@@ -194,8 +193,7 @@ def posterior(query: Query, rows: Rows) -> Sums:
     ]
     if not parts:
         return to_sums(empty_state(0, center, F64), query)
-    mean, *columns, residual = (torch.cat(column) for column in zip(*parts, strict=True))
-    return Sums._make([mean.to(query.x.dtype), *columns, residual.to(query.x.dtype)])
+    return joined(parts, query.x.dtype)
 
 
 def weights(query: Query, rows: Rows) -> Tensor:

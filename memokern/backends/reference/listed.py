@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 
 from memokern.backends.reference import derivatives
-from memokern.backends.reference.blocks import ELEMENTS, F64, nan_for_inf
+from memokern.backends.reference.blocks import (
+    ELEMENTS,
+    F64,
+    gaussian_logit,
+    joined,
+    nan_for_inf,
+)
 from memokern.calls import (
     BasicSums,
     Gradients,
@@ -44,12 +50,8 @@ def _block_sums(query: Query, rows: Rows, lists: RowLists) -> Sums:
     def total(value: Tensor) -> Tensor:
         return value.new_zeros((b, *value.shape[1:])).index_add(0, q, value)
 
-    def pull(r2: Tensor, sigma: Tensor, limit: Tensor) -> Tensor:
-        width = torch.where(limit, 1.0, sigma)
-        return torch.where(limit, 0.0, -0.5 * (r2 / width) / width)
-
     def exponent(r2: Tensor, bias: Tensor | None, limit: Tensor) -> Tensor:
-        logit = pull(r2, query.sigma[q], limit[q])
+        logit = gaussian_logit(r2, query.sigma[q], limit[q])
         return (logit if bias is None else logit + bias) / query.temperature[q]
 
     with torch.no_grad():
@@ -71,7 +73,7 @@ def _block_sums(query: Query, rows: Rows, lists: RowLists) -> Sums:
     # What is not weighed is left out before it can become 0 times infinity in a derivative.
     kept = None if bias is None else torch.where(weighs, bias, 0.0)
     v = exponent(torch.where(weighs, r2 - least[q], 1.0), kept, limit)
-    base = pull(least, query.sigma, limit | (least == 0))
+    base = gaussian_logit(least, query.sigma, limit | (least == 0))
     below = torch.where(weighs, v - m[q], 0.0)
     power = torch.where(weighs, below.exp(), 0.0)
     s_bias = torch.zeros_like(power) if kept is None else power * kept
@@ -116,8 +118,7 @@ def posterior(query: Query, rows: Rows, lists: RowLists) -> Sums:
         empty = [query.sigma.new_empty(0) for _ in range(4)]
         none = query.x.new_empty(query.x.shape)
         return Sums._make([none, *empty, none.clone()])
-    mean, *columns, residual = (torch.cat(column) for column in zip(*parts, strict=True))
-    return Sums._make([mean.to(query.x.dtype), *columns, residual.to(query.x.dtype)])
+    return joined(parts, query.x.dtype)
 
 
 def backward(query: Query, rows: Rows, lists: RowLists, grads: BasicSums) -> Gradients:
