@@ -192,9 +192,10 @@ class TrainingSet(StoredRows):
 
     def plain_rows(self) -> Rows | None:
         """The same for rows on the CPU of which PyTorch knows nothing but the values; else None."""
-        known = self._derived
-        plain = known.plain and known.is_of(self.rows) and not self.rows.requires_grad
-        return known.as_rows() if plain else None
+        known, rows = self._derived, self.rows
+        if not known.plain or rows.requires_grad or not known.is_of(rows):
+            return None
+        return known.as_rows()
 
     @property
     def index(self) -> Index | None:

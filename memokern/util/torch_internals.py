@@ -84,6 +84,7 @@ _IDLE = (_keys("BackendSelect", "ADInplaceOrView"), _keys("BackendSelect"))
 _keys_of = torch._C._dispatch_keys
 _keys_of_thread = torch._C._dispatch_tls_local_include_set
 _function_modes = torch._C._len_torch_function_stack
+_is_recording = torch.is_grad_enabled
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -103,7 +104,7 @@ def undispatched(*tensors: Tensor | None) -> bool:
         or profiled()
     ):
         return False
-    record = torch.is_grad_enabled()
+    record = _is_recording()
     for t in tensors:
         if t is None:
             continue

@@ -22,7 +22,8 @@ enum {
   DIRECT_B = 6,             // up to so many queries read the rows directly (direct-inl.h)
   DIRECT_D = 512,           // features of a block of the direct product: its queries stay in L1
   DIRECT_SUM = 2048,        // features that the direct product adds up in one register
-  ROW_UNIT = 2 * MR,        // the rows of a tile are a multiple of it,
+  DIRECT_UNIT = 12,         // the rows of a tile are a multiple of it where products are direct,
+  ROW_UNIT = 2 * MR,        // and of this where a tile is packed,
   NT_GROUPED = 252 / ROW_UNIT * ROW_UNIT,    // about 250 at most where queries pass a tile in groups,
   NT_UNGROUPED = 132 / ROW_UNIT * ROW_UNIT,  // and else 130, so that the logits of all queries stay in L1, L2
   BLOCK_B = 256,                             // queries of a sweep, at most
@@ -61,9 +62,9 @@ static Plan make_plan(int64_t B, const Source<R>& src, bool grouped = false) {
                        : imin(pl.Dp, (int64_t)KC) + pl.Dp / KC + 1;
   const int64_t budget =
       pl.direct ? (128 << 10) / size_of(rows.type) : (pl.B <= 16 ? 384 << 10 : 1 << 20) / (int64_t)sizeof(R);
-  pl.NT =
-      imin(imax(budget / pl.Dp / ROW_UNIT * ROW_UNIT, ROW_UNIT), pl.group < pl.B ? NT_GROUPED : NT_UNGROUPED);
-  pl.NT = imin(pl.NT, round_up(rows.n, ROW_UNIT));
+  const int64_t unit = pl.direct ? DIRECT_UNIT : ROW_UNIT;
+  pl.NT = imin(imax(budget / pl.Dp / unit * unit, unit), pl.group < pl.B ? NT_GROUPED : NT_UNGROUPED);
+  pl.NT = imin(pl.NT, round_up(rows.n, unit));
   return pl;
 }
 

@@ -128,11 +128,16 @@ static int posterior_small(const CentredRows<R>& c, const Queries& in, const Out
   if (!marks.reserve(Arena::bytes<char>(in.b))) return kNoMemory;
   char* handed_back = marks.take<char>(in.b);
   const typename Small<R>::F part = small_for<R>(c.src.rows.d, centred);
-  int failed = 0;
-#pragma omp parallel for num_threads(parts) schedule(static, 1) reduction(| : failed) if (parts > 1)
-  for (int i = 0; i < parts; i++) {
+  const auto run_part = [&](int i) {
     const int64_t b0 = in.b * i / parts / W * W, b1 = i + 1 == parts ? in.b : in.b * (i + 1) / parts / W * W;
-    failed |= part(c.src, in, b_max, b0, b1, out, handed_back + b0);
+    return part(c.src, in, b_max, b0, b1, out, handed_back + b0);
+  };
+  int failed = 0;
+  if (parts == 1) {  // OpenMP makes a team even of one thread, which a small call notices
+    failed = run_part(0);
+  } else {
+#pragma omp parallel for num_threads(parts) schedule(static, 1) reduction(| : failed)
+    for (int i = 0; i < parts; i++) failed |= run_part(i);
   }
   if (failed) return failed;
   const auto general = [&](const Queries& rest, const Output& to) {

@@ -117,13 +117,13 @@ static int small_part(const Source<R>& src, const Queries& in, double b_max, int
   const int64_t d_real = src.rows.d, N = src.rows.n, block = imin(SMALL_BLOCK, round_up(b1 - b0, W));
   Arena arena;
   if (!arena.reserve(Arena::bytes<LaneQueries<R, D>>(block / W) + Arena::bytes<Query<R>>(block) +
-                     Arena::bytes<R>(SMALL_ROWS * D + 64) + 2 * Arena::bytes<R>(SMALL_ROWS) +
-                     Arena::bytes<R>(64) + Arena::bytes<double>(SMALL_ROWS * D)))
+                     Arena::bytes<R>(SMALL_ROWS * D) + 2 * Arena::bytes<R>(SMALL_ROWS) + Arena::bytes<R>(64) +
+                     Arena::bytes<double>(SMALL_ROWS * D)))
     return kNoMemory;
-  LaneQueries<R, D>* lanes = arena.take<LaneQueries<R, D>>(block / W);
-  Query<R>* q = arena.take<Query<R>>(block);
-  R *y = arena.take<R>(SMALL_ROWS * D + 64), *b = arena.take<R>(SMALL_ROWS),
-    *finite_b = arena.take<R>(SMALL_ROWS);
+  LaneQueries<R, D>* lanes = arena.take_raw<LaneQueries<R, D>>(block / W);
+  Query<R>* q = arena.take_raw<Query<R>>(block);
+  R *y = arena.take_raw<R>(SMALL_ROWS * D), *b = arena.take_raw<R>(SMALL_ROWS),
+    *finite_b = arena.take_raw<R>(SMALL_ROWS);
   R* row = arena.take<R>(64);
   double* value = arena.take_raw<double>(SMALL_ROWS * D);
   const typename Values<R>::F values = values_for(src);
@@ -134,21 +134,22 @@ static int small_part(const Source<R>& src, const Queries& in, double b_max, int
     const int64_t count = imin(block, b1 - q0), vectors = (count + W - 1) / W;
     double y_max = 0;
     memset((void*)lanes, 0, vectors * sizeof(LaneQueries<R, D>));
-    for (int64_t i = 0; i < vectors * W; i++) {
+    for (int64_t i = 0; i < count; i++) {
       LaneQueries<R, D>& v = lanes[i / W];
-      const int e = i % W;
-      if (i < count)
-        q[i] = make_query(in, src, q0 + i, pl, row);
-      else
-        q[i] = q[count - 1];  // fills up the last vector
+      q[i] = make_query(in, src, q0 + i, pl, row);
       const bool softmax = q[i].mode == kSoftmax;
       const double f = softmax ? __builtin_sqrt(0.5 * kLog2E * q[i].inv_t) / q[i].sigma : 0;
-      for (int64_t d = 0; d < d_real; d++) v.x[d][e] = CENTRED ? (R)(f * row[d]) : softmax ? q[i].x[d] : R(0);
-      v.alpha[e] = (R)((CENTRED ? f : 1) * q[i].alpha);
-      v.low[e] = (R)(q[i].alpha - v.alpha[e]);
-      v.unit[e] = (R)(f * f);
-      v.inv_t[e] = (R)(softmax ? kLog2E * q[i].inv_t : 1);
-      v.m[e] = (R)kInf;
+      const R alpha = (R)((CENTRED ? f : 1) * q[i].alpha);
+      const int first = i % W, last = i + 1 < count ? first : W - 1;  // the last one fills up its vector
+      for (int e = first; e <= last; e++) {
+        for (int64_t d = 0; d < d_real; d++)
+          v.x[d][e] = CENTRED ? (R)(f * row[d]) : softmax ? q[i].x[d] : R(0);
+        v.alpha[e] = alpha;
+        v.low[e] = (R)(q[i].alpha - alpha);
+        v.unit[e] = (R)(f * f);
+        v.inv_t[e] = (R)(softmax ? kLog2E * q[i].inv_t : 1);
+        v.m[e] = (R)kInf;
+      }
     }
     for (int64_t n0 = 0; n0 < N; n0 += SMALL_ROWS) {
       const int64_t cnt = imin(SMALL_ROWS, N - n0);

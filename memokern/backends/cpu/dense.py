@@ -59,13 +59,17 @@ def small_posterior(
     """
     data, scale, shift, center, sq_norms = rows[:5]
     n, d = data.shape
+    # Written out where a call of Python would cost as much as what it does.
     native = (
         data.data_ptr(), n, d, d if data.is_contiguous() else data.stride(0),
-        row_types()[data.dtype], scale, shift, pointer(center), pointer(sq_norms),
+        row_types()[data.dtype], scale, shift, 0 if center is None else center.data_ptr(),
+        0 if sq_norms is None else sq_norms.data_ptr(),
     )  # fmt: skip
     module().small_posterior(
-        native, x.data_ptr(), x.dtype == _F64, x.numel() // d, numbers, pointer(bias),
-        pointer(mean), pointer(residual), pointer(columns), threads(),
+        native, x.data_ptr(), x.dtype is _F64, x.numel() // d, numbers,
+        0 if bias is None else bias.data_ptr(), 0 if mean is None else mean.data_ptr(),
+        0 if residual is None else residual.data_ptr(),
+        0 if columns is None else columns.data_ptr(), threads(),
     )  # fmt: skip
 
 
