@@ -1,4 +1,5 @@
-"""Build of memokern._C, the compiled kernels. It needs a C++17 compiler, no torch and no GPU.
+"""Build of memokern._C, the compiled kernels. It needs a C++17 compiler, no torch and no GPU; the
+CUDA kernels are copied.
 
 With MEMOKERN_BUILD_TESTING=1 it also builds memokern._testing, which some of the tests need.
 MEMOKERN_BUILD_OPTIMIZE=-O0 builds kernels that are slow but there in a tenth of the time, to check
@@ -7,12 +8,14 @@ that they build.
 
 import os
 import platform
+import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import setup
+from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError
 
 NO_COMPILER = """
@@ -49,6 +52,26 @@ FLAGS = [
     "-fvisibility=hidden",
     "-Wno-psabi",  # vectors never cross a call between instruction sets
 ]
+
+
+CUDA, CUDA_SUFFIXES = Path("csrc", "cuda"), (".h", ".cuh", ".cu")
+
+
+class BuildPy(build_py):
+    """The CUDA kernels travel as sources, but for what tests them; memokern compiles them where
+    they run. An installation in place finds them in csrc."""
+
+    def run(self):
+        super().run()
+        if self.editable_mode:
+            return
+        to = Path(self.build_lib, "memokern", "backends", "cuda", "sources")
+        shutil.rmtree(to, ignore_errors=True)  # what an earlier build left
+        for path in CUDA.rglob("*"):
+            below = path.relative_to(CUDA)
+            if path.suffix in CUDA_SUFFIXES and below.parts[0] != "emulator":
+                (to / below).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, to / below)
 
 
 class BuildExt(build_ext):
@@ -92,4 +115,4 @@ if __name__ == "__main__":
     EXTENSIONS = [extension("memokern._C", [*KERNELS, *BIND])]  # what takes longest first
     if os.environ.get("MEMOKERN_BUILD_TESTING") == "1":
         EXTENSIONS.append(extension("memokern._testing", [*TESTING, "csrc/bind/testing.cpp"]))
-    setup(ext_modules=EXTENSIONS, cmdclass={"build_ext": BuildExt})
+    setup(ext_modules=EXTENSIONS, cmdclass={"build_ext": BuildExt, "build_py": BuildPy})

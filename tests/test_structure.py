@@ -294,7 +294,7 @@ def test_an_operation_that_is_forgotten_is_caught():
 
 # --- what is not installed ----------------------------------------------------------------------
 
-MISSING = ["matplotlib", "triton", "memokern._C", "sklearn", "pytest"]
+MISSING = ["matplotlib", "triton", "cuda", "memokern._C", "sklearn", "pytest"]
 
 
 def test_import_needs_no_optional_part():
@@ -305,14 +305,15 @@ import memokern, torch, memokern.apps.info, memokern.apps.cli
 p = memokern.posterior(torch.zeros(1, 2), torch.ones(3, 2), 1.0)
 assert p.mean.tolist() == [[1.0, 1.0]]
 from memokern.backends import protocol
-cpu, triton, reference = protocol.here()
-assert not cpu.runs and not triton.runs, protocol.here()
+cpu, cuda, triton, reference = protocol.here()
+assert not cpu.runs and not cuda.runs and not triton.runs, protocol.here()
 assert reference.runs
 print(cpu.detail)
+print(cuda.detail)
 print(triton.detail)
 """
     run = subprocess.run(
         [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr
-    assert [line[:3] for line in run.stdout.splitlines()] == ["the", "Tri"], run.stdout
+    assert [line[:3] for line in run.stdout.splitlines()] == ["the", "cud", "Tri"], run.stdout

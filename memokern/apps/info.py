@@ -24,6 +24,9 @@ _LIBRARIES = {
     "safetensors": "data files",
     "matplotlib": "pictures (optional)",
     "triton": "GPU kernels (optional)",
+    "cuda-core": "CUDA kernels (optional)",
+    "cuda-bindings": "CUDA kernels (optional)",
+    "nvidia-cuda-nvrtc": "CUDA kernels (optional)",
 }
 # Calls whose backends are explained: operation, type of the queries, type of the rows.
 _CALLS = (
@@ -54,6 +57,14 @@ def devices() -> list[str]:
     """The types of the devices that PyTorch has here: "cpu", and that of an accelerator."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return ["cpu"] if accelerator is None else ["cpu", accelerator.type]
+
+
+def cuda_kernels() -> dict[str, Any]:
+    """The folder that keeps compiled CUDA kernels, whether it can be written, how many it has for
+    each architecture and in how many bytes, and the versions of NVRTC and of the driver, None where
+    there is none."""
+    found: dict[str, Any] = importlib.import_module("memokern.backends.cuda").facts()
+    return found
 
 
 def check_backend(device: str) -> None:
@@ -100,7 +111,7 @@ def collect() -> dict[str, Any]:
         >>> from memokern.apps import info
         >>> facts = info.collect()
         >>> sorted(facts)[:4]
-        ['backends', 'calls', 'cpu', 'environment']
+        ['backends', 'calls', 'cpu', 'cuda']
         >>> [row["available"] for row in facts["backends"] if row["name"] == "reference"]
         [True]
     """
@@ -116,11 +127,25 @@ def collect() -> dict[str, Any]:
             {"name": answer.name, "available": answer.runs, "reason": answer.detail}
             for answer in protocol.here()
         ],
+        "cuda": cuda_kernels(),
         "calls": explained_calls(),
         "environment": {
             name: os.environ[name] for name in sorted(os.environ) if name.startswith("MEMOKERN_")
         },
     }
+
+
+def _cuda_lines(cuda: dict[str, Any]) -> list[str]:
+    """What :func:`cuda_kernels` found, as lines to read."""
+    kernels = ", ".join(f"{count} for {arch}" for arch, count in cuda["kernels"].items())
+    size = f", {cuda['bytes'] / 1e6:.1f} MB" if kernels else ""
+    note = "" if cuda["writable"] else " (cannot be written)"
+    return [
+        f"  folder       {cuda['folder']}{note}",
+        f"  compiled     {kernels or 'none yet'}{size}",
+        f"  NVRTC        {cuda['nvrtc'] or 'none'}",
+        f"  driver       {'CUDA ' + cuda['driver'] if cuda['driver'] else 'none'}",
+    ]
 
 
 def render(facts: dict[str, Any]) -> str:
@@ -135,11 +160,12 @@ def render(facts: dict[str, Any]) -> str:
         "libraries",
     ]
     for name, found in facts["libraries"].items():
-        lines.append(f"  {name:<12} {found or 'not installed':<16} {_LIBRARIES[name]}")
+        lines.append(f"  {name:<18} {found or 'not installed':<16} {_LIBRARIES[name]}")
     lines += ["", "backends"]
     for row in facts["backends"]:
         mark = "available" if row["available"] else "not available"
         lines.append(f"  {row['name']:<12} {mark:<16} {row['reason']}".rstrip())
+    lines += ["", "CUDA kernels", *_cuda_lines(facts["cuda"])]
     lines += ["", "who runs what (type of the queries, and of the rows if it differs)"]
     # Calls that get the same answers share their lines.
     alike: dict[tuple[Any, ...], list[str]] = {}

@@ -1,1 +1,1 @@
-"""Who computes: plain PyTorch, C++ on CPUs, Triton on GPUs."""
+"""Who computes: plain PyTorch, C++ on CPUs, CUDA C++ and Triton on GPUs."""

@@ -42,9 +42,9 @@ OPERATIONS = (
     "posterior_listed_double_backward",
 )
 # From the fastest to the one that takes every call. PyTorch calls AMD's devices cuda as well.
-PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
+PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 EVERYWHERE = ("reference",)
-NAMES = ("cpu", "triton", "reference")
+NAMES = ("cpu", "cuda", "triton", "reference")
 
 
 class Call(NamedTuple):
@@ -54,6 +54,7 @@ class Call(NamedTuple):
     and features. k: how many neighbours, 0 for other operations. transform: whether a derivative
     transform of PyTorch (torch.func, forward mode) is at work, which a compiled kernel would lose.
     own_bias: whether each query has a bias of its own (:attr:`.Query.own_bias`).
+    device_index: which device of that type, None for the current one.
     """
 
     device: str
@@ -65,6 +66,7 @@ class Call(NamedTuple):
     k: int = 0
     transform: bool = False
     own_bias: bool = False
+    device_index: int | None = None
 
     @classmethod
     def of(
@@ -77,8 +79,11 @@ class Call(NamedTuple):
         own_bias: bool = False,
     ) -> Call:
         """The call with these queries [B, D] and rows [N, D]."""
-        b, n = x.shape[0], rows.shape[0]
-        return cls(x.device.type, x.dtype, rows.dtype, b, n, rows.shape[1], k, transform, own_bias)
+        (n, dim), device = rows.shape, x.device
+        return cls(
+            device.type, x.dtype, rows.dtype, x.shape[0], n, dim, k, transform, own_bias,
+            device.index,
+        )  # fmt: skip
 
 
 def captured(operation: str, call: Call) -> str | None:
@@ -177,7 +182,7 @@ class Answer(NamedTuple):
 
 @functools.cache
 def get(name: str) -> Backend:
-    """The backend ``"cpu"``, ``"triton"`` or ``"reference"``."""
+    """The backend ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"``."""
     if name not in NAMES:
         raise ValueError(f"expected a backend of {', '.join(NAMES)}, got {name!r}")
     found: Backend = importlib.import_module(f"memokern.backends.{name}").BACKEND
@@ -240,7 +245,7 @@ def here() -> list[Answer]:
     """Every backend, with what it is on this machine, or why it cannot run here.
 
     >>> [answer.name for answer in here()]
-    ['cpu', 'triton', 'reference']
+    ['cpu', 'cuda', 'triton', 'reference']
     """
     answers = []
     for name in NAMES:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
-BACKEND = "MEMOKERN_BACKEND"  # auto | reference | cpu | triton: who runs the primitive operations
+BACKEND = "MEMOKERN_BACKEND"  # auto | reference | cpu | cuda | triton: who runs the operations
 ISA = "MEMOKERN_ISA"  # auto | baseline | avx2 | avx512: which compiled CPU kernels are used
 PRECISION = "MEMOKERN_PRECISION"  # tf32x3 | ieee: how the Triton kernels multiply float32 rows
 AUTOTUNE = "MEMOKERN_AUTOTUNE"  # 0 | 1: whether Triton configurations are chosen by measuring
+CUDA_CACHE = "MEMOKERN_CUDA_CACHE"  # a folder: where compiled CUDA kernels are kept
 
-_BACKENDS = ("auto", "reference", "cpu", "triton")
+_BACKENDS = ("auto", "reference", "cpu", "cuda", "triton")
 PRECISIONS = ("tf32x3", "ieee")
 
 
@@ -66,3 +67,8 @@ def autotune() -> bool:
     if value not in ("0", "1"):
         raise RuntimeError(f"{AUTOTUNE} must be 0 or 1, not {value!r}")
     return value == "1"
+
+
+def cuda_cache() -> str | None:
+    """The folder for compiled CUDA kernels, or None for the one in the user's cache folder."""
+    return os.environ.get(CUDA_CACHE, "").strip() or None

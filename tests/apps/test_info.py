@@ -90,6 +90,7 @@ def test_text_has_every_fact() -> None:
         assert row["name"] in text and row["reason"] in text
     for name, found in facts["libraries"].items():
         assert name in text and (found or "not installed") in text
+    assert facts["cuda"]["folder"] in text
     for call in facts["calls"]:
         assert call["call"] in text and f"on {call['device']}, {call['runs']} runs" in text
         assert all(reason in text for reason in call["others"].values())
@@ -99,7 +100,21 @@ def test_text_without_compiled_kernels_or_libraries() -> None:
     facts = info.collect() | {"isa": None, "libraries": {"triton": None}}
     text = info.render(facts)
     assert "no compiled CPU kernels" in text
-    assert "triton       not installed" in text
+    assert "triton             not installed" in text
+
+
+def test_compiled_cuda_kernels_are_counted(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv(env.CUDA_CACHE, str(tmp_path))
+    assert info.cuda_kernels()["kernels"] == {}
+    (tmp_path / f"sweep.sm_90a.{'0' * 40}.cubin").write_bytes(b"0" * 250_000)
+    facts = info.collect()
+    assert facts["cuda"]["kernels"] == {"sm_90a": 1} and facts["cuda"]["writable"]
+    text = info.render(facts)
+    assert f"folder       {tmp_path}" in text and "compiled     1 for sm_90a, 0.2 MB" in text
+    gone = {**facts["cuda"], "writable": False, "nvrtc": None, "driver": "13.0", "kernels": {}}
+    text = info.render({**facts, "cuda": gone})
+    assert "(cannot be written)" in text and "compiled     none yet" in text
+    assert "NVRTC        none" in text and "driver       CUDA 13.0" in text
 
 
 def test_environment_lists_only_our_variables(monkeypatch) -> None:

@@ -57,7 +57,7 @@ def test_choosing_and_explaining_are_one_thing(name: str, monkeypatch) -> None:
 def test_the_reference_takes_every_call() -> None:
     for operation, call in itertools.product(OPERATIONS, calls()):
         assert protocol.get("reference").refusal(operation, call) is None
-        assert protocol.choose(operation, call).name in ("cpu", "triton", "reference")
+        assert protocol.choose(operation, call).name in NAMES
 
 
 @pytest.mark.skipif("triton" not in harness.INSTALLED, reason="Triton is not installed")
@@ -107,7 +107,7 @@ def test_gradients_for_the_rows_by_name() -> None:
 def test_an_unknown_backend_is_refused() -> None:
     with named("quantum"), pytest.raises(RuntimeError, match="MEMOKERN_BACKEND must be one of"):
         memokern.denoise(torch.zeros(1, 2), torch.ones(3, 2), 1.0)
-    with pytest.raises(ValueError, match="expected a backend of cpu, triton, reference"):
+    with pytest.raises(ValueError, match="expected a backend of cpu, cuda, triton, ref"):
         protocol.get("quantum")
 
 

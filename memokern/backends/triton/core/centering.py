@@ -17,10 +17,9 @@ from memokern.backends.triton.core.rows import stride_of
 from memokern.backends.triton.core.variant import POINTERS, ROW_TYPES, Variant, row_name
 from memokern.calls import Rows
 from memokern.calls.checks import check_rows, contiguous64, name_of
-from memokern.calls.values import dequantized
+from memokern.calls.stored import sample_center
 
 _F32, _F64 = torch.float32, torch.float64
-_SAMPLE = 64  # rows whose median is the center where none is given
 
 
 def check_types(x: Tensor, rows: Rows) -> None:
@@ -32,17 +31,6 @@ def check_types(x: Tensor, rows: Rows) -> None:
             f"the Triton kernels take float32 queries and rows of {known}, not"
             f" {name_of(x.dtype)} and {name_of(rows.data.dtype)}"
         )
-
-
-def sharp(rows: Rows) -> Rows:
-    """The rows as products may read them. Their numbers enter products as they are stored, which
-    costs digits where a scale and a shift cancel: except for plain rows and the usual uint8, they
-    are written out as float32 values, a copy of all rows in each call."""
-    plain = rows.scale == 1.0 and rows.shift == 0.0
-    if plain or (rows.data.dtype == torch.uint8 and abs(rows.shift) <= 257 * abs(rows.scale)):
-        return rows
-    data = dequantized(rows.data, rows.scale, rows.shift)
-    return rows._replace(data=data, scale=1.0, shift=0.0)
 
 
 def scale_shift(rows: Rows) -> Tensor:
@@ -116,9 +104,7 @@ def center_of(rows: Rows) -> tuple[Tensor, Tensor]:
     the rows."""
     if rows.center is not None and rows.sq_norms is not None:
         return contiguous64(rows.center), contiguous64(rows.sq_norms)
-    # Any center is right, and the median of a few rows, which no far one moves, centres well.
-    step = max(1, rows.n // _SAMPLE)
-    center = rows.values(slice(None, _SAMPLE * step, step)).median(0).values
+    center = sample_center(rows)
     return center, _sq_norms(rows, center)
 
 

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from memokern.backends.triton.core import machine, tuning
-from memokern.backends.triton.core.centering import sharp
 from memokern.backends.triton.core.rows import KernelRows
 from memokern.backends.triton.gradient import (
     backward_reduce,
@@ -34,6 +33,7 @@ from memokern.backends.triton.posterior import finish, planner, products, weigh
 from memokern.backends.triton.posterior.launch import sweep
 from memokern.backends.triton.posterior.queries import KernelQueries, prepare
 from memokern.calls import BasicSums, Gradients, Query, Rows
+from memokern.calls.stored import sharp
 
 _F32, _F64 = torch.float32, torch.float64
 

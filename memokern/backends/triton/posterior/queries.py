@@ -11,7 +11,6 @@ from memokern.backends.triton.core.centering import (
     center_of,
     check_types,
     scale_shift,
-    sharp,
 )
 from memokern.backends.triton.core.exactness import HUGE
 from memokern.backends.triton.core.operands import (
@@ -43,6 +42,7 @@ from memokern.backends.triton.core.rows import KernelRows
 from memokern.backends.triton.core.variant import POINTERS, ROW_TYPES, Variant, row_name
 from memokern.calls import WEIGHTINGS, Query, Rows
 from memokern.calls.checks import prepared
+from memokern.calls.stored import sharp
 from memokern.util import env
 
 _BLOCK_D = 1024

@@ -1,0 +1,66 @@
+"""The structs that kernels take, field by field as csrc/cuda/common/abi.h has them. Every field has
+8 bytes; a test holds both to the same names in the same order."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+from torch import Tensor
+
+# Rows of a query's table, and of a part's states.
+TABLE_ROWS = 10
+STATE_ROWS = 7
+WORD = 8
+
+_KINDS = {"*": ctypes.c_void_p, ".": ctypes.c_double, "#": ctypes.c_int64}
+
+
+def _fields(text: str) -> list[tuple[str, Any]]:
+    """Of names that end in what they are: * a pointer, . a double, # an integer."""
+    return [(word[:-1], _KINDS[word[-1]]) for word in text.split()]
+
+
+class QueriesParams(ctypes.Structure):
+    """Of sweep/queries.cu."""
+
+    _fields_ = _fields(
+        "x* sigma* alpha* temperature* center* terms* table* scale. shift. b# d# dp# depth# log#"
+    )
+
+
+class SweepParams(ctypes.Structure):
+    """Of sweep/sweep.cu."""
+
+    _fields_ = _fields(
+        "rows* sq_norms* bias* terms* table* x* sigma* alpha* states* acc* near* scale. shift. b#"
+        " n# d# stride#"
+    )
+
+
+class FinishParams(ctypes.Structure):
+    """Of sweep/finish.cu."""
+
+    _fields_ = _fields(
+        "states* acc* near* table* x* sigma* alpha* temperature* center* scale. shift. b# d# dp#"
+        " parts# residual* key* m* s* s_v* s_bias* s_sq* sum* mean* log_z* mean_logit* mean_bias*"
+        " weight_sq* score* tikhonov. log_threshold."
+    )
+
+
+class NormsParams(ctypes.Structure):
+    """Of sweep/norms.cu."""
+
+    _fields_ = _fields("rows* center* sq_norms* scale. shift. n# d# stride#")
+
+
+def filled(kind: type[ctypes.Structure], **values: Tensor | float | int | None) -> Any:
+    """A struct with these values, a tensor's address for a pointer; fields that are not named are
+    0. AttributeError for a name that the struct does not have, which ctypes would take."""
+    known = {name for name, *_ in kind._fields_}
+    if not known.issuperset(values):
+        raise AttributeError(f"{kind.__name__} has no {', '.join(sorted(set(values) - known))}")
+    found = kind()
+    for name, value in values.items():
+        setattr(found, name, value.data_ptr() if isinstance(value, Tensor) else value)
+    return found

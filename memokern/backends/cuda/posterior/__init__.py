@@ -1,0 +1,1 @@
+"""The dense sweep over wide rows: a plan, and the launches."""

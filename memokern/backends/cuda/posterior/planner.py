@@ -1,0 +1,93 @@
+"""How a sweep is divided: the tile, and the queries of a launch. Pure arithmetic, deterministic."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+
+import torch
+
+from memokern.backends.cuda.core.machine import KNOWN, Machine
+from memokern.backends.cuda.posterior import costs
+from memokern.backends.cuda.posterior.tiles import (
+    DIVISIONS,
+    QUERIES,
+    ROWS,
+    STAGES,
+    Tile,
+    holds_sums,
+    shared_bytes,
+)
+
+NARROWEST = 257  # features; below, a sweep in one pass without clusters holds a row
+MOST_CLUSTER = 16
+
+
+@functools.cache
+def tile_of(rows: torch.dtype, cluster: int, features: int, queries: int) -> Tile | None:
+    """The rows and stages of a tile; None where the block's registers or its shared memory do not
+    hold one. The same on every target, so that the list of variants is finite.
+
+    >>> tile_of(torch.uint8, 8, 384, 16)
+    Tile(cluster=8, features=384, queries=16, rows=128, stages=3)
+    """
+    if not holds_sums(features, queries):
+        return None
+    shared = min(shared for _, shared in KNOWN.values())
+    found = [Tile(cluster, features, queries, *s) for s in itertools.product(ROWS, STAGES)]
+    fitting = [t for t in found if shared_bytes(rows, t) <= shared]
+    return min(fitting, key=lambda t: costs.row_seconds(rows, t), default=None)
+
+
+@functools.cache
+def tiles(rows: torch.dtype) -> list[Tile]:
+    """All that a sweep over rows of this type can be asked for."""
+    found = (tile_of(rows, c, ds, q) for q in QUERIES for c, ds in DIVISIONS)
+    return [tile for tile in found if tile is not None]
+
+
+def widest(rows: torch.dtype) -> int:
+    """The most features that a sweep over rows of this type can have."""
+    return max(t.cluster * t.features for t in tiles(rows))
+
+
+@functools.lru_cache(4096)
+def plan(
+    b: int, n: int, d: int, rows: torch.dtype, machine: Machine, most_cluster: int = MOST_CLUSTER
+) -> Tile | None:
+    """The fastest tile by count for b queries and n rows of d features; None where no cluster of up
+    to most_cluster blocks holds a row.
+
+    >>> plan(1, 50_000, 3072, torch.uint8, Machine("sm_90a", 132, 227 << 10, 50 << 20))
+    Tile(cluster=8, features=384, queries=16, rows=128, stages=3)
+    """
+
+    def seconds(tile: Tile) -> float:
+        return costs.sweep_seconds(rows, tile, max(1, b), n, machine)
+
+    def fits(tile: Tile) -> bool:
+        return tile.cluster <= most_cluster and d <= tile.cluster * tile.features
+
+    return min(filter(fits, tiles(rows)), key=seconds, default=None)
+
+
+@functools.lru_cache(4096)
+def refuses(b: int, n: int, d: int, rows: torch.dtype, machine: Machine) -> str | None:
+    """Why another backend should sweep, in one line, or None."""
+    if d < NARROWEST:
+        return f"its sweep is for more than {NARROWEST - 1} features, and there are {d}"
+    if d > widest(rows):
+        # Passes over parts of the features would read every row from memory twice, once for the
+        # products and once for the sums, where chunks of rows are read once from memory and once
+        # from the L2 cache; and beside a chunk of such rows a launch is nothing.
+        return f"a cluster holds at most {widest(rows):,} features of such rows, not {d:,}"
+    tile = plan(b, n, d, rows, machine)
+    assert tile is not None
+    here = costs.sweep_seconds(rows, tile, max(1, b), n, machine)
+    chunks = costs.chunked_seconds(rows, max(1, b), n, d, machine)
+    if here > chunks:
+        return (
+            f"by count, {b} queries on {n:,} rows are faster in chunks of rows"
+            f" ({1e3 * chunks:.2g} ms against {1e3 * here:.2g})"
+        )
+    return None

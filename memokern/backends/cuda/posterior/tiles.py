@@ -1,0 +1,69 @@
+"""What a block of the sweep holds: rows, queries, features, and the shared memory for them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+QUERIES = (16, 32, 64)  # those that a launch is compiled for
+
+
+class Tile(NamedTuple):
+    """What a block of the sweep holds. cluster: C, blocks that own the features of a row together.
+    features: DS, those of each. queries: Q, rows: NT, stages: tiles in shared memory."""
+
+    cluster: int
+    features: int
+    queries: int
+    rows: int
+    stages: int
+
+
+# How rows are divided: blocks of a cluster and features of a block. Machine code depends on both,
+# so that there is a list. The last ones serve where a cluster of 16 does not fit.
+DIVISIONS = (
+    (2, 192), (2, 256), (4, 192), (4, 256), (8, 192), (8, 256), (8, 384), (8, 512), (16, 384),
+    (16, 512), (16, 768), (16, 1024), (16, 1536), (8, 768), (8, 1024), (8, 1536),
+)  # fmt: skip
+ROWS = (128, 64, 32, 16)
+STAGES = (4, 3, 2)
+# Registers of a thread's sums, of 255: products, addresses and what is loaded take the rest.
+_MOST_SUMS = 96
+
+
+def terms_of(rows: torch.dtype) -> int:
+    """Terms that a query is split into for rows of this type."""
+    return 3 if rows in (torch.float32, torch.bfloat16) else 2
+
+
+def size_of(rows: torch.dtype) -> int:
+    """Bytes of a stored number."""
+    return int(rows.itemsize)
+
+
+def holds_sums(features: int, queries: int) -> bool:
+    """Whether a block's registers hold the sums of so many features and queries."""
+    return -(-features // 128) * 8 * queries // 16 <= _MOST_SUMS
+
+
+def shared_bytes(rows: torch.dtype, tile: Tile) -> int:
+    """Dynamic shared memory of a block of the sweep, as csrc/cuda/sweep lays it out.
+
+    >>> shared_bytes(torch.uint8, Tile(8, 384, 16, 64, 3))
+    114304
+    """
+    c, ds, q, nt, stages = tile
+    size = size_of(rows)
+    pitch = ds * size + (0 if ds * size // 16 % 2 else 16)  # odd in units of 16: no bank conflicts
+    split, own = max(1, 64 // nt), -(-q // c)
+    parts = (
+        8 * stages,  # barriers
+        terms_of(rows) * q * (ds + 8) * 2,  # the queries' terms
+        stages * nt * pitch,  # the rows
+        split * q * (nt + 8) * 4,  # products
+        2 * 2 * q * (nt + 8) * 2,  # weights, two terms of them, two tiles
+        2 * q * 4,  # the largest logit and the factor of each query
+        own * nt * 4, own * nt * 8, own * 64,  # what a rank does for all
+    )  # fmt: skip
+    return sum(-(-p // 128) * 128 for p in parts) + 128

@@ -1,0 +1,54 @@
+"""The programs of the dense sweep, and every variant of them that its planner can ask for."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+
+from memokern.backends.cuda.core.variant import ROW_CODES, Variant
+from memokern.backends.cuda.posterior.planner import tiles
+from memokern.backends.cuda.posterior.tiles import QUERIES, Tile
+
+TARGETS = ("sm_90a", "sm_100a")  # that have clusters
+FINISH_FEATURES = 512  # of a block of the last kernel
+
+
+def queries_variant(rows: torch.dtype) -> Variant:
+    """Splits the queries into terms, and makes their table."""
+    return Variant("sweep/queries.cu", ("memokern_queries",), (("MK_ROWS", ROW_CODES[rows]),))
+
+
+def norms_variant(rows: torch.dtype) -> Variant:
+    """Squared norms of the rows about their center, where their owner keeps none."""
+    return Variant("sweep/norms.cu", ("memokern_sq_norms",), (("MK_ROWS", ROW_CODES[rows]),))
+
+
+def finish_variant(queries: int) -> Variant:
+    """Joins the clusters' parts."""
+    entries = ("memokern_finish_state", "memokern_finish_sums")
+    return Variant("sweep/finish.cu", entries, (("MK_QUERIES", queries),), threads=128)
+
+
+def sweep_variant(rows: torch.dtype, tile: Tile, bulk: bool, log: bool) -> Variant:
+    """The sweep. bulk: whether rows are aligned, so that the device's copy engine takes them."""
+    macros = (
+        ("MK_ROWS", ROW_CODES[rows]), ("MK_QUERIES", tile.queries), ("MK_CLUSTER", tile.cluster),
+        ("MK_FEATURES", tile.features), ("MK_TILE", tile.rows), ("MK_STAGES", tile.stages),
+        ("MK_BULK", int(bulk)), ("MK_LOG", int(log)),
+    )  # fmt: skip
+    matrix = ("HMMA", "UBLKCP") if bulk else ("HMMA",)
+    return Variant(
+        "sweep/sweep.cu", ("memokern_sweep",), macros, cluster=tile.cluster, matrix=matrix,
+        targets=TARGETS,
+    )  # fmt: skip
+
+
+def variants() -> list[Variant]:
+    """All that the launchers can ask for."""
+    flags = list(itertools.product((True, False), (False, True)))
+    return [
+        *(make(t) for make in (queries_variant, norms_variant) for t in ROW_CODES),
+        *(sweep_variant(t, tile, *flag) for t in ROW_CODES for tile in tiles(t) for flag in flags),
+        *(finish_variant(q) for q in QUERIES),
+    ]
