@@ -51,7 +51,7 @@ def shared_bytes(rows: torch.dtype, tile: Tile) -> int:
     """Dynamic shared memory of a block of the sweep, as csrc/cuda/sweep lays it out.
 
     >>> shared_bytes(torch.uint8, Tile(8, 384, 16, 64, 3))
-    114304
+    117760
     """
     c, ds, q, nt, stages = tile
     size = size_of(rows)
