@@ -1,0 +1,166 @@
+// The two products of a tile, from the same rows in shared memory.
+//
+// Both read rows as they are stored and turn them into 16-bit numbers in registers. Each stored number is read
+// once in each product, in accesses that meet every bank once or twice. The order of features is that of
+// common/rows.h: in the first product a thread's four features 4 t .. 4 t + 3 of a step of 16 stand for the
+// positions 2 t, 2 t + 1, 2 t + 8 and 2 t + 9 of mma, for which term_position() places the queries; in the
+// second the two features 2 g and 2 g + 1 of a group of 16 are column g of two products.
+#pragma once
+#include "sweep/variant.h"
+
+namespace memokern {
+namespace cuda {
+
+MK_DEVICE int term_position(int feature) {
+  return (feature & ~15) + (feature & 1) + (feature >> 2 & 3) * 2 + (feature >> 1 & 1) * 8;
+}
+
+// The same pairs of terms as long as their product counts: a * 2^-9 for each further term.
+enum { kMostPairs = 3 };  // term i times piece j where i + j < 3
+
+// part = X U' over the block's features, of all queries with the tile's rows. Tensor cores truncate their
+// sums, so that they add up a few steps only, and the rest is added as floats.
+MK_DEVICE void multiply_queries(const Shared& s, const u8* rows) {
+  enum {
+    kRowBlocks = kRows / 8,
+    kSteps = kFeatures / 16,
+    kProducts = kType == kF32 ? 6 : (int)Numbers::kTerms,
+    kRun = kProducts >= 4 ? 1 : 8 / kProducts / 2 * 2
+  };
+  const int warp = warp_index(), lane = lane_index(), g = lane >> 2, t = lane & 3;
+  const int split = kSplits > 1 ? warp / kRowBlocks : 0;
+  const int from = kSteps * split / kSplits, to = kSteps * (split + 1) / kSplits;
+  for (int block = kSplits > 1 ? warp % kRowBlocks : warp; block < kRowBlocks; block += kWarps) {
+    float sum[kBlocksOf16][4];
+    MK_UNROLL
+    for (int q = 0; q < kBlocksOf16; q++)
+      for (int i = 0; i < 4; i++) sum[q][i] = 0;
+    const u8* row = rows + (block * 8 + g) * kRowPitch + 4 * t * Numbers::kBytes;
+    for (int first = from; first < to; first += kRun) {
+      float run[kBlocksOf16][4];
+      MK_UNROLL
+      for (int q = 0; q < kBlocksOf16; q++)
+        for (int i = 0; i < 4; i++) run[q][i] = 0;
+      MK_UNROLL
+      for (int k = 0; k < kRun; k++) {
+        const int step = first + k;
+        if (kRun > 1 && step >= to) break;
+        u32 b[2][Numbers::kPieces];
+        pairs_of_row<kType>(*(const Words<Numbers::kBytes, 4>*)(row + step * 16 * Numbers::kBytes), b);
+        MK_UNROLL
+        for (int q = 0; q < kBlocksOf16; q++)
+          MK_UNROLL
+          for (int i = Numbers::kTerms - 1; i >= 0; i--) {
+            u32 a[4];
+            load_a(a, s.terms + (i * kQueries + q * 16 + (lane & 15)) * kTermPitch + step * 16 + (lane >> 4) * 8);
+            MK_UNROLL
+            for (int j = Numbers::kPieces - 1; j >= 0; j--)
+              if (i + j < kMostPairs) mma<Numbers::kBrain>(run[q], a, b[0][j], b[1][j]);
+          }
+      }
+      MK_UNROLL
+      for (int q = 0; q < kBlocksOf16; q++)
+        for (int i = 0; i < 4; i++) sum[q][i] += run[q][i];
+    }
+    MK_UNROLL
+    for (int q = 0; q < kBlocksOf16; q++) {
+      float* part = s.part + (split * kQueries + q * 16 + g) * kPartPitch + block * 8 + 2 * t;
+      part[0] = sum[q][0];
+      part[1] = sum[q][1];
+      part[8 * kPartPitch] = sum[q][2];
+      part[8 * kPartPitch + 1] = sum[q][3];
+    }
+  }
+}
+
+// Of each group of 16 features of a warp, and block of 16 queries: features 4 t, 4 t + 2 of the queries g and
+// g + 8, then 4 t + 1, 4 t + 3.
+struct Accumulators {
+  float v[kBlocksOf16][kGroups][2][4];
+};
+
+// acc = factor acc + P U for the tile whose weights lie in slot `slot`. A tile's sums are made anew, so that
+// what tensor cores truncate does not grow with the number of rows.
+MK_DEVICE void accumulate(const Shared& s, const u8* rows, int slot, Accumulators& acc) {
+  enum {
+    // Groups that are added up together, as many as registers allow.
+    kMost = kBlocksOf16 == 1 ? 6 : kBlocksOf16 == 2 ? 3 : 1,
+    kTogether = kGroups < kMost ? kGroups : kMost,
+    kWeightTerms = 2
+  };
+  const int warp = warp_index(), lane = lane_index(), g = lane >> 2, t = lane & 3;
+  const u16* weights = s.weights + slot * 2 * kQueries * kWeightPitch;
+  MK_UNROLL
+  for (int chunk = 0; chunk < kGroups; chunk += kTogether) {
+    float sum[kBlocksOf16][kTogether][2][4];
+    MK_UNROLL
+    for (int q = 0; q < kBlocksOf16; q++)
+      for (int c = 0; c < kTogether; c++)
+        for (int i = 0; i < 8; i++) sum[q][c][i >> 2][i & 3] = 0;
+    MK_UNROLL
+    for (int k = 0; k < kRows; k += 16) {
+      u32 a[kBlocksOf16][kWeightTerms][4];
+      MK_UNROLL
+      for (int q = 0; q < kBlocksOf16; q++)
+        for (int i = 0; i < kWeightTerms; i++)
+          load_a(a[q][i],
+                 weights + (i * kQueries + q * 16 + (lane & 15)) * kWeightPitch + k + (lane >> 4) * 8);
+      MK_UNROLL
+      for (int c = 0; c < kTogether; c++) {
+        const int group = (chunk + c) * kWarps + warp;
+        if (chunk + c >= kGroups || group >= kFeatures / 16) continue;
+        typedef Words<Numbers::kBytes, 2> Two;
+        const u8* row = rows + (k + 2 * t) * kRowPitch + (group * 16 + 2 * g) * Numbers::kBytes;
+        u32 b[2][2][Numbers::kPieces];
+        pairs_of_feature<kType>(*(const Two*)row, *(const Two*)(row + kRowPitch), b[0]);
+        pairs_of_feature<kType>(*(const Two*)(row + 8 * kRowPitch), *(const Two*)(row + 9 * kRowPitch), b[1]);
+        MK_UNROLL
+        for (int q = 0; q < kBlocksOf16; q++)
+          for (int f = 0; f < 2; f++)
+            for (int i = kWeightTerms - 1; i >= 0; i--)
+              for (int j = Numbers::kPieces - 1; j >= 0; j--)
+                if (i + j < kMostPairs) mma<Numbers::kBrain>(sum[q][c][f], a[q][i], b[0][f][j], b[1][f][j]);
+      }
+    }
+    MK_UNROLL
+    for (int q = 0; q < kBlocksOf16; q++) {
+      const float* factor = s.factor + slot * kQueries + q * 16 + g;
+      const float f0 = factor[0], f1 = factor[8];
+      MK_UNROLL
+      for (int c = 0; c < kTogether; c++)
+        for (int f = 0; f < 2; f++) {
+          if (chunk + c >= kGroups) continue;
+          float* to = acc.v[q][chunk + c][f];
+          to[0] = to[0] * f0 + sum[q][c][f][0];
+          to[1] = to[1] * f0 + sum[q][c][f][1];
+          to[2] = to[2] * f1 + sum[q][c][f][2];
+          to[3] = to[3] * f1 + sum[q][c][f][3];
+        }
+    }
+  }
+}
+
+// out [kQueries][kDP], of which the block owns kFeatures features. Weights were 2^15 times what they are where
+// they are float16's.
+MK_DEVICE void store_accumulators(const Accumulators& acc, float* out) {
+  const int warp = warp_index(), lane = lane_index(), g = lane >> 2, t = lane & 3;
+  const float unit = Numbers::kBrain ? 1.0f : 1.0f / 32768.0f;
+  MK_UNROLL
+  for (int q = 0; q < kBlocksOf16; q++)
+    MK_UNROLL
+    for (int c = 0; c < kGroups; c++) {
+      const int group = c * kWarps + warp;
+      if (group >= kFeatures / 16) continue;
+      const float (&v)[2][4] = acc.v[q][c];
+      for (int half = 0; half < 2; half++) {
+        float* to = out + (i64)(q * 16 + g + 8 * half) * kDP + group * 16 + 4 * t;
+        to[0] = v[0][2 * half] * unit;
+        to[1] = v[1][2 * half] * unit;
+        to[2] = v[0][2 * half + 1] * unit;
+        to[3] = v[1][2 * half + 1] * unit;
+      }
+    }
+}
+
+}  // namespace cuda
+}  // namespace memokern

@@ -1,0 +1,102 @@
+// What a variant of the sweep is compiled for, from the macros that the host gives, and its shared memory.
+#pragma once
+#include "common/rows.h"
+
+#ifndef MK_ROWS
+#error "MK_ROWS: the type of the rows, a code of RowType"
+#endif
+#ifndef MK_QUERIES
+#error "MK_QUERIES, MK_CLUSTER, MK_FEATURES, MK_TILE, MK_STAGES, MK_BULK and MK_LOG are to be given"
+#endif
+
+namespace memokern {
+namespace cuda {
+
+enum { kType = MK_ROWS };
+typedef Stored<kType> Numbers;
+
+enum : int {
+  kQueries = MK_QUERIES,       // of a launch, in blocks of 16
+  kCluster = MK_CLUSTER,       // blocks
+  kFeatures = MK_FEATURES,     // of a block: multiples of 16
+  kRows = MK_TILE,             // of a tile
+  kStages = MK_STAGES,         // tiles in shared memory
+  kBulk = MK_BULK,             // whether the machine copies rows by itself
+  kLogWeights = MK_LOG,        // weighting "log"
+  kThreads = 256,
+  kWarps = kThreads / 32,
+  kBlocksOf16 = kQueries / 16,
+  kDP = kCluster * kFeatures,
+  kOwned = (kQueries + kCluster - 1) / kCluster,  // queries that a block weighs
+  kLaneRows = kRows < 32 ? 1 : kRows / 32,        // rows of a lane when it weighs a tile
+  kSplits = kRows < 64 ? 64 / kRows : 1,          // parts of the features in the first product
+  kTermPitch = kFeatures + 8,                     // 16 bytes more: the rows of a matrix lie in different banks
+  kPartPitch = kRows + 8,
+  kWeightPitch = kRows + 8,
+  // An odd number of 16 bytes, so that rows lie in different banks.
+  kRowPitch = kFeatures * Numbers::kBytes + (kFeatures * Numbers::kBytes / 16 % 2 ? 0 : 16),
+  kGroups = (kFeatures / 16 + kWarps - 1) / kWarps  // groups of 16 features that a warp adds up
+};
+static_assert(kFeatures % 16 == 0 && kQueries % 16 == 0 && kStages >= 2);
+static_assert(kRows == 16 || kRows == 32 || kRows == 64 || kRows == 128);
+
+// Of a query that a block weighs.
+struct alignas(16) Owned {
+  double key, m, s, s_v, s_bias, s_sq;  // the state after the rows so far
+  double near_s;                        // the weight of rows that only `near` has
+  double alpha, inv_sigma, inv_t, common, offset_norm;
+  float a1, a2, e0, e1, e2, e3;  // as in the table of queries
+  int mode;
+  float factor;     // what the last tile multiplied the sums so far by
+  u32 near_before;  // whether `near` had rows before the last tile
+  u32 marked[4];    // rows of the tile that are evaluated by direct differences; then those of them that are near
+};
+
+MK_DEVICE constexpr i64 padded(i64 bytes) { return (bytes + 127) / 128 * 128 + kGap; }
+
+// Shared memory, array by array.
+struct Shared {
+  u64* full;       // [kStages] a tile has come
+  u16* terms;      // [kTerms][kQueries][kTermPitch] of the queries
+  u8* rows;        // [kStages][kRows][kRowPitch] as stored
+  float* part;     // [kSplits][kQueries][kPartPitch] own features' part of the products
+  u16* weights;    // [2 tiles][2 terms][kQueries][kWeightPitch]
+  float* factor;   // [2 tiles][kQueries] what the tile multiplies accumulators by
+  float* logit;    // [kOwned][kRows] t of the tile's rows
+  double* exact;   // [kOwned][kRows] squared distances, then weights of near rows
+  Owned* owned;    // [kOwned]
+};
+
+MK_DEVICE constexpr i64 shared_bytes() {
+  return padded(8 * kStages) + padded(2ll * Numbers::kTerms * kQueries * kTermPitch) +
+         padded((i64)kStages * kRows * kRowPitch) + padded(4ll * kSplits * kQueries * kPartPitch) +
+         padded(8ll * kQueries * kWeightPitch) + padded(8ll * kQueries) + padded(4ll * kOwned * kRows) +
+         padded(8ll * kOwned * kRows) + padded((i64)sizeof(Owned) * kOwned);
+}
+
+template <class T>
+MK_DEVICE T* take(u8*& next, i64 count) {
+  T* const p = (T*)next;
+  const i64 bytes = count * (i64)sizeof(T);
+  next += padded(bytes);
+  guard((u8*)p + bytes, padded(bytes) - bytes);
+  return p;
+}
+
+MK_DEVICE Shared shared_arrays() {
+  u8* next = shared_memory();
+  Shared s;
+  s.full = take<u64>(next, kStages);
+  s.terms = take<u16>(next, Numbers::kTerms * kQueries * kTermPitch);
+  s.rows = take<u8>(next, (i64)kStages * kRows * kRowPitch);
+  s.part = take<float>(next, kSplits * kQueries * kPartPitch);
+  s.weights = take<u16>(next, 4 * kQueries * kWeightPitch);
+  s.factor = take<float>(next, 2 * kQueries);
+  s.logit = take<float>(next, kOwned * kRows);
+  s.exact = take<double>(next, kOwned * kRows);
+  s.owned = take<Owned>(next, kOwned);
+  return s;
+}
+
+}  // namespace cuda
+}  // namespace memokern
