@@ -24,16 +24,16 @@ enum RowType : int { kF32 = 1, kBF16 = 2, kF16 = 3, kU8 = 4 };
 //     t = A1 <x, u> - A2 |yc|^2  (+ InvT bias, where the mode is kSoft)
 //
 // is l / T + Common, up to an error of at most E0 + E1 |yc| + E2 |yc|^2 + E3 |bias|. In the modes kHard and
-// kLog, t lacks the bias and stands for the distance: r^2 = 2 (Common - t). Offset is how far the rows' centre
-// is from the row that enters products as 0.
+// kLog, t lacks the bias and stands for the distance: r^2 = 2 (Common - t). Offset is how far the rows'
+// centre is from the row that enters products as 0.
 enum TableRow : int { A1, A2, InvT, Common, E0, E1, E2, E3, ModeRow, OffsetNorm, kTable };
 
 // How a query weighs the rows: by its sigma; by the nearest row alone, because sigma is 0 or so small that
 // logits would overflow; by the weighting "log"; or not at all, because one of its numbers is not finite.
 enum Mode : int { kSoft = 0, kHard = 1, kLog = 2, kLost = 3 };
 
-// The rows of a part's states, [kState][Q] float64: the fields of calls.State, and the weight of the rows that
-// the part's accumulator lacks because `near` has them.
+// The rows of a part's states, [kState][Q] float64: the fields of calls.State, and the weight of the rows
+// that the part's accumulator lacks because `near` has them.
 enum StateRow : int { Key, M, S, SV, SBias, SSq, NearS, kState };
 
 struct QueriesParams {
@@ -47,8 +47,8 @@ struct QueriesParams {
   double scale, shift;        // of the rows
   i64 b, d, dp;
   i64 queries;  // Q
-  i64 depth;  // features of a block of the sweep: DS, on which the error of a product depends
-  i64 log;    // 1 for the weighting "log"
+  i64 depth;    // features of a block of the sweep: DS, on which the error of a product depends
+  i64 log;      // 1 for the weighting "log"
 };
 
 struct SweepParams {
@@ -68,24 +68,26 @@ struct SweepParams {
 };
 
 struct FinishParams {
-  const double* states;  // [parts][kState][Q]
-  const float* acc;      // [parts][Q][DP]
-  const float* near;     // [parts][Q][DP]
-  const double* table;   // [kTable][Q]
-  const float* x;        // [b][d]
-  const double* sigma;   // [b]
-  const double* alpha;   // [b]
+  const double* states;       // [parts][kState][Q]
+  const float* acc;           // [parts][Q][DP]
+  const float* near;          // [parts][Q][DP]
+  const double* table;        // [kTable][Q]
+  const float* x;             // [b][d]
+  const double* sigma;        // [b]
+  const double* alpha;        // [b]
   const double* temperature;  // [b]
   const double* center;       // [d]
-  double scale, shift;
+  double scale;
+  double zero;  // the value of a row that enters products as 0: shift, and for uint8 shift + 128 scale
   i64 b, d, dp, parts;
-  float* residual;                          // [b][d] out
-  double *key, *m, *s, *s_v, *s_bias, *s_sq;  // [b] out of memokern_finish_state
-  float* sum;                               // [b][d] out of memokern_finish_state: calls.State.acc
-  float* mean;                              // [b][d] out of memokern_finish_sums
+  i64 queries;                                         // Q
+  float* residual;                                     // [b][d] out
+  double *key, *m, *s, *s_v, *s_bias, *s_sq;           // [b] out of memokern_finish_state
+  float* sum;                                          // [b][d] out of memokern_finish_state: calls.State.acc
+  float* mean;                                         // [b][d] out of memokern_finish_sums
   double *log_z, *mean_logit, *mean_bias, *weight_sq;  // [b] out of memokern_finish_sums
-  float* score;          // [b][d] out of memokern_finish_sums, or null
-  double tikhonov;       // c: the score is residual / (sigma^2 + c); 0 for none
+  float* score;                                        // [b][d] out of memokern_finish_sums, or null
+  double tikhonov;                                     // c: the score is residual / (sigma^2 + c); 0 for none
   double log_threshold;  // log tau of empirical Bayes: times min(1, Z / tau); -inf for none
 };
 

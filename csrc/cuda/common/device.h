@@ -102,16 +102,17 @@ MK_DEVICE void barrier_wait(u64* b, u32 parity) {
 }
 // Addresses and bytes are multiples of 16.
 MK_DEVICE void bulk_copy(void* to, const void* from, u32 bytes, u64* b) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                   shared_address(to)),
-               "l"(from), "r"(bytes), "r"(shared_address(b))
-               : "memory");
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+          shared_address(to)),
+      "l"(from), "r"(bytes), "r"(shared_address(b))
+      : "memory");
 }
 
 // --- products of tiles ------------------------------------------------------------------------------------
-// c += A B for A [16][16], B [16][8], in the layout of mma.m16n8k16: with g = lane / 4 and t = lane % 4, c has
-// rows g, g + 8 and columns 2 t, 2 t + 1; a has rows g, g + 8 and columns 2 t, 2 t + 1, + 8; b0 and b1 have
-// column g and rows 2 t, 2 t + 1, + 8.
+// c += A B for A [16][16], B [16][8], in the layout of mma.m16n8k16: with g = lane / 4 and t = lane % 4, c
+// has rows g, g + 8 and columns 2 t, 2 t + 1; a has rows g, g + 8 and columns 2 t, 2 t + 1, + 8; b0 and b1
+// have column g and rows 2 t, 2 t + 1, + 8.
 template <bool kBrain>
 MK_DEVICE void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   if (kBrain)

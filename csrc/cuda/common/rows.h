@@ -9,9 +9,9 @@
 namespace memokern {
 namespace cuda {
 
-// kBytes: of a stored number. kBrain: whether products are of bfloat16, else of float16. kTerms: 16-bit numbers
-// whose sum is a feature of a query, to 22 bits (float16) or 24 (bfloat16). kPieces: the same of a row.
-// kOffset: what is added to a row as stored.
+// kBytes: of a stored number. kBrain: whether products are of bfloat16, else of float16. kTerms: 16-bit
+// numbers whose sum is a feature of a query, to 22 bits (float16) or 24 (bfloat16). kPieces: the same of a
+// row. kOffset: what is added to a row as stored.
 template <int kType>
 struct Stored;
 template <>

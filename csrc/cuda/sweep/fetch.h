@@ -10,13 +10,13 @@ struct Tiles {
   i64 n;      // rows
   int count;  // tiles of this cluster
   int width;  // features of this block that exist
-
-  MK_DEVICE i64 first_row(int i) const { return ((i64)i * cluster_count() + cluster_index()) * kRows; }
-  MK_DEVICE int rows(int i) const {
-    const i64 left = n - first_row(i);
-    return left < kRows ? (int)left : (int)kRows;
-  }
 };
+MK_DEVICE i64 first_row(int i) { return ((i64)i * cluster_count() + cluster_index()) * kRows; }
+// Of tile i.
+MK_DEVICE int rows_of(const Tiles& tiles, int i) {
+  const i64 left = tiles.n - first_row(i);
+  return left < kRows ? (int)left : (int)kRows;
+}
 MK_DEVICE Tiles tiles_of(const SweepParams& p) {
   const i64 all = (p.n + kRows - 1) / kRows, own = all - cluster_index();
   const i64 left = p.d - (i64)cluster_rank() * kFeatures;
@@ -35,9 +35,9 @@ MK_DEVICE void fetch(const SweepParams& p, const Shared& s, const Tiles& tiles, 
   if (i >= tiles.count) return;
   enum { kBytes = Numbers::kBytes };
   u8* const to = stage(s, i);
-  const int rows = tiles.rows(i);
+  const int rows = rows_of(tiles, i);
   const u8* const from = (const u8*)p.rows + (i64)cluster_rank() * kFeatures * kBytes;
-  const i64 n0 = tiles.first_row(i);
+  const i64 n0 = first_row(i);
   if constexpr (kBulk) {
     if (warp_index() != 0) return;
     u64* const full = s.full + i % kStages;
@@ -62,11 +62,12 @@ MK_DEVICE void fetch(const SweepParams& p, const Shared& s, const Tiles& tiles, 
   }
 }
 
-// Waits for tile i. Rows that do not exist become zeros, because a weight of 0 times what lies there must be 0.
+// Waits for tile i. Rows that do not exist become zeros, because a weight of 0 times what lies there must be
+// 0.
 MK_DEVICE void wait_for_tile(const Shared& s, const Tiles& tiles, int i) {
   if constexpr (kBulk) {  // else the barriers since it was copied have made it visible
     barrier_wait(s.full + i % kStages, i / kStages & 1);
-    const int rows = tiles.rows(i);
+    const int rows = rows_of(tiles, i);
     if (rows == kRows) return;
     u32* const rest = (u32*)(stage(s, i) + rows * kRowPitch);
     for (int k = thread_index(); k < (kRows - rows) * kRowPitch / 4; k += kThreads) rest[k] = 0;

@@ -1,19 +1,12 @@
 // The last step of a sweep: the parts of the clusters are joined by the monoid of calls.State, and left as a
 // state or normalised, with the gate of a regularised score.
 //
-// One block owns a query and kFinishFeatures features. It streams the parts three times: for the smallest key,
-// for the largest m, and for the sums. With s = s_acc + s_near and zero the value of u = 0,
+// One block owns a query and kFinishFeatures features. It streams the parts three times: for the smallest
+// key, for the largest m, and for the sums. With s = s_acc + s_near and zero the value of u = 0,
 //
 //     sum w (y - c)         = scale acc + s_acc (zero - c) + (near + s_near (x - alpha c)) / alpha
 //     sum w (alpha y - x)   = alpha (scale acc + s_acc zero) - s_acc x + near
 #include "common/device.h"
-
-#ifndef MK_ROWS
-#error "MK_ROWS: the type of the rows, a code of RowType"
-#endif
-#ifndef MK_QUERIES
-#error "MK_QUERIES: of a launch of the sweep"
-#endif
 
 namespace memokern {
 namespace cuda {
@@ -26,7 +19,7 @@ struct Joined {
   bool lost, none;
 };
 MK_DEVICE double part_number(const FinishParams& p, i64 part, i64 row, i64 b) {
-  return p.states[(part * kState + row) * MK_QUERIES + b];
+  return p.states[(part * kState + row) * p.queries + b];
 }
 // What a part's sums are multiplied by; 0 where another key is smaller.
 MK_DEVICE double part_factor(const FinishParams& p, const Joined& j, i64 part, i64 b) {
@@ -50,7 +43,7 @@ MK_DEVICE Joined join_states(const FinishParams& p, i64 b) {
     j.s_sq += f * f * part_number(p, i, SSq, b);
     j.near_s += f * part_number(p, i, NearS, b);
   }
-  j.lost = (int)p.table[(i64)ModeRow * MK_QUERIES + b] == kLost || j.s != j.s;
+  j.lost = (int)p.table[(i64)ModeRow * p.queries + b] == kLost || j.s != j.s;
   j.none = j.s == 0 && !j.lost;
   return j;
 }
@@ -64,11 +57,11 @@ MK_DEVICE FeatureSums feature_sums(const FinishParams& p, const Joined& j, i64 b
   for (i64 i = 0; i < p.parts; i++) {
     const double f = part_factor(p, j, i, b);
     if (!(f > 0)) continue;
-    const i64 at = (i * MK_QUERIES + b) * p.dp + d;
+    const i64 at = (i * p.queries + b) * p.dp + d;
     acc += f * p.acc[at];
     if (part_number(p, i, NearS, b) > 0) near += f * p.near[at];
   }
-  const double zero = p.shift - (MK_ROWS == kU8 ? -128.0 : 0.0) * p.scale, alpha = p.alpha[b], x = p.x[b * p.d + d];
+  const double zero = p.zero, alpha = p.alpha[b], x = p.x[b * p.d + d];
   const double near_s = j.near_s > 0 ? j.near_s : 0, rest = fmax(j.s - near_s, 0.0);
   FeatureSums f;
   f.values = acc * p.scale + rest * (zero - c);
@@ -103,7 +96,7 @@ struct Logs {
   double log_z, mean_logit;
 };
 MK_DEVICE Logs logs_of(const FinishParams& p, const Joined& j, i64 b) {
-  const int mode = (int)p.table[(i64)ModeRow * MK_QUERIES + b];
+  const int mode = (int)p.table[(i64)ModeRow * p.queries + b];
   const double t = p.temperature[b], sigma = p.sigma[b];
   Logs l = {t * (j.m + log(j.s)), t * (j.m + j.s_v / j.s)};
   if (mode == kHard && j.key > 0) {

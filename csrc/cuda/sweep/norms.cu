@@ -13,7 +13,8 @@ MK_PLAIN_KERNEL(kNormThreads) memokern_sq_norms(MK_PARAMS(NormsParams, p)) {
   double sum = 0;
 #pragma unroll 4
   for (i64 d = lane_index(); d < p.d; d += 32) {
-    const double v = value_at<MK_ROWS>(p.rows, n * p.stride + d, (float)p.scale, (float)p.shift) - p.center[d];
+    const double v =
+        value_at<MK_ROWS>(p.rows, n * p.stride + d, (float)p.scale, (float)p.shift) - p.center[d];
     sum += v * v;
   }
   sum = warp_sum(sum);

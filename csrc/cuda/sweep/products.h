@@ -1,7 +1,7 @@
 // The two products of a tile, from the same rows in shared memory.
 //
-// Both read rows as they are stored and turn them into 16-bit numbers in registers. Each stored number is read
-// once in each product, in accesses that meet every bank once or twice. The order of features is that of
+// Both read rows as they are stored and turn them into 16-bit numbers in registers. Each stored number is
+// read once in each product, in accesses that meet every bank once or twice. The order of features is that of
 // common/rows.h: in the first product a thread's four features 4 t .. 4 t + 3 of a step of 16 stand for the
 // positions 2 t, 2 t + 1, 2 t + 8 and 2 t + 9 of mma, for which term_position() places the queries; in the
 // second the two features 2 g and 2 g + 1 of a group of 16 are column g of two products.
@@ -24,7 +24,7 @@ MK_DEVICE void multiply_queries(const Shared& s, const u8* rows) {
   enum {
     kRowBlocks = kRows / 8,
     kSteps = kFeatures / 16,
-    kProducts = kType == kF32 ? 6 : (int)Numbers::kTerms,
+    kProducts = kType == (int)kF32 ? 6 : (int)Numbers::kTerms,
     kRun = kProducts >= 4 ? 1 : 8 / kProducts / 2 * 2
   };
   const int warp = warp_index(), lane = lane_index(), g = lane >> 2, t = lane & 3;
@@ -48,15 +48,15 @@ MK_DEVICE void multiply_queries(const Shared& s, const u8* rows) {
         u32 b[2][Numbers::kPieces];
         pairs_of_row<kType>(*(const Words<Numbers::kBytes, 4>*)(row + step * 16 * Numbers::kBytes), b);
         MK_UNROLL
-        for (int q = 0; q < kBlocksOf16; q++)
+        for (int q = 0; q < kBlocksOf16; q++) MK_UNROLL
+        for (int i = Numbers::kTerms - 1; i >= 0; i--) {
+          u32 a[4];
+          load_a(a,
+                 s.terms + (i * kQueries + q * 16 + (lane & 15)) * kTermPitch + step * 16 + (lane >> 4) * 8);
           MK_UNROLL
-          for (int i = Numbers::kTerms - 1; i >= 0; i--) {
-            u32 a[4];
-            load_a(a, s.terms + (i * kQueries + q * 16 + (lane & 15)) * kTermPitch + step * 16 + (lane >> 4) * 8);
-            MK_UNROLL
-            for (int j = Numbers::kPieces - 1; j >= 0; j--)
-              if (i + j < kMostPairs) mma<Numbers::kBrain>(run[q], a, b[0][j], b[1][j]);
-          }
+          for (int j = Numbers::kPieces - 1; j >= 0; j--)
+            if (i + j < kMostPairs) mma<Numbers::kBrain>(run[q], a, b[0][j], b[1][j]);
+        }
       }
       MK_UNROLL
       for (int q = 0; q < kBlocksOf16; q++)
@@ -84,7 +84,9 @@ struct Accumulators {
 MK_DEVICE void accumulate(const Shared& s, const u8* rows, int slot, Accumulators& acc) {
   enum {
     // Groups that are added up together, as many as registers allow.
-    kMost = kBlocksOf16 == 1 ? 6 : kBlocksOf16 == 2 ? 3 : 1,
+    kMost = kBlocksOf16 == 1 ? 6
+    : kBlocksOf16 == 2       ? 3
+                             : 1,
     kTogether = kGroups < kMost ? kGroups : kMost,
     kWeightTerms = 2
   };
@@ -140,26 +142,25 @@ MK_DEVICE void accumulate(const Shared& s, const u8* rows, int slot, Accumulator
   }
 }
 
-// out [kQueries][kDP], of which the block owns kFeatures features. Weights were 2^15 times what they are where
-// they are float16's.
+// out [kQueries][kDP], of which the block owns kFeatures features. Weights were 2^15 times what they are
+// where they are float16's.
 MK_DEVICE void store_accumulators(const Accumulators& acc, float* out) {
   const int warp = warp_index(), lane = lane_index(), g = lane >> 2, t = lane & 3;
   const float unit = Numbers::kBrain ? 1.0f : 1.0f / 32768.0f;
   MK_UNROLL
-  for (int q = 0; q < kBlocksOf16; q++)
-    MK_UNROLL
-    for (int c = 0; c < kGroups; c++) {
-      const int group = c * kWarps + warp;
-      if (group >= kFeatures / 16) continue;
-      const float (&v)[2][4] = acc.v[q][c];
-      for (int half = 0; half < 2; half++) {
-        float* to = out + (i64)(q * 16 + g + 8 * half) * kDP + group * 16 + 4 * t;
-        to[0] = v[0][2 * half] * unit;
-        to[1] = v[1][2 * half] * unit;
-        to[2] = v[0][2 * half + 1] * unit;
-        to[3] = v[1][2 * half + 1] * unit;
-      }
+  for (int q = 0; q < kBlocksOf16; q++) MK_UNROLL
+  for (int c = 0; c < kGroups; c++) {
+    const int group = c * kWarps + warp;
+    if (group >= kFeatures / 16) continue;
+    const float (&v)[2][4] = acc.v[q][c];
+    for (int half = 0; half < 2; half++) {
+      float* to = out + (i64)(q * 16 + g + 8 * half) * kDP + group * 16 + 4 * t;
+      to[0] = v[0][2 * half] * unit;
+      to[1] = v[1][2 * half] * unit;
+      to[2] = v[0][2 * half + 1] * unit;
+      to[3] = v[1][2 * half + 1] * unit;
     }
+  }
 }
 
 }  // namespace cuda

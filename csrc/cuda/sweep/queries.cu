@@ -1,8 +1,8 @@
 // What is known of a query before the rows are read: its terms, and its column of the table.
 //
-// One block owns a query and streams its features twice: for their sums, and to write its terms, 16-bit numbers
-// whose sum is x - alpha center to the precision of a float, times a power of two that makes the largest
-// feature 128 to 256. Queries beyond the last real one become zeros.
+// One block owns a query and streams its features twice: for their sums, and to write its terms, 16-bit
+// numbers whose sum is x - alpha center to the precision of a float, times a power of two that makes the
+// largest feature 128 to 256. Queries beyond the last real one become zeros.
 #include "common/rows.h"
 #include "common/warp.h"
 
@@ -14,7 +14,8 @@ enum { kQueryThreads = 256, kQueryWarps = kQueryThreads / 32 };
 // The error of t relative to a1 |x| |y|, in units of 2^-24: as estimated where errors are independent, and as
 // bounded for any data.
 //
-// - The terms: float32's and bfloat16's leave out less than 1, float16's 2^-22; xc is rounded once, and so is t.
+// - The terms: float32's and bfloat16's leave out less than 1, float16's 2^-22; xc is rounded once, and so is
+// t.
 // - Tensor cores truncate: a run of up to 8 sums is short by 8 halves of a unit of what it adds up, and runs
 //   make up the whole. In the bound, 16 products of a step are aligned to the largest too.
 // - The sums of runs, of parts of a block, and of blocks are rounded to nearest.
@@ -52,9 +53,8 @@ MK_DEVICE QuerySums query_sums(const QueriesParams& p, i64 b, double alpha, doub
     s.top = fmax(s.top, fabs(xc));
   }
   const double all[5] = {warp_sum(s.xx), warp_sum(s.xo), warp_sum(s.oo), warp_sum(s.cc), warp_max(s.top)};
-  if (lane_index() == 0)
-    MK_UNROLL
-    for (int i = 0; i < 5; i++) shared[i * kQueryWarps + warp_index()] = all[i];
+  if (lane_index() == 0) MK_UNROLL
+  for (int i = 0; i < 5; i++) shared[i * kQueryWarps + warp_index()] = all[i];
   block_sync();
   QuerySums t = {0, 0, 0, 0, 0};
   for (int w = 0; w < kQueryWarps; w++) {

@@ -88,11 +88,9 @@ MK_KERNEL(kCluster, kThreads) memokern_sweep(MK_PARAMS(SweepParams, p)) {
   if (!kBulk) block_sync();
   Accumulators acc;
   MK_UNROLL
-  for (int q = 0; q < kBlocksOf16; q++)
-    MK_UNROLL
-    for (int c = 0; c < kGroups; c++)
-      MK_UNROLL
-      for (int i = 0; i < 8; i++) acc.v[q][c][i >> 2][i & 3] = 0;
+  for (int q = 0; q < kBlocksOf16; q++) MK_UNROLL
+  for (int c = 0; c < kGroups; c++) MK_UNROLL
+  for (int i = 0; i < 8; i++) acc.v[q][c][i >> 2][i & 3] = 0;
   bool has_near = false;  // whether this block has ever written to `near`
   for (int i = 0; i <= tiles.count; i++) {
     if (i < tiles.count) {
@@ -102,7 +100,7 @@ MK_KERNEL(kCluster, kThreads) memokern_sweep(MK_PARAMS(SweepParams, p)) {
     }
     if (i > 0) accumulate(s, stage(s, i - 1), (i - 1) & 1, acc);
     if (i == tiles.count) break;
-    const i64 n0 = tiles.first_row(i);
+    const i64 n0 = first_row(i);
     const LaneRows rows = lane_rows(p, n0);
     cluster_wait();
     bool marked = false;

@@ -12,17 +12,17 @@
 namespace memokern {
 namespace cuda {
 
-enum { kType = MK_ROWS };
+enum : int { kType = MK_ROWS };
 typedef Stored<kType> Numbers;
 
 enum : int {
-  kQueries = MK_QUERIES,       // of a launch, in blocks of 16
-  kCluster = MK_CLUSTER,       // blocks
-  kFeatures = MK_FEATURES,     // of a block: multiples of 16
-  kRows = MK_TILE,             // of a tile
-  kStages = MK_STAGES,         // tiles in shared memory
-  kBulk = MK_BULK,             // whether the machine copies rows by itself
-  kLogWeights = MK_LOG,        // weighting "log"
+  kQueries = MK_QUERIES,    // of a launch, in blocks of 16
+  kCluster = MK_CLUSTER,    // blocks
+  kFeatures = MK_FEATURES,  // of a block: multiples of 16
+  kRows = MK_TILE,          // of a tile
+  kStages = MK_STAGES,      // tiles in shared memory
+  kBulk = MK_BULK,          // whether the machine copies rows by itself
+  kLogWeights = MK_LOG,     // weighting "log"
   kThreads = 256,
   kWarps = kThreads / 32,
   kBlocksOf16 = kQueries / 16,
@@ -30,7 +30,7 @@ enum : int {
   kOwned = (kQueries + kCluster - 1) / kCluster,  // queries that a block weighs
   kLaneRows = kRows < 32 ? 1 : kRows / 32,        // rows of a lane when it weighs a tile
   kSplits = kRows < 64 ? 64 / kRows : 1,          // parts of the features in the first product
-  kTermPitch = kFeatures + 8,                     // 16 bytes more: the rows of a matrix lie in different banks
+  kTermPitch = kFeatures + 8,  // 16 bytes more: the rows of a matrix lie in different banks
   kPartPitch = kRows + 8,
   kWeightPitch = kRows + 8,
   // An odd number of 16 bytes, so that rows lie in different banks.
@@ -49,22 +49,23 @@ struct alignas(16) Owned {
   int mode;
   float factor;     // what the last tile multiplied the sums so far by
   u32 near_before;  // whether `near` had rows before the last tile
-  u32 marked[4];    // rows of the tile that are evaluated by direct differences; then those of them that are near
+  u32 marked[4];    // rows of the tile that are evaluated by direct differences; then those of them that are
+                    // near
 };
 
 MK_DEVICE constexpr i64 padded(i64 bytes) { return (bytes + 127) / 128 * 128 + kGap; }
 
 // Shared memory, array by array.
 struct Shared {
-  u64* full;       // [kStages] a tile has come
-  u16* terms;      // [kTerms][kQueries][kTermPitch] of the queries
-  u8* rows;        // [kStages][kRows][kRowPitch] as stored
-  float* part;     // [kSplits][kQueries][kPartPitch] own features' part of the products
-  u16* weights;    // [2 tiles][2 terms][kQueries][kWeightPitch]
-  float* factor;   // [2 tiles][kQueries] what the tile multiplies accumulators by
-  float* logit;    // [kOwned][kRows] t of the tile's rows
-  double* exact;   // [kOwned][kRows] squared distances, then weights of near rows
-  Owned* owned;    // [kOwned]
+  u64* full;      // [kStages] a tile has come
+  u16* terms;     // [kTerms][kQueries][kTermPitch] of the queries
+  u8* rows;       // [kStages][kRows][kRowPitch] as stored
+  float* part;    // [kSplits][kQueries][kPartPitch] own features' part of the products
+  u16* weights;   // [2 tiles][2 terms][kQueries][kWeightPitch]
+  float* factor;  // [2 tiles][kQueries] what the tile multiplies accumulators by
+  float* logit;   // [kOwned][kRows] t of the tile's rows
+  double* exact;  // [kOwned][kRows] squared distances, then weights of near rows
+  Owned* owned;   // [kOwned]
 };
 
 MK_DEVICE constexpr i64 shared_bytes() {

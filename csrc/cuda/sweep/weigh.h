@@ -55,8 +55,8 @@ MK_DEVICE float exact_from(float low, float err, bool hard) {
 
 // Weighting "log", v = -D / 2 log(r^2 / D) / T + bias / T: which rows must be evaluated, whose r^2 is known
 // up to delta.
-MK_DEVICE void mark_log(const Owned& o, const LaneRows& r, const float (&t)[kLaneRows], float err, double dims,
-                        bool (&marked)[kLaneRows]) {
+MK_DEVICE void mark_log(const Owned& o, const LaneRows& r, const float (&t)[kLaneRows], float err,
+                        double dims, bool (&marked)[kLaneRows]) {
   const double half = 0.5 * dims, delta = 2.0 * (double)err, inf = infinity();
   const bool all = err == (float)inf;
   double least = -inf;
@@ -94,10 +94,9 @@ MK_DEVICE bool mark_rows(const SweepParams& p, const Shared& s, int own, const L
     float dot = 0;
     if (j < kRows) {
       MK_UNROLL
-      for (int split = 0; split < kSplits; split++)
-        MK_UNROLL
-        for (int rank = 0; rank < kCluster; rank++)
-          dot += load_remote(s.part + (split * kQueries + b) * kPartPitch + j, rank);
+      for (int split = 0; split < kSplits; split++) MK_UNROLL
+      for (int rank = 0; rank < kCluster; rank++)
+        dot += load_remote(s.part + (split * kQueries + b) * kPartPitch + j, rank);
     }
     t[i] = dot * o.a1 - r.sq[i] * o.a2;
     if (!r.counts[i]) continue;

@@ -66,8 +66,8 @@ float from_half(u16 h);
 u16 to_brain(float v);
 u32 half2_subtract(u32 a, u32 b);
 
-// Runs a kernel of `clusters` clusters of `size` blocks; grid_y of these where there are several. seed 0: warps
-// run in order; else in a random one.
+// Runs a kernel of `clusters` clusters of `size` blocks; grid_y of these where there are several. seed 0:
+// warps run in order; else in a random one.
 typedef void (*Body)(const void* params);
 void launch(Body body, const void* params, int clusters, int grid_y, int size, int threads, i64 shared_bytes,
             unsigned seed);

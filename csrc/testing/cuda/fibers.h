@@ -119,7 +119,8 @@ static inline void entered() {
 // Makes the fibre begin at entry(), which must not return.
 static inline void prepare(Fiber& f, void (*entry)()) {
   if (!f.stack) {
-    void* p = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* p =
+        mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (p == MAP_FAILED) {
       fprintf(stderr, "emulator: no memory for a stack\n");
       abort();

@@ -30,7 +30,7 @@ u16 to_half(float v) {
   const u32 b = bits_of(v), sign = b >> 16 & 0x8000, size = b & 0x7fffffff;
   if (size > 0x7f800000) return 0x7fff;
   if (size >= 0x477ff000) return (u16)(sign | 0x7c00);  // rounds to 65536 or more
-  if (size < 0x38800000) {                             // below 2^-14: a multiple of 2^-24
+  if (size < 0x38800000) {                              // below 2^-14: a multiple of 2^-24
     const float scaled = fabsf(v) * 0x1p24f;
     return (u16)(sign | (u32)nearbyintf(scaled));
   }

@@ -122,7 +122,7 @@ static void wait_for(const u32* word, const char* what, Place at) {
 static void open_gate(Gate& g) {
   g.arrived = 0;
   g.generation++;
-  g.any[(g.generation + 1) & 1] = false;
+  g.any[g.generation & 1] = false;
 }
 
 static void run_thread() {
@@ -130,7 +130,8 @@ static void run_thread() {
   hb_acquire(&it.hb);
   it.body(it.params);
   Thread* t = it.now;
-  if (t->arrived) die("block %d thread %d left after it arrived at the cluster's barrier", t->block->rank, t->index);
+  if (t->arrived)
+    die("block %d thread %d left after it arrived at the cluster's barrier", t->block->rank, t->index);
   t->done = true;
   Block& b = *t->block;
   if (--b.live && b.gate.arrived == b.live) open_gate(b.gate);
@@ -184,7 +185,8 @@ void cluster_arrive(Place at) {
   it.now->arrival = arrive(it.gate, it.live, false, at, "the cluster's");
 }
 void cluster_wait(Place at) {
-  if (!it.now->arrived) die("a thread waits at the cluster's barrier before it arrives, %s:%d", at.file, at.line);
+  if (!it.now->arrived)
+    die("a thread waits at the cluster's barrier before it arrives, %s:%d", at.file, at.line);
   it.now->arrived = false;
   if (it.gate.generation == it.now->arrival) wait_for(&it.gate.generation, "the cluster's barrier", at);
   hb_acquire(&it.gate.hb[it.now->arrival & 1]);
@@ -208,7 +210,8 @@ const u8* exchange(Together what, const void* v, int bytes, Place at) {
     m.what = what;
     m.at = at;
   } else if (m.what != what || m.at.line != at.line) {
-    die("lanes of a warp are in different operations: %s:%d and %s:%d", m.at.file, m.at.line, at.file, at.line);
+    die("lanes of a warp are in different operations: %s:%d and %s:%d", m.at.file, m.at.line, at.file,
+        at.line);
   }
   memcpy(m.slots[generation & 1][lane], v, bytes);
   hb_release(&m.hb[generation & 1]);

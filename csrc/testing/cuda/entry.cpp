@@ -1,0 +1,67 @@
+// One variant of one device source, for the emulator: a library of its own, with the runtime in it.
+// MK_SOURCE is the source, and the other macros are those of the variant.
+#include <cstring>
+
+#include "emulator.h"
+#include MK_SOURCE
+
+using namespace memokern::cuda;
+
+namespace {
+
+struct Entry {
+  const char* name;
+  emulator::Body body;
+  int cluster, threads;
+  i64 shared_bytes;
+};
+template <class P, void (*kKernel)(const P&)>
+void run(const void* params) {
+  kKernel(*(const P*)params);
+}
+
+#define MK_ENTRY(name, params, cluster, threads, bytes) {#name, run<params, name>, cluster, threads, bytes}
+const Entry entries[] = {
+#if defined(MK_IS_SWEEP)
+    MK_ENTRY(memokern_sweep, SweepParams, kCluster, kThreads, shared_bytes()),
+#elif defined(MK_IS_QUERIES)
+    MK_ENTRY(memokern_queries, QueriesParams, 1, kQueryThreads, 512),
+#elif defined(MK_IS_NORMS)
+    MK_ENTRY(memokern_sq_norms, NormsParams, 1, kNormThreads, 0),
+#elif defined(MK_IS_FINISH)
+    MK_ENTRY(memokern_finish_state, FinishParams, 1, kFinishThreads, 0),
+    MK_ENTRY(memokern_finish_sums, FinishParams, 1, kFinishThreads, 0),
+#elif defined(MK_IS_FAULTS)
+    MK_FAULT_ENTRIES
+#endif
+};
+
+const Entry* find(const char* name) {
+  for (const Entry& e : entries)
+    if (!strcmp(e.name, name)) return &e;
+  return nullptr;
+}
+
+}  // namespace
+
+extern "C" {
+
+// The dynamic shared memory of an entry, with the gaps that the emulator adds between arrays.
+__attribute__((visibility("default"))) long long memokern_shared_bytes(const char* name) {
+  const Entry* e = find(name);
+  return e ? e->shared_bytes : -1;
+}
+// The gaps alone: so much less is what the device needs.
+__attribute__((visibility("default"))) int memokern_gap() { return kGap; }
+
+// Runs an entry. Returns 0, or 1 where there is none of this name. A fault ends the process.
+__attribute__((visibility("default"))) int memokern_emulate(const char* name, const void* params,
+                                                            long long grid_x, long long grid_y,
+                                                            unsigned seed) {
+  const Entry* e = find(name);
+  if (!e || grid_x % e->cluster) return 1;
+  emulator::launch(e->body, params, (int)(grid_x / e->cluster), (int)grid_y, e->cluster, e->threads,
+                   e->shared_bytes, seed);
+  return 0;
+}
+}
