@@ -29,7 +29,7 @@ ARM ?= aarch64-linux-gnu
 QEMU ?= qemu-aarch64
 BIN = $(VENV)/bin
 SOURCES = $(shell find csrc -type f) setup.py pyproject.toml
-CPP = $(shell find csrc tests/cpp -name "*.h" -o -name "*.cpp")
+CPP = $(shell find csrc tests/cpp -name "*.h" -o -name "*.cpp" -o -name "*.cu")
 
 .PHONY: demo test test-all fuzz bench lint integrations peers gpu-check kernels sanitize sanitize-cpu neon clean
 

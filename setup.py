@@ -106,7 +106,7 @@ def extension(name, sources):
         define_macros=[("MEMOKERN_HAVE_X86", "1")] if X86 else [],
         extra_compile_args=FLAGS + OPENMP,
         extra_link_args=OPENMP,
-        depends=sorted(str(path) for path in Path("csrc").rglob("*.h")),
+        depends=sorted(str(h) for h in Path("csrc").rglob("*.h") if "cuda" not in h.parts),
     )
 
 

@@ -19,8 +19,8 @@ FLAGS = (
     "-Wno-unknown-pragmas", "-Wno-unused-function",
 )  # fmt: skip
 INCLUDES = ("-I", str(ROOT / "cuda"), "-I", str(ROOT / "testing" / "cuda"))
-# What each sanitizer's builds are compiled with. The runtime tells ThreadSanitizer of its fibres and
-# is not watched itself.
+# What each sanitizer's builds are compiled with: kernels, and the runtime, which tells
+# ThreadSanitizer of its fibres and is not watched itself.
 SANITIZERS = {
     "": ((), ()),
     "address": (("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),) * 2,

@@ -18,8 +18,8 @@ pytestmark = pytest.mark.skipif(
     cuda_emulator.missing() is not None, reason=str(cuda_emulator.missing())
 )
 
-# Together these have several sizes of tiles, numbers of stages, queries and blocks, and both ways of
-# copying.
+# Together these have several sizes of tiles, numbers of stages, queries and blocks, and both ways
+# of copying.
 VARIANTS = {
     U8: Variant(tile=32),
     BF16: Variant(tile=64, stages=3),
