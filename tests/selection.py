@@ -32,11 +32,11 @@ def select(items: Sequence[Any], isas: Sequence[str], interpreted: Iterable[str]
 
 
 def share(item: Any, interpreted: set[str]) -> int:
-    """Of how many cases one is run: what the marker `one_of(n)` says, and three times as many where
+    """Of how many cases one is run: what the marker `one_of(n)` says, and four times as many where
     an interpreter takes a thousand times as long as what it interprets."""
     marker = item.get_closest_marker("one_of")
     every: int = marker.args[0] if marker else 1
-    return 3 * every if backend_of(item) in interpreted else every
+    return 4 * every if backend_of(item) in interpreted else every
 
 
 def one_other_instruction_set(items: Sequence[Any], isas: Sequence[str]) -> None:

@@ -94,6 +94,12 @@ def _parsed(path: str, text: str) -> ast.Module:
     return ast.parse(text, path)
 
 
+@functools.cache
+def _nodes(tree: ast.Module) -> tuple[ast.AST, ...]:
+    """All that is in a module, walked through once for all rules."""
+    return tuple(ast.walk(tree))
+
+
 class Import(NamedTuple):
     """A name taken from a module of the package. target: the module's dotted name; what: the name
     taken, "" for the module itself."""
@@ -111,7 +117,7 @@ def imports(module: Module, known: dict[str, Module]) -> Iterator[Import]:
             return ""
         return dotted.removeprefix("memokern.") if dotted.startswith("memokern.") else None
 
-    for node in ast.walk(module.tree):
+    for node in _nodes(module.tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 target = below(alias.name)
@@ -248,7 +254,7 @@ def crossing_names(sources: Sources) -> list[str]:
                 broken.append(f"{module.path}:{found.line} imports {name} of {found.target}")
         mine = _defined(module.tree) | TUPLE_METHODS | MODULE_HOOKS
         foreign = _names_of_torch(module.tree)
-        for node in ast.walk(module.tree):
+        for node in _nodes(module.tree):
             if not isinstance(node, ast.Attribute) or not _is_private(node.attr):
                 continue
             if node.attr not in mine and _dotted(node).split(".")[0] not in foreign:
@@ -276,7 +282,7 @@ def torch_internals(sources: Sources) -> list[str]:
         if module.path.startswith(USE_TORCH_INTERNALS):
             continue
         foreign = _names_of_torch(module.tree)
-        for node in ast.walk(module.tree):
+        for node in _nodes(module.tree):
             names: list[str] = []
             if isinstance(node, ast.Attribute) and _dotted(node).split(".")[0] in foreign:
                 names = [_dotted(node)] if _is_private(node.attr) else []
@@ -300,12 +306,12 @@ def positional_counts(sources: Sources) -> list[tuple[int, str]]:
     for module in modules(sources).values():
         methods = {
             id(inner): any(_dotted(d) == "staticmethod" for d in inner.decorator_list)
-            for node in ast.walk(module.tree)
+            for node in _nodes(module.tree)
             if isinstance(node, ast.ClassDef)
             for inner in node.body
             if isinstance(inner, ast.FunctionDef | ast.AsyncFunctionDef)
         }
-        for node in ast.walk(module.tree):
+        for node in _nodes(module.tree):
             if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 continue
             if any(_is_jit(decorator) for decorator in node.decorator_list):

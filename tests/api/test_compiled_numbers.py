@@ -40,7 +40,7 @@ def follows_every_value(step, x, graphs=2) -> None:
 
 
 @pytest.mark.parametrize("name", processes.NAMES)
-@pytest.mark.one_of(3)
+@pytest.mark.one_of(6)
 def test_a_samplers_step_over_process_times(name):
     network = Denoiser(normal(9, 4, seed=1), processes.get(name))
 
@@ -87,8 +87,8 @@ def test_every_function(name, batch, wrapped):
     follows_every_value(lambda x, a, b: function(x, data, a, b), normal(batch, 4, seed=2))
 
 
-@pytest.mark.one_of(3)
 @pytest.mark.parametrize("name", processes.NAMES)
+@pytest.mark.one_of(6)
 def test_what_a_process_makes_of_numbers(name):
     """time_of_sigma, time_of_ratio and round_sigma are called in loops too."""
     process = processes.get(name)

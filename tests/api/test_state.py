@@ -62,6 +62,7 @@ BIASES = {
 @pytest.mark.parametrize("bias", BIASES)
 @pytest.mark.parametrize("weighting", ["gaussian", "log"])
 @pytest.mark.parametrize("dtype", [F32, F64], ids=["float32", "float64"])
+@pytest.mark.one_of(2)
 def test_parts_are_the_whole_at_every_sigma(backend, dtype, weighting, bias) -> None:
     """Ties over the boundary, hits in one part, parts of which no row is left."""
     if backend == "triton" and dtype == F64:

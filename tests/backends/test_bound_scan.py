@@ -107,6 +107,7 @@ def promised(kernels: str, kind: str, half: bool) -> list[tuple[Query, Rows, Log
 @every_backend
 @pytest.mark.parametrize("half", [True, False], ids=["float16", "float32"])
 @pytest.mark.parametrize("kind", ["random", "clustered", "duplicated"])
+@pytest.mark.one_of(2)
 def test_lists_keep_their_promise(backend: str, kind: str, half: bool) -> None:
     few, kernels = 0, backend.partition(":")[0]
     for query, rows, bounds, t in promised(kernels, kind, half):

@@ -22,7 +22,7 @@ def _backward(backend: str, query: Query, rows: Rows, seed: int) -> tuple[Sums, 
 
 
 @over(cases.gradients, "group")
-@pytest.mark.one_of(2)
+@pytest.mark.one_of(4)
 def test_as_autograd_through_the_definition(backend: str, group: list[Case]) -> None:
     for case in group:
         query, rows, grads, want = cases.with_gradients(case)

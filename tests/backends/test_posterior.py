@@ -30,6 +30,7 @@ def test_as_the_definition(backend: str, group: list[Case]) -> None:
 
 
 @over(cases.contract, "dtype", "sigma")
+@pytest.mark.one_of(2)
 def test_contract_at_every_sigma_with_near_duplicates(
     backend: str, dtype: torch.dtype, sigma: float
 ) -> None:

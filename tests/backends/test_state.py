@@ -66,6 +66,7 @@ def test_normalised_it_is_the_posterior(backend: str, group: list[Case]) -> None
 
 
 @over(cases.states, "group", backends=INSTALLED)
+@pytest.mark.one_of(3)
 def test_parts_join_to_the_whole(backend: str, group: list[Case]) -> None:
     """One row, the others in two parts of different size; their centers differ."""
     for case in group:

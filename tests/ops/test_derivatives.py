@@ -72,7 +72,7 @@ KINDS = pytest.mark.parametrize(
 
 
 @KINDS
-@pytest.mark.one_of(2)
+@pytest.mark.one_of(4)
 def test_posterior(backend, weighting, bias, known, own) -> None:
     """Also with rows that are left out: no second derivative may become NaN."""
     query, rows = problem(weighting, bias, known, own)

@@ -61,6 +61,7 @@ FOR = {"reference": ("float64", "float32-log"), "triton": ("float32-log",)}
 
 @pytest.mark.parametrize("kind", CHECKED)
 @checked_by_pytorch
+@pytest.mark.one_of(3)
 def test_opcheck_of_the_dense_sweep(kind: str, backend: str) -> None:
     if kind not in FOR.get(backend, CHECKED):
         pytest.skip("the compiled kernels have this kind")
@@ -78,7 +79,7 @@ def test_opcheck_of_the_dense_sweep(kind: str, backend: str) -> None:
 
 @pytest.mark.parametrize("kind", CHECKED)
 @checked_by_pytorch
-@pytest.mark.one_of(2)
+@pytest.mark.one_of(4)
 def test_opcheck_of_the_state(kind: str, backend: str) -> None:
     if kind not in FOR.get(backend, CHECKED):
         pytest.skip("the compiled kernels have this kind")
@@ -97,7 +98,7 @@ def test_opcheck_of_nearest(dtype: torch.dtype, backend: str) -> None:
 @pytest.mark.parametrize("bias", [None, "normal"])
 @pytest.mark.parametrize("dtype", [F32, F64], ids=["float32", "float64"])
 @checked_by_pytorch
-@pytest.mark.one_of(2)
+@pytest.mark.one_of(4)
 def test_opcheck_of_listed_rows(dtype: torch.dtype, bias: str | None, backend: str) -> None:
     if backend == "triton" and dtype == F64:
         pytest.skip("float64 goes to the reference, whose tests these are")

@@ -10,7 +10,6 @@ from memokern.backends.cpu.native import (
     module,
     native_query,
     native_rows,
-    pointer,
     row_types,
     threads,
 )

@@ -3,9 +3,7 @@ operations: they run over all of them (`harness.ISAS`)."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -16,31 +14,33 @@ if "cpu" not in harness.INSTALLED:
     pytest.skip("the compiled module is missing", allow_module_level=True)
 
 from memokern.backends.cpu import native
+from memokern.util import env
 from tests import compiled, isas
 
 
-def _child(isa: str, code: str) -> subprocess.CompletedProcess[str]:
-    env = os.environ | {"MEMOKERN_ISA": isa, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300
-    )
+@pytest.fixture
+def read_anew(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], str]]:
+    """What a process that begins with this value of the variable chooses."""
+    before = native.module().isa()
 
+    def chosen(isa: str) -> str:
+        monkeypatch.setenv(env.ISA, isa)
+        return str(native.module.__wrapped__().isa())
 
-WHICH = "from memokern.backends import protocol; print(protocol.get('cpu').isa())"
+    yield chosen
+    native.module().select_isa(before)
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-@pytest.mark.one_of(3)
-def test_the_variable_chooses(isa: str) -> None:
+def test_the_variable_chooses(isa: str, read_anew: Callable[[str], str]) -> None:
     if isa not in isas.usable():
         pytest.skip(f"{isa} does not run here")
-    assert _child(isa, WHICH).stdout.strip() == isa
+    assert read_anew(isa) == isa == protocol.get("cpu").isa()
 
 
-def test_an_unknown_name_is_refused() -> None:
-    done = _child("sse9", WHICH)
-    assert "MEMOKERN_ISA=sse9" in done.stderr and "baseline" in done.stderr
-    assert done.returncode != 0
+def test_an_unknown_name_is_refused(read_anew: Callable[[str], str]) -> None:
+    with pytest.raises(RuntimeError, match=r"MEMOKERN_ISA=sse9.*baseline"):
+        read_anew("sse9")
 
 
 def test_one_that_does_not_run_here_is_refused() -> None:

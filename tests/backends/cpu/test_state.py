@@ -93,7 +93,7 @@ def with_hits(query: Query, rows: Rows) -> Query:
 @pytest.mark.parametrize("sigma", SIGMAS)
 @pytest.mark.parametrize("dtype", ROW_TYPES, ids=name_of)
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.one_of(4)
+@pytest.mark.one_of(8)
 def test_state_of_gaussian_weights(way: str, dtype: torch.dtype, sigma: float) -> None:
     b, n, d = WAYS[way]
     for bias, temperature in ((None, 1.0), ("holes", 1.7)):
@@ -133,6 +133,7 @@ def test_exact_hits(way: str, weighting: str) -> None:
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 @pytest.mark.parametrize("sigma", [0.0, 0.5])
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.one_of(2)
 def test_queries_without_weight_or_number(way: str, sigma: float, weighting: str) -> None:
     """Rows that are all left out give the neutral state; a query that is not finite NaN."""
     b, n, d = WAYS[way]

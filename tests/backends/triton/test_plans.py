@@ -77,6 +77,7 @@ def test_tails_of_rows_and_queries_in_chunks(b: int, n: int, in_chunks: None) ->
 
 
 @pytest.mark.parametrize("dtype", ROW_TYPES)
+@pytest.mark.one_of(2)
 def test_rows_through_descriptors(dtype: torch.dtype, in_chunks: None, monkeypatch) -> None:
     """The same bits as by pointers, at ragged edges of rows and features, in chunks; NaN beyond a
     view's own features stays outside."""
