@@ -7,7 +7,16 @@ A new input of the sweep is a field of :class:`Query` or :class:`Rows`; a new ou
 from memokern.calls.arguments import WEIGHTINGS, Condition, LogitBounds, Query, RowLists, Rows
 from memokern.calls.bias import condition_bias, condition_squares, with_own_bias
 from memokern.calls.results import BasicSums, Gradients, Scan, Sums
-from memokern.calls.state import State, by_key, empty_state, merge, to_sums, without
+from memokern.calls.state import (
+    State,
+    by_key,
+    empty_state,
+    joint_key,
+    merge,
+    rescaled,
+    to_sums,
+    without,
+)
 
 __all__ = [
     "WEIGHTINGS",
@@ -25,7 +34,9 @@ __all__ = [
     "condition_bias",
     "condition_squares",
     "empty_state",
+    "joint_key",
     "merge",
+    "rescaled",
     "to_sums",
     "with_own_bias",
     "without",

@@ -78,22 +78,40 @@ def merge(a: State, b: State, by_key: Tensor | None = None) -> State:
     The result is about a's center. Cost: a few operations on [B, D].
     """
     key = torch.minimum(a.key, b.key)
-    m_a, m_b = (_beside(state, key, by_key) for state in (a, b))
-    has_a, has_b = ~torch.isneginf(m_a), ~torch.isneginf(m_b)
-    m = torch.maximum(m_a, m_b)
-    # 0 where neither has weight, whose m is -inf.
-    gap_a, gap_b = torch.where(has_a, m_a - m, 0.0), torch.where(has_b, m_b - m, 0.0)
-    f_a, f_b = torch.where(has_a, gap_a.exp(), 0.0), torch.where(has_b, gap_b.exp(), 0.0)
+    m = torch.maximum(*(_beside(state, key, by_key) for state in (a, b)))
+    one, other = (rescaled(state, key, m, by_key, a.center) for state in (a, b))
+    sums = (u + v for u, v in zip(one[2:8], other[2:8], strict=True))
+    weighs = (a.s != 0) | (b.s != 0)  # NaN, of a query that is not finite, counts
+    return State(torch.where(weighs, key, torch.inf), m, *sums, a.center)
+
+
+def joint_key(key: Tensor, m: Tensor, s: Tensor, by_key: Tensor | None) -> tuple[Tensor, Tensor]:
+    """key and m [B] of the union of parts whose key, m and s are [parts, B]."""
+    least = key.amin(0)
+    beside = torch.where(s == 0, -torch.inf, _m_at(key, m, least, by_key))
+    return torch.where((s != 0).any(0), least, torch.inf), beside.amax(0)
+
+
+def rescaled(
+    state: State, key: Tensor, m: Tensor, by_key: Tensor | None, center: Tensor
+) -> State:
+    """The state's sums relative to the key and m of a union that it is a part of, and about that
+    one's center: those of the parts add up to the union's. 0 where the part has no weight in it."""
+    mine = _beside(state, key, by_key)
+    has = ~torch.isneginf(mine)
+    gap = torch.where(has, mine - m, 0.0)
+    f = torch.where(has, gap.exp(), 0.0)
+    kind = state.acc.dtype
     return State(
-        torch.where(has_a | has_b, key, torch.inf),
+        key,
         m,
-        _add(f_a, a.s, f_b, b.s),
-        _add(f_a, a.s_v + a.s * gap_a, f_b, b.s_v + b.s * gap_b),
-        _add(f_a, a.s_bias, f_b, b.s_bias),
-        _add(f_a.square(), a.s_sq, f_b.square(), b.s_sq),
-        _add(f_a[:, None], a.acc, f_b[:, None], _about(b, a.center)).to(a.acc.dtype),
-        _add(f_a[:, None], a.residual, f_b[:, None], b.residual).to(a.acc.dtype),
-        a.center,
+        _times(f, state.s),
+        _times(f, state.s_v + state.s * gap),
+        _times(f, state.s_bias),
+        _times(f.square(), state.s_sq),
+        _times(f[:, None], _about(state, center)).to(kind),
+        _times(f[:, None], state.residual).to(kind),
+        center,
     )
 
 
@@ -107,18 +125,21 @@ def by_key(query: Query) -> Tensor:
 
 def _beside(state: State, key: Tensor, by_key: Tensor | None) -> Tensor:
     """m as if the state had this key, which is no larger than its own; -inf without weight."""
-    same = (state.key == key) & ~torch.isinf(key)
-    if by_key is None:
-        m = torch.where(same, state.m, -torch.inf)
-    else:
-        m = torch.where(same, state.m, state.m - (state.key - key) * by_key)
     # A query that is not finite counts as having weight: a comparison with NaN is false.
-    return torch.where(state.s == 0, -torch.inf, m)
+    return torch.where(state.s == 0, -torch.inf, _m_at(state.key, state.m, key, by_key))
 
 
-def _add(f_a: Tensor, a: Tensor, f_b: Tensor, b: Tensor) -> Tensor:
-    """f_a a + f_b b, where a factor of 0 leaves its sum out, whatever it is."""
-    return torch.where(f_a == 0, 0.0, f_a * a) + torch.where(f_b == 0, 0.0, f_b * b)
+def _m_at(mine: Tensor, m: Tensor, key: Tensor, by_key: Tensor | None) -> Tensor:
+    """m of a part with key `mine`, as if its key were this one."""
+    same = (mine == key) & ~torch.isinf(key)
+    if by_key is None:
+        return torch.where(same, m, -torch.inf)
+    return torch.where(same, m, m - (mine - key) * by_key)
+
+
+def _times(f: Tensor, value: Tensor) -> Tensor:
+    """f times the value, where a factor of 0 leaves it out, whatever it is."""
+    return torch.where(f == 0, 0.0, f * value)
 
 
 def _about(state: State, center: Tensor) -> Tensor:
