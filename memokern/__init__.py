@@ -26,8 +26,9 @@ from memokern.functional import (
 from memokern.given import Given
 from memokern.partial import PosteriorState, merge, posterior_state
 from memokern.strategies.certificate import Certificate
+from memokern.util.version import VERSION
 
-__version__ = "0.1.0"
+__version__ = VERSION
 __all__ = [
     "Certificate",
     "Denoiser",

@@ -3,20 +3,35 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from memokern import ops, validate
 from memokern.calls import Query, Rows, by_key
+from memokern.data.parted import PartedSet
 from memokern.data.training_set import TrainingSet
+from memokern.strategies import parted
 from memokern.strategies.dense import weights as dense_weights
-from memokern.validate import PerQuery, checked
+from memokern.validate import Asked, PerQuery, checked
 
 # 1 GiB of float64.
 MAX_DENSE_WEIGHTS = 1 << 27
 # Weights at once where log_z is infinite and has no gradient.
 BLOCK = 1 << 22
+
+
+def _checked(x: Tensor, data: TrainingSet | Tensor, *given: Any) -> Asked:
+    """:func:`memokern.validate.checked`; of rows that are apart, with all their processes."""
+    if not isinstance(data, PartedSet):
+        return checked(x, data, *given)
+
+    def check() -> Asked:
+        parted.require_replicated(data, "what is found for each row")
+        return checked(x, data, *given)
+
+    return parted.together(data, "arguments", check)
 
 
 def weights(
@@ -39,7 +54,11 @@ def weights(
         >>> memokern.weights(torch.zeros(1, 1), torch.tensor([[-1.0], [1.0]]), 0.5).tolist()
         [[0.5, 0.5]]
     """
-    asked = checked(validate.computable(x), data, sigma, alpha, temperature, bias, weighting)
+    asked = _checked(validate.computable(x), data, sigma, alpha, temperature, bias, weighting)
+    if isinstance(data, PartedSet):
+        found = list(parted.weights(asked.query, data))
+        none = [asked.sigma.new_zeros(asked.sigma.numel(), 0)]
+        return torch.cat(found or none, 1).reshape(*asked.batch, data.n_here)
     b, n = math.prod(asked.batch), asked.data.rows.n
     if b * n > MAX_DENSE_WEIGHTS:
         raise ValueError(
@@ -74,8 +93,10 @@ def row_weights(
         >>> memokern.row_weights(torch.tensor([[0.0], [9.0]]), rows, 0.5)
         tensor([0.5000, 1.5000], dtype=torch.float64)
     """
-    asked = checked(validate.computable(x).detach(), data, sigma, alpha, temperature, bias)
+    asked = _checked(validate.computable(x).detach(), data, sigma, alpha, temperature, bias)
     query, rows = asked.query.detach(), asked.data.rows.detach()
+    if isinstance(data, PartedSet):
+        return parted.row_weights(query, data, BLOCK)
     total = torch.zeros(rows.n, dtype=torch.float64, device=query.x.device)
     zero = query.sigma == 0
     for at in zero.nonzero()[:, 0].split(max(1, BLOCK // rows.n)):
@@ -121,12 +142,14 @@ def draw(
         >>> memokern.draw(torch.full((4, 1), 4.9), rows, 0.1).tolist()
         [2, 2, 2, 2]
     """
-    asked = checked(validate.computable(x).detach(), data, sigma, alpha, temperature, bias)
+    asked = _checked(validate.computable(x).detach(), data, sigma, alpha, temperature, bias)
     query, rows = asked.query.detach(), asked.data.rows.detach()
     if generator is not None and generator.device.type != "cpu":
         raise ValueError(f"expected a generator of the CPU, got one of {generator.device}")
     u = torch.rand(len(query.x), 2, dtype=torch.float64, generator=generator, device="cpu")
     u = 1 - u.to(query.x.device)  # above 0, so that no row without weight is drawn
+    if isinstance(data, PartedSet):
+        return parted.draw(query, data, u, max(16, math.isqrt(data.n))).reshape(asked.batch)
     size = max(16, math.isqrt(rows.n))
     keys, masses = [], []
     for start in range(0, rows.n, size):

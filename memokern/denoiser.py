@@ -115,10 +115,10 @@ class Denoiser(EDMNetwork, nn.Module):
             data = TrainingSet(data)
         self.process, self.regularizer = process, regularizer
         self.prediction, self.method = prediction, method
-        self._name, self._persistent = data.name, persistent
+        self._persistent = persistent
         self._data = data
         for name, value in {
-            "rows": data.rows.reshape((data.n, *data.shape)),
+            "rows": data.rows.reshape((len(data.rows), *data.shape)),
             "affine": self._affine(data).to(data.device),
             **{name: getattr(data, name) for name in PER_ROW},
         }.items():
@@ -162,14 +162,8 @@ class Denoiser(EDMNetwork, nn.Module):
 
     def _renew(self, scale: float, shift: float) -> None:
         """Makes the training set anew from the buffers as they are now."""
-        self._data = TrainingSet(
-            self.rows,
-            **{name: getattr(self, name) for name in PER_ROW},
-            scale=scale,
-            shift=shift,
-            name=self._name,
-            check=False,
-        )
+        own = {name: getattr(self, name) for name in PER_ROW}
+        self._data = self._data.renewed(self.rows, scale, shift, **own)
         self._held = Held(self._buffers)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Denoiser:
@@ -243,7 +237,7 @@ class Denoiser(EDMNetwork, nn.Module):
         super().__setstate__(state)
         if self._buffers["rows"] is None:
             data = self._data
-            self._buffers["rows"] = data.rows.reshape((data.n, *data.shape))
+            self._buffers["rows"] = data.rows.reshape((len(data.rows), *data.shape))
         self._held, self._spare = Held(self._buffers), None  # copies count from 0
 
     # --- evaluation -------------------------------------------------------------------------
@@ -295,7 +289,7 @@ class Denoiser(EDMNetwork, nn.Module):
         batch = validate.batch_shape(x, self.data)
         asked = validate.checked(x, self.data, sigma, alpha, 1.0, bias)
         index = sweep.index_for(self.data, self.method)
-        found = groups(self.data, batch, wanted, sweep.why_in_groups(asked, index) is None)
+        found = groups(self.data, batch, wanted, sweep.why_in_groups(asked, self.data, index) is None)
         if not found:
             return self._evaluate(x, self.data, sigma, alpha, bias, certificate)
         flat = x.reshape(-1, *self._data.shape)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from memokern.conditional import count_labels
 from memokern.data.training_set import TrainingSet
 from memokern.processes import Process
 
@@ -68,4 +67,5 @@ class EDMNetwork:
     @property
     def label_dim(self) -> int:
         """The number of labels, 1 more than the largest; 0 without labels."""
-        return count_labels(self.data)
+        count: int = self.data.label_count()
+        return count

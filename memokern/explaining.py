@@ -51,7 +51,7 @@ def explain(
     index = index_for(data, method)
     asked = checked(computable(x), data, sigma, alpha, temperature, bias, weighting)
     if k:
-        check_k(k, asked.data.rows)
+        check_k(k, asked.data.rows.n)
     query, rows = asked.query, asked.data.rows
     found = explanation.explain(query, rows, index, method, k)
     if k or (label is None and condition is None and leave_out is None):
@@ -60,7 +60,7 @@ def explain(
         return replace(
             found, strategy=f"a sweep for each label, or one over lists: {found.strategy}"
         )
-    why = why_in_groups(asked, index)
+    why = why_in_groups(asked, data, index)
     if why is not None:
         each = f"a sweep for each group of queries that ask for the same, as {why}"
         return replace(found, strategy=f"{each}: {found.strategy}")

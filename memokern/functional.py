@@ -14,9 +14,10 @@ from torch import Tensor
 
 from memokern import conditional, ops, sweep, validate
 from memokern.conditional import Label, Wanted
+from memokern.data.parted import PartedSet
 from memokern.data.training_set import TrainingSet
 from memokern.results import Nearest, Posterior
-from memokern.strategies import costs, pruned_nearest
+from memokern.strategies import costs, parted, pruned_nearest
 from memokern.strategies.small_call import (
     small_call,
     small_mean,
@@ -246,15 +247,23 @@ def nearest(x: Tensor, data: TrainingSet | Tensor, k: int = 1, *, method: str = 
     """
     x, index = validate.computable(x), sweep.index_for(data, method)
     found = as_data(data)
-    batch, rows = batch_shape(x, found), found.rows
-    check_k(k, rows)
+
+    def check() -> torch.Size:
+        check_k(k, data.n if isinstance(data, PartedSet) else found.rows.n)
+        return batch_shape(x, found)
+
+    apart = data if isinstance(data, PartedSet) else None
+    batch = check() if apart is None else parted.together(apart, "nearest", check)
+    rows = found.rows
     if under_transform(x, rows.data):
         raise RuntimeError(
             "nearest has no forward mode and no torch.func transform but vmap: use backward() or"
             " torch.autograd.grad"
         )
     flat = x.reshape(-1, rows.dim)
-    if index is None or traced(x):
+    if apart is not None:
+        sq, row = parted.nearest(flat, apart, k, method)
+    elif index is None or traced(x):
         sq, row = ops.nearest(flat, rows, k)
     else:
         measured = costs.costs_of(x, rows.data) if method == "auto" else None

@@ -11,10 +11,13 @@ from torch import Tensor
 from memokern import ops
 from memokern.calls import Query, State, by_key, to_sums
 from memokern.calls import merge as merge_states
+from memokern.data.parted import PartedSet
 from memokern.data.training_set import TrainingSet
 from memokern.results import Posterior
+from memokern.strategies import parted
+from memokern.strategies.local import How
 from memokern.util.torch_internals import traced
-from memokern.validate import PerQuery, checked, computable, log_sum_exp
+from memokern.validate import Asked, PerQuery, checked, computable, log_sum_exp
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,8 +164,20 @@ def posterior_state(
         tensor([[0.]])
     """
     x = computable(x)
-    asked = checked(x, data, sigma, alpha, temperature, bias, weighting, precision, part=True)
+    apart = data if isinstance(data, PartedSet) else None
+
+    def check() -> Asked:
+        return checked(x, data, sigma, alpha, temperature, bias, weighting, precision, part=True)
+
+    asked = check() if apart is None else parted.together(apart, "posterior", check)
     query, rows = asked.query, asked.data.rows
+    if apart is not None:
+        total = torch.as_tensor(parted.total(query.bias, apart), dtype=torch.float64)
+        return PosteriorState(
+            x=x, sigma=asked.sigma, alpha=asked.alpha, temperature=asked.temperature,
+            weighting=weighting, state=parted.state(query, apart, How()), n=apart.n,
+            log_weight_total=total.to(x.device),
+        )  # fmt: skip
     return PosteriorState(
         x=x,
         sigma=asked.sigma,

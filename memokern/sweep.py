@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from memokern import ops
-from memokern.calls import Condition, Query, Rows, Sums
+from memokern.calls import Condition, Query, Rows, Sums, to_sums
+from memokern.data.parted import PartedSet
 from memokern.data.training_set import TrainingSet
 from memokern.index.index import Index
 from memokern.ops.flat import tensors
 from memokern.results import Posterior
-from memokern.strategies import costs, own_bias, pruned
+from memokern.strategies import costs, own_bias, parted, pruned
 from memokern.strategies.certificate import Certificate, nothing_dropped
+from memokern.strategies.local import How
 from memokern.strategies.small_call import small_call, small_posterior
 from memokern.util.torch_internals import traced, under_transform
 from memokern.validate import Asked, PerQuery, checked, log_total, one_of
@@ -63,6 +66,10 @@ def posterior(
     """:func:`memokern.posterior` of float32 or float64 queries; with something of each query's own,
     a dense sweep, whatever the method."""
     index = index_for(data, method)
+    if isinstance(data, PartedSet):
+        options = {"weighting": weighting, "precision": precision}
+        how = _checked_how(method, tol)
+        return _parted(x, data, (sigma, alpha, temperature), bias, own, how, certificate, options)
     if tol is not None and not (isinstance(tol, float | int) and 0 < tol < math.inf):
         raise ValueError(f"expected tol as a finite number > 0, or None, got {tol!r}")
     if weighting == "gaussian" and not certificate and not own:
@@ -93,6 +100,42 @@ def posterior(
     if certificate and bounds is None:
         bounds = nothing_dropped(asked.sigma, rows.n)
     return _result(x, rows, total, _shaped(x, asked, sums), bounds)
+
+
+def _checked_how(method: str, tol: float | None) -> How:
+    if tol is not None and not (isinstance(tol, float | int) and 0 < tol < math.inf):
+        raise ValueError(f"expected tol as a finite number > 0, or None, got {tol!r}")
+    return How(method, tol)
+
+
+def _parted(
+    x: Tensor,
+    data: PartedSet,
+    numbers: tuple[PerQuery, PerQuery, PerQuery],
+    bias: Tensor | None,
+    own: Own,
+    how: How,
+    certificate: bool,
+    options: dict[str, Any],
+) -> Posterior:
+    """The same for rows that no process has in memory as a whole."""
+    if certificate:
+        raise ValueError("certificates are of rows in one process: leave out certificate=")
+    asked = parted.together(
+        data, "posterior", lambda: checked(x, data, *numbers, bias, **options)
+    )
+    query = asked.query._replace(condition=own.condition, leave_out=own.leave_out)
+    if how.method != "dense" and data.index is not None:
+        pruned.warn_of_gradients(
+            sigma=numbers[0], alpha=numbers[1], temperature=numbers[2]
+        )
+    sums = to_sums(parted.state(query, data, how), query)
+    if own:
+        total: Tensor | float = parted.own_total(query, data).reshape(asked.batch)
+    else:
+        total = parted.total(query.bias, data)
+    found = _result(x, asked.data.rows, total, _shaped(x, asked, sums))
+    return replace(found, n=data.n)
 
 
 def _shaped(x: Tensor, asked: Asked, sums: Sums) -> tuple[Tensor, ...]:
@@ -150,9 +193,11 @@ def _selects_rows(asked: Asked) -> bool:
     return asked.query.weighting == "gaussian" and not (under_transform(*every) or traced(*every))
 
 
-def why_in_groups(asked: Asked, index: Index | None) -> str | None:
+def why_in_groups(asked: Asked, data: TrainingSet | Tensor, index: Index | None) -> str | None:
     """Why queries that ask for different rows are not answered in one dense sweep, but in one for
     each group that asks for the same; None where they are."""
+    if isinstance(data, PartedSet):
+        return None
     query, rows = asked.query, asked.data.rows
     reason = own_bias.refusal(query, rows)
     if reason is not None:
@@ -166,6 +211,8 @@ def index_for(data: TrainingSet | Tensor, method: str) -> Index | None:
     """The index to use, where the method and the data allow for one."""
     one_of("method", method, METHODS)
     index = data.index if isinstance(data, TrainingSet) else None
+    if isinstance(data, PartedSet) and (method != "pruned" or data.indexed):
+        return None  # each part has its own
     if method == "pruned" and index is None:
         raise ValueError(
             "method='pruned' needs an index of the rows: call build_index() on the TrainingSet"

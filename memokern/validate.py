@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from memokern.calls import WEIGHTINGS, Query, Rows
+from memokern.data.parted import PartedSet
 from memokern.data.storage import UINT8_SCALE, UINT8_SHIFT, check_rows
 from memokern.data.training_set import TrainingSet
 from memokern.util import env
@@ -215,12 +216,12 @@ def one_of(name: str, value: str, known: Sequence[str]) -> str:
     return value
 
 
-def check_k(k: int, rows: Rows) -> None:
-    """TypeError or ValueError unless k is a number of rows."""
+def check_k(k: int, n: int) -> None:
+    """TypeError or ValueError unless k is a number of n rows."""
     if isinstance(k, bool) or not isinstance(k, int):
         raise TypeError(f"expected k as an int, got {type(k).__name__}")
-    if not 1 <= k <= rows.n:
-        raise ValueError(f"expected 1 <= k <= N = {rows.n}, got {k}")
+    if not 1 <= k <= n:
+        raise ValueError(f"expected 1 <= k <= N = {n}, got {k}")
 
 
 def checked(
@@ -244,7 +245,8 @@ def checked(
     s = _number("sigma", sigma, batch, x.device)
     a = _number("alpha", alpha, batch, x.device)
     t = _number("temperature", temperature, batch, x.device)
-    b = _bias(bias, found, part)
+    # Of a set whose rows are apart, a part may have no weight.
+    b = _bias(bias, found, part or isinstance(data, PartedSet))
     flat = x if x.dim() == 2 and len(batch) == 1 else x.reshape(-1, found.rows.dim)
     columns = (s, a, t) if len(batch) == 1 else (s.reshape(-1), a.reshape(-1), t.reshape(-1))
     return Asked(found, Query(flat, *columns, b, weighting, precision), batch, s, a, t)

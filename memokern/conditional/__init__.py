@@ -13,7 +13,6 @@ from memokern.conditional.wanted import (
     EVERY_ROW,
     Label,
     Wanted,
-    count_labels,
     label_numbers,
 )
 
@@ -22,7 +21,6 @@ __all__ = [
     "Group",
     "Label",
     "Wanted",
-    "count_labels",
     "groups",
     "joined",
     "label_numbers",

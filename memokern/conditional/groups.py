@@ -17,10 +17,11 @@ from memokern.conditional.wanted import (
     Wanted,
     checked_condition,
     checked_left_out,
-    count_labels,
     label_numbers,
 )
+from memokern.data.parted import PartedSet
 from memokern.data.training_set import TrainingSet
+from memokern.strategies import parted
 from memokern.sweep import NOTHING, Own
 from memokern.util.torch_internals import primal, traced, under_transform
 
@@ -67,9 +68,12 @@ def groups(data: TrainingSet, batch: Sequence[int], wanted: Wanted, together: bo
     b = math.prod(batch)
     labels = None
     if wanted.label is not None:
-        labels = label_numbers(wanted.label, batch, data.device, lambda: count_labels(data))
+        labels = label_numbers(wanted.label, batch, data.device, data.label_count)
     given = checked_condition(wanted, batch, data)
     left_out = checked_left_out(wanted.leave_out, batch, data)
+    apart = isinstance(data, PartedSet)
+    if left_out is not None:
+        left_out = data.local_numbers(left_out)
     if b == 0:
         return []
     found = []
@@ -80,9 +84,12 @@ def groups(data: TrainingSet, batch: Sequence[int], wanted: Wanted, together: bo
             one = labels if labels.dim() == 0 else labels.reshape(-1)[of_label[0]]
             index, rows = rows_of(data, int(one))
         keys = _what_else(of_label, given, left_out)
-        if together and len(of_label) > 1 and (keys is None or bool((keys != keys[:1]).any())):
+        varied = apart or keys is None or (len(of_label) > 1 and bool((keys != keys[:1]).any()))
+        if together and varied and not (given is None and left_out is None) and (
+            apart or len(of_label) > 1
+        ):
             condition = None if given is None else _condition(given, of_label, rows)
-            places = None if left_out is None else _places(left_out[of_label], index, rows.n)
+            places = None if left_out is None else _places(left_out[of_label], index, rows)
             found.append(Group(of_label, rows, index, None, Own(condition, places)))
             continue
         parts = of_label.split(1) if keys is None else _alike(len(of_label), [keys])
@@ -132,13 +139,18 @@ def _condition(given: tuple[Tensor, Tensor], at: Tensor, data: TrainingSet) -> C
     assert conditions is not None
     c, h = (v[at] for v in given)
     with torch.no_grad():
-        if under_transform(c):  # which the operation would lose
-            nearest = condition_squares(primal(c), conditions).argmin(1)
+        if isinstance(data, PartedSet):
+            sq, anchor = parted.nearest_conditions(c.detach(), data)
+        elif under_transform(c):  # which the operation would lose
+            anchor = conditions[condition_squares(primal(c), conditions).argmin(1)]
+            sq = None
         else:
             if not traced(c) and c.numel() * len(conditions) <= FEW:
                 sq, nearest = condition_squares(c, conditions).min(1)
             else:
                 sq, nearest = (v[:, 0] for v in ops.nearest(c.detach(), Rows(conditions), 1))
+            anchor = conditions[nearest]
+        if sq is not None:
             missed = (h == 0) & (sq > 0)
             if not traced(h, c) and bool(missed.any()):
                 raise ValueError(
@@ -146,7 +158,7 @@ def _condition(given: tuple[Tensor, Tensor], at: Tensor, data: TrainingSet) -> C
                     f" has it: the nearest is {float(sq[missed][0].sqrt()):.3g} away; use a"
                     " bandwidth > 0"
                 )
-    return Condition(c, h, conditions[nearest])
+    return Condition(c, h, anchor)
 
 
 def _shared_bias(
@@ -163,7 +175,7 @@ def _shared_bias(
         assert data.conditions is not None
         bias = condition_bias(data.conditions, condition)[0]
     if left_out is not None and int(left_out[first]) >= 0:
-        place = int(_places(left_out[first], index, data.n))
+        place = int(_places(left_out[first], index, data))
         if place >= 0:
             if bias is None:
                 bias = torch.zeros(data.n, dtype=torch.float64, device=data.device)
@@ -171,14 +183,16 @@ def _shared_bias(
     return bias
 
 
-def _places(row: Tensor, index: Tensor | slice, n: int) -> Tensor:
-    """Where rows [b] of all are among the n at `index`, which are ascending; -1 for those that are
-    not, and for -1."""
-    place = row
+def _places(row: Tensor, index: Tensor | slice, data: TrainingSet) -> Tensor:
+    """Where rows [b] of all here are among the data's, those at `index`, which are ascending; -1
+    for those that are not, and for -1."""
+    place, n = row, data.n_here
     if isinstance(index, Tensor):
+        if n == 0:
+            return torch.full_like(row, -1)
         place = torch.searchsorted(index, row).clamp(max=n - 1)
         place = torch.where(index[place] == row, place, -1)
-    if n == 1 and not traced(row) and bool((place >= 0).any()):
+    if data.n == 1 and not isinstance(data, PartedSet) and not traced(row) and bool((place >= 0).any()):
         only = int(row[place >= 0][0])
         raise ValueError(f"row {only} is the only one that its query could see, and is left out")
     return place
@@ -187,6 +201,6 @@ def _places(row: Tensor, index: Tensor | slice, n: int) -> Tensor:
 def rows_of(data: TrainingSet, label: int) -> tuple[Tensor | slice, TrainingSet]:
     """Which rows have a label, and those rows; all for the null class."""
     labels = data.labels
-    if label == EVERY_ROW and (labels is None or not bool((labels == label).any())):
+    if label == EVERY_ROW and (labels is None or not data.has_label(label)):
         return slice(None), data
     return data.of_label(label)

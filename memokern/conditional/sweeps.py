@@ -13,7 +13,8 @@ from torch import Tensor
 from memokern import ops, sweep
 from memokern.calls import RowLists
 from memokern.conditional.groups import Group, groups, rows_of
-from memokern.conditional.wanted import Label, Wanted, count_labels, label_numbers
+from memokern.conditional.wanted import Label, Wanted, label_numbers
+from memokern.data.parted import PartedSet
 from memokern.data.training_set import TrainingSet
 from memokern.results import Certificate, Posterior
 from memokern.util.torch_internals import traced
@@ -41,19 +42,21 @@ def posterior(
         if data.requires_grad:
             raise ValueError("leave_out has no gradient for rows: pass rows.detach()")
         data = TrainingSet(data, check=False)
-    if wanted.label_alone and asked.query.weighting == "gaussian" and not options["certificate"]:
+    apart = isinstance(data, PartedSet)
+    if not apart and wanted.label_alone and asked.query.weighting == "gaussian" and not options["certificate"]:
         listed = by_lists(x, data, asked, wanted.label)
         if listed is not None:
             return listed
     batch = asked.batch
-    found = groups(data, batch, wanted, sweep.why_in_groups(asked, index) is None)
+    found = groups(data, batch, wanted, sweep.why_in_groups(asked, data, index) is None)
     s, a, t = asked.sigma, asked.alpha, asked.temperature
     if not found:  # no queries
         return sweep.posterior(x, data, s, a, t, bias, **options)
 
     def of_group(x: Tensor, s: Tensor, a: Tensor, t: Tensor, group: Group) -> Posterior:
         rows, part = group.data, group.total_bias(bias)
-        mine = {**options, "method": "dense"} if rows.index is None else options
+        dense = rows.index is None and not apart
+        mine = {**options, "method": "dense"} if dense else options
         return sweep.posterior(x, rows, s, a, t, part, group.own, **mine)
 
     if len(found) == 1:
@@ -73,7 +76,7 @@ def by_lists(x: Tensor, data: TrainingSet, asked: Asked, label: Label) -> Poster
     batch, query = asked.batch, asked.query
     if math.prod(batch) < 2 or data.labels is None or traced(query.x):
         return None
-    labels = label_numbers(label, batch, data.device, lambda: count_labels(data))
+    labels = label_numbers(label, batch, data.device, data.label_count)
     if labels.dim() == 0:
         return None
     known, which = labels.reshape(-1).unique(return_inverse=True)

@@ -62,12 +62,6 @@ def label_numbers(
     return labels
 
 
-def count_labels(data: TrainingSet) -> int:
-    """1 more than the largest label; 0 without labels."""
-    labels = data.labels
-    return 0 if labels is None or labels.is_meta else max(0, int(labels.max()) + 1)
-
-
 def checked_condition(
     wanted: Wanted, batch: Sequence[int], data: TrainingSet
 ) -> tuple[Tensor, Tensor] | None:

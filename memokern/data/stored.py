@@ -36,6 +36,12 @@ class StoredRows:
         return self.rows.shape[0]
 
     @property
+    def n_here(self) -> int:
+        """How many rows biases, labels and what else belongs to each row are about: N, but for a
+        set that is spread over several processes."""
+        return self.n
+
+    @property
     def dim(self) -> int:
         """Number of features D of a row."""
         return self.rows.shape[1]
@@ -87,6 +93,21 @@ class StoredRows:
         index = checked_index(index, self.n, self.device)
         taken = self.rows.index_select(0, index.reshape(-1))
         return self.dequantize(taken).reshape((*index.shape, *self.shape))
+
+    # --- labels, and where rows are -----------------------------------------------------------
+
+    def label_count(self) -> int:
+        """1 more than the largest label; 0 without labels."""
+        labels = self.labels
+        return 0 if labels is None or labels.is_meta else max(0, int(labels.max()) + 1)
+
+    def has_label(self, label: int) -> bool:
+        """Whether a row has the label."""
+        return self.labels is not None and bool((self.labels == label).any())
+
+    def local_numbers(self, rows: torch.Tensor) -> torch.Tensor:
+        """Where rows, by their numbers among all, are among those here; -1 for rows elsewhere."""
+        return rows
 
     def __getitem__(self, item: int | slice | torch.Tensor) -> torch.Tensor:
         """The values of one row [*shape], or of a slice, index or mask [k, *shape]."""

@@ -277,6 +277,14 @@ class TrainingSet(StoredRows):
             own[name] = None if value is None else value[index]
         return TrainingSet(rows, check=False, **own)
 
+    def renewed(self, rows: torch.Tensor, scale: float, shift: float, **own: Any) -> TrainingSet:
+        """A set of these rows, and what each of them has, in this one's place."""
+        return TrainingSet(rows, **own, scale=scale, shift=shift, name=self.name, check=False)
+
+    def adopt(self, derived: Derived) -> None:
+        """Takes what was computed of these very rows elsewhere."""
+        self._derived = derived
+
     def where(self, label: int | Sequence[int]) -> TrainingSet:
         """The rows with this label, or one of these labels: the empirical p(y | label). ValueError
         if there are none; TypeError for labels that are not integers.

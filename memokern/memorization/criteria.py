@@ -251,7 +251,7 @@ def exact_match(
     )
     # A comparison turns NaN into a number. NaN is put back, so that such a sample matches nothing.
     sample_bits = (samples > threshold).to(samples.dtype).masked_fill_(samples.isnan(), torch.nan)
-    binary = TrainingSet(bits.reshape(data.n, *data.shape), scale=1, shift=0)
+    binary = data.renewed(bits.reshape(len(bits), *data.shape), 1.0, 0.0)
     own = own_rows(own, samples, data)
     distance, index = neighbours(sample_bits, binary, 1, "dense", progress, own)
     differing = distance[:, 0].square().round()

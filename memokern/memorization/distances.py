@@ -48,7 +48,7 @@ def checked(
     double = samples.dtype == torch.float64
     samples = samples.detach().to(data.device, torch.float64 if double else torch.float32)
     some = evenly_spaced_rows(data.n, layouts.RANGE_ROWS).to(data.device)
-    layouts.warn_of_other_range(samples, data.dequantize(data.rows.index_select(0, some)))
+    layouts.warn_of_other_range(samples, data.gather(some).flatten(1))
     return samples, data
 
 

@@ -73,23 +73,55 @@ def posterior(
     With costs, each query goes the way that is expected to be faster; without, all that can be
     pruned are. A query of sigma = 0 or with NaN is always swept densely.
     """
-    n, dim = rows.n, rows.dim
-    b = query.x.shape[0]
-    # Four calls: to project, to scan, to sweep, and what lies between.
-    small = costs is not None and costs.dense(b, n, dim) < 4 * costs.call
-    if b == 0 or small or (costs is not None and _hopeless(query, index, eps)):
+    found = _scanned(query, rows, index, eps, costs)
+    if found is None:
         dense = ops.posterior(query, rows)
-        return dense, nothing_dropped(query.sigma, n) if certificate else None
-    with torch.no_grad():
-        most_listed = n if costs is None else _most_listed(n, costs)
-        projected = index.project(query.x, query.alpha)
-        scan = scan_index(query, rows, index, projected, eps, most_listed)
-        swept = _swept_densely(scan, n, costs)
+        return dense, nothing_dropped(query.sigma, rows.n) if certificate else None
+    scan, swept = found
     sums = _by_both_ways(query, rows, scan, swept)
     if not certificate:
         return sums, None
     scan = scan._replace(level=torch.where(swept, 0, scan.level))
     return sums, certify(query, rows, index, scan, sums)
+
+
+def _scanned(
+    query: Query, rows: Rows, index: Index, eps: float, costs: Costs | None
+) -> tuple[Scan, Tensor] | None:
+    """What the bounds leave, and which queries [B] are swept densely all the same; None where all
+    are, as was clear before."""
+    n, b = rows.n, query.x.shape[0]
+    # Four calls: to project, to scan, to sweep, and what lies between.
+    small = costs is not None and costs.dense(b, n, rows.dim) < 4 * costs.call
+    if b == 0 or small or (costs is not None and _hopeless(query, index, eps)):
+        return None
+    with torch.no_grad():
+        most_listed = n if costs is None else _most_listed(n, costs)
+        projected = index.project(query.x, query.alpha)
+        scan = scan_index(query, rows, index, projected, eps, most_listed)
+        return scan, _swept_densely(scan, n, costs)
+
+
+def choose(
+    query: Query, rows: Rows, index: Index, eps: float, costs: Costs | None
+) -> tuple[RowLists, Tensor] | None:
+    """Lists of the rows that matter, of the queries that are not in `swept` [B], which are better
+    off with all rows; None where all queries are."""
+    found = _scanned(query.detach(), rows, index, eps, costs)
+    if found is None:
+        return None
+    scan, swept = found
+    return _lists_of(scan, ~swept), swept
+
+
+def _lists_of(scan: Scan, which: Tensor) -> RowLists:
+    """The lists of the queries in `which` [B]."""
+    start, index = scan.lists
+    count = start.diff()
+    kept = which.nonzero()[:, 0]
+    return RowLists(
+        torch.cat([start[:1], count[kept].cumsum(0)]), index[which.repeat_interleave(count)]
+    )
 
 
 def scan_index(
@@ -119,11 +151,7 @@ def _by_both_ways(query: Query, rows: Rows, scan: Scan, swept: Tensor) -> Sums:
     if n_swept == len(swept):
         return ops.posterior(query, rows)
     kept, rest = (~swept).nonzero()[:, 0], swept.nonzero()[:, 0]
-    start, index = scan.lists
-    count = start.diff()
-    lists = RowLists(
-        torch.cat([start[:1], count[kept].cumsum(0)]), index[(~swept).repeat_interleave(count)]
-    )
+    lists = _lists_of(scan, ~swept)
     near = ops.posterior_listed(query.take(kept), rows, lists)
     far = ops.posterior(query.take(rest), rows)
     order = torch.argsort(torch.cat([kept, rest]))

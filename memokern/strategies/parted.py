@@ -1,0 +1,238 @@
+"""Queries of training sets that no process holds in memory as a whole: which strategy answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from memokern import ops
+from memokern.calls import Query, Rows, State, by_key, rescaled, to_sums
+from memokern.data.parted import PartedSet
+from memokern.data.sharded import ShardedSet
+from memokern.data.training_set import TrainingSet
+from memokern.strategies import costs, dense, local, pruned_nearest, sharded
+from memokern.strategies.local import How
+from memokern.validate import log_total
+
+T = TypeVar("T")
+
+
+def together(data: PartedSet, operation: str, check: Callable[[], T]) -> T:
+    """What `check` gives; where it raises on one rank, the others raise in the same call."""
+    try:
+        return check()
+    except Exception as error:
+        if isinstance(data, ShardedSet):
+            data.ranks.refuse(operation, error)
+        raise
+
+
+def state(query: Query, data: PartedSet, how: How, operation: str = "posterior") -> State:
+    """The state of queries over all rows; the query's bias is that of the rows here."""
+    if isinstance(data, ShardedSet):
+        how = how._replace(radius=data.y_max)
+        asked = sharded.ask(operation, query, data)
+        return sharded.state(query, data, asked, lambda part: _here(part, data.part, how))
+    return _here(query, data, how)
+
+
+def _here(query: Query, data: TrainingSet | None, how: How) -> State:
+    """The state over the rows of this process."""
+    assert data is not None
+    return local.state(query, data, how)
+
+
+def total(bias: Tensor | None, data: PartedSet) -> Tensor | float:
+    """log sum exp of the biases of all rows."""
+    if isinstance(data, ShardedSet):
+        return sharded.log_total(bias, data)
+    return log_total(bias, data.n)
+
+
+def own_total(query: Query, data: PartedSet) -> Tensor:
+    """log sum exp of each query's own biases [B]: log_z of a sweep that sees no distance, over rows
+    of one number, which all are 0."""
+    one = torch.ones_like(query.sigma)
+    nowhere = query._replace(
+        x=torch.zeros_like(one)[:, None], sigma=one, alpha=one, temperature=one,
+        weighting="gaussian",
+    )  # fmt: skip
+    rows = Rows(one.new_zeros(1, 1).expand(data.n_here, 1), conditions=data.conditions)
+
+    def sweep(query: Query) -> State:
+        return ops.posterior_state(query, rows)
+
+    if isinstance(data, ShardedSet):
+        asked = sharded.ask("own weights", nowhere, data)
+        return to_sums(sharded.state(nowhere, data, asked, sweep), nowhere).log_z
+    return to_sums(sweep(nowhere), nowhere).log_z
+
+
+def nearest(x: Tensor, data: PartedSet, k: int, method: str) -> tuple[Tensor, Tensor]:
+    """The k smallest squared distances [B, k] and the rows' numbers."""
+    if isinstance(data, ShardedSet):
+        return sharded.nearest(
+            x, data, k, lambda x, k: _nearest_here(x, data.part, k, method)
+        )
+    return _nearest_here(x, data, k, method)
+
+
+def _nearest_here(
+    x: Tensor, data: TrainingSet | None, k: int, method: str
+) -> tuple[Tensor, Tensor]:
+    assert data is not None
+    rows, index = data.as_rows(), None if method == "dense" else data.index
+    if index is None:
+        return ops.nearest(x, rows, k)
+    measured = costs.costs_of(x, rows.data) if method == "auto" else None
+    return pruned_nearest.nearest(x, rows, index, k, measured)
+
+
+def nearest_conditions(c: Tensor, data: PartedSet) -> tuple[Tensor, Tensor]:
+    """The squared distance [B] of each condition to the nearest of all rows', and that one
+    [B, K]."""
+    conditions = data.conditions
+    assert conditions is not None
+    rows = Rows(conditions)
+    if not isinstance(data, ShardedSet):
+        sq, at = ops.nearest(c, rows, 1)
+        return sq[:, 0], conditions[at[:, 0]]
+    sq, at = sharded.nearest(c, data, 1, lambda c, k: ops.nearest(c, rows, k))
+    place = data.local_numbers(at[:, 0])
+    found = torch.zeros_like(c)
+    here = place >= 0
+    found[here] = conditions[place[here]]
+    return sq[:, 0], data.ranks.sum([found], "nearest")[0]
+
+
+# --- by row -------------------------------------------------------------------------------------
+
+
+class Piece(NamedTuple):
+    """Some of the rows here. first: the number of the first among all; here: where they are among
+    those here, which is where their biases are."""
+
+    first: int
+    here: slice
+    rows: Rows
+
+    def of(self, query: Query) -> Query:
+        """The query with these rows' biases."""
+        return query._replace(bias=None if query.bias is None else query.bias[self.here])
+
+
+def pieces(data: PartedSet, size: int) -> Iterator[Piece]:
+    """The rows here, cut where stretches of `size` of all rows end."""
+    if isinstance(data, ShardedSet):
+        yield from _cut(data.as_rows(), data.first, 0, size)
+
+
+def _cut(rows: Rows, first: int, here: int, size: int) -> Iterator[Piece]:
+    """Rows whose first is `first` among all and `here` among those here."""
+    start = 0
+    while start < rows.n:
+        end = min(rows.n, start + size - (first + start) % size)
+        norms = None if rows.sq_norms is None else rows.sq_norms[start:end]
+        part = rows._replace(data=rows.data[start:end], sq_norms=norms)
+        yield Piece(first + start, slice(here + start, here + end), part)
+        start = end
+
+
+def weights(query: Query, data: PartedSet) -> Iterator[Tensor]:
+    """softmax(l / T) [B, n] float64 of the rows here, piece by piece."""
+    every = state(query, data, How(), "weights")
+    for piece in pieces(data, max(1, data.n)):
+        mine = piece.of(query)
+        part = ops.posterior_state(mine, piece.rows)
+        share = rescaled(part, every.key, every.m, by_key(query), part.center).s / every.s
+        yield torch.where(share == 0, 0.0, share)[:, None] * dense.weights(mine, piece.rows)
+
+
+def require_replicated(data: PartedSet, what: str) -> None:
+    """ValueError where each rank has queries of its own."""
+    if isinstance(data, ShardedSet) and data.queries == "split":
+        raise ValueError(f"{what} takes queries that all ranks share: shard(..., queries='replicated')")
+
+
+def row_weights(query: Query, data: PartedSet, block: int) -> Tensor:
+    """sum_b w_bn [n] float64 of the rows here."""
+    total = torch.zeros(data.n_here, dtype=torch.float64, device=query.x.device)
+    zero = query.sigma == 0
+    for at in zero.nonzero()[:, 0].split(max(1, block // data.n)):
+        parts = [part.sum(0) for part in weights(query.take(at), data)]
+        total += torch.cat(parts) if parts else 0.0
+    rest = query.take((~zero).nonzero()[:, 0])
+    if len(rest.x):
+        with torch.enable_grad():
+            b = torch.zeros_like(total) if rest.bias is None else rest.bias.clone()
+            rest = rest._replace(bias=b.requires_grad_())
+            log_z = to_sums(state(rest, data, How(), "row_weights"), rest).log_z
+            total += torch.autograd.grad(log_z.sum(), b)[0]  # d log_z / d b_n is w_n
+    return total
+
+
+def draw(query: Query, data: PartedSet, u: Tensor, size: int) -> Tensor:
+    """The number of a row for each query [B], by numbers u [B, 2] in (0, 1], of which the first
+    chooses a stretch of `size` rows, the second a row in it."""
+    ranks = data.ranks if isinstance(data, ShardedSet) else None
+    if ranks is not None:
+        sent, _ = sharded.ask("draw", query, data)
+        sent.result()
+        u = ranks.gather(u, "draw")[0]  # those of the first rank
+    own, keys, masses = [], [], []
+    for piece in pieces(data, size):
+        found = ops.posterior_state(piece.of(query), piece.rows)
+        own.append(piece.first)
+        keys.append(found.key)
+        masses.append(torch.where(found.s > 0, found.m + found.s.log(), -torch.inf))
+    firsts, key, mass = _all_pieces(query, data, own, keys, masses, size)
+    gap = key - key.amin(1, keepdim=True)
+    pull = torch.where(gap == 0, 0.0, gap * by_key(query)[:, None])
+    share = torch.softmax(torch.where(torch.isinf(key), -torch.inf, mass - pull), 1)
+    # Stretches of which two ranks have a piece count as one, as they do on one machine.
+    stretch = torch.div(firsts, size, rounding_mode="floor")
+    of_stretch = share.new_zeros(len(share), -(-data.n // size)).index_add(1, stretch, share)
+    upto = of_stretch.cumsum(1)
+    chosen = (upto < (u[:, 0] * upto[:, -1])[:, None]).sum(1).clamp(max=upto.shape[1] - 1)
+    inside = torch.where(stretch == chosen[:, None], share, 0.0)
+    upto = inside.cumsum(1)
+    target = u[:, 1] * upto[:, -1]
+    at = (upto < target[:, None]).sum(1).clamp(max=len(firsts) - 1)
+    left = (target - (upto - inside).gather(1, at[:, None])[:, 0]) / share.gather(1, at[:, None])[:, 0]
+    row = torch.zeros(len(u), dtype=torch.int64, device=u.device)
+    first = firsts[at]
+    for piece in pieces(data, size):
+        mine = (first == piece.first).nonzero()[:, 0]
+        if len(mine):
+            within = dense.weights(piece.of(query.take(mine)), piece.rows).cumsum(1)
+            place = (within < (left[mine] * within[:, -1])[:, None]).sum(1)
+            row[mine] = piece.first + place.clamp(max=piece.rows.n - 1)
+    return row if ranks is None else ranks.sum([row], "draw")[0]
+
+
+def _all_pieces(
+    query: Query, data: PartedSet, own: list[int], keys: list[Tensor], masses: list[Tensor],
+    size: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Where the pieces of all ranks begin [P], and their keys and log masses [B, P]."""
+    device = query.x.device
+    none = query.sigma.new_zeros(len(query.x), 0)
+    mine = torch.stack(
+        [torch.stack(v, 1) if v else none for v in (keys, masses)]
+    )
+    if not isinstance(data, ShardedSet):
+        return torch.tensor(own, device=device), mine[0], mine[1]
+    starts, first = [], 0
+    for count in data.counts:
+        ends = range(first, first + count)
+        starts.append([n for n in ends[:1]] + [n for n in range(first + size - first % size, first + count, size)])
+        first += count
+    most = max(len(v) for v in starts)
+    padded = torch.nn.functional.pad(mine, (0, most - mine.shape[2]))
+    every = data.ranks.gather(padded, "draw")
+    parts = [part[:, :, : len(v)] for part, v in zip(every, starts, strict=True)]
+    key, mass = torch.cat(parts, 2)
+    return torch.tensor([n for v in starts for n in v], device=device), key, mass

@@ -1,0 +1,137 @@
+"""What the ranks run: each function gets the group of the ranks that take part."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import memokern
+from memokern import Denoiser, TrainingSet, memorization, regularizers, samplers
+from memokern.distributed import shard
+
+NUMBERS = ("mean", "residual", "log_z", "mean_logit", "mean_bias", "weight_sq", "log_density")
+
+
+def problem(n: int = 37, d: int = 5, b: int = 6, kind: torch.dtype = torch.float32) -> tuple:
+    """Rows and queries of which some tie, some are rows, some are far."""
+    generator = torch.Generator().manual_seed(3)
+    rows = torch.randn(n, d, generator=generator, dtype=torch.float64)
+    rows[n // 2] = rows[0]  # a tie over a boundary
+    x = torch.randn(b, d, generator=generator, dtype=torch.float64)
+    x[0], x[1], x[2] = rows[0], rows[n - 1] + 1e-3, 30 * x[2]
+    return rows.to(kind), x.to(kind)
+
+
+def numbers(found: Any) -> dict[str, Tensor]:
+    out = {name: getattr(found, name).detach().double() for name in NUMBERS}
+    out["n"] = torch.tensor(float(found.n))
+    return out
+
+
+def posterior(group: Any, options: dict[str, Any], kind: torch.dtype) -> dict[str, Tensor]:
+    rows, x = problem(kind=kind)
+    data = rows if group == "one" else shard(rows, group)
+    options = dict(options)
+    bias = options.pop("bias", None)
+    if bias is not None and group != "one":
+        bias = bias[data.first : data.first + data.n_here]
+    return numbers(memokern.posterior(x, data, bias=bias, **options))
+
+
+def gradients(group: Any, second: bool, sigma: float) -> list[Tensor]:
+    """First, or second, derivatives of one loss of everything."""
+    rows, x = problem(b=4, kind=torch.float64)
+    x[2] /= 20
+    given = [x, *(torch.full((4,), v, dtype=torch.float64) for v in (sigma, 0.9, 1.3))]
+    given = [v.requires_grad_() for v in given]
+    bias = torch.linspace(-1, 1, len(rows), dtype=torch.float64)
+    data = TrainingSet(rows)
+    if group != "one":
+        data = shard(rows, group)
+        bias = bias[data.first : data.first + data.n_here]
+    bias = bias.clone().requires_grad_()
+    p = memokern.posterior(*given[:1], data, *given[1:], bias=bias)
+    weights = torch.linspace(0.1, 1, p.mean.numel(), dtype=torch.float64).reshape(p.mean.shape)
+    loss = (weights * p.mean).sin().sum() + p.log_density.sum() + p.entropy.sum()
+    loss = loss + p.weight_sq.sum() + (weights * p.score).sum() + p.mean_bias.sum()
+    inputs = [*given, bias]
+    found = torch.autograd.grad(loss, inputs, create_graph=second)
+    if second:
+        found = torch.autograd.grad(sum(g.sin().sum() for g in found[:4]), given)
+    return [g.detach() for g in found]
+
+
+def labelled(group: Any, **options: Any) -> TrainingSet:
+    """The first 120 digits with labels and conditions, as one set or shared."""
+    digits = TrainingSet.digits().subset(slice(0, 120))
+    c = torch.stack([torch.linspace(-1, 1, 120), torch.arange(120.0) % 7], 1)
+    digits = TrainingSet(
+        digits.rows.reshape(-1, 8, 8), labels=digits.labels, conditions=c, scale=digits.scale,
+        shift=digits.shift, log_weights=torch.linspace(-1, 0, 120),
+    )  # fmt: skip
+    return digits if group == "one" else shard(digits, group, **options)
+
+
+def questions(group: Any) -> dict[str, Tensor]:
+    """What else is asked of rows, each by its name."""
+    data = labelled(group)
+    g = torch.Generator().manual_seed(1)
+    x = data.gather(torch.arange(3, 9)) + 0.4 * torch.randn(6, 8, 8, generator=g)
+    out: dict[str, Tensor] = {}
+    near = memokern.nearest(x, data, k=5)
+    out |= {"nearest": near.distance, "row": near.index}
+    some = torch.tensor([0, 3, -1, 3, 7, 8])
+    for name, asked in {
+        "label": {"label": 3},
+        "labels": {"label": some},
+        "condition": {"condition": torch.tensor([0.2, 3.0]), "bandwidth": 0.5},
+        "conditions": {"condition": data_conditions(x), "bandwidth": 0.0},
+        "leave_out": {"leave_out": torch.tensor([3, 4, 5, 60, -1, 119])},
+        "all": {"label": some, "condition": data_conditions(x) + 0.1, "bandwidth": 1.0,
+                "leave_out": 5},
+    }.items():  # fmt: skip
+        found = numbers(memokern.posterior(x, data, 0.5, **asked))
+        out |= {f"{name} {k}": v for k, v in found.items()}
+    out["draw"] = memokern.draw(x, data, 0.7, generator=torch.Generator().manual_seed(5))
+    tied = data.gather(torch.tensor([0, 50]))
+    out["draw at 0"] = memokern.draw(tied, data, 0.0, generator=torch.Generator().manual_seed(5))
+    sigma = torch.tensor([0.0, 0.5, 1.0, 2.0, 0.0, 1.0])
+    here = memokern.row_weights(x, data, sigma)
+    here2 = memokern.weights(x, data, sigma)
+    out["row_weights"], out["weights"] = whole(data, here), whole(data, here2.T).T
+    out["gather"] = data.gather(torch.tensor([[0, 119], [60, 7]]))
+    out["item"] = torch.stack([data[0], data[-1]])
+    for regularizer in (
+        regularizers.Tikhonov(0.1), regularizers.EmpiricalBayes(0.1), regularizers.Temperature(1.0),
+        regularizers.GaussianSmoothing(0.1), regularizers.SmoothedBank(0.2),
+        regularizers.NoiseUnconditioned(),
+    ):  # fmt: skip
+        denoiser = Denoiser(data, regularizer=regularizer)
+        name = type(regularizer).__name__
+        out[name] = denoiser(x, 0.6)
+        out[f"{name} labels"] = denoiser(x, 0.6, some, guidance=1.5)
+    out["sample"] = samplers.ode(Denoiser(data), 3, steps=5, seed=0).x
+    report = memorization.ratio(x, data)
+    out["ratio"] = report.value
+    out["merged"] = memorization.merged_ratio(x, data, 0.5, k=10).value
+    out["collapse"] = memorization.collapse(x, data, own=torch.arange(3, 9)).value
+    out["subset"] = memokern.nearest(x, data.subset(slice(10, 90)), 2).index
+    out["exact"] = memorization.exact_match(x, data, 0.0).value.double()
+    return {k: v.double() for k, v in out.items()}
+
+
+def data_conditions(x: Tensor) -> Tensor:
+    """Conditions that rows have."""
+    at = torch.tensor([3, 20, 40, 60, 80, 119])
+    return torch.stack([torch.linspace(-1, 1, 120)[at], at % 7.0], 1)
+
+
+def whole(data: Any, here: Tensor) -> Tensor:
+    """What each rank has of its rows, in their order."""
+    if not hasattr(data, "ranks"):
+        return here
+    full = here.new_zeros((data.n, *here.shape[1:]))
+    full[data.first : data.first + data.n_here] = here
+    return data.ranks.sum([full], "test")[0]

@@ -1,0 +1,60 @@
+"""Rows on several ranks give what all rows in one process do."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from tests.distributed import programs
+from tests.distributed.pool import Raised
+
+SIZES = [2, 3, 4]
+OPTIONS = {
+    "near": {"sigma": 0.3},
+    "far": {"sigma": 20.0, "alpha": 0.7, "temperature": 2.0},
+    "zero": {"sigma": 0.0},
+    "tiny": {"sigma": 1e-160},
+    "log": {"sigma": 1.0, "weighting": "log"},
+    "bias": {"sigma": 1.0, "bias": torch.linspace(-3, 0, 37, dtype=torch.float64)},
+    "left out": {"sigma": 0.5, "bias": torch.full((37,), -math.inf).index_fill(0, torch.tensor([30, 31]), 0)},
+}  # fmt: skip
+
+
+def same(found, expected, tol):
+    for rank, mine in enumerate(found):
+        assert not isinstance(mine, Raised), (rank, mine)
+        for name, value in expected.items():
+            torch.testing.assert_close(
+                mine[name], value, rtol=tol, atol=tol, equal_nan=True, msg=lambda s: f"{name}: {s}"
+            )
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("case", OPTIONS)
+def test_posterior(pool, case, kind):
+    tol = 1e-5 if kind == torch.float32 else 1e-11
+    expected = programs.posterior("one", OPTIONS[case], kind)
+    for size in SIZES:
+        same(pool.run(size, programs.posterior, OPTIONS[case], kind), expected, tol)
+
+
+@pytest.mark.parametrize("second", [False, True], ids=["first", "second"])
+@pytest.mark.parametrize("sigma", [0.4, 2.0])
+def test_gradients(pool, sigma, second):
+    expected = programs.gradients("one", second, sigma)
+    found = pool.run(3, programs.gradients, second, sigma)
+    assert not any(isinstance(v, Raised) for v in found), found
+    for mine in found:
+        for got, wanted in zip(mine[:4], expected[:4], strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
+    if not second:  # the bias is each rank's own
+        every = torch.cat([mine[4] for mine in found])
+        torch.testing.assert_close(every, expected[4], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_everything_else(pool, size):
+    expected = programs.questions("one")
+    same(pool.run(size, programs.questions), expected, 2e-5)
