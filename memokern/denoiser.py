@@ -289,7 +289,9 @@ class Denoiser(EDMNetwork, nn.Module):
         batch = validate.batch_shape(x, self.data)
         asked = validate.checked(x, self.data, sigma, alpha, 1.0, bias)
         index = sweep.index_for(self.data, self.method)
-        found = groups(self.data, batch, wanted, sweep.why_in_groups(asked, self.data, index) is None)
+        found = groups(
+            self.data, batch, wanted, sweep.why_in_groups(asked, self.data, index) is None
+        )
         if not found:
             return self._evaluate(x, self.data, sigma, alpha, bias, certificate)
         flat = x.reshape(-1, *self._data.shape)

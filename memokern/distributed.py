@@ -59,7 +59,7 @@ def shard(
 
     Gradients: for x, sigma, alpha, temperature, condition and bandwidth, summed over the ranks
         (twice differentiable); for the bias of the rank's rows. Not for rows. With replicated
-        queries, every rank computes the same loss; each gets its whole gradient. With split ones the
+        queries, every rank computes the same loss and gets its whole gradient. With split ones the
         loss is the sum of the ranks'.
 
     Cost: per query 48 bytes from each rank to each, and 8 D (float64: 16 D) bytes summed, behind

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from memokern.conditional import Label
+from memokern.data.parted import PartedSet
 from memokern.data.training_set import TrainingSet
 from memokern.strategies import explanation
 from memokern.strategies.explanation import Explanation
@@ -48,6 +49,8 @@ def explain(
         >>> found.strategy
         'dense, one sweep for conditions and rows left out that differ from query to query'
     """
+    if isinstance(data, PartedSet):
+        data.refuse("explain", "ask for the rows of one part, as data.part")
     index = index_for(data, method)
     asked = checked(computable(x), data, sigma, alpha, temperature, bias, weighting)
     if k:

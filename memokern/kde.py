@@ -14,6 +14,7 @@ from torch import Tensor
 
 from memokern import functional, validate
 from memokern.calls.state import State, empty_state
+from memokern.data.parted import PartedSet
 from memokern.data.training_set import TrainingSet
 from memokern.partial import PosteriorState, merge, posterior_state
 from memokern.results import Posterior
@@ -113,6 +114,8 @@ def _left_one_out(
     """The posterior of query i over all rows but row i, and the log of the weight of those rows
     [N]."""
     rows = data if isinstance(data, TrainingSet) else None
+    if isinstance(data, PartedSet):
+        data.refuse("leave_one_out", "use posterior(x, data, h, leave_out=torch.arange(n))")
     found = validate.as_data(data)
     n, query = found.rows.n, validate.computable(x)
     batch = validate.batch_shape(query, found)

@@ -121,14 +121,10 @@ def _parted(
     """The same for rows that no process has in memory as a whole."""
     if certificate:
         raise ValueError("certificates are of rows in one process: leave out certificate=")
-    asked = parted.together(
-        data, "posterior", lambda: checked(x, data, *numbers, bias, **options)
-    )
+    asked = parted.together(data, "posterior", lambda: checked(x, data, *numbers, bias, **options))
     query = asked.query._replace(condition=own.condition, leave_out=own.leave_out)
     if how.method != "dense" and data.index is not None:
-        pruned.warn_of_gradients(
-            sigma=numbers[0], alpha=numbers[1], temperature=numbers[2]
-        )
+        pruned.warn_of_gradients(sigma=numbers[0], alpha=numbers[1], temperature=numbers[2])
     sums = to_sums(parted.state(query, data, how), query)
     if own:
         total: Tensor | float = parted.own_total(query, data).reshape(asked.batch)

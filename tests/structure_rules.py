@@ -35,7 +35,7 @@ LAYERS = (
     ("results",),
     ("sweep",),
     ("conditional", "partial"),
-    ("functional",),
+    ("functional", "distributed"),
     ("by_row",),
     ("explaining",),
     ("processes", "regularizers", "memorization", "kde"),

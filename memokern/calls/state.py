@@ -82,7 +82,7 @@ def merge(a: State, b: State, by_key: Tensor | None = None) -> State:
     one, other = (rescaled(state, key, m, by_key, a.center) for state in (a, b))
     sums = (u + v for u, v in zip(one[2:8], other[2:8], strict=True))
     weighs = (a.s != 0) | (b.s != 0)  # NaN, of a query that is not finite, counts
-    return State(torch.where(weighs, key, torch.inf), m, *sums, a.center)
+    return State._make([torch.where(weighs, key, torch.inf), m, *sums, a.center])
 
 
 def joint_key(key: Tensor, m: Tensor, s: Tensor, by_key: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -92,9 +92,7 @@ def joint_key(key: Tensor, m: Tensor, s: Tensor, by_key: Tensor | None) -> tuple
     return torch.where((s != 0).any(0), least, torch.inf), beside.amax(0)
 
 
-def rescaled(
-    state: State, key: Tensor, m: Tensor, by_key: Tensor | None, center: Tensor
-) -> State:
+def rescaled(state: State, key: Tensor, m: Tensor, by_key: Tensor | None, center: Tensor) -> State:
     """The state's sums relative to the key and m of a union that it is a part of, and about that
     one's center: those of the parts add up to the union's. 0 where the part has no weight in it."""
     mine = _beside(state, key, by_key)

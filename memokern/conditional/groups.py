@@ -85,8 +85,11 @@ def groups(data: TrainingSet, batch: Sequence[int], wanted: Wanted, together: bo
             index, rows = rows_of(data, int(one))
         keys = _what_else(of_label, given, left_out)
         varied = apart or keys is None or (len(of_label) > 1 and bool((keys != keys[:1]).any()))
-        if together and varied and not (given is None and left_out is None) and (
-            apart or len(of_label) > 1
+        if (
+            together
+            and varied
+            and not (given is None and left_out is None)
+            and (apart or len(of_label) > 1)
         ):
             condition = None if given is None else _condition(given, of_label, rows)
             places = None if left_out is None else _places(left_out[of_label], index, rows)
@@ -192,7 +195,12 @@ def _places(row: Tensor, index: Tensor | slice, data: TrainingSet) -> Tensor:
             return torch.full_like(row, -1)
         place = torch.searchsorted(index, row).clamp(max=n - 1)
         place = torch.where(index[place] == row, place, -1)
-    if data.n == 1 and not isinstance(data, PartedSet) and not traced(row) and bool((place >= 0).any()):
+    if (
+        data.n == 1
+        and not isinstance(data, PartedSet)
+        and not traced(row)
+        and bool((place >= 0).any())
+    ):
         only = int(row[place >= 0][0])
         raise ValueError(f"row {only} is the only one that its query could see, and is left out")
     return place

@@ -43,7 +43,12 @@ def posterior(
             raise ValueError("leave_out has no gradient for rows: pass rows.detach()")
         data = TrainingSet(data, check=False)
     apart = isinstance(data, PartedSet)
-    if not apart and wanted.label_alone and asked.query.weighting == "gaussian" and not options["certificate"]:
+    if (
+        not apart
+        and wanted.label_alone
+        and asked.query.weighting == "gaussian"
+        and not options["certificate"]
+    ):
         listed = by_lists(x, data, asked, wanted.label)
         if listed is not None:
             return listed

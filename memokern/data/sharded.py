@@ -164,7 +164,7 @@ class ShardedSet(PartedSet):
         """The set with other rows on this rank, or none."""
         like = part
         if like is None:
-            per_row = {
+            per_row: dict[str, Any] = {
                 name: None if getattr(self, name) is None else _blank(getattr(self, name))
                 for name in PER_ROW
             }
@@ -195,7 +195,9 @@ class ShardedSet(PartedSet):
             raise ValueError("this training set has no labels (integers): make it with labels=")
         wanted = as_given(label, "label").reshape(-1)
         if not any(self.has_label(int(v)) for v in wanted):
-            raise ValueError(f"no row has the label {label}; the labels are {self.known_labels[:20]}")
+            raise ValueError(
+                f"no row has the label {label}; the labels are {self.known_labels[:20]}"
+            )
         at = torch.isin(self.labels, wanted.to(self.device)).nonzero()[:, 0]
         return self._of_places(at)
 
@@ -281,7 +283,9 @@ def _counted(data: Any, options: Mapping[str, Any]) -> tuple[TrainingSet, int]:
         rows = rows.new_zeros((1, *rows.shape[1:]))
         check_rows(rows)
         per_row = {k: v for k, v in options.items() if k not in PER_ROW}
-        blank = {k: _blank(as_given(options[k], k)) for k in PER_ROW if options.get(k) is not None}
+        blank: dict[str, Any] = {
+            k: _blank(as_given(options[k], k)) for k in PER_ROW if options.get(k) is not None
+        }
         return TrainingSet(rows, check=False, **blank, **per_row), 0
     found = TrainingSet(data, **options)
     return found, found.n

@@ -13,6 +13,7 @@ from memokern import functional
 from memokern.data import files
 from memokern.data import layout as layouts
 from memokern.data.storage import checked_index
+from memokern.data.parted import PartedSet
 from memokern.data.training_set import TrainingSet
 from memokern.index.index import evenly_spaced_rows
 
@@ -136,6 +137,8 @@ def embedded(data: TrainingSet | Tensor, embed: Embed, *, batch: int = 256) -> T
         ratio: 5 of 5 memorised (100.0%)
     """
     rows = data if isinstance(data, TrainingSet) else TrainingSet(data)
+    if isinstance(rows, PartedSet):
+        rows.refuse("embedded", "embed the rows of each part, and share those")
     with torch.no_grad():
         parts = [embeddings(rows[i : i + batch], embed) for i in range(0, rows.n, batch)]
     return TrainingSet(torch.cat(parts), labels=rows.labels, name=rows.name)

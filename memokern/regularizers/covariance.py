@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from memokern.data.storage import chunks
+from memokern.data.parted import PartedSet
 from memokern.data.training_set import TrainingSet
 from memokern.regularizers.base import (
     Data,
@@ -109,6 +110,8 @@ class CovarianceTikhonov(Regularizer):
             CovarianceTikhonov(c=0.1, rank=8)
         """
         rows = data if isinstance(data, TrainingSet) else TrainingSet(data)
+        if isinstance(rows, PartedSet):
+            rows.refuse("a fit of eigenvectors", "fit on a TrainingSet of some of the rows")
         rank = checks.integer("rank", rank, 1, min(rows.n - 1, rows.dim), "; N - 1 and D limit it")
         values, vectors, total = _leading_directions(rows, rank)
         outside = rows.dim - rank

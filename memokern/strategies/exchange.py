@@ -41,7 +41,7 @@ class Layout(NamedTuple):
         if self.counts is None:
             return [v.view_as(v) for v in tensors]
         counts = self.counts
-        flat = [v.detach().reshape(len(v), -1).contiguous() for v in tensors]
+        flat = [v.detach()[:, None].flatten(1).contiguous() for v in tensors]
         packed = torch.cat([v.view(torch.uint8) for v in flat], 1)
         pad = packed.new_zeros(max(counts) - len(packed), packed.shape[1])
         every = self.ranks.gather(torch.cat([packed, pad]), self.operation)

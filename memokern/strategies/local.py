@@ -41,7 +41,7 @@ def no_state(query: Query, rows: Rows) -> State:
     nothing = torch.zeros_like(state.s)
     for v in needed:
         if v.shape[:1] == nothing.shape:
-            flat = v.reshape(len(v), -1)
+            flat = v[:, None].flatten(1)
             # Not 0 times v, which may be infinite.
             flat = torch.where(torch.ones_like(flat, dtype=torch.bool), 0.0, flat)
             nothing = nothing + flat.sum(1)
@@ -52,9 +52,7 @@ def no_state(query: Query, rows: Rows) -> State:
     )  # fmt: skip
 
 
-def state_by_index(
-    query: Query, rows: Rows, index: Index | None, how: How, dense: Dense
-) -> State:
+def state_by_index(query: Query, rows: Rows, index: Index | None, how: How, dense: Dense) -> State:
     """The state of all rows, of which an index may prove most to weigh nothing; `dense` sweeps over
     all of them."""
     every = tensors(query, rows)
@@ -99,7 +97,7 @@ def state_by_index(
     other = other._replace(acc=acc, center=center)
     back = torch.argsort(torch.cat([kept, at]))
     pairs = zip(mine[:8], other[:8], strict=True)
-    return State(*(torch.cat(pair)[back] for pair in pairs), center)
+    return State._make([*(torch.cat(pair)[back] for pair in pairs), center])
 
 
 def _state_of(sums: Sums, query: Query, center: Tensor, kind: torch.dtype) -> State:

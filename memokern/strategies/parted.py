@@ -74,9 +74,7 @@ def own_total(query: Query, data: PartedSet) -> Tensor:
 def nearest(x: Tensor, data: PartedSet, k: int, method: str) -> tuple[Tensor, Tensor]:
     """The k smallest squared distances [B, k] and the rows' numbers."""
     if isinstance(data, ShardedSet):
-        return sharded.nearest(
-            x, data, k, lambda x, k: _nearest_here(x, data.part, k, method)
-        )
+        return sharded.nearest(x, data, k, lambda x, k: _nearest_here(x, data.part, k, method))
     return _nearest_here(x, data, k, method)
 
 
@@ -154,7 +152,9 @@ def weights(query: Query, data: PartedSet) -> Iterator[Tensor]:
 def require_replicated(data: PartedSet, what: str) -> None:
     """ValueError where each rank has queries of its own."""
     if isinstance(data, ShardedSet) and data.queries == "split":
-        raise ValueError(f"{what} takes queries that all ranks share: shard(..., queries='replicated')")
+        raise ValueError(
+            f"{what} takes queries that all ranks share: shard(..., queries='replicated')"
+        )
 
 
 def row_weights(query: Query, data: PartedSet, block: int) -> Tensor:
@@ -177,8 +177,9 @@ def row_weights(query: Query, data: PartedSet, block: int) -> Tensor:
 def draw(query: Query, data: PartedSet, u: Tensor, size: int) -> Tensor:
     """The number of a row for each query [B], by numbers u [B, 2] in (0, 1], of which the first
     chooses a stretch of `size` rows, the second a row in it."""
-    ranks = data.ranks if isinstance(data, ShardedSet) else None
-    if ranks is not None:
+    ranks = None
+    if isinstance(data, ShardedSet):
+        ranks = data.ranks
         sent, _ = sharded.ask("draw", query, data)
         sent.result()
         u = ranks.gather(u, "draw")[0]  # those of the first rank
@@ -201,7 +202,9 @@ def draw(query: Query, data: PartedSet, u: Tensor, size: int) -> Tensor:
     upto = inside.cumsum(1)
     target = u[:, 1] * upto[:, -1]
     at = (upto < target[:, None]).sum(1).clamp(max=len(firsts) - 1)
-    left = (target - (upto - inside).gather(1, at[:, None])[:, 0]) / share.gather(1, at[:, None])[:, 0]
+    left = (target - (upto - inside).gather(1, at[:, None])[:, 0]) / share.gather(1, at[:, None])[
+        :, 0
+    ]
     row = torch.zeros(len(u), dtype=torch.int64, device=u.device)
     first = firsts[at]
     for piece in pieces(data, size):
@@ -220,15 +223,15 @@ def _all_pieces(
     """Where the pieces of all ranks begin [P], and their keys and log masses [B, P]."""
     device = query.x.device
     none = query.sigma.new_zeros(len(query.x), 0)
-    mine = torch.stack(
-        [torch.stack(v, 1) if v else none for v in (keys, masses)]
-    )
+    mine = torch.stack([torch.stack(v, 1) if v else none for v in (keys, masses)])
     if not isinstance(data, ShardedSet):
         return torch.tensor(own, device=device), mine[0], mine[1]
-    starts, first = [], 0
+    starts: list[list[int]] = []
+    first = 0
     for count in data.counts:
-        ends = range(first, first + count)
-        starts.append([n for n in ends[:1]] + [n for n in range(first + size - first % size, first + count, size)])
+        range(first, first + count)
+        rest = range(first + size - first % size, first + count, size)
+        starts.append([*([first] if count else []), *rest])
         first += count
     most = max(len(v) for v in starts)
     padded = torch.nn.functional.pad(mine, (0, most - mine.shape[2]))

@@ -1,10 +1,10 @@
-"""Queries of rows that lie on several ranks: each sweeps its own, and two collectives join what they
-found.
+"""Queries of rows that lie on several ranks: each sweeps its own, and two collectives join what
+they found.
 
 For each block of queries, after its sweep,
 
-1. every rank tells the others its key, m and four sums per query       (an all-gather, 48 B + 8 bytes)
-2. the accumulators, relative to the joint key and m, are summed         (an all-reduce, 2 B D numbers)
+1. every rank tells the others its key, m and four sums per query: an all-gather, 48 B + 8 bytes;
+2. the accumulators, relative to the joint key and m, are summed: an all-reduce of 2 B D numbers.
 
 While a block is exchanged, the next one is swept. Before the first exchange the ranks compare what
 they were asked, in a message that travels while they sweep.
@@ -12,6 +12,7 @@ they were asked, in a message that travels while they sweep.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -36,8 +37,8 @@ def ask(operation: str, query: Query, data: ShardedSet, **more: Any) -> tuple[As
     """Tells the other ranks of the call. With split queries also waits for how many each has."""
     if under_transform(*tensors(query, data.as_rows())) or traced(query.x):
         raise RuntimeError(
-            "rows on several ranks have no torch.func transform, forward mode or compiled graph: use"
-            " backward() or torch.autograd.grad, uncompiled"
+            "rows on several ranks have no torch.func transform, forward mode or compiled graph:"
+            " use backward() or torch.autograd.grad, uncompiled"
         )
     split = data.queries == "split"
     given = [v is not None and v.requires_grad for v in query.tensors]
@@ -53,7 +54,10 @@ def ask(operation: str, query: Query, data: ShardedSet, **more: Any) -> tuple[As
     if not split:
         facts |= {k: checksum(getattr(query, k)) for k in ("sigma", "alpha", "temperature")}
         if query.condition is not None:
-            facts |= {"condition": checksum(query.condition.c), "bandwidth": checksum(query.condition.h)}
+            facts |= {
+                "condition": checksum(query.condition.c),
+                "bandwidth": checksum(query.condition.h),
+            }
     asked = data.ranks.ask(operation, {**facts, "_b": len(query.x)})
     if not split:
         return asked, Layout(data.ranks, operation)
@@ -101,7 +105,7 @@ def state(query: Query, data: ShardedSet, asked: tuple[Asked, Layout], local: De
     heads = [torch.cat([block.head[i] for block in blocks])[layout.own] for i in range(2)]
     totals = [torch.cat(v) for v in zip(*(block.totals for block in blocks), strict=True)]
     partials = [torch.cat(v) for v in zip(*(block.partials for block in blocks), strict=True)]
-    return State(*heads, *joined(layout, totals, partials), blocks[0].center)
+    return State._make([*heads, *joined(layout, totals, partials), blocks[0].center])
 
 
 def _swept(query: Query, data: ShardedSet, local: Dense) -> tuple[State, Exception | None]:
@@ -138,10 +142,8 @@ class _Block:
     def abandon(self) -> None:
         """Waits for what was begun, whatever becomes of it."""
         if self._waits is not None:
-            try:
+            with contextlib.suppress(RuntimeError):
                 self._waits()
-            except RuntimeError:
-                pass
 
     def _begin(self, waits: Callable[[], Any]) -> Callable[[], Any]:
         self._waits = waits
@@ -166,7 +168,7 @@ class _Block:
         totals = [torch.zeros_like(m) for _ in range(4)]
         for rank in range(ranks.size):
             columns = [key_r[rank], m_r[rank], s_r[rank], *(v[rank] for v in others)]
-            part = State(*columns, thin, thin, thin[0] if len(thin) else mine.center[:0])
+            part = State._make([*columns, thin, thin, thin[0] if len(thin) else mine.center[:0]])
             share = rescaled(part, key, m, self.by_key, part.center)
             totals = [a + v for a, v in zip(totals, share[SUMS], strict=True)]
         partial = rescaled(mine, key, m, self.by_key, self.center)
@@ -200,7 +202,9 @@ def log_total(bias: Tensor | None, data: ShardedSet) -> Tensor:
     every = data.ranks.gather(mine, layout.operation)
     top = every.max()
     if bool(torch.isneginf(top)):
-        raise ValueError("bias and log weights together leave no row of any rank: all sums are -inf")
+        raise ValueError(
+            "bias and log weights together leave no row of any rank: all sums are -inf"
+        )
     if not len(bias):
         mine = bias.sum()  # of no numbers, but its gradient is recorded where others' are
         share = torch.zeros_like(mine) + mine

@@ -1,9 +1,9 @@
 """The processes that work on one training set: what they tell each other, and what becomes of one
 that dies, raises, is late or is asked something else.
 
-Every exchange is a collective of :mod:`torch.distributed`. Before numbers are exchanged the ranks compare, in a message of fixed
-size, what each of them was asked: a rank that was asked something else, or could not answer, makes
-all of them raise, in the same call.
+Every exchange is a collective of :mod:`torch.distributed`. Before numbers are exchanged the ranks
+compare, in a message of fixed size, what each of them was asked: a rank that was asked something
+else, or could not answer, makes all of them raise, in the same call.
 """
 
 from __future__ import annotations
@@ -78,7 +78,9 @@ class Ranks:
         self.group = group
         self.timeout = None if timeout is None else timedelta(seconds=timeout)
         gpu = "nccl" in backend
-        self.device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
+        self.device = (
+            torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
+        )
         self._broken: str | None = None
 
     def __str__(self) -> str:

@@ -7,6 +7,7 @@ back.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import multiprocessing
 import os
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 
 PRELOAD = ["torch", "torch.distributed", "numpy", "memokern", "memokern.distributed"]
 # How long a rank waits for another one, in seconds: short, but a machine may be busy.
-PATIENCE = 60.0
+PATIENCE = 30.0
 
 
 class Raised(NamedTuple):
@@ -37,7 +38,9 @@ def _rank(rank: int, size: int, store: str, timeout: float, pipe: Any) -> None:
         "gloo", store=dist.FileStore(store, size), rank=rank, world_size=size,
         timeout=timedelta(seconds=timeout),
     )  # fmt: skip
-    groups = {n: dist.new_group(list(range(n))) for n in range(2, size)} | {size: None}
+    groups = {size: None}
+    for n in range(2, size):
+        groups[n] = dist.new_group(list(range(n)), timeout=timedelta(seconds=timeout))
     while True:
         told = pipe.recv()
         if told is None:
@@ -88,10 +91,8 @@ class Pool:
     def close(self) -> None:
         for pipe, process in zip(self.pipes, self.processes, strict=True):
             if process.is_alive():
-                try:
+                with contextlib.suppress(OSError):
                     pipe.send(None)
-                except OSError:
-                    pass
         for process in self.processes:
             process.join(5)
             if process.is_alive():

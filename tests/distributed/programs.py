@@ -135,3 +135,87 @@ def whole(data: Any, here: Tensor) -> Tensor:
     full = here.new_zeros((data.n, *here.shape[1:]))
     full[data.first : data.first + data.n_here] = here
     return data.ranks.sum([full], "test")[0]
+
+
+# --- how rows and queries are shared ------------------------------------------------------------
+
+
+def apart(group: Any, counts: list[int]) -> dict[str, Tensor]:
+    """Ranks that have so many rows, of which some have none."""
+    rows, x = problem()
+    if group == "one":
+        data: Any = TrainingSet(rows)
+    else:
+        rank = torch.distributed.get_rank()
+        data = shard(rows[sum(counts[:rank]) :][: counts[rank]], group, apart=True)
+    near = memokern.nearest(x, data, 30)
+    out = numbers(memokern.posterior(x, data, 0.8)) | {"nearest": near.distance, "row": near.index}
+    y = x.clone().requires_grad_()
+    memokern.log_density(y, data, 0.8).sum().backward()
+    z = x.clone().requires_grad_()
+    memokern.nearest(z, data, 3).distance.sum().backward()
+    draws = memokern.draw(x, data, 1.0, generator=torch.Generator().manual_seed(2))
+    return out | {"gradient": y.grad, "of nearest": z.grad, "draw": draws}
+
+
+def split(group: Any, counts: list[int], sigma: float) -> dict[str, Tensor]:
+    """Each rank has so many of the queries."""
+    rows, x = problem(b=sum(counts), kind=torch.float64)
+    x[2] /= 20
+    s = torch.linspace(sigma, 2 * sigma, len(x), dtype=torch.float64)
+    data: Any = TrainingSet(rows)
+    if group != "one":
+        rank = torch.distributed.get_rank()
+        mine = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
+        x, s, data = x[mine], s[mine], shard(rows, group, queries="split")
+    x, s = x.clone().requires_grad_(), s.clone().requires_grad_()
+    p = memokern.posterior(x, data, s)
+    loss = p.mean.sin().sum() + p.log_density.sum() + p.entropy.sum()
+    first = torch.autograd.grad(loss, [x, s], create_graph=True)
+    second = torch.autograd.grad(first[0].sin().sum(), x)[0]
+    near = memokern.nearest(x, data, 3)
+    (of_nearest,) = torch.autograd.grad(near.distance.square().sum(), x)
+    found = {k: v for k, v in numbers(p).items() if k != "n"}
+    found |= {"x": first[0], "s": first[1], "xx": second, "row": near.index, "nn": of_nearest}
+    return {k: v.detach().double() for k, v in found.items()}
+
+
+def from_files(group: Any, folder: str) -> dict[str, Tensor]:
+    """The rows of each file, and of a folder that they make together."""
+    rows, x = problem()
+    out = {}
+    for name in ("rows.npy", "rows.safetensors", "parts", "three"):
+        data = rows if group == "one" else shard(f"{folder}/{name}", group)
+        out |= {f"{name} {k}": v for k, v in numbers(memokern.posterior(x, data, 0.8)).items()}
+    return out
+
+
+def of_dtensor(group: Any) -> dict[str, Tensor]:
+    """A DTensor sharded over its rows."""
+    rows, x = problem(n=7)
+    if group == "one":
+        return numbers(memokern.posterior(x, rows, 0.8))
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (4,))
+    return numbers(memokern.posterior(x, shard(distribute_tensor(rows, mesh, [Shard(0)])), 0.8))
+
+
+def indexed(group: Any, folder: str) -> dict[str, Tensor]:
+    """Each rank's rows have an index, which is used, saved and read."""
+    data: Any = TrainingSet.digits()
+    x = data.gather(torch.arange(0, 1700, 17)) + 0.05
+    numbers_of = torch.full((len(x),), 0.2, dtype=torch.float64)
+    numbers_of[3], numbers_of[4], numbers_of[5] = 0.0, 1e-170, 8.0
+    if group != "one":
+        data = shard(data, group).build_index()
+        data.save(folder)
+        data = shard(folder, group)
+        assert data.indexed and data.index.n == data.n_here
+    out = {}
+    method = "dense" if group == "one" else "pruned"
+    found = memokern.posterior(x, data, numbers_of, method=method, tol=1e-7)
+    out |= dict(numbers(found).items())
+    near = memokern.nearest(x, data, 3, method=method)
+    return out | {"row": near.index, "distance": near.distance}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 
@@ -18,7 +16,7 @@ OPTIONS = {
     "tiny": {"sigma": 1e-160},
     "log": {"sigma": 1.0, "weighting": "log"},
     "bias": {"sigma": 1.0, "bias": torch.linspace(-3, 0, 37, dtype=torch.float64)},
-    "left out": {"sigma": 0.5, "bias": torch.full((37,), -math.inf).index_fill(0, torch.tensor([30, 31]), 0)},
+    "left out": {"sigma": 0.5, "bias": torch.log((torch.arange(37) // 2 == 15).double())},
 }  # fmt: skip
 
 
@@ -27,7 +25,12 @@ def same(found, expected, tol):
         assert not isinstance(mine, Raised), (rank, mine)
         for name, value in expected.items():
             torch.testing.assert_close(
-                mine[name], value, rtol=tol, atol=tol, equal_nan=True, msg=lambda s: f"{name}: {s}"
+                mine[name],
+                value,
+                rtol=tol,
+                atol=tol,
+                equal_nan=True,
+                msg=lambda s, name=name: f"{name}: {s}",
             )
 
 

@@ -1,0 +1,70 @@
+"""A rank that dies, raises, is late or is asked something else stops all ranks, with a clear error
+and soon."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+
+from tests.distributed import faults
+from tests.distributed.pool import Pool, Raised
+
+SAYS = {
+    "x": "x differs", "shape": "x differs", "type": "x differs", "sigma": "sigma differs",
+    "weighting": "weighting differs", "gradient": "gradients differs", "bias": "bias differs",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SAYS)
+def test_a_call_that_differs(pool, name):
+    for kind, said, fares in pool.run(3, faults.disagreeing, name):
+        assert kind == "ValueError"
+        assert SAYS[name] in said and "rank 1" in said
+        assert fares  # the ranks can go on
+
+
+@pytest.mark.parametrize("where", ["arguments", "sweep", "operation", "version"])
+def test_a_rank_that_raises(pool, where):
+    found = pool.run(3, faults.raising, where)
+    assert not any(isinstance(v, Raised) for v in found), found
+    for rank, (kind, said, fares) in enumerate(found):
+        if where == "arguments":
+            assert kind == ("ValueError" if rank == 1 else "RuntimeError")
+            assert "expected sigma finite and >= 0, got -1.0" in said
+        elif where == "sweep":
+            assert kind == ("MemoryError" if rank == 1 else "RuntimeError")
+            assert rank == 1 or "rank 1 failed in 'posterior'" in said
+        else:
+            assert kind == "ValueError" and f"{where} differs" in said
+        assert fares
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("nan", "in row 3"),
+        ("type", "rows differs"),
+        ("shape", "rows differs"),
+        ("labels", "labels differs"),
+    ],
+)
+def test_rows_that_differ(pool, name, says):
+    for rank, (kind, said) in enumerate(pool.run(2, faults.sharding, name)):
+        assert says in said
+        assert kind == ("RuntimeError" if name == "nan" and rank == 0 else "ValueError")
+
+
+@pytest.mark.parametrize("when", ["sweep", "backward", "late"])
+def test_a_rank_that_is_killed(when):
+    pool = Pool(3, timeout=3.0)
+    try:
+        pool.begin(3, faults.killed, when)
+        found = [pool.result(rank, 20.0) for rank in (0, 2)]
+    finally:
+        with contextlib.suppress(OSError):
+            pool.close()
+    for took, said, again in found:
+        assert "another rank did not answer" in said and "start all ranks again" in said
+        assert took < 10
+        assert "cannot go on" in again  # at once, whoever is left
