@@ -12,8 +12,8 @@ from tqdm import tqdm
 from memokern import functional
 from memokern.data import files
 from memokern.data import layout as layouts
-from memokern.data.storage import checked_index
 from memokern.data.parted import PartedSet
+from memokern.data.storage import checked_index
 from memokern.data.training_set import TrainingSet
 from memokern.index.index import evenly_spaced_rows
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from memokern.data.storage import chunks
 from memokern.data.parted import PartedSet
+from memokern.data.storage import chunks
 from memokern.data.training_set import TrainingSet
 from memokern.regularizers.base import (
     Data,
