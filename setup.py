@@ -58,8 +58,8 @@ CUDA, CUDA_SUFFIXES = Path("csrc", "cuda"), (".h", ".cuh", ".cu")
 
 
 class BuildPy(build_py):
-    """The CUDA kernels travel as sources, but for what tests them; memokern compiles them where
-    they run. An installation in place finds them in csrc."""
+    """The CUDA kernels travel as sources, which memokern compiles where they run. An installation
+    in place finds them in csrc."""
 
     def run(self):
         super().run()
@@ -68,10 +68,10 @@ class BuildPy(build_py):
         to = Path(self.build_lib, "memokern", "backends", "cuda", "sources")
         shutil.rmtree(to, ignore_errors=True)  # what an earlier build left
         for path in CUDA.rglob("*"):
-            below = path.relative_to(CUDA)
-            if path.suffix in CUDA_SUFFIXES and below.parts[0] != "emulator":
-                (to / below).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, to / below)
+            if path.suffix in CUDA_SUFFIXES:
+                copy = to / path.relative_to(CUDA)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, copy)
 
 
 class BuildExt(build_ext):

@@ -25,7 +25,8 @@ class QueriesParams(ctypes.Structure):
     """Of sweep/queries.cu."""
 
     _fields_ = _fields(
-        "x* sigma* alpha* temperature* center* terms* table* scale. shift. b# d# dp# depth# log#"
+        "x* sigma* alpha* temperature* center* terms* table* scale. shift. b# d# dp# queries#"
+        " depth# log#"
     )
 
 
@@ -42,9 +43,9 @@ class FinishParams(ctypes.Structure):
     """Of sweep/finish.cu."""
 
     _fields_ = _fields(
-        "states* acc* near* table* x* sigma* alpha* temperature* center* scale. shift. b# d# dp#"
-        " parts# residual* key* m* s* s_v* s_bias* s_sq* sum* mean* log_z* mean_logit* mean_bias*"
-        " weight_sq* score* tikhonov. log_threshold."
+        "states* acc* near* table* x* sigma* alpha* temperature* center* scale. zero. b# d# dp#"
+        " parts# queries# residual* key* m* s* s_v* s_bias* s_sq* sum* mean* log_z* mean_logit*"
+        " mean_bias* weight_sq* score* tikhonov. log_threshold."
     )
 
 

@@ -52,7 +52,7 @@ def test_three_launches(monkeypatch) -> None:
     clusters = min(132 // tile.cluster, -(-n // tile.rows))
     names = ["memokern_queries", "memokern_sweep", "memokern_finish_sums"]
     assert [found.entry for found in fake.launches] == names
-    assert (split.grid, split.threads, split.shared) == ((16, 1), 256, 0)
+    assert (split.grid, split.threads, split.shared) == ((16, 1), 256, 512)
     assert (sweep.grid, sweep.threads) == ((clusters * tile.cluster, 1), 256)
     assert (join.grid, join.threads, join.shared) == ((b, 1), 128, 0)
     assert sweep.shared == shared_bytes(F32, tile)
@@ -62,11 +62,13 @@ def test_three_launches(monkeypatch) -> None:
 
     q, s, f = (found.argument for found in fake.launches)
     for arg in (q, s, f):
-        assert (arg.b, arg.d, arg.scale, arg.shift) == (b, d, 1.0, 0.0)
+        assert (arg.b, arg.d, arg.scale) == (b, d, 1.0)
         assert arg.x == query.x.data_ptr() and arg.table == q.table
         assert arg.sigma == query.sigma.data_ptr() and arg.alpha == query.alpha.data_ptr()
     assert q.dp == f.dp == tile.cluster * tile.features and q.depth == tile.features
-    assert q.log == 0 and q.temperature == f.temperature == query.temperature.data_ptr()
+    assert (q.shift, s.shift, f.zero) == (0.0, 0.0, 0.0)
+    assert q.log == 0 and q.queries == f.queries == tile.queries
+    assert q.temperature == f.temperature == query.temperature.data_ptr()
     assert q.center == f.center == rows.center.data_ptr()
     assert (s.rows, s.bias) == (rows.data.data_ptr(), query.bias.data_ptr())
     assert (s.sq_norms, s.n, s.stride) == (rows.sq_norms.data_ptr(), n, d)
@@ -80,13 +82,15 @@ def test_three_launches(monkeypatch) -> None:
 
 def test_a_state_and_the_weighting_log() -> None:
     query = query_of(3, 400, weighting="log")
+    rows = rows_of(70, 400, U8)._replace(scale=2 / 255, shift=-1.0)
     with installed() as fake:
-        state = BACKEND.posterior_state(query, rows_of(70, 400, U8))
+        state = BACKEND.posterior_state(query, rows)
     assert isinstance(state, State)
     assert fake.launches[-1].entry == "memokern_finish_state"
     f = fake.launches[-1].argument
     for name in ("key", "m", "s", "s_v", "s_bias", "s_sq", "residual"):
         assert getattr(f, name) == getattr(state, name).data_ptr()
+    assert f.zero == -1.0 + 128 * (2 / 255) and fake.launches[1].argument.shift == -1.0
     assert f.sum == state.acc.data_ptr() and f.mean is None
     assert fake.launches[0].argument.log == 1 and fake.launches[1].argument.bias is None
     assert b"log=1" in fake.loaded[0] and b"bulk=1" in fake.loaded[0]

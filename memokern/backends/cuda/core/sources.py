@@ -25,10 +25,8 @@ def missing() -> str | None:
 
 
 def files(root: Path) -> list[str]:
-    """The sources below a root, by their paths from it, in order; not those of the emulator, which
-    stay at home."""
-    found = (p.relative_to(root) for p in root.rglob("*") if p.suffix in SUFFIXES)
-    return sorted(p.as_posix() for p in found if p.parts[0] != "emulator")
+    """The sources below a root, by their paths from it, in order."""
+    return sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.suffix in SUFFIXES)
 
 
 @functools.cache

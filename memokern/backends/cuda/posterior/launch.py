@@ -23,7 +23,6 @@ from memokern.calls.checks import check_fit, check_rows, contiguous64, name_of, 
 from memokern.calls.stored import sample_center, sharp
 
 _F32, _F64 = torch.float32, torch.float64
-_ROWS_OF_NORMS = 8  # of a block of the kernel of norms
 
 
 def posterior(query: Query, rows: Rows) -> Sums:
@@ -84,10 +83,11 @@ class _Call:
         return torch.empty(shape, dtype=dtype, device=self.device)
 
     def _launch(
-        self, variant: Variant, entry: str, grid: tuple[int, int], argument: ctypes.Structure
-    ) -> None:
+        self, variant: Variant, entry: str, grid: tuple[int, int], argument: ctypes.Structure,
+        shared: int = 0,
+    ) -> None:  # fmt: skip
         found = driver.kernel(variant, entry, self.machine.arch, self.device)
-        driver.launch(found, grid, 0, argument, self.device)
+        driver.launch(found, grid, shared, argument, self.device)
 
     def _norms(self) -> Tensor:
         """|y - center|^2 [N] float64."""
@@ -97,7 +97,9 @@ class _Call:
             shift=rows.shift, n=rows.n, d=rows.dim, stride=self.stride,
         )  # fmt: skip
         variant = variants.norms_variant(rows.data.dtype)
-        self._launch(variant, variant.entries[0], (-(-rows.n // _ROWS_OF_NORMS), 1), argument)
+        self._launch(
+            variant, variant.entries[0], (-(-rows.n // variants.ROWS_OF_NORMS), 1), argument
+        )
         return out
 
     def _bulk(self) -> bool:
@@ -137,40 +139,33 @@ class _Call:
         table = self.new(abi.TABLE_ROWS * q, dtype=_F64)
         states = self.new(clusters * abi.STATE_ROWS * q, dtype=_F64)
         acc, near = self.new(clusters * q * dp), self.new(clusters * q * dp)
-        split, join = variants.queries_variant(kind), variants.finish_variant(q)
-        stored = {"scale": rows.scale, "shift": rows.shift}
+        split, join = variants.queries_variant(kind), variants.finish_variant()
+        # The value of a row that enters products as 0.
+        zero = rows.shift + (128.0 * rows.scale if kind == torch.uint8 else 0.0)
         for b0 in range(0, b, q):
             part = slice(b0, min(b0 + q, b))
             some = query.take(part)
             each: dict[str, Any] = {
-                "x": some.x,
-                "sigma": some.sigma,
-                "alpha": some.alpha,
-                "table": table,
-                **stored,
-            }
-            each |= {"b": len(some.x), "d": d}
-            self._launch(
-                split, split.entries[0], (q, 1),
-                abi.filled(
-                    abi.QueriesParams, **each, temperature=some.temperature, center=self.center,
-                    terms=terms, dp=dp, depth=tile.features, log=int(query.weighting == "log"),
-                ),
+                "x": some.x, "sigma": some.sigma, "alpha": some.alpha, "table": table,
+                "scale": rows.scale, "b": len(some.x), "d": d,
+            }  # fmt: skip
+            asked = abi.filled(
+                abi.QueriesParams, **each, shift=rows.shift, temperature=some.temperature,
+                center=self.center, terms=terms, dp=dp, queries=q, depth=tile.features,
+                log=int(query.weighting == "log"),
             )  # fmt: skip
-            driver.launch(
-                plan.sweep, (clusters * tile.cluster, 1), shared_bytes(kind, tile),
-                abi.filled(
-                    abi.SweepParams, **each, rows=rows.data, sq_norms=self.sq_norms,
-                    bias=query.bias, terms=terms, states=states, acc=acc, near=near, n=rows.n,
-                    stride=self.stride,
-                ),
-                self.device,
+            swept = abi.filled(
+                abi.SweepParams, **each, shift=rows.shift, rows=rows.data, sq_norms=self.sq_norms,
+                bias=query.bias, terms=terms, states=states, acc=acc, near=near, n=rows.n,
+                stride=self.stride,
             )  # fmt: skip
-            self._launch(
-                join, entry, (len(some.x), -(-d // variants.FINISH_FEATURES)),
-                abi.filled(
-                    abi.FinishParams, **each, **{name: v[part] for name, v in out.items()},
-                    states=states, acc=acc, near=near, temperature=some.temperature,
-                    center=self.center, dp=dp, parts=clusters, log_threshold=float("-inf"),
-                ),
+            joined = abi.filled(
+                abi.FinishParams, **each, **{name: v[part] for name, v in out.items()}, zero=zero,
+                states=states, acc=acc, near=near, temperature=some.temperature,
+                center=self.center, dp=dp, parts=clusters, queries=q,
+                log_threshold=float("-inf"),
             )  # fmt: skip
+            self._launch(split, split.entries[0], (q, 1), asked, variants.SHARED_OF_QUERIES)
+            blocks = (clusters * tile.cluster, 1)
+            driver.launch(plan.sweep, blocks, shared_bytes(kind, tile), swept, self.device)
+            self._launch(join, entry, (len(some.x), -(-d // variants.FINISH_FEATURES)), joined)

@@ -8,10 +8,12 @@ import torch
 
 from memokern.backends.cuda.core.variant import ROW_CODES, Variant
 from memokern.backends.cuda.posterior.planner import tiles
-from memokern.backends.cuda.posterior.tiles import QUERIES, Tile
+from memokern.backends.cuda.posterior.tiles import Tile, shared_bytes
 
 TARGETS = ("sm_90a", "sm_100a")  # that have clusters
 FINISH_FEATURES = 512  # of a block of the last kernel
+ROWS_OF_NORMS = 8  # of a block of the kernel of norms
+SHARED_OF_QUERIES = 512  # bytes of a block of the first kernel
 
 
 def queries_variant(rows: torch.dtype) -> Variant:
@@ -24,10 +26,10 @@ def norms_variant(rows: torch.dtype) -> Variant:
     return Variant("sweep/norms.cu", ("memokern_sq_norms",), (("MK_ROWS", ROW_CODES[rows]),))
 
 
-def finish_variant(queries: int) -> Variant:
+def finish_variant() -> Variant:
     """Joins the clusters' parts."""
     entries = ("memokern_finish_state", "memokern_finish_sums")
-    return Variant("sweep/finish.cu", entries, (("MK_QUERIES", queries),), threads=128)
+    return Variant("sweep/finish.cu", entries, threads=128)
 
 
 def sweep_variant(rows: torch.dtype, tile: Tile, bulk: bool, log: bool) -> Variant:
@@ -50,5 +52,18 @@ def variants() -> list[Variant]:
     return [
         *(make(t) for make in (queries_variant, norms_variant) for t in ROW_CODES),
         *(sweep_variant(t, tile, *flag) for t in ROW_CODES for tile in tiles(t) for flag in flags),
-        *(finish_variant(q) for q in QUERIES),
+        finish_variant(),
     ]
+
+
+def shared_of(variant: Variant) -> int:
+    """Dynamic shared memory of a block of one of these, in bytes."""
+    stem = variant.program.rsplit("/", 1)[-1]
+    if stem == "queries.cu":
+        return SHARED_OF_QUERIES
+    if stem != "sweep.cu":
+        return 0
+    macros = dict(variant.macros)
+    rows = next(t for t, code in ROW_CODES.items() if code == macros["MK_ROWS"])
+    names = ("CLUSTER", "FEATURES", "QUERIES", "TILE", "STAGES")
+    return shared_bytes(rows, Tile(*(macros[f"MK_{name}"] for name in names)))
