@@ -28,7 +28,9 @@ class State(NamedTuple):
 
     key, m: [B] float64, their key and the largest v. At sigma = 0 (and where sigma is so small that
     r^2 / sigma^2 nearly overflows), and for an exact hit of "log",
-    v is bias / T alone, since the rest is infinite.
+    v is bias / T alone, since the rest is infinite. Where r^2 / sigma^2 is so large that a bias
+    would be lost beside it, the key may be the nearest row's squared distance at sigma > 0 too:
+    then v is less what the key makes of it.
     s, s_v, s_bias, s_sq: [B] float64, the sums of e^(v - m), e^(v - m) (v - m), e^(v - m) bias and
     e^(2 (v - m)).
     acc, residual: [B, D], the sums of e^(v - m) (y - center) and of e^(v - m) (alpha y - x), in the
@@ -152,14 +154,14 @@ def to_sums(state: State, query: Query) -> Sums:
     lse = query.temperature * (state.m + state.s.log())
     mean_logit = query.temperature * (state.m + state.s_v / state.s)
     if query.weighting == "gaussian":
-        # At sigma = 0 the logits lack the distance: -inf, unless the nearest row is hit. What is
-        # infinite is a constant: it has no derivative.
+        # The logits lack the key's distance: at sigma = 0 it makes them -inf, unless the nearest
+        # row is hit. It has no derivative here: where it moves, the sums carry that, as they do m's.
         with torch.no_grad():
             limit = state.key > 0
             infinite = limit & torch.isinf(state.key / query.sigma / query.sigma)
-        finite = limit & ~infinite
-        sigma = torch.where(finite, query.sigma, 1.0)
-        pull = torch.where(finite, -0.5 * (state.key / sigma) / sigma, 0.0)
+            finite = limit & ~infinite
+            sigma = torch.where(finite, query.sigma, 1.0)
+            pull = torch.where(finite, -0.5 * (state.key / sigma) / sigma, 0.0)
         lse, mean_logit = (torch.where(infinite, -torch.inf, v + pull) for v in (lse, mean_logit))
     else:
         hit = (state.key == 0) & (state.s > 0)

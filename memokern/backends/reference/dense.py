@@ -55,6 +55,8 @@ class _Exponents(NamedTuple):
 
 # e^v is 0 in float64 below it, and the row's part in any sum or derivative.
 _NOTHING = -800.0
+# An exponent beyond which, in float64, biases lose what counts: 10^-7.
+_FAR = 1e9
 
 
 def _exponents(query: Query, rows: Rows, center: Tensor) -> _Exponents:
@@ -119,7 +121,14 @@ def _block_state(query: Query, rows: Rows, center: Tensor) -> State:
     """The state of one block of float64 queries, differentiable in every tensor but m and key,
     which its sums do not depend on."""
     state, base = _block_relative(query, rows, center, state=True)
-    return state._replace(m=state.m + (base / query.temperature).detach())
+    with torch.no_grad():
+        base = base / query.temperature
+        # Beside a larger one a bias would have no digits left: m stays relative to the nearest row,
+        # whose squared distance becomes the key.
+        far = torch.isfinite(state.key) & (base.abs() > _FAR) & (query.weighting == "gaussian")
+        nearest = -2.0 * base * query.temperature * query.sigma * query.sigma
+        key = torch.where(far & (state.key == 0), nearest, state.key)
+        return state._replace(key=key, m=torch.where(far, state.m, state.m + base))
 
 
 def _block_sums(query: Query, rows: Rows, center: Tensor) -> Sums:
