@@ -48,6 +48,15 @@ class Guided:
         return found
 
 
+def label_part(label: Label, at: Tensor) -> Label:
+    """The labels of some of the samples, [s] int64, where each has its own."""
+    if isinstance(label, Tensor) and label.dim() > 0:
+        return label[at.to(label.device)]
+    if isinstance(label, list | tuple):
+        return [label[i] for i in at.tolist()]
+    return label
+
+
 class Given:
     """A denoiser with what every query asks for, to take its place in samplers and likelihoods.
 
@@ -85,6 +94,19 @@ class Given:
     def space(self) -> Tensor:
         """As the denoiser's."""
         return self.denoiser.space
+
+    def part(self, at: Tensor) -> Given:
+        """The same for some of the samples, [s] int64."""
+        asked: dict[str, Any] = {
+            "label": label_part(self.label, at),
+            "condition": self.condition,
+            "bandwidth": self.bandwidth,
+        }
+        if self.condition is not None and self.condition.dim() > 1:
+            asked["condition"] = self.condition[at]
+        if isinstance(self.bandwidth, Tensor) and self.bandwidth.dim() > 0:
+            asked["bandwidth"] = self.bandwidth[at]
+        return Given(self.denoiser, guidance=self.guidance, **asked)
 
     def evaluate(self, x: Tensor, t: float | Tensor, label: Label = None, **asked: Any) -> Any:
         """As the denoiser's, for what was given. A label here goes before the one given."""

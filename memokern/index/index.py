@@ -90,6 +90,11 @@ class Index:
         self._projector = Projector(basis, center, last, self.edges, y_max, row_error)
 
     @property
+    def transform(self) -> Cosine | Principal:
+        """The basis itself, whose `coordinates` the index has of all rows."""
+        return self._basis
+
+    @property
     def n(self) -> int:
         """N, the number of rows."""
         return self.coarse.shape[0]

@@ -114,6 +114,15 @@ class Regularizer:
         own = any(getattr(type(self), name) is not getattr(Regularizer, name) for name in changed)
         return None if own else divergence
 
+    def level_gate(self, sigma: Tensor, alpha: Tensor) -> Tensor | None:
+        """gamma(sigma, alpha) in (0, 1], with which the gated residual is gamma (alpha mean - x),
+        [*sigma.shape] float64; None where it is not that, or where a row that has all the weight
+        could lose it further down the flow (:mod:`memokern.samplers.closed_end` has the condition).
+        The base class answers for regularisers that change nothing."""
+        changed = ("replicate", "prepare", "gate", "gather")
+        own = any(getattr(type(self), name) is not getattr(Regularizer, name) for name in changed)
+        return None if own else torch.ones_like(sigma)
+
     def log_potential(self, posterior: Posterior, query: Query) -> Tensor | None:
         r"""phi [\*batch] such that the regularised score is grad_x phi; None where there is
         none."""
@@ -181,6 +190,15 @@ class Compose(Regularizer):
                 break
             found = part.gate_divergence(found, residual, query, posterior)
             residual = part.gate(residual, query, posterior)
+        return found
+
+    def level_gate(self, sigma: Tensor, alpha: Tensor) -> Tensor | None:
+        # Of two that change the noise in the weights it is not proven.
+        changing = sum(type(p).prepare is not Regularizer.prepare for p in self._parts)
+        found: Tensor | None = torch.ones_like(sigma) if changing <= 1 else None
+        for part in self._parts:
+            gate = part.level_gate(sigma, alpha)
+            found = None if found is None or gate is None else found * gate
         return found
 
     def __repr__(self) -> str:

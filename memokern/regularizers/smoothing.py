@@ -137,5 +137,8 @@ class SmoothedBank(Regularizer):
     ) -> Tensor:
         return self._factor(query) * divergence
 
+    def level_gate(self, sigma: Tensor, alpha: Tensor) -> Tensor | None:
+        return None if callable(self.h) else shrink(sigma.square(), (alpha * self.h).square())
+
     def log_potential(self, posterior: Posterior, query: Query) -> Tensor:
         return posterior.log_z

@@ -44,5 +44,8 @@ class Tikhonov(Regularizer):
     ) -> Tensor:
         return self._factor(query.sigma) * divergence
 
+    def level_gate(self, sigma: Tensor, alpha: Tensor) -> Tensor | None:
+        return self._factor(sigma)
+
     def log_potential(self, posterior: Posterior, query: Query) -> Tensor:
         return self._factor(query.sigma) * posterior.log_z

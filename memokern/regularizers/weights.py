@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from memokern.regularizers.base import Data, Level, Query, Regularizer, check_level, level_at
@@ -48,6 +49,9 @@ class Temperature(Regularizer):
         self, divergence: Tensor, residual: Tensor, query: Query, posterior: Posterior
     ) -> Tensor:
         return divergence
+
+    def level_gate(self, sigma: Tensor, alpha: Tensor) -> Tensor | None:
+        return None if callable(self.sigma_c) else torch.ones_like(sigma)
 
     def log_potential(self, posterior: Posterior, query: Query) -> Tensor:
         return posterior.log_z

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from memokern.samplers.base import Denoises, Evaluation, Samples, Watch
 from memokern.samplers.flow import ODE_STEPS, SOLVERS, TOLERANCES, ode
+from memokern.samplers.gaussian import Gaussian
 from memokern.samplers.reverse import SDE_STEPS, sde
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "TOLERANCES",
     "Denoises",
     "Evaluation",
+    "Gaussian",
     "Samples",
     "Watch",
     "ode",

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from memokern import validate
 from memokern.conditional import Label
+from memokern.given import Given, label_part
 from memokern.processes import Process
 from memokern.results import Certificate
 from memokern.util import checks
@@ -30,7 +31,8 @@ class Samples:
         x: the samples [S, \*shape]. trajectory: [K, S, \*shape], the start included; or None.
         times, sigmas: [K] float64, the process times and noise levels of the trajectory's states
             (for rk45 without a trajectory, of the first and the last state).
-        nfe: how often the denoiser was evaluated, each time at all S queries.
+        nfe: how often the denoiser was evaluated, each time at all S queries; by "exponential" at
+            those whose end is not known yet.
     """
 
     x: Tensor
@@ -50,6 +52,8 @@ class Evaluation:
         t, alpha, sigma: where the queries are.
         seconds: how long it took, the certificate included.
         certificate: which rows were swept for each query, and bounds on the error.
+        phase: of the solver "exponential", what the evaluation was for: "gaussian", "middle" or
+            "end"; else None.
     """
 
     step: int | None
@@ -59,6 +63,7 @@ class Evaluation:
     sigma: float
     seconds: float
     certificate: Certificate
+    phase: str | None = None
 
 
 Watch = Callable[[Evaluation], None]
@@ -144,6 +149,7 @@ class Run:
         self.label, self.bias, self.nfe = label, bias, 0
         self.watch = watch
         self.step: int | None = 1
+        self.phase: str | None = None
         self.x = self._start(start, dtype)
         self.record: list[Tensor] | None = [self.x] if trajectory else None
 
@@ -165,21 +171,31 @@ class Run:
 
     def evaluate(self, x: Tensor, t: float) -> tuple[Tensor, Tensor]:
         """The denoiser's x0 and eps at x and time t; counts the evaluation, and tells `watch`."""
+        found = self.predict(x, t)
+        return found.x0, found.eps
+
+    def predict(self, x: Tensor, t: float, at: Tensor | None = None) -> Any:
+        """All that the denoiser gives, as `evaluate`; x of some of the samples, at [s] int64."""
         self.nfe += 1
+        denoiser, label = self.denoiser, self.label
+        if at is not None and len(at) < len(self.x):
+            label = label_part(label, at)
+            denoiser = denoiser.part(at) if isinstance(denoiser, Given) else denoiser
         if self.watch is None:
-            found = self.denoiser.evaluate(x, t, self.label, bias=self.bias)
-            return found.x0, found.eps
+            return denoiser.evaluate(x, t, label, bias=self.bias)
         began = time.perf_counter()
-        found = self.denoiser.evaluate(x, t, self.label, bias=self.bias, certificate=True)
+        found = denoiser.evaluate(x, t, label, bias=self.bias, certificate=True)
         if x.device.type != "cpu":
             torch.accelerator.synchronize(x.device)
         seconds, level = time.perf_counter() - began, level_of(self.process, t)
         bounds = found.posterior.certificate
         assert bounds is not None
         self.watch(
-            Evaluation(self.step, self.nfe, level.t, level.alpha, level.sigma, seconds, bounds)
+            Evaluation(
+                self.step, self.nfe, level.t, level.alpha, level.sigma, seconds, bounds, self.phase
+            )
         )
-        return found.x0, found.eps
+        return found
 
     def noise(self) -> Tensor:
         """Standard normal noise of x's shape and type."""

@@ -22,9 +22,11 @@ from memokern.samplers.base import (
     level_of,
     levels_of,
 )
+from memokern.samplers.exponential import exponential, gaussian_of
+from memokern.samplers.gaussian import Gaussian
 from memokern.util import checks
 
-SOLVERS = ("euler", "heun", "rk45")
+SOLVERS = ("euler", "heun", "rk45", "exponential")
 ODE_STEPS = 18
 # The relative and absolute tolerance of rk45. Float32 evaluations are too coarse for finer ones.
 TOLERANCES = {torch.float32: (1e-4, 1e-6), torch.float64: (1e-6, 1e-9)}
@@ -44,6 +46,8 @@ def ode(
     churn_noise: float = 1.0,
     rtol: float | None = None,
     atol: float | None = None,
+    gaussian: Gaussian | bool | None = None,
+    finish: bool = True,
     label: Label = None,
     bias: Tensor | None = None,
     seed: int | None = None,
@@ -64,7 +68,10 @@ def ode(
         steps: of euler and heun, on the process's grid, 18 by default. rk45 chooses its own.
         solver: "euler" takes x to alpha' x0 + sigma' eps, which is DDIM's step. "heun" does the
             same with the mean of eps at both ends (arXiv 2206.00364, algorithms 1 and 2). "rk45" is
-            scipy's adaptive solve_ivp, in the angle atan2(sigma, alpha).
+            scipy's adaptive solve_ivp, in the angle atan2(sigma, alpha). "exponential" has both
+            ends in closed form and a multistep method between them
+            (:mod:`memokern.samplers.exponential`): as exact as Heun's method with as many `steps`,
+            for about a third of the evaluations.
         sigma_min: the noise level > 0 to stop at. By default the samplers go to where the process
             ends, the data; euler and heun take their last step with x0 held.
         denoise_last: whether an early stop is followed by one more step, to the data with x0 held.
@@ -73,6 +80,12 @@ def ode(
             min(churn / steps, sqrt(2) - 1) of itself. Not for rk45.
         rtol, atol: tolerances of rk45, by default 1e-6 and 1e-9, for float32 1e-4 and 1e-6. The
             norm is over all samples together.
+        gaussian: of "exponential", what the flow starts with: None takes the mean and variances of
+            the denoiser's rows (with a label, of its own), and nothing for a network; a
+            :class:`Gaussian` serves both; False leaves the part out.
+        finish: of "exponential", whether a sample is taken to its end as soon as that is proven:
+            with plain scores and with `Tikhonov`, `Temperature` and `SmoothedBank`, whose
+            parameters are numbers.
         label, bias: as :meth:`Denoiser.evaluate`.
         seed, generator: of the starts' and churn's noise. Without either, PyTorch's own generator.
         dtype: float32 or float64, by default that of the starts; of drawn starts float64 for
@@ -89,9 +102,10 @@ def ode(
         cannot go on, as from alpha = 0 (flow matching, cosine) with a regulariser that gates: see
         :func:`memokern.regularizers.evaluate`.
 
-    Gradients: with respect to starts that require them, for euler and heun.
+    Gradients: with respect to starts that require them, for all but rk45.
 
-    Cost: steps sweeps (euler), about twice that (heun: 2 steps - 1 when the end is sigma = 0).
+    Cost: steps sweeps (euler), about twice that (heun: 2 steps - 1 when the end is sigma = 0), some
+    two thirds of it (exponential: a step of 4 / 3 steps costs one, and both ends none).
 
     Example:
         >>> import torch
@@ -112,6 +126,8 @@ def ode(
         denoiser, start, label=label, bias=bias, seed=seed, generator=generator, dtype=dtype,
         trajectory=trajectory, watch=watch,
     )  # fmt: skip
+    if solver != "exponential" and (gaussian is not None or not finish):
+        raise ValueError('gaussian and finish belong to solver="exponential"')
     if solver == "rk45":
         if steps is not None or churn != 0:
             raise ValueError("rk45 chooses its own steps and has no churn: leave both out")
@@ -123,8 +139,15 @@ def ode(
             absolute = checks.number("atol", atol, 0.0)
         return _rk45(run, sigma_min, denoise_last, relative, absolute, progress)
     if rtol is not None or atol is not None:
-        raise ValueError("rtol and atol are rk45's; euler and heun have steps")
+        raise ValueError("rtol and atol are rk45's; euler, heun and exponential have steps")
     steps = ODE_STEPS if steps is None else steps
+    if solver == "exponential":
+        if churn != 0:
+            raise ValueError('"exponential" has no churn: leave it out, or take heun')
+        steps = checks.integer("steps", steps, 1)
+        check_stop(run.process, sigma_min, denoise_last)
+        start_with = gaussian_of(denoiser, gaussian, run)
+        return exponential(run, steps, sigma_min, denoise_last, start_with, finish, progress)
     levels = levels_of(run.process, steps, sigma_min, denoise_last)
     gain = min(churn / steps, math.sqrt(2) - 1)
     with run.gradients():
