@@ -16,6 +16,7 @@ import torch
 
 from memokern.backends.cuda import abi
 from memokern.backends.cuda.core import cache, compiler, driver, machine
+from memokern.backends.cuda.core.variant import Variant
 
 STREAMS = {0: 1000, 1: 1001}
 H100 = machine.Machine("sm_90a", 132, 227 << 10, 50 << 20)
@@ -47,6 +48,7 @@ class CUlaunchAttributeID(enum.IntEnum):
 class Launch(NamedTuple):
     """What reached the driver. argument: a copy of the struct that the kernel takes."""
 
+    variant: Variant | None
     entry: str
     grid: tuple[int, ...]
     threads: int
@@ -76,6 +78,7 @@ class Driver:
         self.loaded: list[bytes] = []
         self.entries: dict[int, str] = {}
         self.fails: dict[str, CUresult] = {}
+        self.variants: dict[bytes, Variant] = {}  # by their machine code
         self.run: Callable[[Launch], None] | None = None
 
     def __getattribute__(self, name: str) -> Any:
@@ -145,7 +148,8 @@ class Driver:
         kind = ARGUMENTS[entry]
         pointer = ctypes.cast(arguments, ctypes.POINTER(ctypes.c_void_p))[0]
         argument = kind.from_buffer_copy(ctypes.string_at(pointer, ctypes.sizeof(kind)))
-        launch = Launch(entry, (x, y), threads, shared, stream, self.device, argument)
+        variant = self.variants.get(self.loaded[kernel // 1000 - 1])
+        launch = Launch(variant, entry, (x, y), threads, shared, stream, self.device, argument)
         self.launches.append(launch)
         if self.run is not None:
             self.run(launch)
@@ -166,7 +170,12 @@ def installed(largest_cluster: int = 16, folder: Any = None) -> Iterator[Driver]
     """The driver in place of the real one, an H100 in place of every device, and a compiler whose
     machine code is the variant's name."""
     fake = Driver(largest_cluster)
-    named = lambda variant, arch: compiler.Compiled(f"{variant.name} {arch}".encode(), "")  # noqa: E731
+
+    def named(variant: Variant, arch: str) -> compiler.Compiled:
+        code = f"{variant.name} {arch}".encode()
+        fake.variants[code] = variant
+        return compiler.Compiled(code, "")
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(driver, "api", _cached(fake))
         patch.setattr(machine, "of", lambda device: H100)

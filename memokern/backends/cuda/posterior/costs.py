@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from memokern.backends.cuda.core.machine import Machine
-from memokern.backends.cuda.posterior.tiles import Tile, size_of, terms_of
+from memokern.backends.cuda.posterior.tiles import Tile, at_once, size_of, splits, terms_of
 
 
 class Rates(NamedTuple):
@@ -49,11 +49,12 @@ def tile_seconds(rows: torch.dtype, tile: Tile, rates: Rates, blocks: int) -> fl
     """Of one tile in a block, of which so many work side by side."""
     numbers, size = tile.rows * tile.features, size_of(rows)
     moved = numbers * size / (rates.memory / blocks)
-    # The queries' terms are read again for each group of 8 rows that a warp does not do at once.
-    at_once = max(1, tile.rows // 8 // _WARPS)
-    terms = 4 * terms_of(rows) * tile.queries / 16 / at_once * numbers
+    # Rows are written once and read twice. The queries' terms, 512 bytes of 16 queries and 16
+    # features, are read again for each group of 8 rows that a warp does not do at once.
+    terms = 4 * terms_of(rows) * tile.queries / 16 / at_once(tile) * numbers
+    parts = 8 * splits(tile) * tile.queries * tile.rows
     weights = _WARPS * 64 * tile.queries * tile.rows / 16
-    shared = (terms + weights + 2 * numbers * size) / SHARED
+    shared = (terms + parts + weights + 3 * numbers * size) / SHARED
     arithmetic = 2.0 * tile.queries * numbers * sum(products(rows)) / (rates.warp / blocks)
     worked = max(shared, arithmetic) + TILE
     # With two stages nothing is asked for until a tile is done with.

@@ -30,6 +30,7 @@ ROWS = (128, 64, 32, 16)
 STAGES = (4, 3, 2)
 # Registers of a thread's sums, of 255: products, addresses and what is loaded take the rest.
 _MOST_SUMS = 96
+_WARPS = 8
 
 
 def terms_of(rows: torch.dtype) -> int:
@@ -47,21 +48,33 @@ def holds_sums(features: int, queries: int) -> bool:
     return -(-features // 128) * 8 * queries // 16 <= _MOST_SUMS
 
 
+def at_once(tile: Tile) -> int:
+    """Groups of 8 rows that a warp multiplies by the queries' terms that it has read once."""
+    most, groups = 4 if tile.queries == 16 else 2, tile.rows // 8
+    return groups // 2 if groups < 2 * most else most
+
+
+def splits(tile: Tile) -> int:
+    """Parts of the features in the first product, so that all warps have work."""
+    busy = tile.rows // 8 // at_once(tile)
+    return _WARPS // busy if busy < _WARPS else 1
+
+
 def shared_bytes(rows: torch.dtype, tile: Tile) -> int:
     """Dynamic shared memory of a block of the sweep, as csrc/cuda/sweep lays it out.
 
     >>> shared_bytes(torch.uint8, Tile(8, 384, 16, 64, 3))
-    117888
+    131712
     """
     c, ds, q, nt, stages = tile
     size = size_of(rows)
     pitch = ds * size + (0 if ds * size // 16 % 2 else 16)  # odd in units of 16: no bank conflicts
-    split, own = max(1, 64 // nt), -(-q // c)
+    own = -(-q // c)
     parts = (
         8 * stages,  # barriers
         terms_of(rows) * q * (ds + 8) * 2,  # the queries' terms
         stages * nt * pitch,  # the rows
-        split * q * (nt + 8) * 4,  # products
+        splits(tile) * q * (nt + 8) * 4,  # products
         2 * 2 * q * (nt + 8) * 2,  # weights, two terms of them, two tiles
         2 * q * 4,  # the largest logit and the factor of each query
         own * nt * 4, own * nt * 8, own * 192,  # what a rank does for all
