@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from memokern.conditional import EVERY_ROW, Label, count_labels, label_numbers
+from memokern.conditional import EVERY_ROW, Label, label_numbers
 from memokern.data.training_set import TrainingSet
 from memokern.index.basis import FULL_EIGEN, Cosine, Principal, cosines, is_image
 from memokern.index.index import evenly_spaced_rows
@@ -205,7 +205,7 @@ def of_samples(data: TrainingSet, label: Label, bias: Tensor | None, count: int)
         return Gaussian.fit(data, torch.softmax(total.detach().to("cpu", torch.float64), 0))
     if label is None:
         return of_rows(data)
-    numbers = label_numbers(label, (count,), data.device, lambda: count_labels(data))
+    numbers = label_numbers(label, (count,), data.device, data.label_count)
     known, which = numbers.reshape(-1).unique(return_inverse=True)
     everywhere = of_rows(data)
     whole = data.labels is None or not bool((data.labels == EVERY_ROW).any())
