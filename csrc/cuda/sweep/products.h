@@ -22,55 +22,58 @@ enum { kMostPairs = 3 };  // term i times piece j where i + j < 3
 // sums, so that they add up a few steps only, and the rest is added as floats.
 MK_DEVICE void multiply_queries(const Shared& s, const u8* rows) {
   enum {
-    kRowBlocks = kRows / 8,
     kSteps = kFeatures / 16,
     kProducts = kType == (int)kF32 ? 6 : (int)Numbers::kTerms,
     kRun = kProducts >= 4 ? 1 : 8 / kProducts / 2 * 2
   };
   const int warp = warp_index(), lane = lane_index(), g = lane >> 2, t = lane & 3;
-  const int split = kSplits > 1 ? warp / kRowBlocks : 0;
+  const int split = warp % kSplits, row0 = warp / kSplits * kRowBlocks * 8;
   const int from = kSteps * split / kSplits, to = kSteps * (split + 1) / kSplits;
-  for (int block = kSplits > 1 ? warp % kRowBlocks : warp; block < kRowBlocks; block += kWarps) {
-    float sum[kBlocksOf16][4];
+  float sum[kRowBlocks][kBlocksOf16][4];
+  MK_UNROLL
+  for (int r = 0; r < kRowBlocks; r++)
+    for (int i = 0; i < 4 * kBlocksOf16; i++) sum[r][i / 4][i % 4] = 0;
+  const u8* row = rows + (row0 + g) * kRowPitch + 4 * t * Numbers::kBytes;
+  const u16* terms = s.terms + (lane & 15) * kTermPitch + (lane >> 4) * 8;
+  for (int first = from; first < to; first += kRun) {
+    float run[kRowBlocks][kBlocksOf16][4];
     MK_UNROLL
-    for (int q = 0; q < kBlocksOf16; q++)
-      for (int i = 0; i < 4; i++) sum[q][i] = 0;
-    const u8* row = rows + (block * 8 + g) * kRowPitch + 4 * t * Numbers::kBytes;
-    for (int first = from; first < to; first += kRun) {
-      float run[kBlocksOf16][4];
+    for (int r = 0; r < kRowBlocks; r++)
+      for (int i = 0; i < 4 * kBlocksOf16; i++) run[r][i / 4][i % 4] = 0;
+    MK_UNROLL
+    for (int k = 0; k < kRun; k++) {
+      const int step = first + k;
+      if (kRun > 1 && step >= to) break;
+      u32 b[kRowBlocks][2][Numbers::kPieces];
+      MK_UNROLL
+      for (int r = 0; r < kRowBlocks; r++)
+        pairs_of_row<kType>(
+            *(const Words<Numbers::kBytes, 4>*)(row + r * 8 * kRowPitch + step * 16 * Numbers::kBytes), b[r]);
       MK_UNROLL
       for (int q = 0; q < kBlocksOf16; q++)
-        for (int i = 0; i < 4; i++) run[q][i] = 0;
-      MK_UNROLL
-      for (int k = 0; k < kRun; k++) {
-        const int step = first + k;
-        if (kRun > 1 && step >= to) break;
-        u32 b[2][Numbers::kPieces];
-        pairs_of_row<kType>(*(const Words<Numbers::kBytes, 4>*)(row + step * 16 * Numbers::kBytes), b);
-        MK_UNROLL
-        for (int q = 0; q < kBlocksOf16; q++) MK_UNROLL
         for (int i = Numbers::kTerms - 1; i >= 0; i--) {
           u32 a[4];
-          load_a(a,
-                 s.terms + (i * kQueries + q * 16 + (lane & 15)) * kTermPitch + step * 16 + (lane >> 4) * 8);
+          load_a(a, terms + (i * kQueries + q * 16) * kTermPitch + step * 16);
           MK_UNROLL
-          for (int j = Numbers::kPieces - 1; j >= 0; j--)
-            if (i + j < kMostPairs) mma<Numbers::kBrain>(run[q], a, b[0][j], b[1][j]);
+          for (int r = 0; r < kRowBlocks; r++)
+            for (int j = Numbers::kPieces - 1; j >= 0; j--)
+              if (i + j < kMostPairs) mma<Numbers::kBrain>(run[r][q], a, b[r][0][j], b[r][1][j]);
         }
-      }
-      MK_UNROLL
-      for (int q = 0; q < kBlocksOf16; q++)
-        for (int i = 0; i < 4; i++) sum[q][i] += run[q][i];
     }
     MK_UNROLL
-    for (int q = 0; q < kBlocksOf16; q++) {
-      float* part = s.part + (split * kQueries + q * 16 + g) * kPartPitch + block * 8 + 2 * t;
-      part[0] = sum[q][0];
-      part[1] = sum[q][1];
-      part[8 * kPartPitch] = sum[q][2];
-      part[8 * kPartPitch + 1] = sum[q][3];
-    }
+    for (int r = 0; r < kRowBlocks; r++)
+      for (int i = 0; i < 4 * kBlocksOf16; i++) sum[r][i / 4][i % 4] += run[r][i / 4][i % 4];
   }
+  float* part = s.part + (split * kQueries + g) * kPartPitch + row0 + 2 * t;
+  MK_UNROLL
+  for (int r = 0; r < kRowBlocks; r++)
+    for (int q = 0; q < kBlocksOf16; q++) {
+      float* to_part = part + q * 16 * kPartPitch + r * 8;
+      to_part[0] = sum[r][q][0];
+      to_part[1] = sum[r][q][1];
+      to_part[8 * kPartPitch] = sum[r][q][2];
+      to_part[8 * kPartPitch + 1] = sum[r][q][3];
+    }
 }
 
 // Of each group of 16 features of a warp, and block of 16 queries: features 4 t, 4 t + 2 of the queries g and
@@ -97,8 +100,7 @@ MK_DEVICE void accumulate(const Shared& s, const u8* rows, int slot, Accumulator
     float sum[kBlocksOf16][kTogether][2][4];
     MK_UNROLL
     for (int q = 0; q < kBlocksOf16; q++)
-      for (int c = 0; c < kTogether; c++)
-        for (int i = 0; i < 8; i++) sum[q][c][i >> 2][i & 3] = 0;
+      for (int i = 0; i < 8 * kTogether; i++) sum[q][i >> 3][i >> 2 & 1][i & 3] = 0;
     MK_UNROLL
     for (int k = 0; k < kRows; k += 16) {
       u32 a[kBlocksOf16][kWeightTerms][4];
@@ -118,10 +120,10 @@ MK_DEVICE void accumulate(const Shared& s, const u8* rows, int slot, Accumulator
         pairs_of_feature<kType>(*(const Two*)(row + 8 * kRowPitch), *(const Two*)(row + 9 * kRowPitch), b[1]);
         MK_UNROLL
         for (int q = 0; q < kBlocksOf16; q++)
-          for (int f = 0; f < 2; f++)
-            for (int i = kWeightTerms - 1; i >= 0; i--)
-              for (int j = Numbers::kPieces - 1; j >= 0; j--)
-                if (i + j < kMostPairs) mma<Numbers::kBrain>(sum[q][c][f], a[q][i], b[0][f][j], b[1][f][j]);
+          for (int f = 0; f < 2; f++) MK_UNROLL
+        for (int i = kWeightTerms - 1; i >= 0; i--)
+          for (int j = Numbers::kPieces - 1; j >= 0; j--)
+            if (i + j < kMostPairs) mma<Numbers::kBrain>(sum[q][c][f], a[q][i], b[0][f][j], b[1][f][j]);
       }
     }
     MK_UNROLL
@@ -148,19 +150,19 @@ MK_DEVICE void store_accumulators(const Accumulators& acc, float* out) {
   const int warp = warp_index(), lane = lane_index(), g = lane >> 2, t = lane & 3;
   const float unit = Numbers::kBrain ? 1.0f : 1.0f / 32768.0f;
   MK_UNROLL
-  for (int q = 0; q < kBlocksOf16; q++) MK_UNROLL
-  for (int c = 0; c < kGroups; c++) {
-    const int group = c * kWarps + warp;
-    if (group >= kFeatures / 16) continue;
-    const float (&v)[2][4] = acc.v[q][c];
-    for (int half = 0; half < 2; half++) {
-      float* to = out + (i64)(q * 16 + g + 8 * half) * kDP + group * 16 + 4 * t;
-      to[0] = v[0][2 * half] * unit;
-      to[1] = v[1][2 * half] * unit;
-      to[2] = v[0][2 * half + 1] * unit;
-      to[3] = v[1][2 * half + 1] * unit;
+  for (int q = 0; q < kBlocksOf16; q++)
+    for (int c = 0; c < kGroups; c++) {
+      const int group = c * kWarps + warp;
+      if (group >= kFeatures / 16) continue;
+      const float (&v)[2][4] = acc.v[q][c];
+      for (int half = 0; half < 2; half++) {
+        float* to = out + (i64)(q * 16 + g + 8 * half) * kDP + group * 16 + 4 * t;
+        to[0] = v[0][2 * half] * unit;
+        to[1] = v[1][2 * half] * unit;
+        to[2] = v[0][2 * half + 1] * unit;
+        to[3] = v[1][2 * half + 1] * unit;
+      }
     }
-  }
 }
 
 }  // namespace cuda

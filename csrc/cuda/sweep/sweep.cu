@@ -88,8 +88,8 @@ MK_KERNEL(kCluster, kThreads) memokern_sweep(MK_PARAMS(SweepParams, p)) {
   if (!kBulk) block_sync();
   Accumulators acc;
   MK_UNROLL
-  for (int q = 0; q < kBlocksOf16; q++) MK_UNROLL
-  for (int c = 0; c < kGroups; c++) MK_UNROLL
+  for (int q = 0; q < kBlocksOf16; q++)
+    for (int c = 0; c < kGroups; c++) MK_UNROLL
   for (int i = 0; i < 8; i++) acc.v[q][c][i >> 2][i & 3] = 0;
   bool has_near = false;  // whether this block has ever written to `near`
   for (int i = 0; i <= tiles.count; i++) {

@@ -29,7 +29,11 @@ enum : int {
   kDP = kCluster * kFeatures,
   kOwned = (kQueries + kCluster - 1) / kCluster,  // queries that a block weighs
   kLaneRows = kRows < 32 ? 1 : kRows / 32,        // rows of a lane when it weighs a tile
-  kSplits = kRows < 64 ? 64 / kRows : 1,          // parts of the features in the first product
+  // In the first product a warp takes so many blocks of 8 rows together, which share what it reads of the
+  // queries, and a part of the features where there are fewer of these than warps.
+  kMostRowBlocks = kBlocksOf16 == 1 ? 4 : 2,
+  kRowBlocks = kRows / 8 < 2 * kMostRowBlocks ? kRows / 16 : kMostRowBlocks,
+  kSplits = kRows / 8 / kRowBlocks < kWarps ? kWarps * kRowBlocks * 8 / kRows : 1,
   kTermPitch = kFeatures + 8,  // 16 bytes more: the rows of a matrix lie in different banks
   kPartPitch = kRows + 8,
   kWeightPitch = kRows + 8,

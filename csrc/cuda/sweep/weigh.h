@@ -94,9 +94,9 @@ MK_DEVICE bool mark_rows(const SweepParams& p, const Shared& s, int own, const L
     float dot = 0;
     if (j < kRows) {
       MK_UNROLL
-      for (int split = 0; split < kSplits; split++) MK_UNROLL
-      for (int rank = 0; rank < kCluster; rank++)
-        dot += load_remote(s.part + (split * kQueries + b) * kPartPitch + j, rank);
+      for (int split = 0; split < kSplits; split++)
+        for (int rank = 0; rank < kCluster; rank++)
+          dot += load_remote(s.part + (split * kQueries + b) * kPartPitch + j, rank);
     }
     t[i] = dot * o.a1 - r.sq[i] * o.a2;
     if (!r.counts[i]) continue;
