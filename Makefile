@@ -12,6 +12,7 @@
 # make kernels  every Triton kernel compiled, into docs/triton-kernels.md (45 minutes of a core; then what changed)
 # make sanitize the Triton kernels watched for races and for what lies outside of tensors (ttsem, experimental)
 # make sanitize-cpu  the C++ kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer (needs GCC)
+# make sanitize-cuda  the CUDA kernels on an emulator, under the same sanitizers (needs GCC)
 # make neon     the portable kernels on an emulated ARM processor (needs g++-aarch64-linux-gnu and qemu-user)
 #
 # Everything runs in .venv, made on first use. PYTHON chooses the interpreter, TORCH the PyTorch.
@@ -31,7 +32,7 @@ BIN = $(VENV)/bin
 SOURCES = $(shell find csrc -type f) setup.py pyproject.toml
 CPP = $(shell find csrc tests/cpp -name "*.h" -o -name "*.cpp" -o -name "*.cu")
 
-.PHONY: demo test test-all fuzz bench lint integrations peers gpu-check kernels sanitize sanitize-cpu neon clean
+.PHONY: demo test test-all fuzz bench lint integrations peers gpu-check kernels sanitize sanitize-cpu sanitize-cuda neon clean
 
 # torch first and alone: its pinned build decides what the rest may need.
 $(BIN)/python:
@@ -104,6 +105,9 @@ sanitize: $(VENV)/.dev-installed
 
 sanitize-cpu: $(VENV)/.dev-installed
 	$(BIN)/python -m tools.sanitize_cpu $(ARGS)
+
+sanitize-cuda: $(VENV)/.dev-installed
+	$(BIN)/python -m tools.sanitize_cuda $(ARGS)
 
 neon:
 	mkdir -p build

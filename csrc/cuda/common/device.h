@@ -7,8 +7,9 @@
 
 #ifdef __CUDACC__
 #define MK_DEVICE __device__ __forceinline__
-#define MK_KERNEL(cluster, threads) \
-  extern "C" __global__ void __cluster_dims__(cluster, 1, 1) __launch_bounds__(threads, 1)
+// blocks: how many share a multiprocessor, which bounds the registers.
+#define MK_KERNEL(cluster, threads, blocks) \
+  extern "C" __global__ void __cluster_dims__(cluster, 1, 1) __launch_bounds__(threads, blocks)
 // Kernels that need no cluster, and may share a multiprocessor with others.
 #define MK_PLAIN_KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
 #define MK_PARAMS(type, name) const __grid_constant__ type name

@@ -48,25 +48,40 @@ MK_DEVICE Joined join_states(const FinishParams& p, i64 b) {
   return j;
 }
 
-// A query's sums of one feature: of weights times y - c, and of weights times alpha y - x.
+// A thread's features of a query: sums of weights times y - c, and of weights times alpha y - x. Features
+// beyond the last one are 0.
 struct FeatureSums {
-  double values, residual;
+  double values[kFinishEach], residual[kFinishEach];
 };
-MK_DEVICE FeatureSums feature_sums(const FinishParams& p, const Joined& j, i64 b, i64 d, double c) {
-  double acc = 0, near = 0;
-  for (i64 i = 0; i < p.parts; i++) {
-    const double f = part_factor(p, j, i, b);
+MK_DEVICE i64 feature_of(int i) {
+  return (i64)block_y() * kFinishFeatures + i * kFinishThreads + thread_index();
+}
+MK_DEVICE FeatureSums feature_sums(const FinishParams& p, const Joined& j, i64 b, bool about_center) {
+  double acc[kFinishEach], near[kFinishEach];
+  MK_UNROLL
+  for (int i = 0; i < kFinishEach; i++) acc[i] = near[i] = 0;
+  for (i64 part = 0; part < p.parts; part++) {
+    const double f = part_factor(p, j, part, b);
     if (!(f > 0)) continue;
-    const i64 at = (i * p.queries + b) * p.dp + d;
-    acc += f * p.acc[at];
-    if (part_number(p, i, NearS, b) > 0) near += f * p.near[at];
+    const i64 row = (part * p.queries + b) * p.dp;
+    const bool has_near = part_number(p, part, NearS, b) > 0;
+    MK_UNROLL
+    for (int i = 0; i < kFinishEach; i++) {
+      const i64 d = feature_of(i);
+      if (d < p.d) acc[i] += f * p.acc[row + d];
+      if (d < p.d && has_near) near[i] += f * p.near[row + d];
+    }
   }
-  const double zero = p.zero, alpha = p.alpha[b], x = p.x[b * p.d + d];
-  const double near_s = j.near_s > 0 ? j.near_s : 0, rest = fmax(j.s - near_s, 0.0);
+  const double alpha = p.alpha[b], near_s = j.near_s > 0 ? j.near_s : 0, rest = fmax(j.s - near_s, 0.0);
   FeatureSums f;
-  f.values = acc * p.scale + rest * (zero - c);
-  if (near_s > 0) f.values += (near + near_s * (x - alpha * c)) / alpha;
-  f.residual = alpha * (acc * p.scale + rest * zero) - rest * x + near;
+  MK_UNROLL
+  for (int i = 0; i < kFinishEach; i++) {
+    const i64 d = feature_of(i);
+    const double c = about_center && d < p.d ? p.center[d] : 0, x = d < p.d ? p.x[b * p.d + d] : 0;
+    f.values[i] = acc[i] * p.scale + rest * (p.zero - c);
+    if (near_s > 0) f.values[i] += (near[i] + near_s * (x - alpha * c)) / alpha;
+    f.residual[i] = alpha * (acc[i] * p.scale + rest * p.zero) - rest * x + near[i];
+  }
   return f;
 }
 
@@ -74,12 +89,13 @@ MK_PLAIN_KERNEL(kFinishThreads) memokern_finish_state(MK_PARAMS(FinishParams, p)
   const i64 b = block_x();
   const Joined j = join_states(p, b);
   const double nan = not_a_number();
+  const FeatureSums f = feature_sums(p, j, b, true);
+  MK_UNROLL
   for (int i = 0; i < kFinishEach; i++) {
-    const i64 d = (i64)block_y() * kFinishFeatures + i * kFinishThreads + thread_index();
-    if (d >= p.d) break;
-    const FeatureSums f = feature_sums(p, j, b, d, p.center[d]);
-    p.sum[b * p.d + d] = (float)(j.lost ? nan : j.none ? 0 : f.values);
-    p.residual[b * p.d + d] = (float)(j.lost ? nan : j.none ? 0 : f.residual);
+    const i64 d = feature_of(i);
+    if (d >= p.d) continue;
+    p.sum[b * p.d + d] = (float)(j.lost ? nan : j.none ? 0 : f.values[i]);
+    p.residual[b * p.d + d] = (float)(j.lost ? nan : j.none ? 0 : f.residual[i]);
   }
   if (block_y() != 0 || thread_index() != 0) return;
   p.key[b] = j.lost ? 0 : j.none ? infinity() : j.key;
@@ -119,12 +135,13 @@ MK_PLAIN_KERNEL(kFinishThreads) memokern_finish_sums(MK_PARAMS(FinishParams, p))
   const bool unknown = j.lost || j.none;
   double gate = 0;
   if (p.score) gate = fmin(1.0, exp(l.log_z - p.log_threshold)) / (p.sigma[b] * p.sigma[b] + p.tikhonov);
+  const FeatureSums f = feature_sums(p, j, b, false);
+  MK_UNROLL
   for (int i = 0; i < kFinishEach; i++) {
-    const i64 d = (i64)block_y() * kFinishFeatures + i * kFinishThreads + thread_index();
-    if (d >= p.d) break;
-    const FeatureSums f = feature_sums(p, j, b, d, 0);
-    const double residual = unknown ? nan : f.residual / j.s;
-    p.mean[b * p.d + d] = (float)(unknown ? nan : f.values / j.s);
+    const i64 d = feature_of(i);
+    if (d >= p.d) continue;
+    const double residual = unknown ? nan : f.residual[i] / j.s;
+    p.mean[b * p.d + d] = (float)(unknown ? nan : f.values[i] / j.s);
     p.residual[b * p.d + d] = (float)residual;
     if (p.score) p.score[b * p.d + d] = (float)(gate * residual);
   }

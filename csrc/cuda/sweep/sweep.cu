@@ -78,7 +78,7 @@ MK_DEVICE void store_states(const SweepParams& p, const Shared& s) {
   }
 }
 
-MK_KERNEL(kCluster, kThreads) memokern_sweep(MK_PARAMS(SweepParams, p)) {
+MK_KERNEL(kCluster, kThreads, kResident) memokern_sweep(MK_PARAMS(SweepParams, p)) {
   const Shared s = shared_arrays();
   const Tiles tiles = tiles_of(p);
   const int warp = warp_index();

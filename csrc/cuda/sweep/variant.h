@@ -9,6 +9,10 @@
 #error "MK_QUERIES, MK_CLUSTER, MK_FEATURES, MK_TILE, MK_STAGES, MK_BULK and MK_LOG are to be given"
 #endif
 
+#ifndef MK_RESIDENT
+#define MK_RESIDENT 1
+#endif
+
 namespace memokern {
 namespace cuda {
 
@@ -23,6 +27,7 @@ enum : int {
   kStages = MK_STAGES,      // tiles in shared memory
   kBulk = MK_BULK,          // whether the machine copies rows by itself
   kLogWeights = MK_LOG,     // weighting "log"
+  kResident = MK_RESIDENT,  // blocks of a multiprocessor: while one weighs, another multiplies
   kThreads = 256,
   kWarps = kThreads / 32,
   kBlocksOf16 = kQueries / 16,

@@ -17,7 +17,7 @@
 #include "common/abi.h"
 
 #define MK_DEVICE static inline
-#define MK_KERNEL(cluster, threads) static void
+#define MK_KERNEL(cluster, threads, blocks) static void
 #define MK_PLAIN_KERNEL(threads) static void
 #define MK_PARAMS(type, name) const type& name
 #define MK_UNROLL

@@ -20,7 +20,6 @@ void __tsan_switch_to_fiber(void* fiber, unsigned flags);
 void* __tsan_get_current_fiber();
 void __tsan_acquire(void* address);
 void __tsan_release(void* address);
-void __tsan_write_range(void* address, unsigned long bytes);
 }
 #endif
 

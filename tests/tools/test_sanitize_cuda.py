@@ -1,0 +1,103 @@
+"""The CUDA kernels are clean under sanitizers on the emulator, and faults planted in them are found."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from tools import sanitize_cuda
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
+
+
+class Fault(NamedTuple):
+    """In a file of csrc/cuda, what is right and what is wrong; the build that finds it, and a word
+    of what it says."""
+
+    file: str
+    right: str
+    wrong: str
+    build: str
+    word: str
+
+
+PLANTED = {
+    "copies of other bytes than are expected": Fault(
+        "sweep/fetch.h", "rows * bytes)", "rows * bytes - 16)", "plain", "more bytes came"
+    ),
+    "a copy that never comes": Fault(
+        "sweep/fetch.h", "rows * bytes)", "rows * bytes + 16)", "plain", "no thread can go on"
+    ),
+    "a barrier that some threads do not reach": Fault(
+        "sweep/sweep.cu",
+        "marked = block_any(marked);",
+        "if (warp) marked = block_any(marked);",
+        "plain",
+        "different barriers",
+    ),
+    "a block that goes while others read from it": Fault(
+        "sweep/sweep.cu",
+        "    cluster_wait();\n  }\n",
+        "    if (i + 1 < tiles.count || cluster_rank()) cluster_wait();\n    else return;\n  }\n",
+        "plain",
+        "left after it arrived",
+    ),
+    "a missing barrier between warps": Fault(
+        "sweep/sweep.cu",
+        "      evaluate_marked(p, s, n0);\n      block_sync();",
+        "      evaluate_marked(p, s, n0);",
+        "thread",
+        "data race",
+    ),
+    "a missing barrier between blocks": Fault(
+        "sweep/sweep.cu",
+        "    cluster_wait();\n    bool marked = false;",
+        "    bool marked = false;",
+        "plain",
+        "arrives twice",
+    ),
+    "a block's own barrier in the place of the cluster's": Fault(
+        "sweep/sweep.cu",
+        "    cluster_wait();\n    bool marked = false;",
+        "    block_sync();\n    bool marked = false;",
+        "plain",
+        "arrives twice",
+    ),
+    "an array of shared memory that is too short": Fault(
+        "sweep/variant.h",
+        "take<float>(next, kSplits * kQueries * kPartPitch)",
+        "take<float>(next, kSplits * kQueries * kPartPitch - 16)",
+        "address",
+        "use-after-poison",
+    ),
+}
+QUICK = "copies of other bytes than are expected"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("build", ["address", "thread"])
+def test_a_slice_is_clean(build: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    status = sanitize_cuda.main(["--only", build, "--every", "3", "--out", str(tmp_path)])
+    assert status == 0, capfd.readouterr()
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n == QUICK else [pytest.mark.long]) for n in PLANTED]
+)
+def test_planted_faults_are_found(
+    name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    fault, tree = PLANTED[name], tmp_path / "tree"
+    shutil.copytree(sanitize_cuda.ROOT / "csrc", tree / "csrc")
+    path = tree / "csrc" / "cuda" / fault.file
+    text = path.read_text()
+    assert text.count(fault.right) == 1
+    path.write_text(text.replace(fault.right, fault.wrong))
+    status = sanitize_cuda.main(
+        ["--only", fault.build, "--every", "6", "--source", str(tree), "--out", str(tmp_path)]
+    )
+    assert status == 1
+    assert fault.word in capfd.readouterr().err
