@@ -1,5 +1,5 @@
-"""The CUDA kernels on the emulator under AddressSanitizer with UndefinedBehaviorSanitizer, and under
-ThreadSanitizer.
+"""The CUDA kernels on the emulator under AddressSanitizer with UndefinedBehaviorSanitizer, and
+under ThreadSanitizer.
 
     make sanitize-cuda                      # every variant of the list, both builds
     make sanitize-cuda ARGS="--only thread --every 3"

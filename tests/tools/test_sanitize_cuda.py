@@ -1,4 +1,4 @@
-"""The CUDA kernels are clean under sanitizers on the emulator, and faults planted in them are found."""
+"""The CUDA kernels are clean under sanitizers on the emulator, and planted faults are found."""
 
 from __future__ import annotations
 
