@@ -10,6 +10,7 @@ torch.Size([4, 8, 8])
 from __future__ import annotations
 
 from memokern.by_row import draw, row_weights, weights
+from memokern.data.streamed import StreamedSet
 from memokern.data.training_set import TrainingSet
 from memokern.denoiser import Denoiser
 from memokern.explaining import explain
@@ -36,6 +37,7 @@ __all__ = [
     "Nearest",
     "Posterior",
     "PosteriorState",
+    "StreamedSet",
     "TrainingSet",
     "denoise",
     "draw",

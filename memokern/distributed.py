@@ -12,6 +12,7 @@ from torch import Tensor
 
 from memokern.data.sharded import ShardedSet, own_rows
 from memokern.data.storage import require_finite
+from memokern.data.streamed import StreamedSet
 from memokern.data.training_set import TrainingSet
 from memokern.util.ranks import Ranks
 
@@ -24,6 +25,8 @@ def shard(
     *,
     queries: str = "replicated",
     apart: bool = False,
+    stream: bool = False,
+    device: torch.device | str = "cpu",
     timeout: float | None = None,
     check: bool = True,
     **options: Any,
@@ -44,6 +47,8 @@ def shard(
             "split", each with its own, also of other numbers or none: they are gathered, swept and
             given back.
         apart: the data are this rank's own rows already, as many as it has, or none.
+        stream: each rank reads its rows of a file chunk by chunk, as a
+            :class:`memokern.StreamedSet`, and sweeps them on the device.
         timeout: seconds that a rank waits for the others; None for the group's. A rank that dies,
             raises or was asked something else ends the call on all others with an error.
         check: False skips the search for NaN and infinite values in the rank's own rows.
@@ -84,7 +89,9 @@ def shard(
     mine, n = None, 0
     try:
         mine, n = own_rows(data, ranks, options, apart)
-        if check and n:
+        if stream and n:
+            mine = StreamedSet(mine, check=check, device=device)
+        elif check and n:
             require_finite(mine.rows)
     except Exception as raised:
         error = raised

@@ -49,7 +49,7 @@ class ShardedSet(PartedSet):
         self.part: TrainingSet | None = mine if n_here else None
         self.ranks, self.queries, self.shape, self.name = ranks, queries, mine.shape, mine.name
         self.scale, self.shift = mine.scale, mine.shift
-        self.rows = mine.rows if n_here else no_rows(mine.rows)
+        self.rows, self._n_here = mine.rows if n_here else no_rows(mine.rows), n_here
         for name in PER_ROW:
             value = getattr(mine, name)
             setattr(self, name, value if n_here or value is None else no_rows(value))
@@ -71,7 +71,7 @@ class ShardedSet(PartedSet):
             "labels": self.labels is not None, "queries": self.queries,
             "log_weights": self.log_weights is not None,
         }  # fmt: skip
-        found = self.ranks.agree("shard", {**alike, "_n": len(self.rows), "_known": len(known)})
+        found = self.ranks.agree("shard", {**alike, "_n": self.n_here, "_known": len(known)})
         counts = [int(facts["_n"]) for facts in found]
         self.counts, self.whole_n = counts, sum(counts)
         self.first = sum(counts[: self.ranks.rank])
@@ -98,7 +98,7 @@ class ShardedSet(PartedSet):
         """A point amid all rows: the mean of the parts' centers."""
         index = None if self.part is None else self.part.index
         center = mine.center64 if index is None else index.center.to(torch.float64)
-        n = len(self.rows)
+        n = self.n_here
         (total,) = self.ranks.sum([center * n if n else torch.zeros_like(center)], "shard")
         return (total / self.n).to(mine.center.dtype)
 
@@ -107,7 +107,7 @@ class ShardedSet(PartedSet):
     @property
     def n_here(self) -> int:
         """How many rows lie on this rank."""
-        return len(self.rows)
+        return self._n_here
 
     def as_rows(self) -> Rows:
         """This rank's rows as the operations take them."""
@@ -138,8 +138,11 @@ class ShardedSet(PartedSet):
         place = self.local_numbers(index.reshape(-1))
         values = torch.zeros(len(place), self.dim, dtype=self.compute_dtype, device=self.device)
         here = place >= 0
-        if bool(here.any()):
-            values[here] = self.dequantize(self.rows.index_select(0, place[here]))
+        if self.part is not None:
+            # Of those elsewhere, the first row's are taken in vain: a pass over chunks, where rows
+            # come in no other way, is all ranks' or none's.
+            found = self.part.gather(place.clamp(min=0)).reshape(len(place), self.dim)
+            values[here] = found[here]
         (values,) = self.ranks.sum([values], "gather")
         return values.reshape((*index.shape, *self.shape))
 
@@ -268,7 +271,9 @@ def own_rows(
         return _counted(data, options)
     if isinstance(data, (str, os.PathLike)) and os.path.isdir(data) and parts_of(data):
         return _of_parts(parts_of(data), ranks, options)
-    whole = data if isinstance(data, TrainingSet) else TrainingSet(data, check=False, **options)
+    whole = data
+    if not isinstance(whole, TrainingSet):
+        whole = TrainingSet(data, check=False, **options)
     first, last = share(whole.n, ranks.rank, ranks.size)
     if first == last:
         return whole.subset(slice(0, 1)), 0

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from memokern import ops
 from memokern.calls import Query, Rows, State, Sums, empty_state
+from memokern.data.streamed import StreamedSet
 from memokern.data.training_set import TrainingSet
 from memokern.index.index import Index
 from memokern.ops.flat import tensors
-from memokern.strategies import costs, pruned
+from memokern.strategies import costs, pruned, streamed
 from memokern.util.torch_internals import traced, under_transform
 
 
@@ -119,8 +120,13 @@ def _state_of(sums: Sums, query: Query, center: Tensor, kind: torch.dtype) -> St
 
 
 def state(query: Query, data: TrainingSet, how: How) -> State:
-    """The state of queries over a set's rows in memory."""
+    """The state of queries over a set's rows in this process."""
     rows = data.as_rows()
+    if isinstance(data, StreamedSet):
+        source = data
+        return state_by_index(
+            query, rows, data.index, how, lambda query: streamed.state(query, source)
+        )
     if query.condition is not None:
         rows = rows._replace(conditions=data.conditions)
     return state_by_index(

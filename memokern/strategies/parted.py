@@ -12,8 +12,9 @@ from memokern import ops
 from memokern.calls import Query, Rows, State, by_key, rescaled, to_sums
 from memokern.data.parted import PartedSet
 from memokern.data.sharded import ShardedSet
+from memokern.data.streamed import StreamedSet
 from memokern.data.training_set import TrainingSet
-from memokern.strategies import costs, dense, local, pruned_nearest, sharded
+from memokern.strategies import costs, dense, local, pruned_nearest, sharded, streamed
 from memokern.strategies.local import How
 from memokern.validate import log_total
 
@@ -83,10 +84,16 @@ def _nearest_here(
 ) -> tuple[Tensor, Tensor]:
     assert data is not None
     rows, index = data.as_rows(), None if method == "dense" else data.index
-    if index is None:
+
+    def every(x: Tensor) -> tuple[Tensor, Tensor]:
+        if isinstance(data, StreamedSet):
+            return streamed.nearest(x, data, k)
         return ops.nearest(x, rows, k)
+
+    if index is None:
+        return every(x)
     measured = costs.costs_of(x, rows.data) if method == "auto" else None
-    return pruned_nearest.nearest(x, rows, index, k, measured)
+    return pruned_nearest.nearest(x, rows, index, k, measured, every)
 
 
 def nearest_conditions(c: Tensor, data: PartedSet) -> tuple[Tensor, Tensor]:
@@ -123,9 +130,14 @@ class Piece(NamedTuple):
 
 
 def pieces(data: PartedSet, size: int) -> Iterator[Piece]:
-    """The rows here, cut where stretches of `size` of all rows end."""
-    if isinstance(data, ShardedSet):
-        yield from _cut(data.as_rows(), data.first, 0, size)
+    """The rows here, cut where stretches of `size` of all rows end, and where chunks do; each has
+    its values until the next is asked for."""
+    part, first = (data.part, data.first) if isinstance(data, ShardedSet) else (data, 0)
+    if isinstance(part, StreamedSet):
+        for here, rows in part.chunks():
+            yield from _cut(rows, first + here, here, size)
+    elif part is not None:
+        yield from _cut(part.as_rows(), first, 0, size)
 
 
 def _cut(rows: Rows, first: int, here: int, size: int) -> Iterator[Piece]:
@@ -189,7 +201,7 @@ def draw(query: Query, data: PartedSet, u: Tensor, size: int) -> Tensor:
         own.append(piece.first)
         keys.append(found.key)
         masses.append(torch.where(found.s > 0, found.m + found.s.log(), -torch.inf))
-    firsts, key, mass = _all_pieces(query, data, own, keys, masses, size)
+    firsts, key, mass = _all_pieces(query, data, own, keys, masses)
     gap = key - key.amin(1, keepdim=True)
     pull = torch.where(gap == 0, 0.0, gap * by_key(query)[:, None])
     share = torch.softmax(torch.where(torch.isinf(key), -torch.inf, mass - pull), 1)
@@ -217,25 +229,22 @@ def draw(query: Query, data: PartedSet, u: Tensor, size: int) -> Tensor:
 
 
 def _all_pieces(
-    query: Query, data: PartedSet, own: list[int], keys: list[Tensor], masses: list[Tensor],
-    size: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    query: Query, data: PartedSet, own: list[int], keys: list[Tensor], masses: list[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
     """Where the pieces of all ranks begin [P], and their keys and log masses [B, P]."""
     device = query.x.device
     none = query.sigma.new_zeros(len(query.x), 0)
     mine = torch.stack([torch.stack(v, 1) if v else none for v in (keys, masses)])
     if not isinstance(data, ShardedSet):
         return torch.tensor(own, device=device), mine[0], mine[1]
-    starts: list[list[int]] = []
-    first = 0
-    for count in data.counts:
-        range(first, first + count)
-        rest = range(first + size - first % size, first + count, size)
-        starts.append([*([first] if count else []), *rest])
-        first += count
-    most = max(len(v) for v in starts)
+    counts = data.ranks.gather(torch.tensor([len(own)]), "draw")[:, 0].tolist()
+    most = max(counts)
+    firsts = torch.zeros(most, dtype=torch.int64)
+    firsts[: len(own)] = torch.tensor(own, dtype=torch.int64)
+    starts = data.ranks.gather(firsts, "draw")
     padded = torch.nn.functional.pad(mine, (0, most - mine.shape[2]))
     every = data.ranks.gather(padded, "draw")
-    parts = [part[:, :, : len(v)] for part, v in zip(every, starts, strict=True)]
+    parts = [part[:, :, :count] for part, count in zip(every, counts, strict=True)]
     key, mass = torch.cat(parts, 2)
-    return torch.tensor([n for v in starts for n in v], device=device), key, mass
+    begins = torch.cat([v[:count] for v, count in zip(starts, counts, strict=True)])
+    return begins.to(device), key, mass

@@ -10,7 +10,9 @@ then all rows are swept. Proof: ``docs/pruning.md``.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -37,22 +39,29 @@ OFF = 1 / 64
 
 
 def nearest(
-    x: Tensor, rows: Rows, index: Index, k: int, costs: Costs | None = None
+    x: Tensor,
+    rows: Rows,
+    index: Index,
+    k: int,
+    costs: Costs | None = None,
+    every: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`ops.nearest` of queries x [B, D]: the same rows, ties and distances.
 
     With costs, queries that would keep too many rows are swept densely, as are all where a sweep
     takes no time or k is large; without, all that can be pruned are. Queries that are not finite
-    are always swept.
+    are always swept. every: how queries are swept over all rows; None for `ops.nearest`.
     """
+    if every is None:
+        every = functools.partial(ops.nearest, rows=rows, k=k)
     n, dim, b = rows.n, rows.dim, len(x)
     most_listed = n
     if costs is not None:
         most_listed = int(n * MOST_KEPT)
         if b < FEWEST or k > n * MOST_ASKED or costs.dense(b, n, dim) < 8 * costs.call:
-            return _among(x, rows, k, None)
+            return every(x)
     if b == 0:
-        return _among(x, rows, k, None)
+        return every(x)
     with torch.no_grad():
         p = index.project(x, torch.ones(b, dtype=torch.float64, device=x.device))
         likely = _likely(p, index, k)
@@ -78,15 +87,13 @@ def nearest(
         at = at[~done]
     far = torch.cat([*rest, at])
     if len(far):
-        parts.append((far, *_among(x[far], rows, k, None)))
+        parts.append((far, *every(x[far])))
     back = torch.argsort(torch.cat([part[0] for part in parts]))
     return torch.cat([part[1] for part in parts])[back], torch.cat([p[2] for p in parts])[back]
 
 
-def _among(x: Tensor, rows: Rows, k: int, some: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`ops.nearest` among some rows, ascending; None: all."""
-    if some is None:
-        return ops.nearest(x, rows, k)
+def _among(x: Tensor, rows: Rows, k: int, some: Tensor) -> tuple[Tensor, Tensor]:
+    """`ops.nearest` among some rows, ascending."""
     assert rows.sq_norms is not None  # a TrainingSet has them
     part = rows._replace(data=rows.data.index_select(0, some), sq_norms=rows.sq_norms[some])
     sq, at = ops.nearest(x, part, k)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from memokern.calls import Query, State, by_key, joint_key, rescaled
+from memokern.data.parted import PartedSet
 from memokern.data.sharded import ShardedSet
 from memokern.ops.flat import tensors
 from memokern.strategies.exchange import Collect, Layout, joined
@@ -85,10 +86,12 @@ def state(query: Query, data: ShardedSet, asked: tuple[Asked, Layout], local: De
     every = collected(query, layout)
     b = len(every.x)
     blocks: list[_Block] = []
-    starts = range(0, max(b, 1), BLOCK)
+    # Rows that are read from a file are read once for all queries.
+    size = max(b, 1) if isinstance(data.part, PartedSet) else BLOCK
+    starts = range(0, max(b, 1), size)
     try:
         for i, start in enumerate(starts):
-            part = every.take(slice(start, start + BLOCK))
+            part = every.take(slice(start, start + size))
             found, error = _swept(part, data, local)
             if i == 0:
                 sent.result()

@@ -219,3 +219,18 @@ def indexed(group: Any, folder: str) -> dict[str, Tensor]:
     out |= dict(numbers(found).items())
     near = memokern.nearest(x, data, 3, method=method)
     return out | {"row": near.index, "distance": near.distance}
+
+
+def streamed(group: Any, folder: str) -> dict[str, Tensor]:
+    """Each rank reads its rows of a file chunk by chunk."""
+    rows, x = problem()
+    data: Any = rows
+    if group != "one":
+        data = shard(f"{folder}/rows.npy", group, stream=True)
+        data.part = memokern.StreamedSet(data.part.file("a test"), chunk_bytes=80)
+    y = x.clone().requires_grad_()
+    p = memokern.posterior(y, data, torch.linspace(0.5, 2, len(x)))
+    (gradient,) = torch.autograd.grad(p.mean.sin().sum() + p.entropy.sum(), y)
+    near = memokern.nearest(x, data, 8)
+    draws = memokern.draw(x, data, 1.0, generator=torch.Generator().manual_seed(2))
+    return numbers(p) | {"gradient": gradient, "row": near.index, "draw": draws}

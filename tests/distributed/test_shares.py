@@ -47,3 +47,10 @@ def test_indices(pool, tmp_path):
     expected = programs.indexed("one", "")
     same(pool.run(2, programs.indexed, str(tmp_path / "parts")), expected, 1e-5)
     assert len(list((tmp_path / "parts").iterdir())) == 2
+
+
+def test_ranks_that_stream(pool, tmp_path):
+    rows, _ = programs.problem()
+    np.save(tmp_path / "rows.npy", rows.numpy())
+    expected = programs.streamed("one", "")
+    same(pool.run(3, programs.streamed, str(tmp_path)), expected, 1e-5)

@@ -1,0 +1,310 @@
+"""A training set whose rows are read chunk by chunk, over and over: more than memory holds."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from memokern.calls import Rows
+from memokern.calls.values import dequantized
+from memokern.data.derived import Derived
+from memokern.data.parted import PartedSet, no_rows
+from memokern.data.reading import Iterated, Mapped, ahead
+from memokern.data.storage import checked_index, require_finite
+from memokern.data.stored import PER_ROW
+from memokern.data.training_set import TrainingSet
+from memokern.index.build import build
+from memokern.util import checks
+
+CHUNK_BYTES = 64 << 20
+ELEMENTS = 1 << 22  # of a temporary
+
+
+def _step(rows: Tensor, chunk_bytes: int) -> int:
+    """How many rows a chunk has."""
+    return max(1, chunk_bytes // (rows.shape[1] * rows.element_size()))
+
+
+class StreamedSet(PartedSet):
+    r"""A training set of which two chunks are in memory at a time; every function of memokern takes
+    it, and gives what it gives for a :class:`memokern.TrainingSet`.
+
+    A sweep reads all rows once, for all queries together: give as many queries to a call as there
+    are. The next chunk is read by a thread while the last is swept. With an index of a file, which
+    stays in memory, queries at small noise read only the rows that matter.
+
+    Args:
+        source: a path of a `.npy`, `.npz` or `.safetensors` file, which is mapped; or chunks of
+            rows [n, \*shape] that can be read again and again: a list, a DataLoader (of whose
+            batches the first part counts), or a function that returns an iterator.
+        chunk_bytes: how large a chunk is, at most; a row at least.
+        device: where the rows are swept; chunks are copied there from pinned memory, while the last
+            one is swept.
+        progress: whether to show a bar for each pass. None shows it on a terminal, after 2 s.
+        check: False skips the search for NaN and infinite values in the first pass.
+        others: as TrainingSet; labels, conditions and log_weights [N] stay in memory.
+
+    Attributes: as TrainingSet's, but for `rows`, which holds none of them. center is the mean of
+        the first chunk.
+
+    Raises: as TrainingSet; TypeError for an iterator, which could be read only once; RuntimeError
+        for chunks that have become others, and for second derivatives.
+
+    Gradients: for x, sigma, alpha, temperature, bias, condition and bandwidth, once; a second pass.
+
+    Cost: memory 2 chunk_bytes, 8 N bytes of norms, the index, and what a sweep of one chunk takes.
+        The first pass checks rows and computes norms.
+
+    Example:
+        >>> import torch, memokern
+        >>> rows = torch.randn(1000, 4)
+        >>> data = memokern.StreamedSet(lambda: iter(rows.split(64)), chunk_bytes=1 << 12)
+        >>> x = torch.zeros(2, 4)
+        >>> found, whole = (memokern.posterior(x, v, 1.0).mean for v in (data, rows))
+        >>> data.n, bool(torch.allclose(found, whole, atol=1e-6))
+        (1000, True)
+    """
+
+    @torch.inference_mode(False)
+    def __init__(
+        self,
+        source: str | os.PathLike[str] | Iterable[Any] | Callable[[], Iterable[Any]] | TrainingSet,
+        *,
+        chunk_bytes: int = CHUNK_BYTES,
+        device: torch.device | str = "cpu",
+        progress: bool | None = None,
+        check: bool = True,
+        **options: Any,
+    ) -> None:
+        chunk_bytes = checks.integer("chunk_bytes", chunk_bytes, 1, 2**62)
+        self._device, self._progress, self._check = torch.device(device), progress, check
+        self._mapped: TrainingSet | None = None
+        self._norms: Tensor | None = None
+        self._center: Tensor | None = None
+        if isinstance(source, (str, os.PathLike, TrainingSet)):
+            whole = source
+            if not isinstance(whole, TrainingSet):
+                whole = TrainingSet(whole, check=False, **options)
+            elif options:
+                raise ValueError(f"options of a TrainingSet are its own: leave out {list(options)}")
+            self._mapped = like = whole
+            self._source: Mapped | Iterated = Mapped(whole.rows, _step(whole.rows, chunk_bytes))
+            self.whole_n = whole.n
+        else:
+            first = next(Iterated(source, 1).items(), None)
+            if first is None or len(first) == 0:
+                raise ValueError("expected chunks of rows, got none, or a first one without rows")
+            kept = {k: v for k, v in options.items() if k not in PER_ROW}
+            like = TrainingSet(first[:1].detach().cpu().clone(), check=False, **kept)
+            self._source = Iterated(source, _step(like.rows, chunk_bytes))
+        self.shape, self.name = like.shape, like.name
+        self.scale, self.shift = like.scale, like.shift
+        self.rows = no_rows(like.rows).to(self._device)
+        self._derived = Derived(self.rows, self.scale, self.shift)
+        for name in PER_ROW:
+            setattr(self, name, None)
+        if self._mapped is None:
+            self._first_pass()
+            # Their checks, for N rows of one number.
+            given = {k: options[k] for k in PER_ROW if options.get(k) is not None}
+            like = TrainingSet(torch.zeros(1, 1).expand(self.n, 1), check=False, **given)
+        for name in PER_ROW:
+            value = getattr(like, name)
+            setattr(self, name, None if value is None else value.to(self._device))
+
+    # --- chunks ---------------------------------------------------------------------------------
+
+    def raw_chunks(self, what: str = "sweeping rows") -> Iterator[tuple[int, Tensor]]:
+        """The number of the first row and the stored rows [n, D], of chunk after chunk. A chunk's
+        memory is used again when the next one is asked for."""
+        total = getattr(self, "whole_n", None)
+        hidden = None if self._progress is None else not self._progress
+        with tqdm(
+            total=total, desc=what, unit=" rows", leave=False, disable=hidden,
+            delay=2 if self._progress is None else 0,
+        ) as bar:  # fmt: skip
+            n = 0
+            for first, rows in ahead(self._source, self.rows, self._device):
+                yield first, rows
+                n += len(rows)
+                bar.update(len(rows))
+        if total is not None and n != total:
+            raise RuntimeError(f"expected the {total} rows that there were before, got {n}")
+
+    def chunks(self) -> Iterator[tuple[int, Rows]]:
+        """The same as the operations take them."""
+        self._first_pass()
+        assert self._norms is not None and self._center is not None
+        center = self._center.to(torch.float64)
+        for first, rows in self.raw_chunks():
+            norms = self._norms[first : first + len(rows)]
+            if len(norms) < len(rows):
+                raise RuntimeError(f"expected the {self.n} rows that there were before, got more")
+            yield first, Rows(rows, self.scale, self.shift, center, norms)
+
+    def _first_pass(self) -> None:
+        """Checks the rows, counts them, and computes norms, unless that was done."""
+        if self._norms is not None:
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            norms = []
+            index = None if self._mapped is None else self._mapped.index
+            center = None if index is None else index.center.to(self._device)
+            for _, rows in self.raw_chunks("reading rows"):
+                if self._check:
+                    require_finite(rows)
+                if center is None:
+                    center = self._values(rows[: max(1, ELEMENTS // rows.shape[1])]).mean(0)
+                    center = center.to(self.compute_dtype)
+                norms.append(self._sq_norms(rows, center.to(torch.float64)))
+            if center is None:
+                raise ValueError("there are no rows")
+            self._center, self._norms = center, torch.cat(norms)
+        self.whole_n = len(self._norms)
+
+    def _values(self, rows: Tensor) -> Tensor:
+        return dequantized(rows, self.scale, self.shift).to(torch.float64)
+
+    def _sq_norms(self, rows: Tensor, center: Tensor) -> Tensor:
+        step = max(1, ELEMENTS // rows.shape[1])
+        parts = [(self._values(v) - center).square_().sum(1) for v in rows.split(step)]
+        return torch.cat(parts)
+
+    @property
+    def center(self) -> Tensor:
+        """A point amid the rows, [D]: the mean of the first chunk's."""
+        self._first_pass()
+        assert self._center is not None
+        return self._center
+
+    @property
+    def center64(self) -> Tensor:
+        """`center` as float64."""
+        return self.center.to(torch.float64)
+
+    @property
+    def sq_norms(self) -> Tensor:
+        """|y_n - center|^2, [N] float64."""
+        self._first_pass()
+        assert self._norms is not None
+        return self._norms
+
+    @property
+    def index(self) -> Any:
+        """The index of the file's rows, or None."""
+        return None if self._mapped is None else self._mapped.index
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is in memory: two chunks, norms, index and what belongs to each row."""
+        held = (self._norms, self.index, *(getattr(self, name) for name in PER_ROW))
+        row = self.rows.element_size() * self.dim
+        return 2 * row * self._source.step + sum(v.nbytes for v in held if v is not None)
+
+    def as_rows(self) -> Rows:
+        """The rows as the operations take them, of which only those of a file have values, each
+        read when it is used: a sweep over all goes by :meth:`chunks`."""
+        if self._mapped is not None:
+            rows = self._mapped.rows
+            if self._norms is None:
+                return Rows(rows, self.scale, self.shift)
+            return Rows(rows, self.scale, self.shift, self.center64, self._norms)
+        kind = self.rows.dtype
+        nothing = torch.nan if kind.is_floating_point else 0
+        rows = torch.full((1, self.dim), nothing, dtype=kind, device=self._device)
+        return Rows(rows.expand(self.n, self.dim), self.scale, self.shift)
+
+    def gather(self, index: Tensor) -> Tensor:
+        """The values of the rows at `index`, as a TrainingSet's; of chunks that are not a file's,
+        by a pass over all."""
+        index = checked_index(index, self.n, self._device)
+        flat = index.reshape(-1)
+        if self._mapped is not None:
+            taken = self._mapped.rows.index_select(0, flat.cpu()).to(self._device)
+        else:
+            taken = self.rows.new_empty((len(flat), self.dim))
+            for first, rows in self.raw_chunks():
+                here = (flat >= first) & (flat < first + len(rows))
+                taken[here] = rows[flat[here] - first]
+        return self.dequantize(taken).reshape((*index.shape, *self.shape))
+
+    def __getitem__(self, item: int | slice | Tensor) -> Tensor:
+        """As a TrainingSet's."""
+        if isinstance(item, int) and not -self.n <= item < self.n:
+            raise IndexError(f"row {item} of {self.n}")
+        return self.gather(torch.arange(self.n)[item])
+
+    def __repr__(self) -> str:
+        kind = str(self.rows.dtype).removeprefix("torch.")
+        name = f"{self.name}: " if self.name else ""
+        step = self._source.step
+        return f"StreamedSet({name}{self.n} rows {list(self.shape)} {kind}, {step} at a time)"
+
+    # --- other sets -----------------------------------------------------------------------------
+
+    def file(self, what: str) -> TrainingSet:
+        """The mapped file; RuntimeError where the rows are of another source."""
+        if self._mapped is None:
+            raise RuntimeError(f"{what} needs rows in any order: write them to a .npy file first")
+        return self._mapped
+
+    def _with(self, mapped: TrainingSet) -> StreamedSet:
+        row = self.rows.element_size() * self.dim
+        return StreamedSet(
+            mapped, chunk_bytes=self._source.step * row, device=self._device,
+            progress=self._progress, check=self._check and self._norms is None,
+        )  # fmt: skip
+
+    def subset(self, index: Any) -> StreamedSet:
+        """A slice of a file's rows stays in the file; other rows of it are copied to memory."""
+        return self._with(self.file("a subset").subset(index))
+
+    def of_label(self, label: int) -> tuple[Tensor, TrainingSet]:
+        """Which rows have this label, and a set of them, in memory."""
+        return self.file("a label").of_label(label)
+
+    def renewed(self, rows: Tensor, scale: float, shift: float, **own: Any) -> TrainingSet:
+        """The set itself: its rows are nowhere but in its source."""
+        if len(rows):
+            return TrainingSet(rows, scale=scale, shift=shift, name=self.name, check=False, **own)
+        if (scale, shift) != (self.scale, self.shift) or rows.dtype != self.rows.dtype:
+            self.refuse("a change of all rows", "change the file")
+        return self
+
+    def to(self, device: torch.device | str) -> StreamedSet:
+        """The same rows, swept on another device."""
+        if torch.device(device) == self._device:
+            return self
+        self.refuse("a move", "give device= to the StreamedSet")
+        return self
+
+    def adopt(self, derived: Derived) -> None:
+        """Keeps its own center and norms."""
+
+    def build_index(
+        self,
+        basis: str = "auto",
+        dims: Sequence[int] | None = None,
+        storage: str = "float16",
+        progress: bool | None = None,
+    ) -> StreamedSet:
+        """As :meth:`memokern.TrainingSet.build_index`, of a file: the index stays in memory."""
+        mapped = self.file("an index")
+        self._first_pass()
+        found = build(
+            self.as_rows(), self.center, self.shape,
+            basis=basis, dims=dims, storage=storage,
+            progress=self._progress if progress is None else progress,
+        )  # fmt: skip
+        derived = Derived(mapped.rows, self.scale, self.shift, sq_norms=self._norms, index=found)
+        mapped.adopt(derived)
+        return self
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the file's rows, and the index, as :meth:`memokern.TrainingSet.save`."""
+        self.file("save").save(path)

@@ -1,0 +1,130 @@
+"""Queries of rows that are read chunk by chunk: states merge, nearest rows are kept, and a gradient
+takes a second pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from memokern import ops
+from memokern.calls import Condition, Query, Rows, State, by_key, merge, rescaled
+from memokern.data.streamed import StreamedSet
+
+# Of a query, those that can have a gradient, as arguments of :class:`_Streamed`.
+GIVEN = ("x", "sigma", "alpha", "temperature", "bias", "c", "h")
+
+
+def of_chunk(query: Query, rows: Rows, data: StreamedSet, first: int) -> tuple[Query, Rows]:
+    """The query of one chunk's rows, and these with what belongs to each."""
+    here = slice(first, first + rows.n)
+    bias = None if query.bias is None else query.bias[here]
+    left_out = query.leave_out
+    if left_out is not None:
+        place = left_out - first
+        left_out = torch.where((place >= 0) & (place < rows.n), place, -1)
+    if query.condition is not None:
+        assert data.conditions is not None
+        rows = rows._replace(conditions=data.conditions[here])
+    return query._replace(bias=bias, leave_out=left_out), rows
+
+
+def state(query: Query, data: StreamedSet) -> State:
+    """The state over all rows, in one pass; differentiable once, by a second one."""
+    given = dict(zip(GIVEN, query.tensors, strict=True))
+    if torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in given.values()):
+        return State(*_Streamed.apply(query.detach(), data, *given.values()))
+    return _forward(query, data)
+
+
+def _forward(query: Query, data: StreamedSet) -> State:
+    total: State | None = None
+    with torch.no_grad():
+        scale = by_key(query)
+        for first, rows in data.chunks():
+            found = ops.posterior_state(*of_chunk(query, rows, data, first))
+            total = found if total is None else merge(total, found, scale)
+    assert total is not None  # there is a row
+    return total
+
+
+class _Streamed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Query, data: StreamedSet, *given: Tensor | None) -> Any:
+        found = _forward(query, data)
+        ctx.query, ctx.data, ctx.head = query, data, (found.key, found.m, found.center)
+        ctx.mark_non_differentiable(found.key, found.m, found.center)
+        return tuple(found)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        query, data = ctx.query, ctx.data
+        key, m, center = ctx.head
+        scale = by_key(query)
+        needed = dict(zip(GIVEN, ctx.needs_input_grad[2:], strict=True))
+        total: dict[str, Tensor] = {}
+        with torch.enable_grad():
+            for first, rows in data.chunks():
+                mine, rows = of_chunk(query, rows, data, first)
+                leaves = _leaves(mine, needed)
+                found = ops.posterior_state(_with(mine, leaves), rows)
+                share = rescaled(found, key, m, scale, center)
+                parts = torch.autograd.grad(
+                    share[2:8], list(leaves.values()), grads[2:8], allow_unused=True
+                )
+                for (name, leaf), part in zip(leaves.items(), parts, strict=True):
+                    part = torch.zeros_like(leaf) if part is None else part
+                    if name == "bias":
+                        total.setdefault(name, torch.zeros_like(query.bias))
+                        total[name][first : first + rows.n] = part
+                    else:
+                        total[name] = part if name not in total else total[name] + part
+        return (None, None, *(total.get(name) for name in GIVEN))
+
+
+def _leaves(query: Query, needed: dict[str, bool]) -> dict[str, Tensor]:
+    """Copies of what needs a gradient."""
+    given = zip(GIVEN, query.tensors, strict=True)
+    return {
+        name: value.detach().clone().requires_grad_()
+        for name, value in given
+        if value is not None and needed[name]
+    }
+
+
+def _with(query: Query, leaves: dict[str, Tensor]) -> Query:
+    condition = query.condition
+    if condition is not None:
+        c, h = leaves.get("c", condition.c), leaves.get("h", condition.h)
+        condition = Condition(c, h, condition.a)
+    plain: dict[str, Any] = {k: v for k, v in leaves.items() if k not in ("c", "h")}
+    return query._replace(**plain, condition=condition)
+
+
+def nearest(x: Tensor, data: StreamedSet, k: int) -> tuple[Tensor, Tensor]:
+    """The k smallest squared distances [B, k] and the rows, in one pass; ties to the lower row."""
+    sq: Tensor | None = None
+    row: Tensor | None = None
+    with torch.no_grad():
+        for first, rows in data.chunks():
+            found, at = ops.nearest(x.detach(), rows, min(k, rows.n))
+            at = at + first
+            if sq is not None and row is not None:
+                found, at = torch.cat([sq, found], 1), torch.cat([row, at], 1)
+                found, order = found.sort(dim=1, stable=True)
+                found, at = found[:, :k], at.gather(1, order[:, :k])
+            sq, row = found, at
+    assert sq is not None and row is not None
+    return with_gradient(x, data, sq, row), row
+
+
+def with_gradient(x: Tensor, data: StreamedSet, sq: Tensor, row: Tensor) -> Tensor:
+    """The squared distances, through which gradients reach x."""
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return sq
+    y = data.gather(row).flatten(2).to(torch.float64)
+    again = (x[:, None].to(torch.float64) - y).square().sum(2)
+    return again + (sq - again).detach()

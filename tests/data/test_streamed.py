@@ -1,0 +1,147 @@
+"""Rows that are read chunk by chunk give what rows in memory do."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+import memokern
+from memokern import Denoiser, StreamedSet, TrainingSet, memorization
+from tests.distributed import programs
+
+ROW = 5 * 4
+
+
+def sources(tmp_path, rows):
+    path = tmp_path / "rows.npy"
+    np.save(path, rows.numpy())
+    return {
+        "file": str(path),
+        "list": list(rows.split(4)),
+        "function": lambda: iter(rows.split(11)),
+        "loader": DataLoader(TensorDataset(rows), batch_size=3),
+    }
+
+
+@pytest.mark.parametrize("source", ["file", "list", "function", "loader"])
+@pytest.mark.parametrize("size", [1, 7, 100])
+def test_answers(tmp_path, source, size):
+    rows, x = programs.problem()
+    data = StreamedSet(sources(tmp_path, rows)[source], chunk_bytes=size * ROW)
+    for sigma in (0.0, 0.4, 20.0):
+        found, expected = (memokern.posterior(x, d, sigma) for d in (data, TrainingSet(rows)))
+        for name, value in programs.numbers(expected).items():
+            torch.testing.assert_close(
+                programs.numbers(found)[name], value, rtol=1e-5, atol=1e-5, equal_nan=True
+            )
+    found, expected = (memokern.nearest(x, d, 20) for d in (data, rows))
+    assert torch.equal(found.index, expected.index)
+    assert torch.equal(found.distance, expected.distance)
+    assert torch.equal(data.gather(torch.tensor([[3, 36]])), rows[[3, 36]][None])
+    draws = [
+        memokern.draw(x, d, 1.0, generator=torch.Generator().manual_seed(4)) for d in (data, rows)
+    ]
+    assert torch.equal(*draws)
+    torch.testing.assert_close(
+        memokern.row_weights(x, data, 1.0), memokern.row_weights(x, rows, 1.0)
+    )
+    torch.testing.assert_close(Denoiser(data)(x, 0.5), Denoiser(rows)(x, 0.5))
+    torch.testing.assert_close(
+        memorization.merged_ratio(x, data, 0.5, k=9).value,
+        memorization.merged_ratio(x, rows, 0.5, k=9).value,
+    )
+
+
+def test_what_belongs_to_rows():
+    whole = programs.labelled("one")
+    assert whole.log_weights is not None
+    data = StreamedSet(whole, chunk_bytes=64 * 50)
+    x = whole[4:8] + 0.2
+    for asked in (
+        {"label": torch.tensor([3, 4, -1, 4])},
+        {"leave_out": torch.tensor([4, 5, 100, -1])},
+        {"condition": torch.tensor([0.1, 2.0]), "bandwidth": torch.tensor([0.5, 1, 2, 0.3])},
+    ):
+        found, expected = (memokern.posterior(x, d, 0.6, **asked) for d in (data, whole))
+        for name, value in programs.numbers(expected).items():
+            torch.testing.assert_close(programs.numbers(found)[name], value, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients():
+    rows, x = programs.problem(b=4, kind=torch.float64)
+    x[2] /= 20
+    c = torch.randn(len(rows), 2, generator=torch.Generator().manual_seed(0))
+    whole = TrainingSet(rows, conditions=c)
+    found = []
+    for data in (whole, StreamedSet(whole, chunk_bytes=8 * 5 * 9)):
+        given = [x, *(torch.full((4,), v, dtype=torch.float64) for v in (0.8, 0.9, 1.3, 0.7))]
+        given += [torch.linspace(-1, 1, len(rows), dtype=torch.float64), c[:4].double() + 0.1]
+        y, s, a, t, h, bias, condition = (v.clone().requires_grad_() for v in given)
+        p = memokern.posterior(y, data, s, a, t, bias=bias, condition=condition, bandwidth=h)
+        loss = p.mean.sin().sum() + p.log_density.sum() + p.entropy.sum() + p.weight_sq.sum()
+        loss = loss + memokern.nearest(y, data, 3).distance.sum()
+        found.append(torch.autograd.grad(loss, [y, s, a, t, bias, condition, h]))
+    for mine, expected in zip(*reversed(found), strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_an_index_reads_rows_that_matter(tmp_path):
+    digits = TrainingSet.digits()
+    np.save(tmp_path / "digits.npy", digits.rows.reshape(-1, 8, 8).numpy())
+    data = StreamedSet(
+        tmp_path / "digits.npy", chunk_bytes=1 << 12, scale=digits.scale, shift=digits.shift
+    ).build_index()
+    x = digits[::40] + 0.03
+    sigma = torch.full((len(x),), 0.1, dtype=torch.float64)
+    passes = []
+    chunks = StreamedSet.raw_chunks
+    data.raw_chunks = lambda *a: passes.append(1) or chunks(data, *a)  # type: ignore[method-assign]
+    found = memokern.posterior(x, data, sigma, method="pruned")
+    near = memokern.nearest(x, data, 2, method="pruned")
+    assert not passes
+    expected = memokern.posterior(x, digits, sigma)
+    torch.testing.assert_close(found.mean, expected.mean, rtol=1e-5, atol=1e-5)
+    assert torch.equal(near.index, memokern.nearest(x, digits, 2).index)
+    sigma[3], sigma[5] = 0.0, 30.0
+    found, expected = (memokern.posterior(x, d, sigma) for d in (data, digits))
+    torch.testing.assert_close(found.mean, expected.mean, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.log_z, expected.log_z)
+
+
+def test_errors(tmp_path):
+    rows, x = programs.problem()
+    with pytest.raises(TypeError, match="again and again"):
+        StreamedSet(iter(rows.split(4)))
+    with pytest.raises(ValueError, match="in row 3"):
+        bad = rows.clone()
+        bad[3] = torch.nan
+        StreamedSet(bad.split(5))
+    count = [0]
+
+    def shrinks():
+        count[0] += 1
+        return iter(rows.split(4)[: 9 if count[0] <= 2 else 5])
+
+    with pytest.raises(RuntimeError, match="there were before"):
+        memokern.posterior(x, StreamedSet(shrinks), 1.0)
+
+    def breaks():
+        yield rows[:4]
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        StreamedSet(breaks)
+    data = StreamedSet(rows.split(4))
+    with pytest.raises(ValueError, match="certificate"):
+        memokern.posterior(x, data, 1.0, certificate=True)
+    with pytest.raises(RuntimeError, match="file first"):
+        data.build_index()
+    y = x.clone().requires_grad_()
+    grad = torch.autograd.grad(memokern.posterior(y, data, 1.0).mean.sum(), y, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+    assert not [t for t in threading.enumerate() if t.name == "memokern rows"]
