@@ -53,7 +53,7 @@ def nearest(
     are always swept. every: how queries are swept over all rows; None for `ops.nearest`.
     """
     if every is None:
-        every = functools.partial(ops.nearest, rows=rows, k=k)
+        every = functools.partial(_among, rows=rows, k=k, some=None)
     n, dim, b = rows.n, rows.dim, len(x)
     most_listed = n
     if costs is not None:
@@ -92,8 +92,10 @@ def nearest(
     return torch.cat([part[1] for part in parts])[back], torch.cat([p[2] for p in parts])[back]
 
 
-def _among(x: Tensor, rows: Rows, k: int, some: Tensor) -> tuple[Tensor, Tensor]:
-    """`ops.nearest` among some rows, ascending."""
+def _among(x: Tensor, rows: Rows, k: int, some: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`ops.nearest` among some rows, ascending; None: all."""
+    if some is None:
+        return ops.nearest(x, rows, k)
     assert rows.sq_norms is not None  # a TrainingSet has them
     part = rows._replace(data=rows.data.index_select(0, some), sq_norms=rows.sq_norms[some])
     sq, at = ops.nearest(x, part, k)
