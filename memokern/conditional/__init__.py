@@ -13,6 +13,7 @@ from memokern.conditional.wanted import (
     EVERY_ROW,
     Label,
     Wanted,
+    count_labels,
     label_numbers,
 )
 
@@ -21,6 +22,7 @@ __all__ = [
     "Group",
     "Label",
     "Wanted",
+    "count_labels",
     "groups",
     "joined",
     "label_numbers",

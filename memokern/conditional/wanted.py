@@ -62,6 +62,12 @@ def label_numbers(
     return labels
 
 
+def count_labels(data: TrainingSet) -> int:
+    """1 more than the largest label; 0 without labels."""
+    count: int = data.label_count()
+    return count
+
+
 def checked_condition(
     wanted: Wanted, batch: Sequence[int], data: TrainingSet
 ) -> tuple[Tensor, Tensor] | None:
