@@ -46,9 +46,9 @@ PLANTED = {
         "left after it arrived",
     ),
     "a missing barrier between warps": Fault(
-        "sweep/sweep.cu",
-        "      evaluate_marked(p, s, n0);\n      block_sync();",
-        "      evaluate_marked(p, s, n0);",
+        "sweep/exact.h",
+        "  block_sync();\n  for (int i = thread_index(); i < count",
+        "  for (int i = thread_index(); i < count",
         "thread",
         "data race",
     ),

@@ -59,25 +59,35 @@ MK_DEVICE double warp_xor(double v, int mask) { return __shfl_xor_sync(~0u, v, m
 
 // --- blocks of a cluster ----------------------------------------------------------------------------------
 // What a thread wrote before it arrives, others see after they have waited.
-MK_DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-MK_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-MK_DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-MK_DEVICE u32 remote_address(const void* local, u32 rank) {
-  u32 a;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(a) : "r"(shared_address(local)), "r"(rank));
-  return a;
+// All lanes of a warp come together.
+MK_DEVICE void cluster_arrive() {
+  __syncwarp();
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 }
-// What a block of the cluster has where this one has *local.
-MK_DEVICE float load_remote(const float* local, u32 rank) {
+MK_DEVICE void cluster_wait() {
+  __syncwarp();
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+MK_DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+// What a block of the cluster has where this one has *local; what follows is at the same distances.
+struct Remote {
+  u32 address;
+};
+MK_DEVICE Remote remote(const void* local, u32 rank) {
+  Remote r;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(r.address) : "r"(shared_address(local)), "r"(rank));
+  return r;
+}
+MK_DEVICE float load_float(Remote r, int i) {
   float v;
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(remote_address(local, rank)) : "memory");
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(r.address + 4 * i) : "memory");
   return v;
 }
-MK_DEVICE void store_remote(float* local, u32 rank, float v) {
-  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(remote_address(local, rank)), "f"(v) : "memory");
+MK_DEVICE void store_float(Remote r, int i, float v) {
+  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(r.address + 4 * i), "f"(v) : "memory");
 }
-MK_DEVICE void store_remote(u16* local, u32 rank, u16 v) {
-  asm volatile("st.shared::cluster.u16 [%0], %1;" ::"r"(remote_address(local, rank)), "h"(v) : "memory");
+MK_DEVICE void store_u16(Remote r, int i, u16 v) {
+  asm volatile("st.shared::cluster.u16 [%0], %1;" ::"r"(r.address + 2 * i), "h"(v) : "memory");
 }
 
 // --- copies to shared memory that a barrier counts --------------------------------------------------------
@@ -100,6 +110,7 @@ MK_DEVICE void barrier_wait(u64* b, u32 parity) {
       "}" ::"r"(shared_address(b)),
       "r"(parity)
       : "memory");
+  __syncwarp();  // lanes may have left the loop one by one
 }
 // Addresses and bytes are multiples of 16.
 MK_DEVICE void bulk_copy(void* to, const void* from, u32 bytes, u64* b) {

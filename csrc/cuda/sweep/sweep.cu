@@ -109,10 +109,7 @@ MK_KERNEL(kCluster, kThreads, kResident) memokern_sweep(MK_PARAMS(SweepParams, p
     marked = block_any(marked);
     // All warps have used tile i - 1.
     fetch(p, s, tiles, i - 1 + kStages);
-    if (marked) {
-      evaluate_marked(p, s, n0);
-      block_sync();
-    }
+    if (marked) evaluate_marked(p, s, n0);
     for (int own = warp; own < kOwned; own += kWarps)
       if (cluster_rank() + own * kCluster < p.b) weigh_rows(p, s, own, rows, i & 1);
     cluster_arrive();

@@ -44,6 +44,7 @@ enum : int {
   kWeightPitch = kRows + 8,
   // An odd number of 16 bytes, so that rows lie in different banks.
   kRowPitch = kFeatures * Numbers::kBytes + (kFeatures * Numbers::kBytes / 16 % 2 ? 0 : 16),
+  kPairs = 16,                                      // whose distances are evaluated between two barriers
   kGroups = (kFeatures / 16 + kWarps - 1) / kWarps  // groups of 16 features that a warp adds up
 };
 static_assert(kFeatures % 16 == 0 && kQueries % 16 == 0 && kStages >= 2);
@@ -66,22 +67,25 @@ MK_DEVICE constexpr i64 padded(i64 bytes) { return (bytes + 127) / 128 * 128 + k
 
 // Shared memory, array by array.
 struct Shared {
-  u64* full;      // [kStages] a tile has come
-  u16* terms;     // [kTerms][kQueries][kTermPitch] of the queries
-  u8* rows;       // [kStages][kRows][kRowPitch] as stored
-  float* part;    // [kSplits][kQueries][kPartPitch] own features' part of the products
-  u16* weights;   // [2 tiles][2 terms][kQueries][kWeightPitch]
-  float* factor;  // [2 tiles][kQueries] what the tile multiplies accumulators by
-  float* logit;   // [kOwned][kRows] t of the tile's rows
-  double* exact;  // [kOwned][kRows] squared distances, then weights of near rows
-  Owned* owned;   // [kOwned]
+  u64* full;         // [kStages] a tile has come
+  u16* terms;        // [kTerms][kQueries][kTermPitch] of the queries
+  u8* rows;          // [kStages][kRows][kRowPitch] as stored
+  float* part;       // [kSplits][kQueries][kPartPitch] own features' part of the products
+  u16* weights;      // [2 tiles][2 terms][kQueries][kWeightPitch]
+  float* factor;     // [2 tiles][kQueries] what the tile multiplies accumulators by
+  float* logit;      // [kOwned][kRows] t of the tile's rows
+  double* exact;     // [kOwned][kRows] squared distances, then weights of near rows
+  Owned* owned;      // [kOwned]
+  double* distance;  // [kPairs][kWarps] parts of distances
+  int* pair;         // [kPairs] where in `exact` they belong
 };
 
 MK_DEVICE constexpr i64 shared_bytes() {
   return padded(8 * kStages) + padded(2ll * Numbers::kTerms * kQueries * kTermPitch) +
          padded((i64)kStages * kRows * kRowPitch) + padded(4ll * kSplits * kQueries * kPartPitch) +
          padded(8ll * kQueries * kWeightPitch) + padded(8ll * kQueries) + padded(4ll * kOwned * kRows) +
-         padded(8ll * kOwned * kRows) + padded((i64)sizeof(Owned) * kOwned);
+         padded(8ll * kOwned * kRows) + padded((i64)sizeof(Owned) * kOwned) + padded(8ll * kPairs * kWarps) +
+         padded(4ll * kPairs);
 }
 
 template <class T>
@@ -105,6 +109,8 @@ MK_DEVICE Shared shared_arrays() {
   s.logit = take<float>(next, kOwned * kRows);
   s.exact = take<double>(next, kOwned * kRows);
   s.owned = take<Owned>(next, kOwned);
+  s.distance = take<double>(next, kPairs * kWarps);
+  s.pair = take<int>(next, kPairs);
   return s;
 }
 

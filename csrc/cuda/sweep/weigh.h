@@ -88,16 +88,18 @@ MK_DEVICE bool mark_rows(const SweepParams& p, const Shared& s, int own, const L
   const float inf = (float)infinity();
   const bool lost = o.mode == kLost, hard = o.mode == kHard;
   float t[kLaneRows], largest_sq = 0, largest_bias = 0, top = -inf;
+  Remote from[kCluster];
+  MK_UNROLL
+  for (int rank = 0; rank < kCluster; rank++) from[rank] = remote(s.part + b * kPartPitch, rank);
   MK_UNROLL
   for (int i = 0; i < kLaneRows; i++) {
     const int j = lane + 32 * i;
-    float dot = 0;
-    if (j < kRows) {
-      MK_UNROLL
-      for (int split = 0; split < kSplits; split++)
-        for (int rank = 0; rank < kCluster; rank++)
-          dot += load_remote(s.part + (split * kQueries + b) * kPartPitch + j, rank);
-    }
+    float parts[kSplits * kCluster], dot = 0;
+    MK_UNROLL
+    for (int k = 0; k < kSplits * kCluster; k++)
+      parts[k] = j < kRows ? load_float(from[k % kCluster], k / kCluster * kQueries * kPartPitch + j) : 0;
+    MK_UNROLL
+    for (int k = 0; k < kSplits * kCluster; k++) dot += parts[k];
     t[i] = dot * o.a1 - r.sq[i] * o.a2;
     if (!r.counts[i]) continue;
     largest_sq = fmaxf(largest_sq, r.sq[i]);
@@ -174,6 +176,10 @@ MK_DEVICE void weigh_rows(const SweepParams& p, const Shared& s, int own, const 
   m = warp_max(m);
   const double m_safe = m == -inf ? 0.0 : m, drop = stays ? o.m - m_safe : 0;
   const double f = stays ? exp(drop) : 0;
+  Remote to[kCluster];
+  MK_UNROLL
+  for (int rank = 0; rank < kCluster; rank++)
+    to[rank] = remote(s.weights + (slot * 2 * kQueries + b) * kWeightPitch, rank);
   double sum = 0, sum_r = 0, sum_bias = 0, sum_sq = 0, sum_near = 0;
   MK_UNROLL
   for (int i = 0; i < kLaneRows; i++) {
@@ -202,19 +208,20 @@ MK_DEVICE void weigh_rows(const SweepParams& p, const Shared& s, int own, const 
     sum_sq += (double)w * w;
     const u32 bits = warp_ballot(near);
     if (lane == 0) o.marked[i] = bits;
-    if (j < kRows)
-      for (u32 rank = 0; rank < kCluster; rank++) {
-        u16* to = s.weights + (slot * 2 * kQueries + b) * kWeightPitch + j;
-        store_remote(to, rank, (u16)high);
-        store_remote(to + kQueries * kWeightPitch, rank, (u16)low);
+    if (j < kRows) {
+      MK_UNROLL
+      for (int rank = 0; rank < kCluster; rank++) {
+        store_u16(to[rank], j, (u16)high);
+        store_u16(to[rank], kQueries * kWeightPitch + j, (u16)low);
       }
+    }
   }
   sum = warp_sum(sum);
   sum_r = warp_sum(sum_r);
   sum_bias = warp_sum(sum_bias);
   sum_sq = warp_sum(sum_sq);
   sum_near = warp_sum(sum_near);
-  if (lane < kCluster) store_remote(s.factor + slot * kQueries + b, lane, (float)f);
+  if (lane < kCluster) store_float(remote(s.factor + slot * kQueries + b, lane), 0, (float)f);
   warp_sync();  // every lane has read the state
   if (lane == 0) {
     o.s_v = (f > 0 ? f * (o.s_v + o.s * drop) : 0) + (sum_r + o.inv_t * sum_bias - m_safe * sum);

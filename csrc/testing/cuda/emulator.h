@@ -109,15 +109,13 @@ inline double warp_xor(double v, int mask, MK_AT) {
 
 inline void cluster_arrive(MK_AT) { emulator::cluster_arrive(MK_HERE); }
 inline void cluster_wait(MK_AT) { emulator::cluster_wait(MK_HERE); }
-inline float load_remote(const float* local, u32 rank, MK_AT) {
-  return *(const float*)emulator::remote(local, rank, MK_HERE);
-}
-inline void store_remote(float* local, u32 rank, float v, MK_AT) {
-  *(float*)emulator::remote(local, rank, MK_HERE) = v;
-}
-inline void store_remote(u16* local, u32 rank, u16 v, MK_AT) {
-  *(u16*)emulator::remote(local, rank, MK_HERE) = v;
-}
+struct Remote {
+  void* address;
+};
+inline Remote remote(const void* local, u32 rank, MK_AT) { return {emulator::remote(local, rank, MK_HERE)}; }
+inline float load_float(Remote r, int i) { return ((const float*)r.address)[i]; }
+inline void store_float(Remote r, int i, float v) { ((float*)r.address)[i] = v; }
+inline void store_u16(Remote r, int i, u16 v) { ((u16*)r.address)[i] = v; }
 
 inline void barrier_init(u64* b) { emulator::barrier_init(b); }
 inline void barrier_fence() {}

@@ -64,7 +64,7 @@ def shared_bytes(rows: torch.dtype, tile: Tile) -> int:
     """Dynamic shared memory of a block of the sweep, as csrc/cuda/sweep lays it out.
 
     >>> shared_bytes(torch.uint8, Tile(8, 384, 16, 64, 3))
-    131712
+    132864
     """
     c, ds, q, nt, stages = tile
     size = size_of(rows)
@@ -78,5 +78,6 @@ def shared_bytes(rows: torch.dtype, tile: Tile) -> int:
         2 * 2 * q * (nt + 8) * 2,  # weights, two terms of them, two tiles
         2 * q * 4,  # the largest logit and the factor of each query
         own * nt * 4, own * nt * 8, own * 192,  # what a rank does for all
+        16 * 8 * 8, 16 * 4,  # parts of distances of 16 pairs
     )  # fmt: skip
     return sum(-(-p // 128) * 128 for p in parts)
