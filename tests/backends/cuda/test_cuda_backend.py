@@ -55,7 +55,6 @@ def test_as_the_definition(emulated: Driver, dtype: torch.dtype) -> None:
         got = BACKEND.posterior(query, rows)
         compare.sums(got, oracle.sums(query, rows), query, rows, F32, str(case))
     sweeps = [x.variant for x in emulated.launches if x.entry == "memokern_sweep"]
-    assert len({v.name for v in sweeps if v is not None}) == 2
     assert [x.entry for x in emulated.launches].count("memokern_sq_norms") == 1
     assert dict(variants.ROW_CODES)[dtype] == dict(sweeps[0].macros)["MK_ROWS"]
 

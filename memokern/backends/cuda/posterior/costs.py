@@ -66,14 +66,21 @@ def row_seconds(rows: torch.dtype, tile: Tile) -> float:
     return tile_seconds(rows, tile, RATES["sm_90a"], 132) / tile.rows
 
 
-def sweep_seconds(rows: torch.dtype, tile: Tile, b: int, n: int, machine: Machine) -> float:
-    """Of b queries and n rows, with the launches before and after, which join the parts."""
+def part_bytes(tile: Tile, n: int, machine: Machine) -> float:
+    """Of the clusters' parts: two arrays of float32 each, written and read again."""
+    clusters = min(max(1, machine.multiprocessors // tile.cluster), -(-n // tile.rows))
+    return 16.0 * tile.queries * tile.cluster * tile.features * clusters
+
+
+def sweep_seconds(
+    rows: torch.dtype, tile: Tile, b: int, n: int, machine: Machine, rates: Rates | None = None
+) -> float:
+    """Of b queries and n rows, with the launches before and after, which join the parts. rates:
+    those of the machine's architecture unless given."""
     clusters = max(1, machine.multiprocessors // tile.cluster)
-    rates, all_tiles = RATES[machine.arch], -(-n // tile.rows)
+    rates, all_tiles = rates or RATES[machine.arch], -(-n // tile.rows)
     each = tile_seconds(rows, tile, rates, clusters * tile.cluster)
-    # Two arrays of float32 for each part, written and read.
-    part = 16.0 * tile.queries * tile.cluster * tile.features
-    join = part * min(clusters, all_tiles) / rates.memory
+    join = part_bytes(tile, n, machine) / rates.memory
     sweep = -(-all_tiles // clusters) * each
     return -(-b // tile.queries) * (sweep + join + 3 * LAUNCH)
 
