@@ -10,6 +10,7 @@
 # make gpu-check  where there is a GPU: each operation against float64, then times beside the peers', within minutes
 #                 (ARGS="--minutes 15", ARGS="--help"); else: every kernel compiled
 # make kernels  every Triton kernel compiled, into docs/triton-kernels.md (45 minutes of a core; then what changed)
+# make cubins   every CUDA kernel compiled, into docs/cuda-kernels.md (15 minutes of a core; then what changed)
 # make sanitize the Triton kernels watched for races and for what lies outside of tensors (ttsem, experimental)
 # make sanitize-cpu  the C++ kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer (needs GCC)
 # make sanitize-cuda  the CUDA kernels on an emulator, under the same sanitizers (needs GCC)
@@ -32,7 +33,7 @@ BIN = $(VENV)/bin
 SOURCES = $(shell find csrc -type f) setup.py pyproject.toml
 CPP = $(shell find csrc tests/cpp -name "*.h" -o -name "*.cpp" -o -name "*.cu")
 
-.PHONY: demo test test-all fuzz bench lint integrations peers gpu-check kernels sanitize sanitize-cpu sanitize-cuda neon clean
+.PHONY: demo test test-all fuzz bench lint integrations peers gpu-check kernels cubins sanitize sanitize-cpu sanitize-cuda neon clean
 
 # torch first and alone: its pinned build decides what the rest may need.
 $(BIN)/python:
@@ -96,6 +97,9 @@ endif
 
 kernels: $(VENV)/.dev-installed
 	$(BIN)/python -m tools.aot --markdown docs/triton-kernels.md
+
+cubins: $(VENV)/.dev-installed
+	$(BIN)/python -m tools.cubins --markdown docs/cuda-kernels.md
 
 # It says that it wants a newer Python than it needs, and is kept out of the environment of the tests.
 sanitize: $(VENV)/.dev-installed

@@ -219,19 +219,23 @@ def table(
     keys = {(v, t): key(v, t, by) for v, t in asked}
     left = [pair for pair in asked if keys[pair] not in known]
     until = time.monotonic() + seconds
+    failed: dict[tuple[Variant, str], dict[str, Any]] = {}  # not kept: they are tried again
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
 
         def work(pair: tuple[Variant, str]) -> tuple[tuple[Variant, str], dict[str, Any] | None]:
             return pair, None if time.monotonic() > until else _one(*pair, nvcc)
 
         for pair, row in pool.map(work, left):
-            if row is not None and "error" not in row:
+            if row is None:
+                continue
+            if "error" in row:
+                failed[pair] = row
+            else:
                 known[keys[pair]] = row
-            if row is not None:
-                print(line(row), flush=True)
+            print(line(row), flush=True)
     KEPT.parent.mkdir(exist_ok=True)
     KEPT.write_text(json.dumps(known))
-    rows = ((pair, known.get(keys[pair])) for pair in asked)
+    rows = ((pair, failed.get(pair) or known.get(keys[pair])) for pair in asked)
     return [{**row, "variant": v.name, "target": t} for (v, t), row in rows if row is not None]
 
 

@@ -71,11 +71,11 @@ def table() -> str:
     ms = roofline.milliseconds
     lines = [
         f"Predicted for an H200, never measured: {GPU.memory / 1e12:g} TB/s, 989 TFLOP/s by warp"
-        f" groups and {RATES.warp / 1e12:.0f} by warps. Floor: milliseconds at least. With overheads:"
-        f" {1e6 * costs.LAUNCH:g} us for each launch; in CUDA also what tiles wait for in shared"
-        f" memory, and {1e6 * costs.TILE:g} us of barriers for each. Share: the rows' bytes over the"
-        " time with overheads, of the memory's rate. Runs: who is asked first. Written by"
-        " `python -m tools.roofline_cuda --markdown docs/cuda.md`.",
+        f" groups and {RATES.warp / 1e12:.0f} by warps. Floor: milliseconds at least. With"
+        f" overheads: {1e6 * costs.LAUNCH:g} us for each launch; in CUDA also what tiles wait for"
+        f" in shared memory, and {1e6 * costs.TILE:g} us of barriers for each. Share: the rows'"
+        " bytes over the time with overheads, of the memory's rate. Runs: who is asked first."
+        " Written by `python -m tools.roofline_cuda --markdown docs/cuda.md`.",
         "",
         "| queries | rows | D | type | CUDA launches | MB | floor | with overheads | share |"
         " Triton launches | MB | floor | with overheads | runs |",

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import enum
+import re
 import types
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -139,7 +140,9 @@ class Driver:
         assert config.gridDimX % cluster == 0 and config.numAttrs == 1
         if cluster > self.largest_cluster:
             return CUresult.CUDA_ERROR_INVALID_CLUSTER_SIZE, 0
-        return CUresult.CUDA_SUCCESS, H100.multiprocessors // cluster
+        resident = re.search(rb"resident=(\d)", self.loaded[kernel // 1000 - 1])
+        assert resident is not None
+        return CUresult.CUDA_SUCCESS, H100.multiprocessors * int(resident[1]) // cluster
 
     def cuLaunchKernel(self, kernel: int, *args: Any) -> tuple[CUresult]:
         x, y, z, threads, ty, tz, shared, stream, arguments, extra = args

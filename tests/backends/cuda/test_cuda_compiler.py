@@ -43,7 +43,11 @@ def test_machine_code(root: Path, arch: str) -> None:
     found = compiler.compile_variant(SCALE, arch)
     assert found.code.startswith(b"\x7fELF") and b"scale" in found.code
     assert "0 bytes spill stores" in found.log and f"'{arch}'" in found.log
+    (root / "test" / "scale.cu").write_text(SOURCE.replace("factor()", "3.0f"))
+    (root / "common" / "factor.h").write_text("")
+    assert compiler.compile_variant(SCALE._replace(macros=()), arch).code.startswith(b"\x7fELF")
     if arch == "sm_90a":
+        (root / "test" / "scale.cu").write_text(SOURCE.replace("factor()", "MK_FACTOR"))
         other = compiler.compile_variant(SCALE._replace(macros=(("MK_FACTOR", 4),)), arch)
         assert other.code != found.code
 

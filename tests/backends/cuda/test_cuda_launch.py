@@ -49,7 +49,7 @@ def test_three_launches(monkeypatch) -> None:
     split, sweep, join = fake.launches
     tile = planner.plan(b, n, d, F32, H100)
     assert tile is not None
-    clusters = min(132 // tile.cluster, -(-n // tile.rows))
+    clusters = min(132 * tile.resident // tile.cluster, -(-n // tile.rows))
     names = ["memokern_queries", "memokern_sweep", "memokern_finish_sums"]
     assert [found.entry for found in fake.launches] == names
     assert (split.grid, split.threads, split.shared) == ((16, 1), 256, 512)
@@ -145,10 +145,10 @@ def test_what_is_not_known_of_the_rows_is_computed() -> None:
 
 
 def test_where_no_cluster_of_16_fits_one_of_8_sweeps() -> None:
-    query, rows = query_of(1, 8000), rows_of(500, 8000, U8)
+    query, rows = query_of(1, 6000), rows_of(500, 6000, U8)
     with installed() as fake:
         BACKEND.posterior(query, rows)
-    wanted = planner.plan(1, 500, 8000, U8, H100)
+    wanted = planner.plan(1, 500, 6000, U8, H100)
     name = "CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED"
     portable = wanted.cluster <= driver.PORTABLE_CLUSTER
     assert portable != ((name, "memokern_sweep", 0) in fake.prepared)
@@ -156,8 +156,8 @@ def test_where_no_cluster_of_16_fits_one_of_8_sweeps() -> None:
         plain = planner.plan
         patch.setattr(  # as if 16 were faster by count
             planner, "plan",
-            lambda *a: next(t for t in planner.tiles(U8) if t.cluster == a[-1] and t.queries == 16
-                            and t.cluster * t.features >= 8000),
+            lambda *a: next(t for t in planner.tiles(U8) if t.cluster == a[5] and t.queries == 16
+                            and t.cluster * t.features >= 6000),
         )  # fmt: skip
         BACKEND.posterior(query, rows)
         patch.setattr(planner, "plan", plain)

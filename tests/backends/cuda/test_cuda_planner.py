@@ -11,7 +11,7 @@ from memokern.backends.cuda import variants as listing
 from memokern.backends.cuda.core.machine import KNOWN, Machine
 from memokern.backends.cuda.core.variant import ROW_CODES
 from memokern.backends.cuda.posterior import costs, planner, variants
-from memokern.backends.cuda.posterior.tiles import DIVISIONS, holds_sums, shared_bytes
+from memokern.backends.cuda.posterior.tiles import DIVISIONS, holds_sums, room, shared_bytes
 
 MACHINES = [
     Machine("sm_90a", 132, 227 << 10, 50 << 20), Machine("sm_90a", 78, 227 << 10, 50 << 20),
@@ -30,10 +30,13 @@ def test_a_plan_fits(rows: torch.dtype) -> None:
                 assert d > most // 16 * planner.widest(rows) or most == 8
                 continue
             assert d <= tile.cluster * tile.features and tile.cluster <= most
-            assert shared_bytes(rows, tile) <= machine.shared
-            assert holds_sums(tile.features, tile.queries)
+            assert shared_bytes(rows, tile) <= room(machine.shared, tile.resident)
+            assert holds_sums(tile.features, tile.queries, tile.resident)
             assert tile.features % 16 == 0 and tile.rows % 16 == 0
             assert variants.sweep_variant(rows, tile, True, False).name in listed
+            tile = planner.plan(b, n, d, rows, machine, most, rare=True)
+            assert tile is not None and tile.queries == 16
+            assert variants.sweep_variant(rows, tile, False, True).name in listed
 
 
 def test_plans_depend_on_nothing_else() -> None:
@@ -50,7 +53,7 @@ def test_variants_have_names_of_their_own() -> None:
     assert len({(v.program, v.macros) for v in found}) == len(found)
     assert {arch for arch, _ in KNOWN.values()} == set(variants.TARGETS)
     used = {(t.cluster, t.features) for rows in ROW_CODES for t in planner.tiles(rows)}
-    assert used == set(DIVISIONS)
+    assert used == {(c, ds) for c, ds, _ in DIVISIONS}
 
 
 def test_costs_are_at_least_what_the_memory_needs() -> None:

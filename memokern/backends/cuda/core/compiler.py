@@ -76,7 +76,8 @@ def compile_variant(variant: Variant, arch: str) -> Compiled:
         name=variant.program,
         arch=arch,
         std=STANDARD,
-        define_macro=[(name, str(value)) for name, value in variant.macros],
+        # An empty list is an error.
+        define_macro=[(name, str(value)) for name, value in variant.macros] or None,
         include_path=[str(root)],
         ptxas_options=["-v"],
     )

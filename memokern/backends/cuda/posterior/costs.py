@@ -45,30 +45,37 @@ def products(rows: torch.dtype) -> tuple[int, int]:
     return (6, 5) if rows == torch.float32 else (terms_of(rows), 2)
 
 
-def tile_seconds(rows: torch.dtype, tile: Tile, rates: Rates, blocks: int) -> float:
-    """Of one tile in a block, of which so many work side by side."""
+def tile_seconds(rows: torch.dtype, tile: Tile, rates: Rates, multiprocessors: int) -> float:
+    """From a tile to the next in each of the blocks that share a multiprocessor, of which so many
+    work side by side."""
     numbers, size = tile.rows * tile.features, size_of(rows)
-    moved = numbers * size / (rates.memory / blocks)
+    moved = numbers * size / (rates.memory / multiprocessors)
     # Rows are written once and read twice. The queries' terms, 512 bytes of 16 queries and 16
     # features, are read again for each group of 8 rows that a warp does not do at once.
     terms = 4 * terms_of(rows) * tile.queries / 16 / at_once(tile) * numbers
     parts = 8 * splits(tile) * tile.queries * tile.rows
     weights = _WARPS * 64 * tile.queries * tile.rows / 16
     shared = (terms + parts + weights + 3 * numbers * size) / SHARED
-    arithmetic = 2.0 * tile.queries * numbers * sum(products(rows)) / (rates.warp / blocks)
-    worked = max(shared, arithmetic) + TILE
-    # With two stages nothing is asked for until a tile is done with.
-    return max(moved + (LATENCY if tile.stages == 2 else 0.0), worked)
+    arithmetic = 2.0 * tile.queries * numbers * sum(products(rows))
+    busy = max(shared, arithmetic / (rates.warp / multiprocessors))
+    # Blocks share what is moved and multiplied; each waits for its own rows and its own cluster.
+    together = tile.resident * max(moved, busy)
+    return max(together, (moved + LATENCY) / (tile.stages - 1), busy + TILE)
 
 
 def row_seconds(rows: torch.dtype, tile: Tile) -> float:
     """Of a row, on a full H100: what a tile is chosen by."""
-    return tile_seconds(rows, tile, RATES["sm_90a"], 132) / tile.rows
+    return tile_seconds(rows, tile, RATES["sm_90a"], 132) / tile.rows / tile.resident
+
+
+def clusters_of(tile: Tile, machine: Machine) -> int:
+    """How many clusters sweep at a time."""
+    return max(1, machine.multiprocessors * tile.resident // tile.cluster)
 
 
 def part_bytes(tile: Tile, n: int, machine: Machine) -> float:
     """Of the clusters' parts: two arrays of float32 each, written and read again."""
-    clusters = min(max(1, machine.multiprocessors // tile.cluster), -(-n // tile.rows))
+    clusters = min(clusters_of(tile, machine), -(-n // tile.rows))
     return 16.0 * tile.queries * tile.cluster * tile.features * clusters
 
 
@@ -77,9 +84,10 @@ def sweep_seconds(
 ) -> float:
     """Of b queries and n rows, with the launches before and after, which join the parts. rates:
     those of the machine's architecture unless given."""
-    clusters = max(1, machine.multiprocessors // tile.cluster)
+    clusters = clusters_of(tile, machine)
     rates, all_tiles = rates or RATES[machine.arch], -(-n // tile.rows)
-    each = tile_seconds(rows, tile, rates, clusters * tile.cluster)
+    used = -(-clusters * tile.cluster // tile.resident)
+    each = tile_seconds(rows, tile, rates, used)
     join = part_bytes(tile, n, machine) / rates.memory
     sweep = -(-all_tiles // clusters) * each
     return -(-b // tile.queries) * (sweep + join + 3 * LAUNCH)
@@ -90,11 +98,11 @@ def chunked_seconds(rows: torch.dtype, b: int, n: int, d: int, machine: Machine)
     each a launch: what is done for rows of any width without clusters."""
     rates, size = RATES[machine.arch], size_of(rows)
     fit = max(1, machine.l2_bytes // 2 // (d * size))
-    chunk = max(64, min(4096, 1 << (fit.bit_length() - 1)))
+    chunk = max(64, min(2048, 1 << (fit.bit_length() - 1)))
     # Three products of tf32 run at half the rate.
     first, second = (6, 6) if rows == torch.float32 else products(rows)
     work = 2.0 * b * n * d / rates.group
     moved = float(n) * d * size / rates.memory
     again = 0.0 if chunk * d * size <= machine.l2_bytes else moved
-    launches = 3 * -(-n // chunk) + 4
+    launches = 3 * -(-n // chunk) + 2
     return max(moved, work * first) + max(again, work * second) + launches * LAUNCH

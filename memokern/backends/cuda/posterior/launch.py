@@ -113,7 +113,8 @@ class _Call:
         kind, n, d = self.rows.data.dtype, self.rows.n, self.rows.dim
         log, bulk = self.query.weighting == "log", self._bulk()
         for most in (planner.MOST_CLUSTER, driver.PORTABLE_CLUSTER):
-            tile = planner.plan(len(self.query.x), n, d, kind, self.machine, most)
+            b, rare = len(self.query.x), variants.is_rare(bulk, log)
+            tile = planner.plan(b, n, d, kind, self.machine, most, rare)
             if tile is None:
                 continue
             variant = variants.sweep_variant(kind, tile, bulk, log)

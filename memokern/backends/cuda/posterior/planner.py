@@ -12,10 +12,12 @@ from memokern.backends.cuda.posterior import costs
 from memokern.backends.cuda.posterior.tiles import (
     DIVISIONS,
     QUERIES,
+    RESIDENT,
     ROWS,
     STAGES,
     Tile,
     holds_sums,
+    room,
     shared_bytes,
 )
 
@@ -29,20 +31,22 @@ def tile_of(rows: torch.dtype, cluster: int, features: int, queries: int) -> Til
     hold one. The same on every target, so that the list of variants is finite.
 
     >>> tile_of(torch.uint8, 8, 384, 16)
-    Tile(cluster=8, features=384, queries=16, rows=128, stages=3)
+    Tile(cluster=8, features=384, queries=16, rows=64, stages=2, resident=2)
     """
-    if not holds_sums(features, queries):
-        return None
     shared = min(shared for _, shared in KNOWN.values())
-    found = [Tile(cluster, features, queries, *s) for s in itertools.product(ROWS, STAGES)]
-    fitting = [t for t in found if shared_bytes(rows, t) <= shared]
+    sizes = itertools.product(ROWS, STAGES, RESIDENT)
+    fitting = [
+        tile for tile in (Tile(cluster, features, queries, *s) for s in sizes)
+        if holds_sums(features, queries, tile.resident)
+        and shared_bytes(rows, tile) <= room(shared, tile.resident)
+    ]  # fmt: skip
     return min(fitting, key=lambda t: costs.row_seconds(rows, t), default=None)
 
 
 @functools.cache
 def tiles(rows: torch.dtype) -> list[Tile]:
     """All that a sweep over rows of this type can be asked for."""
-    found = (tile_of(rows, c, ds, q) for q in QUERIES for c, ds in DIVISIONS)
+    found = (tile_of(rows, c, ds, q) for q in QUERIES for c, ds, most in DIVISIONS if q <= most)
     return [tile for tile in found if tile is not None]
 
 
@@ -53,20 +57,23 @@ def widest(rows: torch.dtype) -> int:
 
 @functools.lru_cache(4096)
 def plan(
-    b: int, n: int, d: int, rows: torch.dtype, machine: Machine, most_cluster: int = MOST_CLUSTER
-) -> Tile | None:
+    b: int, n: int, d: int, rows: torch.dtype, machine: Machine, most_cluster: int = MOST_CLUSTER,
+    rare: bool = False,
+) -> Tile | None:  # fmt: skip
     """The fastest tile by count for b queries and n rows of d features; None where no cluster of up
-    to most_cluster blocks holds a row.
+    to most_cluster blocks holds a row. rare: for rows that are not aligned and for the weighting
+    "log" there are tiles of 16 queries only, so that there are not four times as many variants.
 
     >>> plan(1, 50_000, 3072, torch.uint8, Machine("sm_90a", 132, 227 << 10, 50 << 20))
-    Tile(cluster=8, features=384, queries=16, rows=128, stages=3)
+    Tile(cluster=8, features=384, queries=16, rows=64, stages=2, resident=2)
     """
 
     def seconds(tile: Tile) -> float:
         return costs.sweep_seconds(rows, tile, max(1, b), n, machine)
 
     def fits(tile: Tile) -> bool:
-        return tile.cluster <= most_cluster and d <= tile.cluster * tile.features
+        wide = tile.cluster <= most_cluster and d <= tile.cluster * tile.features
+        return wide and (tile.queries == QUERIES[0] or not rare)
 
     return min(filter(fits, tiles(rows)), key=seconds, default=None)
 

@@ -11,25 +11,33 @@ QUERIES = (16, 32, 64)  # those that a launch is compiled for
 
 class Tile(NamedTuple):
     """What a block of the sweep holds. cluster: C, blocks that own the features of a row together.
-    features: DS, those of each. queries: Q, rows: NT, stages: tiles in shared memory."""
+    features: DS, those of each. queries: Q, rows: NT, stages: tiles in shared memory. resident:
+    blocks that share a multiprocessor, so that one multiplies while another waits for its
+    cluster."""
 
     cluster: int
     features: int
     queries: int
     rows: int
     stages: int
+    resident: int = 1
 
 
-# How rows are divided: blocks of a cluster and features of a block. Machine code depends on both,
-# so that there is a list. The last two serve where a cluster of 16 does not fit.
+# How rows are divided: blocks of a cluster, features of a block, and the most queries of a launch,
+# beyond which there is nothing to gain by count. Machine code depends on all, so that there is a
+# list. The last one serves where a cluster of 16 does not fit.
 DIVISIONS = (
-    (2, 256), (4, 256), (8, 256), (8, 384), (16, 256), (16, 384), (16, 768), (16, 1536), (8, 768),
-    (8, 1536),
+    (2, 256, 64), (4, 256, 64), (8, 256, 64), (8, 384, 32), (16, 192, 32), (16, 256, 32),
+    (16, 768, 32), (16, 1536, 16), (8, 768, 16),
 )  # fmt: skip
+RESIDENT = (1, 2)
 ROWS = (128, 64, 32, 16)
 STAGES = (4, 3, 2)
-# Registers of a thread's sums, of 255: products, addresses and what is loaded take the rest.
-_MOST_SUMS = 96
+# Registers of a thread's sums, of 255, or of 128 where two blocks share a multiprocessor: products,
+# addresses and what is loaded take the rest.
+_MOST_SUMS = {1: 96, 2: 48}
+# Shared memory of a multiprocessor, of which each block takes 1 KiB for itself.
+_SHARED_OF_ALL, _RESERVED = 228 << 10, 1 << 10
 _WARPS = 8
 
 
@@ -43,9 +51,15 @@ def size_of(rows: torch.dtype) -> int:
     return int(rows.itemsize)
 
 
-def holds_sums(features: int, queries: int) -> bool:
+def holds_sums(features: int, queries: int, resident: int = 1) -> bool:
     """Whether a block's registers hold the sums of so many features and queries."""
-    return -(-features // 128) * 8 * queries // 16 <= _MOST_SUMS
+    return -(-features // 128) * 8 * queries // 16 <= _MOST_SUMS[resident]
+
+
+def room(shared: int, resident: int) -> int:
+    """Bytes of shared memory for each of so many blocks of a multiprocessor. shared: what one block
+    may use at most."""
+    return min(shared, _SHARED_OF_ALL // resident - _RESERVED)
 
 
 def at_once(tile: Tile) -> int:
@@ -66,7 +80,7 @@ def shared_bytes(rows: torch.dtype, tile: Tile) -> int:
     >>> shared_bytes(torch.uint8, Tile(8, 384, 16, 64, 3))
     132864
     """
-    c, ds, q, nt, stages = tile
+    c, ds, q, nt, stages, _ = tile
     size = size_of(rows)
     pitch = ds * size + (0 if ds * size // 16 % 2 else 16)  # odd in units of 16: no bank conflicts
     own = -(-q // c)

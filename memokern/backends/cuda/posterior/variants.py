@@ -8,7 +8,7 @@ import torch
 
 from memokern.backends.cuda.core.variant import ROW_CODES, Variant
 from memokern.backends.cuda.posterior.planner import tiles
-from memokern.backends.cuda.posterior.tiles import Tile, shared_bytes
+from memokern.backends.cuda.posterior.tiles import QUERIES, Tile, shared_bytes
 
 TARGETS = ("sm_90a", "sm_100a")  # that have clusters
 FINISH_FEATURES = 512  # of a block of the last kernel
@@ -37,7 +37,7 @@ def sweep_variant(rows: torch.dtype, tile: Tile, bulk: bool, log: bool) -> Varia
     macros = (
         ("MK_ROWS", ROW_CODES[rows]), ("MK_QUERIES", tile.queries), ("MK_CLUSTER", tile.cluster),
         ("MK_FEATURES", tile.features), ("MK_TILE", tile.rows), ("MK_STAGES", tile.stages),
-        ("MK_BULK", int(bulk)), ("MK_LOG", int(log)),
+        ("MK_RESIDENT", tile.resident), ("MK_BULK", int(bulk)), ("MK_LOG", int(log)),
     )  # fmt: skip
     matrix = ("HMMA", "UBLKCP") if bulk else ("HMMA",)
     return Variant(
@@ -48,12 +48,20 @@ def sweep_variant(rows: torch.dtype, tile: Tile, bulk: bool, log: bool) -> Varia
 
 def variants() -> list[Variant]:
     """All that the launchers can ask for."""
-    flags = list(itertools.product((True, False), (False, True)))
-    return [
-        *(make(t) for make in (queries_variant, norms_variant) for t in ROW_CODES),
-        *(sweep_variant(t, tile, *flag) for t in ROW_CODES for tile in tiles(t) for flag in flags),
-        finish_variant(),
+    sweeps = [
+        sweep_variant(t, tile, bulk, log)
+        for t in ROW_CODES
+        for tile in tiles(t)
+        for bulk, log in itertools.product((True, False), (False, True))
+        if tile.queries == QUERIES[0] or not is_rare(bulk, log)
     ]
+    small = [make(t) for make in (queries_variant, norms_variant) for t in ROW_CODES]
+    return [*small, finish_variant(), *sweeps]
+
+
+def is_rare(bulk: bool, log: bool) -> bool:
+    """Whether there are tiles of the fewest queries only."""
+    return log or not bulk
 
 
 def shared_of(variant: Variant) -> int:
@@ -65,5 +73,5 @@ def shared_of(variant: Variant) -> int:
         return 0
     macros = dict(variant.macros)
     rows = next(t for t, code in ROW_CODES.items() if code == macros["MK_ROWS"])
-    names = ("CLUSTER", "FEATURES", "QUERIES", "TILE", "STAGES")
+    names = ("CLUSTER", "FEATURES", "QUERIES", "TILE", "STAGES", "RESIDENT")
     return shared_bytes(rows, Tile(*(macros[f"MK_{name}"] for name in names)))
