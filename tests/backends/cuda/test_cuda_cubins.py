@@ -63,9 +63,9 @@ def test_what_is_no_good_is_refused(tmp_path: Path, monkeypatch) -> None:
     """A kernel with an array that does not fit the registers, and without products."""
     (tmp_path / "bad.cu").write_text("""
 extern "C" __global__ void bad(float* p, int n) {
-  float kept[64];
-  for (int i = 0; i < 64; i++) kept[i] = p[i];
-  p[0] = kept[n];
+  float kept[64] = {};
+  for (int i = 0; i < n; i++) kept[i * 7 & 63] += p[i];
+  p[0] = kept[n & 63];
 }""")
     monkeypatch.setattr(sources, "folder", lambda: tmp_path)
     variant = Variant("bad.cu", ("bad",), matrix=("HMMA",))
