@@ -178,7 +178,7 @@ class Run:
         """All that the denoiser gives, as `evaluate`; x of some of the samples, at [s] int64."""
         self.nfe += 1
         denoiser, label = self.denoiser, self.label
-        if at is not None and len(at) < len(self.x):
+        if at is not None:
             label = label_part(label, at)
             denoiser = denoiser.part(at) if isinstance(denoiser, Given) else denoiser
         if self.watch is None:

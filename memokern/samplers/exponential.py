@@ -17,8 +17,8 @@ is taken again. So a step costs one evaluation, and is of the order of the value
 **The Gaussian part.** At high noise r = K_3(z, z) p^2 / 2 + ..., with K_3 the rows' third cumulant:
 the polynomial is one in p^2, and r = 0 at p = 0 is known without an evaluation. The first step goes
 from the start to where \|r\| / \|D - m\| is expected to reach `SHARE`, and is repeated from the
-start to a higher level if it is found to be twice that. Where it is more than `SHARE`, the part is
-left.
+start to a higher level if it is found to be 1.5 times that. Where it is more than `SHARE`, or would be
+twice that at the next level, the part is left.
 
 **The middle** integrates D, by polynomials in log p.
 
@@ -53,9 +53,9 @@ from memokern.samplers.gaussian import Gaussian, of_samples
 LEVELS = 4 / 3
 # How large |r| / |D - m| may be where the next step integrates r, with 18 steps. On photographs the
 # error of the Gaussian part falls with the third power of its size.
-SHARE, STEPS, POWER, MOST = 0.15, 18, 0.75, 0.2
+SHARE, STEPS, POWER, MOST = 0.2, 18, 0.75, 0.25
 # |r| / |D - m| is expected to be this times the largest standard deviation over s.
-EXPECTED = 0.2
+EXPECTED = 0.25
 TRIALS = 3
 # How many values are kept; and the log of the step in p above which fewer are trusted.
 ORDER = 3
@@ -182,7 +182,7 @@ class _Flow:
     ) -> None:
         self.run, self.closed, self.end = run, closed, end
         self.gaussian: Gaussian | None = gaussian
-        self.share = 0.0
+        self.share = self.size = 0.0
         self.x = run.x
         self.at = torch.arange(len(run.x), device=run.x.device)
         self.nodes: list[Node] = []
@@ -210,7 +210,7 @@ class _Flow:
                 break
             x, node = self._advance(now, rest[jump])
             size = self._size(node)
-            if size <= 2 * share:
+            if size <= 1.5 * share:
                 self._accept(x, node, size)
                 return jump
             # |r| / |D - m| grows like p.
@@ -221,6 +221,10 @@ class _Flow:
     def step(self, now: Level, to: Level) -> None:
         """One step; that to sigma = 0 holds D."""
         run = self.run
+        if self.gaussian is not None and to.sigma > 0:
+            longer = to.alpha / to.sigma * now.sigma / now.alpha
+            if self.size * longer > 2 * self.share:
+                self.gaussian = None
         run.phase = "gaussian" if self.gaussian is not None else "middle"
         if to.sigma == 0 or (not self.nodes and self.gaussian is None):
             found = run.predict(self.x, now.t, self.at)
@@ -248,7 +252,7 @@ class _Flow:
 
     def _accept(self, x: Tensor, node: Node, size: float) -> None:
         """Ends a step: x is the state, and the samples whose end is proven are put aside."""
-        self.x = x
+        self.x, self.size = x, size
         self.nodes = [*self.nodes[1 - ORDER :], node]
         if size > self.share:
             self.gaussian = None

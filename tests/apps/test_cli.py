@@ -72,7 +72,7 @@ def test_regularizers_join_and_reduce_memorisation(tmp_path) -> None:
     assert facts["collapse"]["fraction"] == 0 and facts["ratio"]["fraction"] == 0
 
 
-@pytest.mark.parametrize("solver", ["euler", "heun", "rk45", "sde"])
+@pytest.mark.parametrize("solver", ["exponential", "euler", "heun", "rk45", "sde"])
 @pytest.mark.one_of(2)
 def test_every_solver_samples_the_plane(planar, tmp_path, solver) -> None:
     out, picture = tmp_path / "s.npz", tmp_path / "s.pdf"

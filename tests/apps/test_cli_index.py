@@ -86,12 +86,13 @@ def read(path):
 @pytest.mark.parametrize("suffix", ["json", "csv"])
 def test_verbose_says_what_was_done_and_log_keeps_it(indexed, tmp_path, suffix) -> None:
     path = tmp_path / f"run.{suffix}"
-    done = call(*STEPS, "--data", indexed, "--method", "pruned", "--verbose", "--log", path)
+    steps = [*STEPS, "--solver", "heun"]
+    done = call(*steps, "--data", indexed, "--method", "pruned", "--verbose", "--log", path)
     assert done.exit_code == 0, done.output
     records = read(path)
     header, *lines = done.stderr.splitlines()
     assert " ".join(header.split()) == (
-        "step eval sigma rows kept at most dense dims mean error time"
+        "step eval sigma rows kept at most dense dims mean error time queries part"
     )
     assert len(lines) == len(records) == 11  # two evaluations a step, one for the last
     assert [r["step"] for r in records] == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6]
@@ -109,9 +110,22 @@ def test_verbose_says_what_was_done_and_log_keeps_it(indexed, tmp_path, suffix) 
     assert first["sigma"] == 80 and first["rows_kept_mean"] == 1797
     assert last["rows_kept_max"] < 10 and 0 < last["mean_error_max"] < 1e-4
     assert f"wrote        {path}" in done.stdout
-    quiet = call(*STEPS, "--data", indexed, "--method", "pruned", "--log", path, "--force")
+    quiet = call(*steps, "--data", indexed, "--method", "pruned", "--log", path, "--force")
     assert quiet.exit_code == 0 and quiet.stderr == ""
     assert [r["rows_kept_mean"] for r in read(path)] == [r["rows_kept_mean"] for r in records]
+
+
+def test_verbose_says_which_part_of_the_trajectory_an_evaluation_was_of(tmp_path) -> None:
+    path = tmp_path / "run.json"
+    done = call("sample", "-n", 6, "--verbose", "--log", path)
+    assert done.exit_code == 0, done.output
+    parts = [line.split()[-1] for line in done.stderr.splitlines()[1:]]
+    counts = [int(line.split()[-2]) for line in done.stderr.splitlines()[1:]]
+    records = json.loads(path.read_text())
+    assert parts == [r["phase"] for r in records] and counts == [r["queries"] for r in records]
+    order = ["gaussian", "middle", "end"]
+    assert set(parts) >= set(order[:2]) and parts == sorted(parts, key=order.index)
+    assert counts[0] == 6 > counts[-1] and len(parts) < 20
 
 
 def test_verbose_without_an_index_says_dense() -> None:
@@ -164,8 +178,9 @@ def test_sample_counts_the_queries_an_index_would_serve(monkeypatch) -> None:
     monkeypatch.setattr(common, "index_for", lambda data, method, n, **_: wanted.append(n))
     for arguments in (
         ["-n", 3, "--steps", 4],
+        ["-n", 3, "--steps", 4, "--solver", "heun"],
         ["-n", 3, "--steps", 4, "--solver", "euler"],
         ["-n", 2, "--solver", "sde", "--steps", 5],
     ):
         assert call("sample", *arguments).exit_code == 0
-    assert wanted == [24, 12, 10]
+    assert wanted == [12, 24, 12, 10]

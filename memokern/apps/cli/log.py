@@ -17,7 +17,7 @@ from memokern.util import writing
 FORMATS = (".json", ".csv")
 COLUMNS = (
     f"{'step':>5} {'eval':>5} {'sigma':>9} {'rows kept':>9} {'at most':>8} {'dense':>5} "
-    f"{'dims':>5} {'mean error':>11} {'time':>9}"
+    f"{'dims':>5} {'mean error':>11} {'time':>9} {'queries':>7} part"
 )
 
 
@@ -39,6 +39,7 @@ class Log:
         self.records.append(
             {
                 "step": done.step,
+                "phase": done.phase,
                 "evaluation": done.count,
                 "t": done.t,
                 "alpha": done.alpha,
@@ -80,5 +81,5 @@ def line(record: dict[str, Any]) -> str:
         f"{step:>5} {record['evaluation']:>5} {record['sigma']:>9.4g} "
         f"{record['rows_kept_mean']:>9.1f} {record['rows_kept_max']:>8} "
         f"{record['queries_dense']:>5} {dims:>5} {record['mean_error_max']:>11.2g} "
-        f"{common.seconds(record['seconds']):>9}"
+        f"{common.seconds(record['seconds']):>9} {record['queries']:>7} {record['phase'] or '-'}"
     )
