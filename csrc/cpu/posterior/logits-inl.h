@@ -157,17 +157,29 @@ MK_INLINE typename Vec<R>::T logits(QueryGroup<R>& g, const TileContext<R>& s, R
   return b ? best : top;
 }
 
+// At least log sum e^t of a query: from its state, from the largest t of the tile, and from what the tile's
+// rows have together, e^(t - top).
+template <class R>
+MK_INLINE double least_sum(const Query<R>& q, const State& st, double top, double err, double together) {
+  const double known = st.s > 0 ? st.m + q.shared : -kInf;
+  return dmax(known + (st.s > 1e-300 ? log_below(st.s) : 0), top - err + log_below(together));
+}
+// Whether any row of a tile must be evaluated exactly. 1 is the least that a tile has together.
+template <class R>
+MK_INLINE bool has_inexact(const Query<R>& q, const State& st, double top, double err, double together) {
+  return err > Precision<R>::theta &&
+         (err == kInf || top > threshold<R>(least_sum(q, st, top, err, together), err));
+}
+
 // Takes the rows that must be evaluated exactly out of a column of t without the bias, whose numbers lie
 // `stride` apart; the largest t is `top`. Their logits go to `value`. m is raised to the largest logit that
 // is left, exact or not. Returns how many rows were taken.
 template <class R>
 static int take_inexact(const Query<R>& q, const TileContext<R>& s, const State& st, R* p, int64_t stride,
-                        double top, double err, int* row, double* value, bool* near, double& m) {
+                        double top, double err, double together, int* row, double* value, bool* near,
+                        double& m) {
   const bool all = err == kInf;
-  const double known = st.s > 0 ? st.m + q.shared : -kInf, least = dmax(known, top - err);
-  if (!all && top <= least + Precision<R>::log_theta - err) return 0;  // what follows can only be stricter
-  const double lo = threshold<R>(dmax(known + (st.s > 1e-300 ? log_below(st.s) : 0), top - err), err);
-  if (!all && top <= lo) return 0;
+  const double lo = threshold<R>(least_sum(q, st, top, err, together), err);
   double rest = -kInf;
   int count = 0;
   m = st.m;

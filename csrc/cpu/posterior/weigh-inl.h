@@ -31,6 +31,27 @@ MK_INLINE void add_exact(const Query<R>& q, const TileContext<R>& s, State& st, 
   }
 }
 
+enum { MANY_FEATURES = 512 };
+
+// The sum of e^(t - top) over a tile for each query of a group, whose t without the bias are in p; less in
+// float than it is by its rounding.
+template <class R>
+static typename Vec<R>::T tile_sum(const QueryGroup<R>& g, const TileContext<R>& s, const R* p,
+                                   typename Vec<R>::T top) {
+  typedef typename Vec<R>::T V;
+  const V lo = splat<R>(least_difference(R(0))), inv_t = g.inv_t;
+  const R* b = s.tile_bias;
+  const int64_t cnt = s.tile->cnt, Ps = s.Ps;
+  const bool own = s.own_bias;
+  V sum = {};
+  for (int64_t j = 0; j < cnt; j++, p += Ps) {
+    V t = load(p);
+    if (b) t += (own ? load(b + j * Vec<R>::W) : splat<R>(b[j])) * inv_t;
+    sum += vexp(vmax(t - top, lo));
+  }
+  return sum * (R)0.999;
+}
+
 // A softmax, for the first `lanes` queries of a group. p holds their columns of [NT][Ps]; f[e] is the factor
 // of the accumulator of query e.
 template <class R>
@@ -39,14 +60,23 @@ static void weigh_softmax(const Query<R>* q, QueryGroup<R>& g, int lanes, const 
   enum { W = Vec<R>::W };
   typedef typename Vec<R>::T V;
   const V top = logits(g, s, p);
+  // What the tile's rows have together spares most of a query's first tile. Later it may do so where they
+  // weigh as much as all rows before, and is worth its exponentials where exact rows cost much.
+  bool any = false, worth = false;
+  for (int e = 0; e < lanes; e++) {
+    if (q[e].mode != kSoftmax || !has_inexact(q[e], st[e], top[e], error_of(q[e], s), 1)) continue;
+    any = true;
+    worth |= !(st[e].s > 0) || (s.D >= MANY_FEATURES && top[e] - q[e].shared > st[e].m - 5);
+  }
+  const V together = worth ? tile_sum(g, s, p, top) : splat<R>(1);
   int count[W];
   for (int e = 0; e < lanes; e++) {
     count[e] = 0;
     if (q[e].mode != kSoftmax) continue;
-    const double err = error_of(q[e], s);
+    const double err = error_of(q[e], s), sum = dmax(together[e], 1);
     double m = dmax(st[e].m, top[e] - q[e].shared);
-    if (err > Precision<R>::theta)
-      count[e] = take_inexact(q[e], s, st[e], p + e, s.Ps, top[e], err, s.exact_row + e * s.NT,
+    if (any && has_inexact(q[e], st[e], top[e], err, sum))
+      count[e] = take_inexact(q[e], s, st[e], p + e, s.Ps, top[e], err, sum, s.exact_row + e * s.NT,
                               s.exact_value + e * s.NT, s.exact_near + e * s.NT, m);
     st[e].key = 0;
     f[e] = st[e].s > 0 ? rescale(st[e], m) : (st[e].m = m, 1.0);
