@@ -43,7 +43,8 @@ MK_DEVICE LaneRows lane_rows(const SweepParams& p, i64 n0) {
 // A little below v, as far as rounding to float can go.
 MK_DEVICE float below(double v) { return (float)v - 1.2e-7f * fabsf((float)v); }
 
-// Rows with t at or above the result must be evaluated exactly; low is below the largest exact t.
+// Rows with t at or above the result must be evaluated exactly; low is below log sum e^t, or, where the
+// nearest row takes all, below the largest exact t.
 MK_DEVICE float exact_from(float low, float err, bool hard) {
   if (hard) {
     const float from = low - err;
@@ -66,7 +67,7 @@ MK_DEVICE void mark_log(const Owned& o, const LaneRows& r, const float (&t)[kLan
     const double far = fmax(2.0 * (o.common - (double)t[i]) + delta, 1e-300);
     least = fmax(least, (r.bias[i] - half * log(far / dims)) * o.inv_t);
   }
-  least = fmax(o.s > 0 ? o.m : -inf, warp_max(least));
+  least = fmax(o.s > 0 ? o.m + log(o.s) : -inf, warp_max(least));
   if (o.key == 0 && o.s > 0) least = inf;
   MK_UNROLL
   for (int i = 0; i < kLaneRows; i++) {
@@ -115,10 +116,19 @@ MK_DEVICE bool mark_rows(const SweepParams& p, const Shared& s, int own, const L
   if (kLogWeights) {
     mark_log(o, r, t, err, (double)p.d, marked);
   } else {
-    // The largest t that is known already: of the rows so far it is exact.
+    // Below log sum e^t of the rows so far, whose t are exact; at sigma = 0 below the largest t.
     float known = -inf;
-    if (o.s > 0) known = hard ? below(o.common - 0.5 * o.key) : below(o.m + o.common);
-    const float from = exact_from(fmaxf(top - err, known), err, hard);
+    if (o.s > 0) known = hard ? below(o.common - 0.5 * o.key) : below(o.m + o.common + log(o.s));
+    float low = fmaxf(top - err, known);
+    if (!hard && err > theta() && err < inf && top >= exact_from(low, err, false)) {
+      // So many rows may share the weight that none of them has much: below log sum e^t of the tile.
+      double sum = 0;
+      MK_UNROLL
+      for (int i = 0; i < kLaneRows; i++)
+        if (r.counts[i]) sum += expf(t[i] + (float)r.bias[i] * (float)o.inv_t - top);
+      low = fmaxf(low, below((double)top + log(warp_sum(sum)) - 1e-5) - err);
+    }
+    const float from = exact_from(low, err, hard);
     MK_UNROLL
     for (int i = 0; i < kLaneRows; i++) {
       const float whole = t[i] + (hard ? 0.0f : (float)r.bias[i] * (float)o.inv_t);
