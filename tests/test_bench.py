@@ -24,6 +24,7 @@ from bench import (
     scaling,
     table,
     timing,
+    trajectories,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -277,3 +278,34 @@ def test_loops_are_checked_before_they_are_timed(monkeypatch):
     wrong = dataclasses.replace(case, ours=lambda: case.truth + 1)
     with pytest.raises(AssertionError, match="memokern is off by"):
         loops.measure(wrong, clock)
+
+
+def test_trajectories_are_compared_at_equal_fidelity(monkeypatch, tmp_path, capsys):
+    few = {name: steps[:2] for name, steps in trajectories.STEPS.items()}
+    monkeypatch.setattr(trajectories, "STEPS", few)
+    monkeypatch.setattr(trajectories, "TOLERANCES", (1e-2,))
+    monkeypatch.setattr(trajectories, "TRUTH", 40)
+    out, picture = tmp_path / "t.json", tmp_path / "t.png"
+    arguments = ["--samples", "4", "--json", str(out), "--plot", str(picture)]
+    monkeypatch.setattr("sys.argv", ["trajectories", *arguments])
+    assert trajectories.main() == 0 and picture.stat().st_size > 0
+    found = json.loads(out.read_text())["figures"]
+    assert [e["evaluations"] for e in found if e["solver"] == "Heun"] == [15, 19]
+    assert all(0 <= e["same"] <= 1 and e["each"] <= e["evaluations"] for e in found)
+    assert "fewer evaluations than Heun" in capsys.readouterr().out
+    made = [
+        {"solver": "exponential", "setting": "a", "evaluations": 5, "same": 0.9, "error": 0.2},
+        {"solver": "exponential", "setting": "b", "evaluations": 10, "same": 0.95, "error": 0.1},
+        {"solver": "Heun", "setting": "c", "evaluations": 30, "same": 0.9, "error": 0.1},
+    ]
+    assert trajectories.gains(made, "Heun") == {"c": 3.0}
+
+
+def test_heun_of_the_peers_is_that_of_the_samplers():
+    data = memokern.TrainingSet.digits()
+    start = 80 * torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
+    sigmas = memokern.processes.EDM().times(9).tolist()
+    x = trajectories.heun(lambda x, s: memokern.denoise(x.reshape(2, 8, 8), data, s).flatten(1),
+                          start, sigmas)  # fmt: skip
+    ours = memokern.samplers.ode(memokern.Denoiser(data), start.reshape(2, 8, 8), 8).x
+    torch.testing.assert_close(x, ours.flatten(1), rtol=1e-4, atol=1e-4)

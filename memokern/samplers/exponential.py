@@ -17,8 +17,8 @@ is taken again. So a step costs one evaluation, and is of the order of the value
 **The Gaussian part.** At high noise r = K_3(z, z) p^2 / 2 + ..., with K_3 the rows' third cumulant:
 the polynomial is one in p^2, and r = 0 at p = 0 is known without an evaluation. The first step goes
 from the start to where \|r\| / \|D - m\| is expected to reach `SHARE`, and is repeated from the
-start to a higher level if it is found to be 1.5 times that. Where it is more than `SHARE`, or would be
-twice that at the next level, the part is left.
+start to a higher level if it is found to be 1.5 times that. Where it is more than `SHARE`, or would
+be twice that at the next level, the part is left.
 
 **The middle** integrates D, by polynomials in log p.
 
