@@ -13,12 +13,16 @@ from torch import Tensor
 import memokern
 from bench import images
 from bench.cases import queries
+from memokern.backends import protocol
+from memokern.backends.protocol import Call as Asked
+from memokern.calls import Query
 from tools.gpu_check import truth
 from tools.gpu_check.steps import Problem
 from tools.gpu_check.truth import Given
 
 F64 = torch.float64
 OURS = "memokern"
+CUDA = "memokern, CUDA"  # beside Triton's, where the CUDA backend takes the call
 CHECKED = 4  # queries compared with float64
 ROWS_CHECKED = 64  # rows of a gradient for the rows
 K = 2  # neighbours
@@ -124,7 +128,13 @@ Ours = tuple[dict[str, Call], Tensor]
 def _mean(made: Made) -> Ours:
     x, data, sigma = made.x, made.data, made.sigma
     given = _given(x[:CHECKED], data, sigma)
-    return {OURS: lambda: memokern.denoise(x, data, sigma)}, truth.sums(given)[0]
+    calls: dict[str, Call] = {OURS: lambda: memokern.denoise(x, data, sigma)}
+    cuda = protocol.get("cuda")
+    if cuda.refusal("posterior", Asked.of(x, data.rows)) is None:
+        one = torch.ones(len(x), dtype=F64, device=x.device)
+        query, rows = Query(x, sigma * one, one, one), data.as_rows()
+        calls[CUDA] = lambda: cuda.posterior(query, rows).mean
+    return calls, truth.sums(given)[0]
 
 
 def _nearest(made: Made) -> Ours:

@@ -10,8 +10,9 @@
 // blocks: how many share a multiprocessor, which bounds the registers.
 #define MK_KERNEL(cluster, threads, blocks) \
   extern "C" __global__ void __cluster_dims__(cluster, 1, 1) __launch_bounds__(threads, blocks)
-// Kernels that need no cluster, and may share a multiprocessor with others.
-#define MK_PLAIN_KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
+// Kernels that need no cluster, and may share a multiprocessor with others. Without the second bound the
+// assembler rather spills a few bytes than pass its next step of occupancy.
+#define MK_PLAIN_KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads, 512 / (threads))
 #define MK_PARAMS(type, name) const __grid_constant__ type name
 #define MK_UNROLL _Pragma("unroll")
 

@@ -16,7 +16,11 @@ from memokern.backends.cuda import variants as listing
 from memokern.backends.cuda.core import sources
 from memokern.backends.cuda.core.variant import Variant
 from memokern.backends.cuda.posterior import planner
-from memokern.backends.cuda.posterior.variants import queries_variant, sweep_variant
+from memokern.backends.cuda.posterior.variants import (
+    finish_variant,
+    queries_variant,
+    sweep_variant,
+)
 from tools import cubins
 
 VARIANTS = {v.name: v for v in listing.variants()}
@@ -32,7 +36,7 @@ def _check(variant: Variant, target: str, nvcc: bool = False) -> cubins.Resource
 
 
 @needs_compiler
-def test_the_usual_sweep_and_what_goes_before_it() -> None:
+def test_the_usual_sweep_and_what_goes_before_and_after() -> None:
     tile = planner.tile_of(torch.uint8, 8, 384, 16)
     assert tile is not None
     found = _check(sweep_variant(torch.uint8, tile, True, False), "sm_90a")
@@ -40,6 +44,7 @@ def test_the_usual_sweep_and_what_goes_before_it() -> None:
     # Two blocks share the registers of a multiprocessor.
     assert tile.resident == 2 and found.registers <= 128
     _check(queries_variant(torch.uint8), "sm_80")
+    _check(finish_variant(), "sm_90a")
 
 
 @needs_compiler
