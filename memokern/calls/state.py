@@ -155,7 +155,7 @@ def to_sums(state: State, query: Query) -> Sums:
     mean_logit = query.temperature * (state.m + state.s_v / state.s)
     if query.weighting == "gaussian":
         # The logits lack the key's distance: at sigma = 0 it makes them -inf, unless the nearest
-        # row is hit. It has no derivative here: where it moves, the sums carry that, as they do m's.
+        # row is hit. It has no derivative here: where it moves, the sums carry that, as with m.
         with torch.no_grad():
             limit = state.key > 0
             infinite = limit & torch.isinf(state.key / query.sigma / query.sigma)
