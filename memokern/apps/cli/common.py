@@ -21,6 +21,7 @@ from memokern import TrainingSet, sweep
 from memokern.apps import figures, info
 from memokern.data import layout as layouts
 from memokern.data import sources
+from memokern.data.parted import PartedSet
 from memokern.index.basis import is_image
 from memokern.index.index import REBUILD_HINT
 
@@ -40,8 +41,12 @@ class Group(click.Group):
     bug keeps its traceback.
     """
 
+    given: Sequence[str] = ()  # the arguments as they came
+
     def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
         run: Any = super().main
+        given = args[0] if args else extra.get("args")
+        self.given = list(sys.argv[1:] if given is None else given)
         if not standalone_mode:
             return run(*args, standalone_mode=False, **extra)
         try:
@@ -142,6 +147,7 @@ def load(
     shape: tuple[int, ...] | None = None,
     layout: str | None = None,
     index: bool = True,
+    check: bool = True,
 ) -> TrainingSet:
     """The training set in a file (.npy, .npz, .safetensors), with the file's index if `index`, in a
     folder of pictures, or the embedded digits for the word "digits". `prefix` starts the options
@@ -156,7 +162,7 @@ def load(
             if shape is not None or layout is not None:
                 raise ValueError("shape and layout are for data files, not the embedded digits")
             return TrainingSet.digits()
-        return TrainingSet(source, key=key, shape=shape, layout=layout, index=index)
+        return TrainingSet(source, key=key, shape=shape, layout=layout, index=index, check=check)
 
 
 def load_samples(
@@ -264,7 +270,8 @@ def index_for(data: TrainingSet, method: str, queries: int, *, progress: bool) -
     """Build an index where the data have none and `method` uses one. "auto" does so for many images
     and at least `INDEX_PAYS` queries.
     """
-    if data.index is not None or method == "dense":
+    indexed = data.indexed if isinstance(data, PartedSet) else data.index is not None
+    if indexed or method == "dense":
         return
     worth = data.n >= INDEX_ROWS and data.dim >= INDEX_DIM and queries >= INDEX_PAYS
     if method == "auto" and not (worth and is_image(data.shape)):

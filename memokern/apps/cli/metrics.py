@@ -9,7 +9,7 @@ import torch
 
 from memokern import memorization as metrics
 from memokern.apps import curves, figures
-from memokern.apps.cli import common
+from memokern.apps.cli import common, ranks
 from memokern.strategies.pruned_nearest import MOST_ASKED
 from memokern.util import writing
 
@@ -26,6 +26,7 @@ from memokern.util import writing
 @common.arrangement("the samples", "--samples-", "--")
 @common.arrangement("the data", "--data-")
 @common.method_option
+@ranks.nproc_option
 @common.criteria
 @click.option(
     "--neighbours",
@@ -105,12 +106,15 @@ def memorization(
     training = common.load(
         data, data_key, "DATA", "--data-",
         shape=data_shape, layout=data_layout, index=method != "dense",
+        check=not ranks.launched(),
     )  # fmt: skip
     rows = common.load_samples(samples, samples_key, training, shape=shape, layout=layout)
+    training = ranks.shared(training)
+    report, picture = ranks.written_here(report), ranks.written_here(picture)
     common.check_two_rows(training, "DATA")
     # Where many neighbours of few rows are wanted, all rows are swept even with an index.
     helps = min(neighbours, training.n) <= MOST_ASKED * training.n
-    common.index_for(training, method, helps * len(rows), progress=common.progress_wanted())
+    common.index_for(training, method, helps * len(rows), progress=ranks.progress())
     meanings = {
         "collapse": f"distance to the nearest row < {tolerance:g}",
         "ratio": f"nearest / second nearest < {ratio_threshold:.3g}",
@@ -122,7 +126,7 @@ def memorization(
     with common.warnings_in_lines():
         found = metrics.report(
             rows, training, tol=tolerance, threshold=ratio_threshold, k=neighbours, level=binary,
-            method=method, progress=common.progress_wanted(), merge_radius=merge_radius,
+            method=method, progress=ranks.progress(), merge_radius=merge_radius,
         )  # fmt: skip
     if picture is not None:
         with common.failure("cannot write"):
@@ -161,7 +165,7 @@ def memorization(
                 meanings[name],
             ]
         )
-    click.echo(
+    ranks.say(
         common.table(
             ["criterion", "memorised", "count", "median", "smallest", "meaning"],
             lines,
@@ -181,8 +185,8 @@ def memorization(
             ]
             for i in order
         ]
-        click.echo("\nclosest samples")
-        click.echo(common.table(["sample", "row", "distance", "ratio", "carlini"], each, range(5)))
+        ranks.say("\nclosest samples")
+        ranks.say(common.table(["sample", "row", "distance", "ratio", "carlini"], each, range(5)))
     written = [path for path in (report, picture) if path is not None]
     if written:
         click.echo("\n" + "\n".join(f"wrote {path}" for path in written))

@@ -11,7 +11,7 @@ import click
 from memokern.apps import demo as _demo
 from memokern.apps import experiments
 from memokern.apps import info as _info
-from memokern.apps.cli import common, labels
+from memokern.apps.cli import common, labels, ranks
 from memokern.index.build import BASES
 
 
@@ -127,6 +127,7 @@ def reproduce(
     help="dct: cosines, for images; pca: principal directions, up to 4096 features.",
 )
 @click.option("--force", is_flag=True, help="Replace an existing file; without it it is refused.")
+@ranks.nproc_option
 def index(
     data: str,
     key: str | None,
@@ -141,18 +142,27 @@ def index(
     """Save DATA (.npy, .npz, .safetensors, a folder of pictures, or 'digits') with an index, from
     which `sample` and `memorization` prove, at small noise levels, that most rows have no weight.
 
+    With --nproc, FILE is a folder, which gets a file for each process.
+
     Example: memokern index digits --output digits.safetensors
     """
-    common.check_outputs([("--output", output, (".safetensors",))], force)
-    training = common.load(data, key, "DATA", shape=shape, layout=layout, index=False)
+    several = ranks.launched()
+    if not several:
+        common.check_outputs([("--output", output, (".safetensors",))], force)
+    training = common.load(
+        data, key, "DATA", shape=shape, layout=layout, index=False, check=not several
+    )
     labels.give_labels(training, labels_file, labels_key)
+    training = ranks.shared(training)
     started = time.perf_counter()
     with common.wrong_input("DATA"):
-        training.build_index(basis, progress=None if common.progress_wanted() else False)
+        training.build_index(basis, progress=None if ranks.progress() else False)
     elapsed = time.perf_counter() - started
-    with common.failure("cannot write"):
+    with common.failure(
+        "cannot write", (OSError, MemoryError, *((ValueError,) if several else ()))
+    ):
         training.save(output)
-    click.echo(f"{training.index}\nwrote {output} (index built in {common.seconds(elapsed)})")
+    ranks.say(f"{training.index}\nwrote {output} (index built in {common.seconds(elapsed)})")
 
 
 @click.command(short_help="Versions, backends, and who runs a call.")

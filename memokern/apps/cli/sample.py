@@ -11,7 +11,7 @@ import torch
 
 from memokern import Denoiser, TrainingSet, memorization, processes, regularizers, samplers
 from memokern.apps import figures
-from memokern.apps.cli import asked, common, labels, log
+from memokern.apps.cli import asked, common, labels, log, ranks
 from memokern.data import files
 from memokern.util import writing
 
@@ -85,6 +85,7 @@ REGULARIZER_HELP = (
     "The same seed starts from the same noise on all of them.",
 )
 @common.method_option
+@ranks.nproc_option
 @common.criteria
 @click.option(
     "-v",
@@ -182,8 +183,14 @@ def sample(
             figures.require()
     device = common.device(device_name)
     common.check_machine(device)
-    training = common.load(data, key, "--data", shape=shape, layout=layout, index=method != "dense")
+    if ranks.launched() and (verbose or log_file is not None):
+        raise common.WrongInput("--nproc: --verbose and --log say what one process does")
+    training = common.load(
+        data, key, "--data", shape=shape, layout=layout, index=method != "dense",
+        check=not ranks.launched(),
+    )  # fmt: skip
     labels.give_labels(training, labels_file, labels_key)
+    training = ranks.shared(training)
     wanted = asked.read(training, count, label, condition, bandwidth, guidance)
     if picture is not None and figures.image_layout(training.shape) is None:
         raise common.WrongInput(
@@ -252,6 +259,8 @@ def sample(
         "seconds_per_evaluation": elapsed / max(1, found.nfe),
     }
     _write(found, training, facts, output, picture, report)
+    if not ranks.first():
+        return
     if log_file is not None:
         with common.failure("cannot write"):
             watch.write(log_file)
@@ -328,13 +337,18 @@ def _write(
     each = facts["each"]
     index = torch.tensor(each["index"])
     memorized = torch.tensor(each["memorized"])
+    near: Any = None
+    if picture is not None:  # of all processes, wherever the rows are
+        points = figures.image_layout(data.shape) == "points"
+        near = data.gather(torch.arange(data.n) if points else index.to(data.device)).cpu().numpy()
+    output, picture, report = (ranks.written_here(v) for v in (output, picture, report))
     with common.failure("cannot write"):
         if picture is not None:
             samples, title = found.x.cpu().numpy(), _title(facts)
             if figures.image_layout(data.shape) == "points":
                 figure = figures.scatter(
                     samples,
-                    data.gather(torch.arange(data.n)).cpu().numpy(),
+                    near,
                     memorized.numpy(),
                     title=title,
                 )
@@ -342,7 +356,7 @@ def _write(
                 limits = (-1.0, 1.0) if data.dtype == torch.uint8 else None
                 figure = figures.pairs(
                     samples,
-                    data.gather(index).cpu().numpy(),
+                    near,
                     memorized.numpy(),
                     limits=limits,
                     title=title,
