@@ -56,7 +56,7 @@ def test_readme_python_runs(tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(
-    "page", ["conditional", "densities", "memorization", "samplers", "training"]
+    "page", ["conditional", "densities", "distributed", "memorization", "samplers", "training"]
 )
 def test_examples_of_pages_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
