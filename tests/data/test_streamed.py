@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 
 import numpy as np
@@ -145,3 +146,34 @@ def test_errors(tmp_path):
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
     assert not [t for t in threading.enumerate() if t.name == "memokern rows"]
+
+
+def resident():
+    """Bytes of this process's memory that are files' and its own."""
+    with open("/proc/self/status") as status:
+        lines = dict(line.split(":", 1) for line in status)
+    return 1024 * (int(lines["RssFile"].split()[0]) + int(lines["RssAnon"].split()[0]))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_does_not_grow_with_the_file(tmp_path):
+    shape = (40_000, 256)
+    rows = np.lib.format.open_memmap(tmp_path / "rows.npy", "w+", np.float32, shape)
+    for start in range(0, len(rows), 4000):
+        rows[start : start + 4000] = np.random.default_rng(start).standard_normal((4000, 256))
+    del rows
+    data = StreamedSet(tmp_path / "rows.npy", chunk_bytes=1 << 20)
+    x = torch.zeros(2, 256)
+    memokern.posterior(x, TrainingSet(torch.ones(1000, 256)), 5.0)  # what a sweep needs once
+    before, most = resident(), 0
+    chunks = data.raw_chunks
+
+    def watched(*args):
+        nonlocal most
+        for chunk in chunks(*args):
+            most = max(most, resident())
+            yield chunk
+
+    data.raw_chunks = watched  # type: ignore[method-assign]
+    memokern.posterior(x, data, 5.0)
+    assert most - before < 12 << 20 < data.n * data.dim * 4
