@@ -122,7 +122,7 @@ class StreamedSet(PartedSet):
     def raw_chunks(self, what: str = "sweeping rows") -> Iterator[tuple[int, Tensor]]:
         """The number of the first row and the stored rows [n, D], of chunk after chunk. A chunk's
         memory is used again when the next one is asked for."""
-        total = getattr(self, "whole_n", None)
+        total = self._rows_known() or None
         hidden = None if self._progress is None else not self._progress
         with tqdm(
             total=total, desc=what, unit=" rows", leave=False, disable=hidden,
@@ -152,28 +152,39 @@ class StreamedSet(PartedSet):
         if self._norms is not None:
             return
         with torch.inference_mode(False), torch.no_grad():
-            norms = []
+            # One tensor from the start: small ones that stay, made between large ones that go,
+            # would leave holes as large as the file in the heap.
+            norms = torch.empty(self._rows_known(), dtype=torch.float64, device=self._device)
             index = None if self._mapped is None else self._mapped.index
             center = None if index is None else index.center.to(self._device)
-            for _, rows in self.raw_chunks("reading rows"):
+            n = 0
+            for first, rows in self.raw_chunks("reading rows"):
                 if self._check:
                     require_finite(rows)
                 if center is None:
                     center = self._values(rows[: max(1, ELEMENTS // rows.shape[1])]).mean(0)
                     center = center.to(self.compute_dtype)
-                norms.append(self._sq_norms(rows, center.to(torch.float64)))
+                n = first + len(rows)
+                if n > len(norms):
+                    norms = torch.cat([norms, torch.empty_like(norms), norms.new_empty(n)])
+                self._write_norms(norms[first:n], rows, center.to(torch.float64))
             if center is None:
                 raise ValueError("there are no rows")
-            self._center, self._norms = center, torch.cat(norms)
+            self._center, self._norms = center, norms[:n].clone()
         self.whole_n = len(self._norms)
 
     def _values(self, rows: Tensor) -> Tensor:
         return dequantized(rows, self.scale, self.shift).to(torch.float64)
 
-    def _sq_norms(self, rows: Tensor, center: Tensor) -> Tensor:
+    def _rows_known(self) -> int:
+        """How many rows there are; 0 where nobody has counted."""
+        known: int = getattr(self, "whole_n", 0)
+        return known
+
+    def _write_norms(self, norms: Tensor, rows: Tensor, center: Tensor) -> None:
         step = max(1, ELEMENTS // rows.shape[1])
-        parts = [(self._values(v) - center).square_().sum(1) for v in rows.split(step)]
-        return torch.cat(parts)
+        for part, out in zip(rows.split(step), norms.split(step), strict=True):
+            torch.sum((self._values(part) - center).square_(), dim=1, out=out)
 
     @property
     def center(self) -> Tensor:
