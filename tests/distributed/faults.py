@@ -110,11 +110,11 @@ def killed(group: Any, when: str) -> list[Any]:
     """What happens to the others when rank 1 is killed, or is late: how soon, and what the next
     call says."""
     rows, x = problem()
-    data = shard(rows, group)
+    data = shard(rows, group, timeout=3.0)
     memokern.posterior(x, data, 0.5)
     odd = dist.get_rank() == 1
     if odd and when == "late":
-        time.sleep(6)
+        time.sleep(8)
         return []
     start = time.monotonic()
     try:

@@ -57,14 +57,14 @@ def test_rows_that_differ(pool, name, says):
 
 @pytest.mark.parametrize("when", ["sweep", "backward", "late"])
 def test_a_rank_that_is_killed(when):
-    pool = Pool(3, timeout=3.0)
+    pool = Pool(3)
     try:
         pool.begin(3, faults.killed, when)
-        found = [pool.result(rank, 20.0) for rank in (0, 2)]
+        found = [pool.result(rank, 60.0) for rank in (0, 2)]
     finally:
         with contextlib.suppress(OSError):
             pool.close()
     for took, said, again in found:
         assert "another rank did not answer" in said and "start all ranks again" in said
-        assert took < 10
+        assert took < 15
         assert "cannot go on" in again  # at once, whoever is left
