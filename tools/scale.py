@@ -194,14 +194,11 @@ def _rank(n: int, dim: int, b: int, repeats: int) -> None:
     def sweep() -> None:
         memokern.posterior_state(x, data.part, 5.0)
 
-    # A collective after a sweep, when threads have to be woken on busy cores, takes much longer
-    # than one of many in a row.
-    alone = timed(sweep)
     found = {
         "call": timed(lambda: memokern.posterior(x, data, 5.0)),
-        "sweep": alone,
-        "gather": max(0.0, timed(lambda: (sweep(), dist.all_gather(parts, columns))) - alone),
-        "reduce": max(0.0, timed(lambda: (sweep(), dist.all_reduce(sums))) - alone),
+        "sweep": timed(sweep),
+        "gather": timed(lambda: dist.all_gather(parts, columns)),
+        "reduce": timed(lambda: dist.all_reduce(sums)),
     }
     if rank == 0:
         print(json.dumps(found))
@@ -226,23 +223,22 @@ def measure(n: int, dim: int, b: int, ranks: int, threads: int = 1) -> dict[str,
     return json.loads(next(text for text in said if text.strip()))
 
 
-def compared(n: int, dim: int, b: int, cores: int) -> str:
+def compared(n: int, dim: int, b: int, cores: float) -> str:
     """What is measured with 1, 2 and 4 processes, and what is predicted from the sweep of one and
     the wire of two."""
     lines = [
         "| processes | threads | rows each | measured | predicted | sweep | gather | reduce |",
         "|" + " --- |" * 8,
     ]
-    two = measure(n, dim, b, 2)
-    for ranks, threads in ((1, 1), (1, 2), (2, 1), (4, 1)):
-        found = two if ranks == 2 else measure(n, dim, b, ranks, threads)
-        if (ranks, threads) == (1, 1):
-            flops = 4 * b * n * dim / found["sweep"]
-            # Of two processes an all-reduce is two steps of half its bytes; most is latency here.
-            latency = two["gather"]
-            wire = 2 * b * dim * 4 / max(two["reduce"] - 2 * latency, 1e-4)
-            alone = Machine("here", flops, 1e18, wire, latency)
-        sharers = max(1.0, ranks / cores) / threads
+    runs = [(1, 1), (1, 2), (2, 1), (4, 1)]
+    every = [measure(n, dim, b, ranks, threads) for ranks, threads in runs]
+    one, threaded, two, _ = every
+    # Others may use the machine: as many cores are here as a second thread is worth.
+    cores = min(cores, max(1.0, one["sweep"] / threaded["sweep"]))
+    wire = 2 * b * dim * 4 / max(two["reduce"] - 2 * two["gather"], 1e-4)
+    alone = Machine("here", 4 * b * n * dim / one["sweep"], 1e18, wire, two["gather"])
+    for (ranks, threads), found in zip(runs, every, strict=True):
+        sharers = max(1.0, ranks / cores) / min(threads, cores)
         told = simulate(replace(alone, sharers=sharers), ranks, Problem(n, dim, 4, b))["total"]
         numbers = [
             f"{1e3 * v:.4g} ms"
