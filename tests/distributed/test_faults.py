@@ -55,7 +55,9 @@ def test_rows_that_differ(pool, name, says):
         assert kind == ("RuntimeError" if name == "nan" and rank == 0 else "ValueError")
 
 
-@pytest.mark.parametrize("when", ["sweep", "backward", "late"])
+@pytest.mark.parametrize(
+    "when", ["sweep", "backward", pytest.param("late", marks=pytest.mark.long)]
+)
 def test_a_rank_that_is_killed(when):
     pool = Pool(3)
     try:
