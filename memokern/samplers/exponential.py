@@ -35,7 +35,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -48,6 +48,7 @@ from memokern.given import Given
 from memokern.samplers.base import Denoises, Level, Run, Samples, held, level_of, levels_of
 from memokern.samplers.closed_end import ClosedEnd
 from memokern.samplers.gaussian import Gaussian, of_samples
+from memokern.samplers.interpolation import lagrange
 
 # Levels of the process's grid for one step asked for: as exact as Heun's method with so many steps.
 LEVELS = 4 / 3
@@ -65,18 +66,21 @@ _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(48)
 
 @dataclass(frozen=True)
 class Node:
-    """An evaluation: at x [S, *shape] and a level, D [S, *shape]."""
+    """An evaluation: at x [S, *shape] and a level, D [S, *shape]; r [S, K] where there is a
+    Gaussian."""
 
     level: Level
     x: Tensor
     x0: Tensor
+    rest: Tensor | None = None
 
     @property
     def p(self) -> float:
         return self.level.alpha / self.level.sigma
 
     def take(self, at: Tensor) -> Node:
-        return Node(self.level, self.x[at], self.x0[at])
+        rest = None if self.rest is None else self.rest[at]
+        return Node(self.level, self.x[at], self.x0[at], rest)
 
 
 def gaussian_of(denoiser: Denoises, given: Gaussian | bool | None, run: Run) -> Gaussian | None:
@@ -183,6 +187,8 @@ class _Flow:
         self.run, self.closed, self.end = run, closed, end
         self.gaussian: Gaussian | None = gaussian
         self.share = self.size = 0.0
+        # The state last taken to the Gaussian's coordinates, and those: a step asks for them twice.
+        self.known: tuple[Tensor | None, Tensor] = (None, run.x)
         self.x = run.x
         self.at = torch.arange(len(run.x), device=run.x.device)
         self.nodes: list[Node] = []
@@ -247,6 +253,8 @@ class _Flow:
         x = method(now, to, self.nodes[-order:], order)
         found = run.predict(x, to.t, self.at)
         node = Node(to, x, found.x0)
+        if self.gaussian is not None:
+            node = replace(node, rest=self._rest(node))
         self.found = found
         return method(now, to, [*self.nodes[-order:], node], order + 1), node
 
@@ -285,6 +293,8 @@ class _Flow:
         """r = D - D_g at an evaluation, in the Gaussian's coordinates [A, K]."""
         g = self.gaussian
         assert g is not None
+        if node.rest is not None:
+            return node.rest
         alpha, p = node.level.alpha, node.p
         u = g.transform.coordinates(node.x.flatten(1).to(torch.float64) / alpha - g.mean)
         d = g.transform.coordinates(node.x0.flatten(1).to(torch.float64) - g.mean)
@@ -301,8 +311,10 @@ class _Flow:
         def spread(level: Level) -> Tensor:
             return (level.alpha**2 * lam + level.sigma**2).sqrt()
 
-        x = self.x.flatten(1).to(torch.float64) - now.alpha * g.mean
-        v = g.transform.coordinates(x) / spread(now)
+        if self.known[0] is not self.x:
+            x = self.x.flatten(1).to(torch.float64) - now.alpha * g.mean
+            self.known = (self.x, g.transform.coordinates(x))
+        v = self.known[1] / spread(now)
         places, rests = [n.p for n in nodes], [self._rest(n) for n in nodes]
         if len(nodes) < order:
             places, rests = [0.0, *places], [torch.zeros_like(v), *rests]
@@ -376,20 +388,3 @@ class _Flow:
         run.x = run.x.index_copy(0, at, scale * found.x0)
         if run.record is not None:
             run.record[-1] = run.x
-
-
-def lagrange(places: Sequence[float], at: np.ndarray) -> np.ndarray:
-    """The polynomials [len(places), len(at)] that are 1 at one of the places and 0 at the others.
-
-    Example:
-        >>> import numpy as np
-        >>> from memokern.samplers.exponential import lagrange
-        >>> lagrange([0.0, 1.0], np.array([0.25])).tolist()
-        [[0.75], [0.25]]
-    """
-    out = np.ones((len(places), len(at)))
-    for i, one in enumerate(places):
-        for j, other in enumerate(places):
-            if i != j:
-                out[i] *= (at - other) / (one - other)
-    return out

@@ -13,8 +13,8 @@ from memokern.processes import EDM
 from memokern.samplers import Gaussian
 from memokern.samplers.base import level_of
 from memokern.samplers.closed_end import ClosedEnd
-from memokern.samplers.exponential import lagrange
 from memokern.samplers.gaussian import of_samples
+from memokern.samplers.interpolation import lagrange
 from memokern.training import MLP, LearnedDenoiser
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -1,0 +1,24 @@
+"""Polynomials through values at a few places."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def lagrange(places: Sequence[float], at: np.ndarray) -> np.ndarray:
+    """The polynomials [len(places), len(at)] that are 1 at one of the places and 0 at the others.
+
+    Example:
+        >>> import numpy as np
+        >>> from memokern.samplers.interpolation import lagrange
+        >>> lagrange([0.0, 1.0], np.array([0.25])).tolist()
+        [[0.75], [0.25]]
+    """
+    out = np.ones((len(places), len(at)))
+    for i, one in enumerate(places):
+        for j, other in enumerate(places):
+            if i != j:
+                out[i] *= (at - other) / (one - other)
+    return out
