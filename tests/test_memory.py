@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.mark.parametrize("op", ["mean", "backward", "nearest", "condition"])
-@pytest.mark.one_of(4)
+@pytest.mark.one_of(8)
 def test_memory_of_a_call(op):
     # measure() refuses to answer unless it sees a temporary of 100 MB as such
     taken = memory.measure(op, "memokern", B, N, D, THREADS)["bytes"]

@@ -80,7 +80,7 @@ FUNCTIONS = {
 
 @pytest.mark.parametrize(("batch", "wrapped"), [(1, True), (3, False)])
 @pytest.mark.parametrize("name", FUNCTIONS)
-@pytest.mark.one_of(3)
+@pytest.mark.one_of(5)
 def test_every_function(name, batch, wrapped):
     rows = normal(9, 4, seed=1)
     data, function = TrainingSet(rows) if wrapped else rows, FUNCTIONS[name]

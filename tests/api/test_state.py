@@ -228,7 +228,7 @@ def test_gradients_in_float32(backend) -> None:
 
 @pytest.mark.parametrize("left_out", [(), (3, 14), tuple(range(12))])
 @pytest.mark.parametrize("name", EXACT)
-@pytest.mark.one_of(2)
+@pytest.mark.one_of(3)
 def test_finite_differences(name, left_out) -> None:
     """With rows left out too, and with a part of which nothing is left: nothing becomes NaN."""
     (x, sigma, alpha, temperature, bias), rows = leaves(True)

@@ -280,6 +280,7 @@ def test_defaults_are_the_papers() -> None:
     assert (s.size, s.steps) == (64, 40)
 
 
+@pytest.mark.long
 def test_reproduce_is_deterministic_and_writes_numbers(tmp_path) -> None:
     experiment = experiments.get("weights")
     folders = [tmp_path / "a", tmp_path / "b"]

@@ -40,6 +40,7 @@ def check_squares(got: Sums, query: Query, rows: Rows, backend: str, what: objec
     "d",
     "rows",
 )
+@pytest.mark.one_of(2)
 def test_distances_beside_a_bias(backend: str, b: int, n: int, d: int, rows: torch.dtype) -> None:
     """Of the logits little is left for r^2: at sigma = 80 each unit of the bias is 12800 of it."""
     sigmas = (80.0, 1e3) if backend != "triton" else (1e3,)

@@ -26,6 +26,7 @@ def answered(case: Case) -> tuple[Query, Rows, RowLists, Sums, Sums, Gradients]:
 
 
 @over(cases.listed, "group")
+@pytest.mark.one_of(2)
 def test_sums_and_their_gradient(backend: str, group: list[Case]) -> None:
     """All in float64, whatever the types are."""
     for case in group:

@@ -21,7 +21,7 @@ def _check(backend: str, query: Query, rows: Rows, what: object) -> Sums:
 
 
 @over(cases.posterior, "group")
-@pytest.mark.one_of(2)
+@pytest.mark.one_of(3)
 def test_as_the_definition(backend: str, group: list[Case]) -> None:
     for case in group:
         query, rows, want = cases.answered(case)

@@ -30,6 +30,7 @@ def sources(tmp_path, rows):
 
 @pytest.mark.parametrize("source", ["file", "list", "function", "loader"])
 @pytest.mark.parametrize("size", [1, 7, 100])
+@pytest.mark.one_of(2)
 def test_answers(tmp_path, source, size):
     rows, x = programs.problem()
     data = StreamedSet(sources(tmp_path, rows)[source], chunk_bytes=size * ROW)

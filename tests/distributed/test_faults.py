@@ -17,6 +17,7 @@ SAYS = {
 
 
 @pytest.mark.parametrize("name", SAYS)
+@pytest.mark.one_of(2)
 def test_a_call_that_differs(pool, name):
     for kind, said, fares in pool.run(3, faults.disagreeing, name):
         assert kind == "ValueError"
@@ -58,6 +59,7 @@ def test_rows_that_differ(pool, name, says):
 @pytest.mark.parametrize(
     "when", ["sweep", "backward", pytest.param("late", marks=pytest.mark.long)]
 )
+@pytest.mark.one_of(2)
 def test_a_rank_that_is_killed(when):
     pool = Pool(3)
     try:

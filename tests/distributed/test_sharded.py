@@ -36,6 +36,7 @@ def same(found, expected, tol):
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("case", OPTIONS)
+@pytest.mark.one_of(2)
 def test_posterior(pool, case, kind):
     tol = 1e-5 if kind == torch.float32 else 1e-11
     expected = programs.posterior("one", OPTIONS[case], kind)
@@ -58,6 +59,7 @@ def test_gradients(pool, sigma, second):
 
 
 @pytest.mark.parametrize("size", SIZES)
+@pytest.mark.one_of(3)
 def test_everything_else(pool, size):
     expected = programs.questions("one")
     same(pool.run(size, programs.questions), expected, 2e-5)

@@ -13,12 +13,14 @@ from tests.distributed.test_sharded import same
 
 
 @pytest.mark.parametrize("counts", [[30, 1, 6], [37, 0], [0, 0, 20, 17]], ids=str)
+@pytest.mark.one_of(2)
 def test_uneven_and_empty_ranks(pool, counts):
     expected = programs.apart("one", counts)
     same(pool.run(len(counts), programs.apart, counts), expected, 1e-5)
 
 
 @pytest.mark.parametrize("counts", [[3, 3], [5, 0, 1], [0, 1, 4, 1]], ids=str)
+@pytest.mark.one_of(3)
 def test_split_queries(pool, counts):
     expected = programs.split("one", counts, 0.5)
     found = pool.run(len(counts), programs.split, counts, 0.5)

@@ -41,6 +41,7 @@ PARTS = ["rows", "index.coarse", "index.fine", "index.center", "index.sq_norms"]
 
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("use", ["mean", "dense", "index", "save", "subset"])
+@pytest.mark.one_of(4)
 def test_one_changed_bit_is_found(file, when, part, use) -> None:
     tensors, metadata = contents(file)
     TrainingSet(file)[:2]

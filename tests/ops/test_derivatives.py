@@ -86,7 +86,7 @@ def test_posterior(backend, weighting, bias, known, own) -> None:
 
 
 @KINDS
-@pytest.mark.one_of(3)
+@pytest.mark.one_of(5)
 def test_posterior_state(backend, weighting, bias, known, own) -> None:
     """Of what is made of it, as its m is a constant: the sums of two parts joined."""
     query, rows = problem(weighting, bias, known, own)
@@ -113,7 +113,7 @@ def test_posterior_state(backend, weighting, bias, known, own) -> None:
 
 
 @pytest.mark.parametrize("bias", [None, "normal", "holes"])
-@pytest.mark.one_of(2)
+@pytest.mark.one_of(3)
 def test_posterior_listed(backend, bias) -> None:
     query, rows = problem(bias=bias)
     lists = LISTS
@@ -130,6 +130,7 @@ def test_posterior_listed(backend, bias) -> None:
 
 @pytest.mark.parametrize("operation", [ops.posterior, ops.posterior_state])
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
+@pytest.mark.one_of(2)
 def test_the_rows(backend, weighting, operation) -> None:
     query, rows = problem(weighting, "normal")
     data = rows.data.requires_grad_()

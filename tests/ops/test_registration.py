@@ -157,6 +157,7 @@ def test_compiles_whole_with_backward(backend: str) -> None:
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.one_of(2)
 def test_states_and_their_merge_compile(backend: str) -> None:
     query, rows = problem(F32)
     x = query.x.requires_grad_()

@@ -122,6 +122,7 @@ def test_fixed_steps_of_rk4_reach_the_rows(reverse):
 
 
 @pytest.mark.parametrize("process", all_paths(), ids=repr)
+@pytest.mark.one_of(3)
 def test_rk45_ends_where_the_process_ends(process):
     rows = normal(6, 2, seed=1)
     found = samplers.ode(Denoiser(rows, process), 8, solver="rk45", seed=0)

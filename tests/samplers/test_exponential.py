@@ -80,6 +80,7 @@ def test_interpolation_is_exact_for_polynomials():
 
 
 @pytest.mark.parametrize("name", ["edm", "ve", "vp", "flow-matching", "cosine"])
+@pytest.mark.one_of(2)
 def test_a_gaussian_flow_is_exact_in_any_number_of_steps(name):
     """SmoothedBank(h) around one row is N(y, h^2 I), whose flow has a closed form."""
     row, h = torch.tensor([[0.3, -0.2, 0.1]], dtype=torch.float64), 0.5
@@ -152,6 +153,7 @@ PROVABLE = ["none", "tikhonov:c=0.05", "bank:h=0.1", "temperature:sigma_c=0.4"]
 
 @pytest.mark.parametrize("text", [*PROVABLE, "bank:h=0.1+tikhonov:c=0.02"])
 @pytest.mark.parametrize("name", ["edm", "vp"])
+@pytest.mark.one_of(3)
 def test_no_proof_is_wrong(text, name):
     """From queries that are proven, at any level and near duplicates too, the flow itself,
     by the classical Runge-Kutta method, ends where the closed form says; many are proven."""
@@ -215,6 +217,7 @@ def test_a_proof_without_its_condition_would_be_wrong():
 
 
 @pytest.mark.parametrize("text", [*PROVABLE, "empirical-bayes:log_tau=-4", "unconditioned"])
+@pytest.mark.one_of(2)
 def test_every_regulariser_ends_where_heun_does(text):
     denoiser = Denoiser(TrainingSet.digits(), regularizer=regularizers.parse(text))
     start = processes.EDM().prior((8, 8, 8), generator(4), torch.float64)
@@ -258,6 +261,7 @@ def test_both_ends_can_be_switched_off():
 
 
 @pytest.mark.parametrize("name", ["ve", "vp", "score-sde-vp", "edm", "flow-matching", "cosine"])
+@pytest.mark.one_of(3)
 def test_early_stops_lie_on_the_same_path(name):
     process = processes.get(name)
     denoiser = Denoiser(points(), process)

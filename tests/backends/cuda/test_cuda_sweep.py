@@ -52,6 +52,7 @@ def _check(query: Query, rows: Rows, variant: Variant, what: object, **how: obje
 
 @pytest.mark.parametrize("dtype", VARIANTS, ids=cases.name_of)
 @pytest.mark.parametrize("sigma", [1e-3, 0.05, 0.5, 3.0, 30.0, 1e3])
+@pytest.mark.one_of(2)
 def test_as_the_definition(dtype: torch.dtype, sigma: float) -> None:
     """Ragged last tile; biases, temperatures and alphas; more and fewer rows than a tile."""
     for seed, n in enumerate((1, 30, 90)):

@@ -133,7 +133,7 @@ def test_states_in_blocks(chunks: bool, in_blocks, monkeypatch) -> None:
 
 @pytest.mark.parametrize("precision", ["tf32x3", "ieee"])
 @pytest.mark.parametrize("d", [20, 300])
-@pytest.mark.one_of(2)
+@pytest.mark.one_of(3)
 def test_precisions(precision: str, d: int, monkeypatch) -> None:
     monkeypatch.setenv(env.PRECISION, precision)
     # So much noise that no row is evaluated exactly, whatever the products are.

@@ -91,7 +91,7 @@ def shared_bytes(rows: torch.dtype, tile: Tile) -> int:
         splits(tile) * q * (nt + 8) * 4,  # products
         2 * 2 * q * (nt + 8) * 2,  # weights, two terms of them, two tiles
         2 * q * 4,  # the largest logit and the factor of each query
-        own * nt * 4, own * nt * 8, own * 192,  # what a rank does for all
+        own * nt * 4, own * nt * 8, own * 160,  # what a rank does for all
         16 * 8 * 8, 16 * 4,  # parts of distances of 16 pairs
     )  # fmt: skip
     return sum(-(-p // 128) * 128 for p in parts)

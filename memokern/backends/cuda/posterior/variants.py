@@ -33,11 +33,12 @@ def finish_variant() -> Variant:
 
 
 def sweep_variant(rows: torch.dtype, tile: Tile, bulk: bool, log: bool) -> Variant:
-    """The sweep. bulk: whether rows are aligned, so that the device's copy engine takes them."""
+    """The sweep. bulk: whether rows are aligned, so that the device's copy engine takes them. Where
+    they pass through registers, those for two blocks on a multiprocessor are not enough."""
     macros = (
         ("MK_ROWS", ROW_CODES[rows]), ("MK_QUERIES", tile.queries), ("MK_CLUSTER", tile.cluster),
         ("MK_FEATURES", tile.features), ("MK_TILE", tile.rows), ("MK_STAGES", tile.stages),
-        ("MK_RESIDENT", tile.resident), ("MK_BULK", int(bulk)), ("MK_LOG", int(log)),
+        ("MK_RESIDENT", tile.resident if bulk else 1), ("MK_BULK", int(bulk)), ("MK_LOG", int(log)),
     )  # fmt: skip
     matrix = ("HMMA", "UBLKCP") if bulk else ("HMMA",)
     return Variant(
