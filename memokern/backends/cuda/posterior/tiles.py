@@ -35,7 +35,7 @@ ROWS = (128, 64, 32, 16)
 STAGES = (4, 3, 2)
 # Registers of a thread's sums, of 255, or of 128 where two blocks share a multiprocessor: products,
 # addresses and what is loaded take the rest.
-_MOST_SUMS = {1: 96, 2: 48}
+_MOST_SUMS = {1: 96, 2: 32}
 # Shared memory of a multiprocessor, of which each block takes 1 KiB for itself.
 _SHARED_OF_ALL, _RESERVED = 228 << 10, 1 << 10
 _WARPS = 8
