@@ -44,9 +44,13 @@ $(VENV)/.demo-installed: $(SOURCES) | $(BIN)/python
 	$(BIN)/pip install -q --disable-pip-version-check -e ".[plot]"
 	@touch $@
 
+# The kernels are compiled while pip fetches and unpacks.
 $(VENV)/.dev-installed: $(SOURCES) | $(BIN)/python
 	$(BIN)/pip show -qq triton || $(BIN)/pip install -q --disable-pip-version-check "$(TRITON)"
-	MEMOKERN_BUILD_TESTING=1 $(BIN)/pip install -q --disable-pip-version-check -e ".[dev]"
+	$(BIN)/pip install -q --disable-pip-version-check setuptools "pybind11>=2.13"
+	MEMOKERN_BUILD_TESTING=1 $(BIN)/python setup.py -q build_ext --inplace & kernels=$$!; \
+	MEMOKERN_BUILD_KERNELS=0 $(BIN)/pip install -q --disable-pip-version-check -e ".[dev]"; installed=$$?; \
+	wait $$kernels && exit $$installed
 	@touch $@
 
 demo: $(VENV)/.demo-installed

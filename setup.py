@@ -1,6 +1,7 @@
 """Build of memokern._C, the compiled kernels. It needs a C++17 compiler, no torch and no GPU; the
 CUDA kernels are copied.
 
+MEMOKERN_BUILD_KERNELS=0 leaves them out: the Makefile builds them in place beside what pip does.
 With MEMOKERN_BUILD_TESTING=1 it also builds memokern._testing, which some of the tests need.
 MEMOKERN_BUILD_OPTIMIZE=-O0 builds kernels that are slow but there in a tenth of the time, to check
 that they build.
@@ -115,4 +116,6 @@ if __name__ == "__main__":
     EXTENSIONS = [extension("memokern._C", [*KERNELS, *BIND])]  # what takes longest first
     if os.environ.get("MEMOKERN_BUILD_TESTING") == "1":
         EXTENSIONS.append(extension("memokern._testing", [*TESTING, "csrc/bind/testing.cpp"]))
+    if os.environ.get("MEMOKERN_BUILD_KERNELS") == "0":
+        EXTENSIONS = []
     setup(ext_modules=EXTENSIONS, cmdclass={"build_ext": BuildExt, "build_py": BuildPy})
