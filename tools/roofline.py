@@ -248,19 +248,20 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tools.roofline", description=__doc__)
+def write_or_print(
+    module: str, table: Callable[[], str], begin: str, end: str, about: str | None
+) -> None:
+    """The command of a module that makes a table: prints it, or puts it between a page's marks."""
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=about)
     parser.add_argument("--markdown", type=Path, help="write the table between the page's marks")
     args = parser.parse_args()
-    text = table()
     if args.markdown is None:
-        print(text)
+        print(table())
         return
-    page = args.markdown.read_text()
-    before, rest = page.split(BEGIN)
-    after = rest.split(END)[1]
-    args.markdown.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+    before, rest = args.markdown.read_text().split(begin)
+    after = rest.split(end)[1]
+    args.markdown.write_text(f"{before}{begin}\n{table()}\n{end}{after}")
 
 
 if __name__ == "__main__":
-    main()
+    write_or_print("tools.roofline", table, BEGIN, END, __doc__)

@@ -13,9 +13,7 @@ the barriers of its cluster.
 
 from __future__ import annotations
 
-import argparse
 import itertools
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -95,19 +93,5 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tools.roofline_cuda", description=__doc__)
-    parser.add_argument("--markdown", type=Path, help="write the table between the page's marks")
-    args = parser.parse_args()
-    text = table()
-    if args.markdown is None:
-        print(text)
-        return
-    page = args.markdown.read_text()
-    before, rest = page.split(BEGIN)
-    after = rest.split(END)[1]
-    args.markdown.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
-
-
 if __name__ == "__main__":
-    main()
+    roofline.write_or_print("tools.roofline_cuda", table, BEGIN, END, __doc__)

@@ -104,7 +104,11 @@ def run(program: Path, share: int, of: int) -> subprocess.CompletedProcess[str]:
         "TSAN_OPTIONS": "halt_on_error=1:second_deadlock_stack=1",
         "OMP_NUM_THREADS": "3",
     }
-    command = [str(program), str(share), str(of)]
+    return ended([str(program), str(share), str(of)], options)
+
+
+def ended(command: list[str], options: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """The command with the sanitizers' options in its environment."""
     environment = {**os.environ, **options}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if "unexpected memory mapping" in done.stderr:  # GCC 12's ThreadSanitizer on newer kernels

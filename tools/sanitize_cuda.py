@@ -21,6 +21,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from tools.sanitize_cpu import ended
+
 ROOT = Path(__file__).resolve().parent.parent
 # Of each build: what the kernels are compiled with, and the emulator's runtime, which tells
 # ThreadSanitizer of its fibres and is not watched itself.
@@ -75,12 +77,7 @@ def run(program: Path) -> subprocess.CompletedProcess[str]:
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "TSAN_OPTIONS": "halt_on_error=1",
     }
-    environment = {**os.environ, **options}
-    done = subprocess.run([str(program)], env=environment, capture_output=True, text=True)
-    if "unexpected memory mapping" in done.stderr:  # GCC 12's ThreadSanitizer on newer kernels
-        command = ["setarch", "-R", str(program)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    return done
+    return ended([str(program)], options)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,7 +1,6 @@
 // Halves, and the product of two tiles, as the emulated machine computes them.
 #include <cfenv>
 #include <cmath>
-#include <cstring>
 
 #include "numbers.h"
 
@@ -9,25 +8,14 @@ namespace memokern {
 namespace cuda {
 namespace emulator {
 
-static u32 bits_of(float v) {
-  u32 b;
-  memcpy(&b, &v, sizeof b);
-  return b;
-}
-static float float_of(u32 b) {
-  float v;
-  memcpy(&v, &b, sizeof v);
-  return v;
-}
-
 u16 to_brain(float v) {
-  const u32 b = bits_of(v);
+  const u32 b = as_bits(v);
   if (v != v) return 0x7fff;
   return (u16)((b + 0x7fff + (b >> 16 & 1)) >> 16);
 }
 
 u16 to_half(float v) {
-  const u32 b = bits_of(v), sign = b >> 16 & 0x8000, size = b & 0x7fffffff;
+  const u32 b = as_bits(v), sign = b >> 16 & 0x8000, size = b & 0x7fffffff;
   if (size > 0x7f800000) return 0x7fff;
   if (size >= 0x477ff000) return (u16)(sign | 0x7c00);  // rounds to 65536 or more
   if (size < 0x38800000) {                              // below 2^-14: a multiple of 2^-24
@@ -40,8 +28,8 @@ u16 to_half(float v) {
 
 float from_half(u16 h) {
   const u32 sign = (u32)(h & 0x8000) << 16, exponent = h >> 10 & 31, rest = h & 1023;
-  if (exponent == 31) return float_of(sign | 0x7f800000 | rest << 13);
-  if (exponent) return float_of(sign | (exponent + 112) << 23 | rest << 13);
+  if (exponent == 31) return as_float(sign | 0x7f800000 | rest << 13);
+  if (exponent) return as_float(sign | (exponent + 112) << 23 | rest << 13);
   const float v = (float)rest * 0x1p-24f;
   return sign ? -v : v;
 }
@@ -67,11 +55,11 @@ void multiply_warp(float* const (&c)[32], const u32 (&a)[32][4], const u32 (&b)[
     for (int i = 0; i < 2; i++) {
       for (int k = 0; k < 4; k++) {
         const u16 h = (u16)(a[lane][k] >> 16 * i);
-        left[g + 8 * (k & 1)][2 * t + i + 8 * (k >> 1)] = brain ? float_of((u32)h << 16) : from_half(h);
+        left[g + 8 * (k & 1)][2 * t + i + 8 * (k >> 1)] = brain ? as_float((u32)h << 16) : from_half(h);
       }
       for (int k = 0; k < 2; k++) {
         const u16 h = (u16)(b[lane][k] >> 16 * i);
-        right[2 * t + i + 8 * k][g] = brain ? float_of((u32)h << 16) : from_half(h);
+        right[2 * t + i + 8 * k][g] = brain ? as_float((u32)h << 16) : from_half(h);
       }
     }
   }
