@@ -35,21 +35,25 @@ CPP = $(shell find csrc tests/cpp -name "*.h" -o -name "*.cpp" -o -name "*.cu")
 
 .PHONY: demo test test-all fuzz bench lint integrations peers gpu-check kernels cubins sanitize sanitize-cpu sanitize-cuda neon clean
 
+# What was installed once stays: TORCH and TRITON choose for a new environment.
+INSTALL = $(BIN)/pip install -q --disable-pip-version-check
 # torch first and alone: its pinned build decides what the rest may need.
+INSTALL_TORCH = { $(BIN)/pip show -qq torch || $(INSTALL) "$(TORCH)"; }
+INSTALL_TRITON = { $(BIN)/pip show -qq triton || $(INSTALL) "$(TRITON)"; }
+
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q --disable-pip-version-check "$(TORCH)"
 
 $(VENV)/.demo-installed: $(SOURCES) | $(BIN)/python
-	$(BIN)/pip install -q --disable-pip-version-check -e ".[plot]"
+	$(INSTALL_TORCH)
+	$(INSTALL) -e ".[plot]"
 	@touch $@
 
 # The kernels are compiled while pip fetches and unpacks.
 $(VENV)/.dev-installed: $(SOURCES) | $(BIN)/python
-	$(BIN)/pip show -qq triton || $(BIN)/pip install -q --disable-pip-version-check "$(TRITON)"
-	$(BIN)/pip install -q --disable-pip-version-check setuptools "pybind11>=2.13"
+	$(INSTALL) setuptools "pybind11>=2.13"
 	MEMOKERN_BUILD_TESTING=1 $(BIN)/python setup.py -q build_ext --inplace & kernels=$$!; \
-	MEMOKERN_BUILD_KERNELS=0 $(BIN)/pip install -q --disable-pip-version-check -e ".[dev]"; installed=$$?; \
+	$(INSTALL_TORCH) && $(INSTALL_TRITON) && MEMOKERN_BUILD_KERNELS=0 $(INSTALL) -e ".[dev]"; installed=$$?; \
 	wait $$kernels && exit $$installed
 	@touch $@
 
@@ -77,12 +81,12 @@ lint: $(VENV)/.dev-installed
 	$(BIN)/mypy
 
 peers: $(VENV)/.dev-installed
-	MEMOKERN_BUILD_TESTING=1 $(BIN)/pip install -q --disable-pip-version-check "$(TORCH)" -e ".[bench]"
-	$(BIN)/pip install -q --disable-pip-version-check --no-deps "$(SMALLDIFFUSION)"
+	MEMOKERN_BUILD_TESTING=1 $(INSTALL) "$(TORCH)" -e ".[bench]"
+	$(INSTALL) --no-deps "$(SMALLDIFFUSION)"
 
 integrations: $(VENV)/.dev-installed
-	MEMOKERN_BUILD_TESTING=1 $(BIN)/pip install -q --disable-pip-version-check "$(TORCH)" -e ".[integrations]"
-	$(BIN)/pip install -q --disable-pip-version-check --no-deps $(CLIENTS)
+	MEMOKERN_BUILD_TESTING=1 $(INSTALL) "$(TORCH)" -e ".[integrations]"
+	$(INSTALL) --no-deps $(CLIENTS)
 	$(BIN)/python -m pytest -n 2 tests/integrations "tests/test_docs.py::test_docstring_examples" -k integrations $(ARGS)
 
 bench: $(VENV)/.dev-installed
@@ -107,7 +111,7 @@ cubins: $(VENV)/.dev-installed
 
 # It says that it wants a newer Python than it needs, and is kept out of the environment of the tests.
 sanitize: $(VENV)/.dev-installed
-	$(BIN)/pip install -q --disable-pip-version-check --no-deps --ignore-requires-python --upgrade \
+	$(INSTALL) --no-deps --ignore-requires-python --upgrade \
 	  --target build/ttsem "$(TTSEM)"
 	TRITON_INTERPRET=0 PYTHONPATH=.:build/ttsem $(BIN)/python -m ttsem.sanitize tests/sanitize.py
 

@@ -31,17 +31,33 @@ AVX2 = ["-mavx2", "-mfma", "-mf16c"]  # every processor with AVX2 has F16C
 AVX512 = [*AVX2, "-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mprefer-vector-width=512"]
 # Only these sources may have instructions that not every processor of the platform knows.
 ISA_FLAGS = {
-    "csrc/cpu/isa/avx2.cpp": AVX2,
     "csrc/cpu/isa/avx512.cpp": AVX512,
+    "csrc/cpu/isa/avx2.cpp": AVX2,
     "csrc/testing/avx2w16.cpp": [*AVX2, "-O1"],  # it is never timed, and takes half the time
     "csrc/testing/hooks_avx2.cpp": AVX2,
     "csrc/testing/hooks_avx512.cpp": AVX512,
 }
 KERNELS = ["csrc/cpu/isa/baseline.cpp"]
 TESTING = ["csrc/testing/hooks_baseline.cpp"]
-if X86:
-    KERNELS += [source for source in ISA_FLAGS if "cpu/isa" in source]
+if X86:  # what takes longest to compile first
+    KERNELS = [*(source for source in ISA_FLAGS if "cpu/isa" in source), *KERNELS]
     TESTING = [*(source for source in ISA_FLAGS if "testing" in source), *TESTING]
+MACROS = [("MEMOKERN_HAVE_X86", "1")] if X86 else []
+
+
+def has_avx512():
+    """Whether this processor is known to have AVX-512."""
+    try:
+        return "avx512dq" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
+# AVX2 in the width of AVX-512 is for the tests of processors that have no AVX-512.
+if X86 and has_avx512():
+    TESTING.remove("csrc/testing/avx2w16.cpp")
+elif X86:
+    MACROS.append(("MEMOKERN_HAVE_AVX2W16", "1"))
 
 # Apple's compiler has no OpenMP of its own; without it the kernels run on one thread.
 OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]
@@ -104,16 +120,16 @@ def extension(name, sources):
         sources,
         cxx_std=17,
         include_dirs=["csrc/include", "csrc"],
-        define_macros=[("MEMOKERN_HAVE_X86", "1")] if X86 else [],
+        define_macros=MACROS,
         extra_compile_args=FLAGS + OPENMP,
         extra_link_args=OPENMP,
-        depends=sorted(str(h) for h in Path("csrc").rglob("*.h") if "cuda" not in h.parts),
+        depends=sorted(str(h) for h in Path("csrc").rglob("*.h") if "cuda" not in h.parts)
+        + sorted(str(included) for included in Path("csrc/bind").glob("*.cpp")),
     )
 
 
 if __name__ == "__main__":
-    BIND = [f"csrc/bind/{name}.cpp" for name in ("module", "isa", "dense", "listed")]
-    EXTENSIONS = [extension("memokern._C", [*KERNELS, *BIND])]  # what takes longest first
+    EXTENSIONS = [extension("memokern._C", [*KERNELS, "csrc/bind/all.cpp"])]
     if os.environ.get("MEMOKERN_BUILD_TESTING") == "1":
         EXTENSIONS.append(extension("memokern._testing", [*TESTING, "csrc/bind/testing.cpp"]))
     if os.environ.get("MEMOKERN_BUILD_KERNELS") == "0":

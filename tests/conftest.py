@@ -11,7 +11,7 @@ import torch
 
 from tests import triton_interpreter
 
-with contextlib.suppress(ImportError):  # it makes the kernels of avx2w16 known
+with contextlib.suppress(ImportError):  # it may make the kernels of avx2w16 known
     import memokern._testing  # noqa: F401
 
 torch.set_num_threads(min(2, torch.get_num_threads()))

@@ -11,7 +11,7 @@ from memokern.backends.cpu import native
 
 def usable() -> list[str]:
     """Their names; raises ImportError without the compiled module."""
-    with contextlib.suppress(ImportError):  # it adds avx2w16: AVX2 in the width of AVX-512
+    with contextlib.suppress(ImportError):  # it may add avx2w16: AVX2 in the width of AVX-512
         importlib.import_module("memokern._testing")
     return [name for name, supported in native.module().isas() if supported]
 

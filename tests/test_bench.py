@@ -26,6 +26,7 @@ from bench import (
     timing,
     trajectories,
 )
+from bench.__main__ import main as bench_main
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -255,13 +256,13 @@ def test_an_update_keeps_what_nothing_disturbed():
     assert "~" in report.markdown({**old, "machine": MACHINE})
 
 
-def test_figures_of_two_machines_are_refused(tmp_path):
+def test_figures_of_two_machines_are_refused(tmp_path, monkeypatch, capsys):
     paths = []
     for cpu in "one", "other":
         paths.append(tmp_path / f"{cpu}.json")
         paths[-1].write_text(json.dumps({"machine": {"cpu": cpu}, "cases": []}))
-    run = bench("--compare", *paths)
-    assert run.returncode == 2 and "machine" in run.stderr
+    monkeypatch.setattr(sys, "argv", ["bench", "--compare", *map(str, paths)])
+    assert bench_main() == 2 and "machine" in capsys.readouterr().err
     one = json.loads(paths[0].read_text())
     assert report.compare(one, one) == "no case is in both"
 

@@ -21,6 +21,7 @@ def test_memory_of_a_call(op):
     assert taken < N * B * 4 / 2
 
 
+@pytest.mark.long
 def test_the_method_sees_an_n_x_b_matrix():
     """The plain formula keeps two of them."""
     taken = memory.measure("mean", "cached", 256, N, 64, THREADS)["bytes"]

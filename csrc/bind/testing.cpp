@@ -1,5 +1,6 @@
 // The Python module memokern._testing, which only a development build has: parts of the kernels for their
-// tests, and the kernels of avx2w16, which importing this module makes known to memokern._C.
+// tests, and where the processor has no AVX-512 the kernels of avx2w16, which importing this module makes
+// known to memokern._C.
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
@@ -15,7 +16,10 @@ namespace {
 const Hooks& hooks_of(const std::string& isa) {
   const Hooks* all[] = {
 #ifdef MEMOKERN_HAVE_X86
-      hooks_avx512(), hooks_avx2(), hooks_avx2w16(),
+      hooks_avx512(), hooks_avx2(),
+#endif
+#ifdef MEMOKERN_HAVE_AVX2W16
+      hooks_avx2w16(),
 #endif
       hooks_baseline()};
   for (const Hooks* hooks : all)
@@ -44,7 +48,7 @@ PYBIND11_MODULE(_testing, m) {
         py::arg("two"), "y [n] = e^x, or 2^x where `two`, by the kernels' exponential.");
   m.def("merge", &run_merge, py::arg("isa"), py::arg("a"), py::arg("b"), py::arg("factors"),
         "Merge the state b into a, [6] float64 each; factors [2] of their accumulators.");
-#ifdef MEMOKERN_HAVE_X86
+#ifdef MEMOKERN_HAVE_AVX2W16
   const py::capsule table(table_avx2w16(), "memokern.Table");
   py::module_::import("memokern._C").attr("add_isa")(table, has_avx2());
 #endif

@@ -121,6 +121,7 @@ def test_wrong_input_gets_one_line_and_exit_code_2(tmp_path, monkeypatch, comman
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
+@pytest.mark.long
 def test_wrong_input_through_the_real_entry_point(tmp_path) -> None:
     done = process("sample", "--data", "missing.npy", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
@@ -174,6 +175,7 @@ def test_interrupt_leaves_no_output(tmp_path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.long
 def test_a_wrong_environment_variable_gets_one_line(tmp_path) -> None:
     """In a process of its own, since the variable is read when the kernels are loaded."""
     code = """

@@ -116,7 +116,7 @@ def test_fixed_steps_of_rk4_reach_the_rows(reverse):
     rows = normal(9, 3, seed=1)
     process = FlowMatching(reverse=reverse)
     field = Denoiser(rows, process, prediction="velocity")
-    for n in (50, 400):
+    for n in (50, 200):
         x = integrate(field, normal(20, 3, seed=3), process.times(n + 1), RK4)
         assert memokern.nearest(x, rows).distance.max() < 3 / n
 

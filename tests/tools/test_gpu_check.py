@@ -255,6 +255,7 @@ def test_a_step_that_hangs_costs_its_own_line() -> None:
     assert first["ratio"] <= 1 and third["ratio"] <= 1
 
 
+@pytest.mark.long
 def test_nothing_is_begun_that_would_not_be_heard_of() -> None:
     told = list[Answer]()
     plan = [smoke_step(d, 60) for d in (2, 3, 4)]

@@ -52,6 +52,7 @@ def test_a_signal_leaves_nothing_and_still_ends_the_process(tmp_path, number) ->
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"] and target.read_text() == "old"
 
 
+@pytest.mark.long
 def test_what_a_killed_process_left_goes_at_the_next_write(tmp_path) -> None:
     target = tmp_path / "a.txt"
     assert ended(target, signal.SIGKILL) == -signal.SIGKILL

@@ -100,8 +100,8 @@ def test_far_offsets_through_descriptors(monkeypatch) -> None:
     assert torch.equal(posterior(query, apart).mean, posterior(query, rows).mean)
 
 
-@pytest.mark.parametrize("d", [3, 140, 300])
-@pytest.mark.one_of(3)
+@pytest.mark.parametrize("d", [3, 140, pytest.param(300, marks=pytest.mark.long)])
+@pytest.mark.one_of(2)
 def test_plans_change_only_the_order_of_sums(d: int, in_blocks) -> None:
     """Other parts of rows, features and queries: the same results within rounding, and the same of
     a query wherever it lies."""
