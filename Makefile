@@ -51,7 +51,7 @@ $(VENV)/.demo-installed: $(SOURCES) | $(BIN)/python
 
 # The kernels are compiled while pip fetches and unpacks.
 $(VENV)/.dev-installed: $(SOURCES) | $(BIN)/python
-	$(INSTALL) setuptools "pybind11>=2.13"
+	$(INSTALL) "setuptools>=77" "pybind11>=2.13"
 	MEMOKERN_BUILD_TESTING=1 $(BIN)/python setup.py -q build_ext --inplace & kernels=$$!; \
 	$(INSTALL_TORCH) && $(INSTALL_TRITON) && MEMOKERN_BUILD_KERNELS=0 $(INSTALL) -e ".[dev]"; installed=$$?; \
 	wait $$kernels && exit $$installed
