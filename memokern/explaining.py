@@ -33,6 +33,7 @@ def explain(
 ) -> Explanation:
     """What would run :func:`posterior` with these arguments, and why the others would not; with
     k > 0, what would run :func:`nearest`. Nothing is computed. Print it, or read its attributes.
+    Of rows on several ranks, what this rank does with its own; ranks need not ask together.
 
     Args and errors: as :func:`posterior`.
 
@@ -49,14 +50,16 @@ def explain(
         >>> found.strategy
         'dense, one sweep for conditions and rows left out that differ from query to query'
     """
-    if isinstance(data, PartedSet):
-        data.refuse("explain", "ask for the rows of one part, as data.part")
     index = index_for(data, method)
+    here = ""
+    if isinstance(data, PartedSet):
+        index, here = None if method == "dense" else data.index, f"{data.how_swept}: "
     asked = checked(computable(x), data, sigma, alpha, temperature, bias, weighting)
     if k:
-        check_k(k, asked.data.rows.n)
+        check_k(k, data.n if isinstance(data, PartedSet) else asked.data.rows.n)
     query, rows = asked.query, asked.data.rows
     found = explanation.explain(query, rows, index, method, k)
+    found = replace(found, strategy=here + found.strategy)
     if k or (label is None and condition is None and leave_out is None):
         return found
     if condition is None and leave_out is None:
@@ -72,4 +75,4 @@ def explain(
     text = (
         f"dense, one sweep{labels} for conditions and rows left out that differ from query to query"
     )
-    return replace(explanation.explain(own, rows, None, "dense", 0), strategy=text)
+    return replace(explanation.explain(own, rows, None, "dense", 0), strategy=here + text)

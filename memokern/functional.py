@@ -130,7 +130,12 @@ def posterior(
     if label is None and condition is None and bandwidth is None and leave_out is None:
         return sweep.posterior(x, data, sigma, alpha, temperature, bias, **options)
     wanted = Wanted(label, condition, bandwidth, leave_out)
-    asked = checked(x, data, sigma, alpha, temperature, bias, weighting, precision)
+
+    def check() -> validate.Asked:
+        sweep.index_for(data, method)
+        return checked(x, data, sigma, alpha, temperature, bias, weighting, precision)
+
+    asked = parted.together(data, "posterior", check) if isinstance(data, PartedSet) else check()
     return conditional.posterior(x, data, asked, bias, wanted, options)
 
 
@@ -245,21 +250,22 @@ def nearest(x: Tensor, data: TrainingSet | Tensor, k: int = 1, *, method: str = 
         >>> memokern.nearest(torch.tensor([[0.0, 1.0]]), torch.eye(2), k=2).index.tolist()
         [[1, 0]]
     """
-    x, index = validate.computable(x), sweep.index_for(data, method)
-    found = as_data(data)
+    x, found = validate.computable(x), as_data(data)
+    rows = found.rows
 
     def check() -> torch.Size:
+        sweep.index_for(data, method)
         check_k(k, data.n if isinstance(data, PartedSet) else found.rows.n)
+        if under_transform(x, rows.data):
+            raise RuntimeError(
+                "nearest has no forward mode and no torch.func transform but vmap: use backward()"
+                " or torch.autograd.grad"
+            )
         return batch_shape(x, found)
 
     apart = data if isinstance(data, PartedSet) else None
     batch = check() if apart is None else parted.together(apart, "nearest", check)
-    rows = found.rows
-    if under_transform(x, rows.data):
-        raise RuntimeError(
-            "nearest has no forward mode and no torch.func transform but vmap: use backward() or"
-            " torch.autograd.grad"
-        )
+    index = sweep.index_for(data, method)
     flat = x.reshape(-1, rows.dim)
     if apart is not None:
         sq, row = parted.nearest(flat, apart, k, method)

@@ -65,13 +65,12 @@ def posterior(
 ) -> Posterior:
     """:func:`memokern.posterior` of float32 or float64 queries; with something of each query's own,
     a dense sweep, whatever the method."""
-    index = index_for(data, method)
     if isinstance(data, PartedSet):
         options = {"weighting": weighting, "precision": precision}
-        how = _checked_how(method, tol)
-        return _parted(x, data, (sigma, alpha, temperature), bias, own, how, certificate, options)
-    if tol is not None and not (isinstance(tol, float | int) and 0 < tol < math.inf):
-        raise ValueError(f"expected tol as a finite number > 0, or None, got {tol!r}")
+        how = How(method, tol, dropped=[] if certificate else None)
+        return _parted(x, data, (sigma, alpha, temperature), bias, own, how, options)
+    index = index_for(data, method)
+    _check_tol(tol)
     if weighting == "gaussian" and not certificate and not own:
         short = small_call(x, data, sigma, alpha, temperature, bias, method, precision)
         if short is not None:
@@ -102,10 +101,9 @@ def posterior(
     return _result(x, rows, total, _shaped(x, asked, sums), bounds)
 
 
-def _checked_how(method: str, tol: float | None) -> How:
+def _check_tol(tol: float | None) -> None:
     if tol is not None and not (isinstance(tol, float | int) and 0 < tol < math.inf):
         raise ValueError(f"expected tol as a finite number > 0, or None, got {tol!r}")
-    return How(method, tol)
 
 
 def _parted(
@@ -115,22 +113,28 @@ def _parted(
     bias: Tensor | None,
     own: Own,
     how: How,
-    certificate: bool,
     options: dict[str, Any],
 ) -> Posterior:
     """The same for rows that no process has in memory as a whole."""
-    if certificate:
-        raise ValueError("certificates are of rows in one process: leave out certificate=")
-    asked = parted.together(data, "posterior", lambda: checked(x, data, *numbers, bias, **options))
+
+    def check() -> Asked:
+        index_for(data, how.method)
+        _check_tol(how.tol)
+        return checked(x, data, *numbers, bias, **options)
+
+    asked = parted.together(data, "posterior", check)
     query = asked.query._replace(condition=own.condition, leave_out=own.leave_out)
     if how.method != "dense" and data.index is not None:
         pruned.warn_of_gradients(sigma=numbers[0], alpha=numbers[1], temperature=numbers[2])
     sums = to_sums(parted.state(query, data, how), query)
+    bounds = None
+    if how.dropped is not None:
+        bounds = parted.certificate(query, sums, data, how.dropped).reshape(asked.batch)
     if own:
         total: Tensor | float = parted.own_total(query, data).reshape(asked.batch)
     else:
         total = parted.total(query.bias, data)
-    found = _result(x, asked.data.rows, total, _shaped(x, asked, sums))
+    found = _result(x, asked.data.rows, total, _shaped(x, asked, sums), bounds)
     return replace(found, n=data.n)
 
 

@@ -20,6 +20,7 @@ from memokern.conditional.wanted import (
     label_numbers,
 )
 from memokern.data.parted import PartedSet
+from memokern.data.sharded import ShardedSet
 from memokern.data.training_set import TrainingSet
 from memokern.strategies import parted
 from memokern.sweep import NOTHING, Own
@@ -66,23 +67,18 @@ def groups(data: TrainingSet, batch: Sequence[int], wanted: Wanted, together: bo
             " none: load a state first, or leave them out"
         )
     b = math.prod(batch)
-    labels = None
-    if wanted.label is not None:
-        labels = label_numbers(wanted.label, batch, data.device, data.label_count)
-    given = checked_condition(wanted, batch, data)
-    left_out = checked_left_out(wanted.leave_out, batch, data)
+    labels, given, left_out = _checked(data, batch, wanted)
     apart = isinstance(data, PartedSet)
-    if left_out is not None:
-        left_out = data.local_numbers(left_out)
-    if b == 0:
+    if b == 0 and not (
+        isinstance(data, PartedSet) and parted.is_split(data)
+    ):  # of which other ranks may have some
         return []
     found = []
-    for of_label in _alike(b, [] if labels is None else [_column(labels.expand(tuple(batch)))]):
+    for label, of_label in _by_label(data, b, labels):
         index: Tensor | slice = slice(None)
         rows = data
-        if labels is not None:
-            one = labels if labels.dim() == 0 else labels.reshape(-1)[of_label[0]]
-            index, rows = rows_of(data, int(one))
+        if label is not None:
+            index, rows = rows_of(data, label)
         keys = _what_else(of_label, given, left_out)
         varied = apart or keys is None or (len(of_label) > 1 and bool((keys != keys[:1]).any()))
         if (
@@ -92,7 +88,11 @@ def groups(data: TrainingSet, batch: Sequence[int], wanted: Wanted, together: bo
             and (apart or len(of_label) > 1)
         ):
             condition = None if given is None else _condition(given, of_label, rows)
-            places = None if left_out is None else _places(left_out[of_label], index, rows)
+            places = None
+            if left_out is not None and isinstance(rows, ShardedSet) and label is not None:
+                places = parted.numbers_within(left_out[of_label], index, rows, data)
+            elif left_out is not None:
+                places = _places(left_out[of_label], index, rows)
             found.append(Group(of_label, rows, index, None, Own(condition, places)))
             continue
         parts = of_label.split(1) if keys is None else _alike(len(of_label), [keys])
@@ -100,6 +100,39 @@ def groups(data: TrainingSet, batch: Sequence[int], wanted: Wanted, together: bo
             at = part if keys is None else of_label[part]
             found.append(Group(at, rows, index, _shared_bias(at[:1], given, left_out, index, rows)))
     return found
+
+
+def _checked(
+    data: TrainingSet, batch: Sequence[int], wanted: Wanted
+) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None, Tensor | None]:
+    """What queries ask for: labels [B], condition and bandwidth, and the rows that they leave out;
+    of rows on several ranks the same on all of them."""
+
+    def check() -> tuple[Tensor | None, tuple[Tensor, Tensor] | None, Tensor | None]:
+        labels = None
+        if wanted.label is not None:
+            labels = label_numbers(wanted.label, batch, data.device, data.label_count)
+            labels = labels.expand(tuple(batch)).reshape(-1)
+        given = checked_condition(wanted, batch, data)
+        return labels, given, checked_left_out(wanted.leave_out, batch, data)
+
+    if not isinstance(data, PartedSet):
+        return check()
+    labels, given, left_out = parted.together(data, "label", check)
+    c, h = (None, None) if given is None else given
+    parted.compare(data, {"label": labels, "condition": c, "bandwidth": h, "leave_out": left_out})
+    return labels, given, left_out
+
+
+def _by_label(data: TrainingSet, b: int, labels: Tensor | None) -> list[tuple[int | None, Tensor]]:
+    """Which of b queries [b] ask for each label, in ascending order of these. Ranks that have
+    queries of their own go through the labels of all of them."""
+    if labels is None:
+        return [(None, torch.arange(b, device=data.device))]
+    if isinstance(data, PartedSet) and parted.is_split(data):
+        every = parted.labels_of_all(data, labels)
+        return [(label, (labels == label).nonzero()[:, 0]) for label in every]
+    return [(int(labels[at[0]]), at) for at in _alike(b, [_column(labels)])]
 
 
 def _column(values: Tensor) -> Tensor:

@@ -99,7 +99,7 @@ def checked_condition(
                 f" {list(torch.as_tensor(condition).shape)}"
             )
         c = c.expand(*batch, k)
-    c = c.reshape(*batch, -1)
+    c = c.reshape(*batch, math.prod(c.shape[len(batch) :]))
     if c.shape[-1] != k:
         raise ValueError(f"expected condition of {k} numbers, as the rows', got {c.shape[-1]}")
     h = broadcastable("bandwidth", bandwidth, batch, data.device).expand(tuple(batch))

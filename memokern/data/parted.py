@@ -21,6 +21,11 @@ class PartedSet(TrainingSet):
     whole_n: int
 
     @property
+    def how_swept(self) -> str:
+        """What a sweep does in this process, for :func:`memokern.explain`."""
+        raise NotImplementedError
+
+    @property
     def indexed(self) -> bool:
         """Whether all parts that have rows have an index."""
         return self.index is not None

@@ -18,7 +18,7 @@ from memokern.data.parted import PartedSet, no_rows, share
 from memokern.data.storage import as_given, check_rows, checked_index
 from memokern.data.stored import PER_ROW
 from memokern.data.training_set import TrainingSet
-from memokern.util.ranks import Ranks
+from memokern.util.ranks import Ranks, checksum
 
 QUERIES = ("replicated", "split")
 
@@ -60,6 +60,7 @@ class ShardedSet(PartedSet):
         )  # fmt: skip
         if self.part is not None and mine.index is None:
             self.part.adopt(self._derived)
+        self._note_index()
 
     def _agree(self) -> None:
         """Compares what the ranks' rows are like, and counts them."""
@@ -84,15 +85,18 @@ class ShardedSet(PartedSet):
             every = self.ranks.gather(padded, "shard").unique().tolist()
             self.known_labels = [v for v in every if v != -(2**62)]
         self._of_label: dict[int, tuple[Tensor, TrainingSet]] = {}
-        self._note_index()
 
     def _note_index(self) -> None:
-        """Sees whether all ranks that have rows have an index of them, and how far these lie from
-        its center, at most."""
+        """Sees whether all ranks that have rows have an index of them, and how far any row lies
+        from the joint center, at most."""
         index = self.index
-        mine = [0.0 if index is None else index.y_max, float(index is None and self.n_here > 0)]
-        most, missing = self.ranks.gather(torch.tensor(mine), "index").amax(0).tolist()
-        self.y_max: float | None = None if missing else most
+        reach = 0.0
+        if index is not None:
+            off = index.center.to(torch.float64) - self.center64
+            reach = (index.y_max + float(off.norm())) * (1 + 2.0**-40)
+        mine = torch.tensor([reach, float(index is None and self.n_here > 0)], dtype=torch.float64)
+        most, missing = self.ranks.gather(mine, "index").amax(0).tolist()
+        self.radius: float | None = None if missing else most
 
     def _joint_center(self, mine: TrainingSet) -> Tensor:
         """A point amid all rows: the mean of the parts' centers."""
@@ -114,6 +118,12 @@ class ShardedSet(PartedSet):
         return self._derived.as_rows() if self.part is None else self.part.as_rows()
 
     @property
+    def how_swept(self) -> str:
+        """What a sweep does here, for :func:`memokern.explain`."""
+        part = f", {self.part.how_swept}" if isinstance(self.part, PartedSet) else ""
+        return f"{self.n} rows on {self.ranks.size} ranks, {self.n_here} of them here{part}"
+
+    @property
     def index(self) -> Any:
         """The index of this rank's rows, or None."""
         return None if self.part is None else self.part.index
@@ -121,7 +131,7 @@ class ShardedSet(PartedSet):
     @property
     def indexed(self) -> bool:
         """Whether the ranks have indices of their rows."""
-        return self.y_max is not None
+        return self.radius is not None
 
     def __repr__(self) -> str:
         part = "no rows here" if self.part is None else f"here {self.part!r}"
@@ -133,9 +143,15 @@ class ShardedSet(PartedSet):
         return torch.where((place >= 0) & (place < self.n_here), place, -1)
 
     def gather(self, index: Tensor) -> Tensor:
-        """The values of the rows at `index`, as a TrainingSet's; one sum over the ranks."""
-        index = checked_index(index, self.n, self.device)
-        place = self.local_numbers(index.reshape(-1))
+        """The values of the rows at `index`, as a TrainingSet's; one sum over the ranks. Where
+        queries are split each rank has an index of its own."""
+        error: Exception | None = None
+        try:
+            index = checked_index(index, self.n, self.device)
+        except Exception as raised:
+            error = raised
+        wanted, own = self._asked_by_all(index, error)
+        place = self.local_numbers(wanted)
         values = torch.zeros(len(place), self.dim, dtype=self.compute_dtype, device=self.device)
         here = place >= 0
         if self.part is not None:
@@ -144,7 +160,24 @@ class ShardedSet(PartedSet):
             found = self.part.gather(place.clamp(min=0)).reshape(len(place), self.dim)
             values[here] = found[here]
         (values,) = self.ranks.sum([values], "gather")
-        return values.reshape((*index.shape, *self.shape))
+        return values[own].reshape((*index.shape, *self.shape))
+
+    def _asked_by_all(self, index: Tensor, error: Exception | None) -> tuple[Tensor, slice]:
+        """The row numbers that are asked for, of split queries by any rank, and which of these are
+        this rank's."""
+        if error is not None:
+            self.ranks.refuse("gather", error)
+            raise error
+        flat = index.reshape(-1)
+        if self.queries != "split":
+            self.ranks.agree("gather", {"index": checksum(flat)})
+            return flat, slice(None)
+        told = self.ranks.agree("gather", {"_b": len(flat)})
+        counts = [int(facts["_b"]) for facts in told]
+        padded = torch.cat([flat, flat.new_zeros(max(counts) - len(flat))])
+        parts = zip(self.ranks.gather(padded, "gather"), counts, strict=True)
+        first = sum(counts[: self.ranks.rank])
+        return torch.cat([v[:count] for v, count in parts]), slice(first, first + len(flat))
 
     def __getitem__(self, item: int | slice | Tensor) -> Tensor:
         """As a TrainingSet's: on every rank, whichever has the rows."""

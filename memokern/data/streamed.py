@@ -206,6 +206,11 @@ class StreamedSet(PartedSet):
         return self._norms
 
     @property
+    def how_swept(self) -> str:
+        """What a sweep does, for :func:`memokern.explain`."""
+        return f"read {self._source.step} rows at a time"
+
+    @property
     def index(self) -> Any:
         """The index of the file's rows, or None."""
         return None if self._mapped is None else self._mapped.index

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from memokern.calls import Query, Rows, Scan, Sums
 from memokern.index.index import Index
 
 _ULP = 2.0**-52  # twice the unit roundoff: pays for the second-order terms too
+DENSE_ERROR = 1e-3  # of a dense sweep's total weight, relative; the contract is 1e-4
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,60 @@ def certify(query: Query, rows: Rows, index: Index, scan: Scan, sums: Sums) -> C
             log_z_error=query.temperature.detach() * torch.log1p(ratio),
             rows_kept=torch.where(pruned, count, n),
             levels=scan.level,
+        )
+
+
+class Dropped(NamedTuple):
+    """What one part of the rows left out, [B] float64 each.
+
+    log_weight: log of a bound on the sum of exp(l / T) over the rows dropped; -inf where none was.
+    rows_kept, levels: as a :class:`Certificate`'s.
+    """
+
+    log_weight: Tensor
+    rows_kept: Tensor
+    levels: Tensor
+
+    @staticmethod
+    def none(like: Tensor, n: int) -> Dropped:
+        """Of dense sweeps over n rows."""
+        zero = torch.zeros_like(like, dtype=torch.float64)
+        return Dropped(zero - torch.inf, zero + n, zero)
+
+    @staticmethod
+    def by_scan(scan: Scan, swept: Tensor, n: int) -> Dropped:
+        """Of a scan over n rows, and queries [B] that were swept densely all the same."""
+        count = torch.where(swept, n, scan.lists.start.diff()).to(torch.float64)
+        # log 0 is -inf, also where the threshold is infinite.
+        log_weight = torch.where(count < n, (n - count).log() + scan.threshold, -torch.inf)
+        return Dropped(log_weight, count, torch.where(swept, 0, scan.level).to(torch.float64))
+
+
+def certify_parts(
+    query: Query, sums: Sums, parts: Dropped, center: Tensor, radius: float
+) -> Certificate:
+    """For the joint sums of several parts of the rows, of which each dropped something.
+
+    parts: [W, B] of W parts. center, radius: of a ball in which all rows of all parts lie.
+    """
+    with torch.no_grad():
+        kept = sums.log_z / query.temperature
+        rounding = _ULP * (sums.mean.shape[1] + 16) * kept.abs()
+        # Where a part was swept densely, the sum itself is as right as a sweep's weights are.
+        rounding = rounding + torch.where((parts.levels == 0).any(0), DENSE_ERROR, 0.0)
+        lost = torch.logsumexp(parts.log_weight, 0)
+        ratio = torch.where(torch.isneginf(lost), 0.0, torch.exp(lost - kept + rounding))
+        weight = ratio.clamp(max=1.0)
+        off = torch.linalg.vector_norm(sums.mean.to(torch.float64) - center, dim=1)
+        mean_error = torch.where(weight > 0, weight * (radius + off * (1 + 2.0**-20)), 0.0)
+        score_error = query.alpha.abs() * mean_error / query.sigma / query.sigma
+        return Certificate(
+            weight=weight,
+            mean_error=mean_error,
+            score_error=torch.where(weight > 0, score_error, 0.0),
+            log_z_error=query.temperature.detach() * torch.log1p(ratio),
+            rows_kept=parts.rows_kept.sum(0).to(torch.int64),
+            levels=parts.levels.amax(0).to(torch.int64),
         )
 
 

@@ -16,16 +16,24 @@ from memokern.data.training_set import TrainingSet
 from memokern.index.index import Index
 from memokern.ops.flat import tensors
 from memokern.strategies import costs, pruned, streamed
+from memokern.strategies.certificate import Dropped
 from memokern.util.torch_internals import traced, under_transform
 
 
 class How(NamedTuple):
     """Which way to go. method, tol: as :func:`memokern.posterior`. radius: that of the ball in
-    which all rows lie, of all parts; None for the index's own."""
+    which all rows lie, of all parts; None for the index's own. dropped: where to note, sweep by
+    sweep, what the rows left out may weigh; None for nowhere."""
 
     method: str = "dense"
     tol: float | None = None
     radius: float | None = None
+    dropped: list[Dropped] | None = None
+
+    def note(self, dropped: Dropped) -> None:
+        """Notes it where it is wanted."""
+        if self.dropped is not None:
+            self.dropped.append(dropped)
 
 
 Dense = Callable[[Query], State]
@@ -56,7 +64,7 @@ def no_state(query: Query, rows: Rows) -> State:
 def state_by_index(query: Query, rows: Rows, index: Index | None, how: How, dense: Dense) -> State:
     """The state of all rows, of which an index may prove most to weigh nothing; `dense` sweeps over
     all of them."""
-    every = tensors(query, rows)
+    every, none = tensors(query, rows), Dropped.none(query.sigma, rows.n)
     if (
         index is None
         or how.method == "dense"
@@ -65,6 +73,7 @@ def state_by_index(query: Query, rows: Rows, index: Index | None, how: How, dens
         or under_transform(*every)
         or traced(*every)
     ):
+        how.note(none)
         return dense(query)
     eps = pruned.weight_allowed(query, rows, index, None)
     if how.tol is not None:
@@ -73,12 +82,15 @@ def state_by_index(query: Query, rows: Rows, index: Index | None, how: How, dens
     measured = costs.costs_of(query.x, rows.data) if how.method == "auto" else None
     chosen = pruned.choose(query, rows, index, eps, measured)
     if chosen is None:
+        how.note(none)
         return dense(query)
-    lists, swept = chosen
+    scan, swept = chosen
     # At sigma = 0, and nearly there, sums that are normalised cannot be merged.
     kept = (~swept).nonzero()[:, 0]
     if not len(kept):
+        how.note(none)
         return dense(query)
+    lists = pruned.lists_of(scan, ~swept)
     near = query.take(kept)
     sums = ops.posterior_listed(near, rows, lists)
     merges = torch.isfinite(sums.log_z)
@@ -87,11 +99,13 @@ def state_by_index(query: Query, rows: Rows, index: Index | None, how: How, dens
         near, sums = near.take(merges), Sums(*(v[merges] for v in sums))
     center = torch.zeros(rows.dim, dtype=torch.float64, device=query.x.device)
     kind = torch.float64 if query.computes_in_float64(rows) else torch.float32
+    rest = torch.ones_like(swept)
+    rest[kept] = False
+    if how.dropped is not None:
+        how.note(Dropped.by_scan(scan, rest, rows.n))
     mine = _state_of(sums, near, center, kind)
     if len(kept) == len(query.x):
         return mine
-    rest = torch.ones_like(swept)
-    rest[kept] = False
     at = rest.nonzero()[:, 0]
     other = dense(query.take(at))
     acc = (other.acc + other.s[:, None] * other.center).to(other.acc.dtype)

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from memokern import ops
-from memokern.calls import Query, Rows, State, by_key, rescaled, to_sums
+from memokern.calls import Query, Rows, State, Sums, by_key, rescaled, to_sums
 from memokern.data.parted import PartedSet
 from memokern.data.sharded import ShardedSet
 from memokern.data.streamed import StreamedSet
 from memokern.data.training_set import TrainingSet
 from memokern.strategies import costs, dense, local, pruned_nearest, sharded, streamed
+from memokern.strategies.certificate import Certificate, Dropped, certify_parts
 from memokern.strategies.local import How
+from memokern.util.ranks import checksum
 from memokern.validate import log_total
 
 T = TypeVar("T")
@@ -31,13 +33,77 @@ def together(data: PartedSet, operation: str, check: Callable[[], T]) -> T:
         raise
 
 
+def is_split(data: PartedSet) -> bool:
+    """Whether each rank has queries of its own."""
+    return isinstance(data, ShardedSet) and data.queries == "split"
+
+
+def compare(data: PartedSet, given: dict[str, Tensor | None]) -> None:
+    """ValueError on every rank unless all were given the same; of split queries, as much of it."""
+    if isinstance(data, ShardedSet):
+        told: dict[str, Any] = {name: checksum(value) for name, value in given.items()}
+        if is_split(data):
+            told = {name: value is not None for name, value in given.items()}
+        data.ranks.agree("what queries ask for", told)
+
+
+def labels_of_all(data: PartedSet, labels: Tensor) -> list[int]:
+    """The labels that queries of any rank ask for, ascending."""
+    assert isinstance(data, ShardedSet)
+    layout = sharded.layout_of(data, len(labels), "label")
+    found: list[int] = layout.gathered([labels])[0].unique().tolist()
+    return found
+
+
+def numbers_within(
+    rows: Tensor, index: Tensor | slice, chosen: ShardedSet, data: TrainingSet
+) -> Tensor:
+    """The numbers in a subset of rows that have these numbers in the whole; -1 for others, and for
+    -1. index: which of the rows here are in the subset."""
+    if isinstance(index, slice):
+        return rows
+    assert isinstance(data, ShardedSet)
+    layout = sharded.layout_of(data, len(rows), "leave_out")
+    place = data.local_numbers(layout.gathered([rows])[0])
+    found = torch.zeros_like(place)
+    if len(index):
+        at = torch.searchsorted(index, place).clamp(max=len(index) - 1)
+        found = torch.where((index[at] == place) & (place >= 0), at + chosen.first + 1, 0)
+    return data.ranks.sum([found], "leave_out")[0][layout.own] - 1
+
+
 def state(query: Query, data: PartedSet, how: How, operation: str = "posterior") -> State:
     """The state of queries over all rows; the query's bias is that of the rows here."""
     if isinstance(data, ShardedSet):
-        how = how._replace(radius=data.y_max)
-        asked = sharded.ask(operation, query, data)
-        return sharded.state(query, data, asked, lambda part: _here(part, data.part, how))
+        how = how._replace(radius=data.radius)
+        asked = sharded.ask(operation, query, data, method=how.method, tol=how.tol)
+        return sharded.state(query, data, asked, lambda part: _of_part(part, data, how))
     return _here(query, data, how)
+
+
+def _of_part(query: Query, data: ShardedSet, how: How) -> State:
+    if not data.n_here:
+        how.note(Dropped.none(query.sigma, 0))
+        return local.no_state(query, data.as_rows())
+    return _here(query, data.part, how)
+
+
+def certificate(
+    query: Query, sums: Sums, data: PartedSet, dropped: Sequence[Dropped]
+) -> Certificate:
+    """What the rows that were left out, of all parts, may have contributed; of sums [B] of this
+    rank's queries. dropped: what was noted here, block by block of the queries of all ranks."""
+    columns = [torch.cat(v) for v in zip(*dropped, strict=True)]
+    mine = torch.stack(columns)
+    if not isinstance(data, ShardedSet):
+        index = data.index
+        radius = 0.0 if index is None else index.y_max
+        center = data.center64 if index is None else index.center.to(torch.float64)
+        return certify_parts(query, sums, Dropped(*mine[:, None]), center, radius)
+    own = sharded.layout_of(data, len(query.x), "certificate").own
+    every = data.ranks.gather(mine, "certificate")[:, :, own]
+    radius = data.radius or 0.0
+    return certify_parts(query, sums, Dropped(*every.unbind(1)), data.center64, radius)
 
 
 def _here(query: Query, data: TrainingSet | None, how: How) -> State:
@@ -64,7 +130,7 @@ def own_total(query: Query, data: PartedSet) -> Tensor:
     rows = Rows(one.new_zeros(1, 1).expand(data.n_here, 1), conditions=data.conditions)
 
     def sweep(query: Query) -> State:
-        return ops.posterior_state(query, rows)
+        return ops.posterior_state(query, rows) if rows.n else local.no_state(query, rows)
 
     if isinstance(data, ShardedSet):
         asked = sharded.ask("own weights", nowhere, data)
@@ -106,11 +172,12 @@ def nearest_conditions(c: Tensor, data: PartedSet) -> tuple[Tensor, Tensor]:
         sq, at = ops.nearest(c, rows, 1)
         return sq[:, 0], conditions[at[:, 0]]
     sq, at = sharded.nearest(c, data, 1, lambda c, k: ops.nearest(c, rows, k))
-    place = data.local_numbers(at[:, 0])
-    found = torch.zeros_like(c)
+    layout = sharded.layout_of(data, len(c), "nearest")
+    place = data.local_numbers(layout.gathered([at[:, 0]])[0])
+    found = c.new_zeros((len(place), c.shape[1]))
     here = place >= 0
     found[here] = conditions[place[here]]
-    return sq[:, 0], data.ranks.sum([found], "nearest")[0]
+    return sq[:, 0], data.ranks.sum([found], "nearest")[0][layout.own]
 
 
 # --- by row -------------------------------------------------------------------------------------
@@ -163,7 +230,7 @@ def weights(query: Query, data: PartedSet) -> Iterator[Tensor]:
 
 def require_replicated(data: PartedSet, what: str) -> None:
     """ValueError where each rank has queries of its own."""
-    if isinstance(data, ShardedSet) and data.queries == "split":
+    if is_split(data):
         raise ValueError(
             f"{what} takes queries that all ranks share: shard(..., queries='replicated')"
         )

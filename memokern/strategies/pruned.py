@@ -104,17 +104,13 @@ def _scanned(
 
 def choose(
     query: Query, rows: Rows, index: Index, eps: float, costs: Costs | None
-) -> tuple[RowLists, Tensor] | None:
-    """Lists of the rows that matter, of the queries that are not in `swept` [B], which are better
-    off with all rows; None where all queries are."""
-    found = _scanned(query.detach(), rows, index, eps, costs)
-    if found is None:
-        return None
-    scan, swept = found
-    return _lists_of(scan, ~swept), swept
+) -> tuple[Scan, Tensor] | None:
+    """What the bounds leave, and which queries [B] are better off with all rows; None where all
+    are."""
+    return _scanned(query.detach(), rows, index, eps, costs)
 
 
-def _lists_of(scan: Scan, which: Tensor) -> RowLists:
+def lists_of(scan: Scan, which: Tensor) -> RowLists:
     """The lists of the queries in `which` [B]."""
     start, index = scan.lists
     count = start.diff()
@@ -151,7 +147,7 @@ def _by_both_ways(query: Query, rows: Rows, scan: Scan, swept: Tensor) -> Sums:
     if n_swept == len(swept):
         return ops.posterior(query, rows)
     kept, rest = (~swept).nonzero()[:, 0], swept.nonzero()[:, 0]
-    lists = _lists_of(scan, ~swept)
+    lists = lists_of(scan, ~swept)
     near = ops.posterior_listed(query.take(kept), rows, lists)
     far = ops.posterior(query.take(rest), rows)
     order = torch.argsort(torch.cat([kept, rest]))

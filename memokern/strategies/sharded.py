@@ -37,10 +37,12 @@ SUMS = slice(2, 6)  # s, s_v, s_bias, s_sq of a State
 def ask(operation: str, query: Query, data: ShardedSet, **more: Any) -> tuple[Asked, Layout]:
     """Tells the other ranks of the call. With split queries also waits for how many each has."""
     if under_transform(*tensors(query, data.as_rows())) or traced(query.x):
-        raise RuntimeError(
+        error = RuntimeError(
             "rows on several ranks have no torch.func transform, forward mode or compiled graph:"
             " use backward() or torch.autograd.grad, uncompiled"
         )
+        data.ranks.refuse(operation, error)
+        raise error
     split = data.queries == "split"
     given = [v is not None and v.requires_grad for v in query.tensors]
     facts: dict[str, Any] = {
@@ -62,28 +64,40 @@ def ask(operation: str, query: Query, data: ShardedSet, **more: Any) -> tuple[As
     asked = data.ranks.ask(operation, {**facts, "_b": len(query.x)})
     if not split:
         return asked, Layout(data.ranks, operation)
-    if query.own_bias:
-        data.ranks.refuse(operation, ValueError("split queries"))
-        raise ValueError("split queries share what they ask for: give labels and conditions to all")
     counts = tuple(int(facts["_b"]) for facts in asked.result())
     return asked, Layout(data.ranks, operation, counts)
 
 
-def collected(query: Query, layout: Layout) -> Query:
-    """The queries of all ranks, as one."""
+def layout_of(data: ShardedSet, count: int, operation: str) -> Layout:
+    """Whose queries are whose, of which this rank has so many; one small collective where they are
+    split."""
+    if data.queries != "split":
+        return Layout(data.ranks, operation)
+    counts = data.ranks.gather(torch.tensor([count]), operation)[:, 0].tolist()
+    return Layout(data.ranks, operation, tuple(counts))
+
+
+def collected(query: Query, data: ShardedSet, layout: Layout) -> Query:
+    """The queries of all ranks, as one; the rows that they leave out by their place here."""
     condition = query.condition
     given = [query.x, query.sigma, query.alpha, query.temperature]
     given += [] if condition is None else [condition.c, condition.h]
     x, s, a, t, *rest = Collect.apply(layout, *given)
     if condition is not None:
-        condition = condition._replace(c=rest[0], h=rest[1])
-    return query._replace(x=x, sigma=s, alpha=a, temperature=t, condition=condition)
+        (anchor,) = layout.gathered([condition.a])
+        condition = condition._replace(c=rest[0], h=rest[1], a=anchor)
+    left_out = query.leave_out
+    if left_out is not None:
+        left_out = data.local_numbers(layout.gathered([left_out])[0])
+    return query._replace(
+        x=x, sigma=s, alpha=a, temperature=t, condition=condition, leave_out=left_out
+    )
 
 
 def state(query: Query, data: ShardedSet, asked: tuple[Asked, Layout], local: Dense) -> State:
     """The state of this rank's queries over the rows of all. local: the state over its own."""
     sent, layout = asked
-    every = collected(query, layout)
+    every = collected(query, data, layout)
     b = len(every.x)
     blocks: list[_Block] = []
     # Rows that are read from a file are read once for all queries.
@@ -115,7 +129,7 @@ def _swept(query: Query, data: ShardedSet, local: Dense) -> tuple[State, Excepti
     """This rank's state; where its sweep fails an empty one, and why."""
     rows = data.as_rows()
     try:
-        return (local(query) if data.n_here else no_state(query, rows)), None
+        return local(query), None
     except Exception as error:
         return no_state(query, rows), error
 

@@ -25,21 +25,55 @@ CHANGED: dict[str, dict[str, Any]] = {
     "weighting": {"weighting": "log"},
     "gradient": {"x": problem()[1].requires_grad_()},
     "bias": {"bias": True},
+    "label": {"label": 3},
+    "leave_out": {"leave_out": 7},
+    "condition": {"condition": torch.ones(2)},
+    "bandwidth": {"bandwidth": 0.25},
+    "certificate": {"certificate": True},
+    "tol": {"tol": 0.1},
+    "vmap": {"transform": "vmap"},
+    "jvp": {"transform": "jvp"},
+    "compile": {"transform": "compile"},
+}
+# What all ranks ask for where rank 1 asks for something else.
+ASKED: dict[str, dict[str, Any]] = {
+    "label": {"label": 2},
+    "leave_out": {"leave_out": 8},
+    "condition": {"condition": torch.zeros(2), "bandwidth": 0.5},
+    "bandwidth": {"condition": torch.zeros(2), "bandwidth": 0.5},
 }
 
 
 def disagreeing(group: Any, name: str) -> list[Any]:
     """What a call raises on which rank 1 asks something else; and how the next call fares."""
     rows, x = problem()
-    data = shard(rows, group)
+    data = shard(
+        memokern.TrainingSet(
+            rows, labels=torch.arange(37) % 4, conditions=torch.linspace(0, 1, 74).reshape(37, 2)
+        ),
+        group,
+    )
     call: dict[str, Any] = {"x": x, "data": data, "sigma": 0.5}
     expected = memokern.posterior(**call).mean
+    call |= ASKED.get(name, {})
     if dist.get_rank() == 1:
         call |= CHANGED[name]
         if call.get("bias"):
             call["bias"] = torch.zeros(data.n_here, dtype=torch.float64)
+    transform = call.pop("transform", "")
+
+    def asked(x: torch.Tensor) -> torch.Tensor:
+        return memokern.posterior(**call | {"x": x}).mean
+
     try:
-        memokern.posterior(**call)
+        if transform == "vmap":
+            torch.func.vmap(asked)(x[:, None])
+        elif transform == "jvp":
+            torch.func.jvp(asked, (x,), (x,))
+        elif transform == "compile":
+            torch.compile(asked, backend="eager", fullgraph=True)(x)
+        else:
+            asked(call["x"])
     except Exception as error:
         said = [type(error).__name__, str(error)]
     else:

@@ -234,3 +234,57 @@ def streamed(group: Any, folder: str) -> dict[str, Tensor]:
     near = memokern.nearest(x, data, 8)
     draws = memokern.draw(x, data, 1.0, generator=torch.Generator().manual_seed(2))
     return numbers(p) | {"gradient": gradient, "row": near.index, "draw": draws}
+
+
+def certified(group: Any, method: str) -> dict[str, Tensor]:
+    """Certificates, and what they are of: the true error of the mean for the weight allowed."""
+    digits = TrainingSet.digits()
+    x = digits.gather(torch.arange(0, 1700, 53)) + 0.1
+    sigma = torch.linspace(0.1, 1.2, len(x), dtype=torch.float64)
+    sigma[3], sigma[4] = 0.0, 30.0
+    data = digits if group == "one" else shard(digits, group).build_index()
+    p = memokern.posterior(x, data, sigma, method=method, certificate=True)
+    assert p.certificate is not None
+    names = ("weight", "mean_error", "score_error", "log_z_error", "rows_kept", "levels")
+    found = {name: getattr(p.certificate, name).double() for name in names}
+    return found | {"mean": p.mean.double().flatten(1), "log_z": p.log_z}
+
+
+def split_asked(group: Any, counts: list[int]) -> dict[str, Tensor]:
+    """Each rank has queries of its own, with labels, conditions and rows left out."""
+    data = labelled(group, queries="split") if group != "one" else labelled("one")
+    b = sum(counts)
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(b, 8, 8, generator=g)
+    label = torch.tensor([3, 5, 3, -1, 0, 9, 3, 1])[:b]
+    leave_out = torch.tensor([3, 4, 13, 60, -1, 119, 23, 7])[:b]
+    c = torch.stack([torch.linspace(-1, 1, 120)[leave_out], leave_out % 7.0], 1)
+    h = torch.linspace(0.5, 2, b, dtype=torch.float64)
+    index = torch.arange(10, 10 + b)
+    if group != "one":
+        rank = torch.distributed.get_rank()
+        mine = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
+        x, label, leave_out, c, h, index = (v[mine] for v in (x, label, leave_out, c, h, index))
+    out = {"gather": data.gather(index).double()}
+    smooth = Denoiser(data, regularizer=regularizers.GaussianSmoothing(0.1))
+    for name, asked in {
+        "label": {"label": label},
+        "left out": {"leave_out": leave_out},
+        "condition": {"condition": c, "bandwidth": h},
+        "all": {"label": label, "leave_out": leave_out, "condition": c, "bandwidth": h},
+    }.items():
+        p = memokern.posterior(x, data, 0.7, **asked)
+        out |= {f"{name} {k}": v for k, v in numbers(p).items() if k != "n"}
+        if name != "left out" and name != "all":
+            out[f"smooth {name}"] = smooth(x, 0.7, **asked).double()
+    return out
+
+
+def explained(group: Any) -> list[str]:
+    """What a rank says of a call, without the others."""
+    rows, x = problem()
+    data = shard(rows, group)
+    if torch.distributed.get_rank() == 1:
+        return []
+    found = memokern.explain(x, data, 0.5)
+    return [found.strategy, str(found.runs)]

@@ -63,3 +63,37 @@ def test_gradients(pool, sigma, second):
 def test_everything_else(pool, size):
     expected = programs.questions("one")
     same(pool.run(size, programs.questions), expected, 2e-5)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.one_of(2)
+def test_certificates(pool, size):
+    exact = programs.certified("one", "dense")
+    for method in ("pruned", "auto", "dense"):
+        for mine in pool.run(size, programs.certified, method):
+            assert not isinstance(mine, Raised), mine
+            for name in ("weight", "mean_error", "score_error", "log_z_error"):
+                assert bool((mine[name] >= 0).all()) and bool(mine[name].isfinite().all())
+            off = torch.linalg.vector_norm(mine["mean"] - exact["mean"], dim=1)
+            assert bool((off <= mine["mean_error"] + 2e-5).all())
+            assert bool((mine["weight"] < 2e-6).all())
+            assert mine["rows_kept"][3] == mine["rows_kept"][4] == 1797  # sigma = 0 and 30
+            if method == "pruned":
+                assert bool((mine["rows_kept"] < 1797).any() and (mine["weight"] > 0).any())
+            if method == "dense":
+                assert not bool(mine["weight"].any())
+
+
+@pytest.mark.parametrize("counts", [[5, 3], [3, 0, 4], [0, 2, 5, 1]], ids=str)
+@pytest.mark.one_of(2)
+def test_split_queries_that_ask_for_something(pool, counts):
+    expected = programs.split_asked("one", counts)
+    found = pool.run(len(counts), programs.split_asked, counts)
+    assert not any(isinstance(v, Raised) for v in found), found
+    same([{k: torch.cat([mine[k] for mine in found]) for k in expected}], expected, 1e-5)
+
+
+def test_a_rank_explains_by_itself(pool):
+    first, _ = pool.run(2, programs.explained)
+    assert first[0].startswith("37 rows on 2 ranks, 19 of them here: dense")
+    assert first[1] != "None"
