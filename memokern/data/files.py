@@ -21,6 +21,7 @@ import safetensors
 import safetensors.torch
 import torch
 
+from memokern.util.tensor_file import Stream, write_tensors
 from memokern.util.writing import atomic
 
 # Up to so many bytes, a member of an .npz is compared with its checksum before it is mapped.
@@ -347,18 +348,15 @@ def write_npz(path: str | os.PathLike[str], **arrays: np.ndarray | torch.Tensor)
 
 def write_safetensors(
     path: str | os.PathLike[str],
-    tensors: Mapping[str, torch.Tensor],
+    tensors: Mapping[str, torch.Tensor | Stream],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write named tensors and string metadata as `.safetensors`.
+    """Write named tensors and string metadata as `.safetensors`, piece by piece, so that what is
+    mapped or streamed is never in memory as a whole.
 
     Raises ValueError for another suffix, and as `atomic`.
     """
     if Path(path).suffix.lower() != ".safetensors":
         raise ValueError(f"expected a path ending in .safetensors, got {str(path)!r}")
-    contiguous = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    with atomic(path) as temporary:
-        try:
-            safetensors.torch.save_file(contiguous, temporary, dict(metadata or {}))
-        except safetensors.SafetensorError as error:  # of a full disk, for instance
-            raise OSError(str(error)) from error
+    with atomic(path) as temporary, open(temporary, "wb") as file:
+        write_tensors(file, tensors, metadata or {})

@@ -20,15 +20,19 @@ Chunk = tuple[int, Tensor]
 
 
 class Mapped:
-    """The rows of a mapped file [N, D], as chunks of `step` rows."""
+    """The rows of a mapped file [N, D], as chunks of `step` rows, from row `start` on."""
 
-    def __init__(self, rows: Tensor, step: int) -> None:
-        self.rows, self.step, self.n = rows, step, len(rows)
+    def __init__(self, rows: Tensor, step: int, start: int = 0) -> None:
+        self.rows, self.step, self.n, self.start = rows, step, len(rows), start
         self._file = is_file(rows)
+
+    def by(self, step: int, start: int = 0) -> Mapped:
+        """The same rows, otherwise cut."""
+        return Mapped(self.rows, step, start)
 
     def fill(self, free: Callable[[], Tensor], ready: Callable[[Chunk], None]) -> None:
         """Reads all rows into buffers that are free, and hands each on when it is full."""
-        for first in range(0, self.n, self.step):
+        for first in range(self.start, self.n, self.step):
             part = self.rows[first : first + self.step]
             buffer = free()[: len(part)]
             buffer.copy_(part)
@@ -39,10 +43,16 @@ class Mapped:
 
 class Iterated:
     """The rows of a re-iterable, whose items [n, \\*shape] are put together to chunks of `step`
-    rows."""
+    rows, from row `start` on."""
 
-    def __init__(self, source: Iterable[Any] | Callable[[], Iterable[Any]], step: int) -> None:
-        self._source, self.step = source, step
+    def __init__(
+        self, source: Iterable[Any] | Callable[[], Iterable[Any]], step: int, start: int = 0
+    ) -> None:
+        self._source, self.step, self.start = source, step, start
+
+    def by(self, step: int, start: int = 0) -> Iterated:
+        """The same rows, otherwise cut."""
+        return Iterated(self._source, step, start)
 
     def items(self) -> Iterator[Tensor]:
         """What is given, from the start; of tuples (a DataLoader's batches) the first part."""
@@ -63,9 +73,10 @@ class Iterated:
 
     def fill(self, free: Callable[[], Tensor], ready: Callable[[Chunk], None]) -> None:
         """As :meth:`Mapped.fill`."""
-        first, filled, buffer = 0, 0, None
+        first, filled, buffer, before = self.start, 0, None, self.start
         for item in self.items():
             rows = item.detach()[:, None].flatten(1) if len(item) else item[:0]
+            before, rows = max(0, before - len(rows)), rows[before:]
             while len(rows):
                 if buffer is None:
                     buffer = free()

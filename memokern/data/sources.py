@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from memokern.data import files
 from memokern.data.folders import read_folder
+from memokern.util.tensor_file import Stream
 
 # TrainingSet.save marks its files with these.
 FORMAT = "memokern.TrainingSet"
@@ -108,9 +109,15 @@ def _from_pinned(
     return found
 
 
+def described(data: Any) -> dict[str, str | None]:
+    """What a file tells of a training set beside its tensors; the repr of a float reads back as the
+    same float."""
+    return {"scale": repr(data.scale), "shift": repr(data.shift), "name": data.name}
+
+
 def write(
     path: str | os.PathLike[str],
-    tensors: Mapping[str, torch.Tensor | None],
+    tensors: Mapping[str, torch.Tensor | Stream | None],
     metadata: Mapping[str, str | None],
     index: tuple[str, Mapping[str, torch.Tensor]] | None,
 ) -> None:

@@ -12,17 +12,22 @@ from tqdm import tqdm
 
 from memokern.calls import Rows
 from memokern.calls.values import dequantized
+from memokern.data import sources
 from memokern.data.derived import Derived
 from memokern.data.parted import PartedSet, no_rows
 from memokern.data.reading import Iterated, Mapped, ahead
-from memokern.data.storage import checked_index, require_finite
+from memokern.data.storage import center, checked_index, require_finite
 from memokern.data.stored import PER_ROW
 from memokern.data.training_set import TrainingSet
-from memokern.index.build import build
+from memokern.index.build import Source, build
+from memokern.index.checksum import Checksum
+from memokern.index.index import Index, evenly_spaced_rows, fingerprint_of, fingerprint_rows
 from memokern.util import checks
+from memokern.util.tensor_file import Stream
 
 CHUNK_BYTES = 64 << 20
 ELEMENTS = 1 << 22  # of a temporary
+MIDDLE_ROWS = 4096  # at most, for the center of a file's rows
 
 
 def _step(rows: Tensor, chunk_bytes: int) -> int:
@@ -49,8 +54,8 @@ class StreamedSet(PartedSet):
         check: False skips the search for NaN and infinite values in the first pass.
         others: as TrainingSet; labels, conditions and log_weights [N] stay in memory.
 
-    Attributes: as TrainingSet's, but for `rows`, which holds none of them. center is the mean of
-        the first chunk.
+    Attributes: as TrainingSet's, but for `rows`, which holds none of them. center is that of some
+        rows, spaced evenly through a file, else of the first chunk's.
 
     Raises: as TrainingSet; TypeError for an iterator, which could be read only once; RuntimeError
         for chunks that have become others, and for second derivatives.
@@ -86,6 +91,7 @@ class StreamedSet(PartedSet):
         self._mapped: TrainingSet | None = None
         self._norms: Tensor | None = None
         self._center: Tensor | None = None
+        self._index: Index | None = None
         if isinstance(source, (str, os.PathLike, TrainingSet)):
             whole = source
             if not isinstance(whole, TrainingSet):
@@ -110,6 +116,7 @@ class StreamedSet(PartedSet):
             setattr(self, name, None)
         if self._mapped is None:
             self._first_pass()
+            assert self._norms is not None
             # Their checks, for N rows of one number.
             given = {k: options[k] for k in PER_ROW if options.get(k) is not None}
             like = TrainingSet(torch.zeros(1, 1).expand(self.n, 1), check=False, **given)
@@ -119,17 +126,23 @@ class StreamedSet(PartedSet):
 
     # --- chunks ---------------------------------------------------------------------------------
 
-    def raw_chunks(self, what: str = "sweeping rows") -> Iterator[tuple[int, Tensor]]:
-        """The number of the first row and the stored rows [n, D], of chunk after chunk. A chunk's
-        memory is used again when the next one is asked for."""
+    def raw_chunks(
+        self, what: str = "sweeping rows", start: int = 0, multiple: int = 1
+    ) -> Iterator[tuple[int, Tensor]]:
+        """The number of the first row and the stored rows [n, D], of chunk after chunk, from row
+        `start` on; of a multiple of so many rows, but for the last. A chunk's memory is used again
+        when the next one is asked for."""
         total = self._rows_known() or None
+        source = self._source
+        if start or multiple > 1:
+            source = source.by(max(1, source.step // multiple) * multiple, start)
         hidden = None if self._progress is None else not self._progress
         with tqdm(
-            total=total, desc=what, unit=" rows", leave=False, disable=hidden,
+            total=total, initial=start, desc=what, unit=" rows", leave=False, disable=hidden,
             delay=2 if self._progress is None else 0,
         ) as bar:  # fmt: skip
-            n = 0
-            for first, rows in ahead(self._source, self.rows, self._device):
+            n = start
+            for first, rows in ahead(source, self.rows, self._device):
                 yield first, rows
                 n += len(rows)
                 bar.update(len(rows))
@@ -155,8 +168,13 @@ class StreamedSet(PartedSet):
             # One tensor from the start: small ones that stay, made between large ones that go,
             # would leave holes as large as the file in the heap.
             norms = torch.empty(self._rows_known(), dtype=torch.float64, device=self._device)
-            index = None if self._mapped is None else self._mapped.index
-            center = None if index is None else index.center.to(self._device)
+            mapped = self._mapped
+            if mapped is not None and mapped.index is not None:
+                # The index is for these very numbers, and its checksums are those of the rows.
+                self._center = mapped.index.center.to(self._device)
+                self._norms = mapped.sq_norms.to(self._device)
+                return
+            center = None if mapped is None else self._middle(mapped.rows)
             n = 0
             for first, rows in self.raw_chunks("reading rows"):
                 if self._check:
@@ -173,6 +191,12 @@ class StreamedSet(PartedSet):
             self._center, self._norms = center, norms[:n].clone()
         self.whole_n = len(self._norms)
 
+    def _middle(self, rows: Tensor) -> Tensor:
+        """A point amid the rows of a file, from some of them, spaced evenly."""
+        most = max(1, min(MIDDLE_ROWS, self._source.step))
+        some = rows.index_select(0, evenly_spaced_rows(len(rows), most))
+        return center(some, self.scale, self.shift, self.compute_dtype).to(self._device)
+
     def _values(self, rows: Tensor) -> Tensor:
         return dequantized(rows, self.scale, self.shift).to(torch.float64)
 
@@ -188,7 +212,7 @@ class StreamedSet(PartedSet):
 
     @property
     def center(self) -> Tensor:
-        """A point amid the rows, [D]: the mean of the first chunk's."""
+        """A point amid the rows, [D], of some of them."""
         self._first_pass()
         assert self._center is not None
         return self._center
@@ -212,8 +236,8 @@ class StreamedSet(PartedSet):
 
     @property
     def index(self) -> Any:
-        """The index of the file's rows, or None."""
-        return None if self._mapped is None else self._mapped.index
+        """The index of the rows, or None."""
+        return self._index if self._mapped is None else self._mapped.index
 
     @property
     def nbytes(self) -> int:
@@ -240,14 +264,17 @@ class StreamedSet(PartedSet):
         by a pass over all."""
         index = checked_index(index, self.n, self._device)
         flat = index.reshape(-1)
+        return self.dequantize(self.stored(flat)).reshape((*index.shape, *self.shape))
+
+    def stored(self, index: Tensor) -> Tensor:
+        """The rows with these numbers [k] as they are stored, [k, D]; see :meth:`gather`."""
         if self._mapped is not None:
-            taken = self._mapped.rows.index_select(0, flat.cpu()).to(self._device)
-        else:
-            taken = self.rows.new_empty((len(flat), self.dim))
-            for first, rows in self.raw_chunks():
-                here = (flat >= first) & (flat < first + len(rows))
-                taken[here] = rows[flat[here] - first]
-        return self.dequantize(taken).reshape((*index.shape, *self.shape))
+            return self._mapped.rows.index_select(0, index.cpu()).to(self._device)
+        taken = self.rows.new_empty((len(index), self.dim))
+        for first, rows in self.raw_chunks():
+            here = (index >= first) & (index < first + len(rows))
+            taken[here] = rows[index[here] - first]
+        return taken
 
     def __getitem__(self, item: int | slice | Tensor) -> Tensor:
         """As a TrainingSet's."""
@@ -262,6 +289,11 @@ class StreamedSet(PartedSet):
         return f"StreamedSet({name}{self.n} rows {list(self.shape)} {kind}, {step} at a time)"
 
     # --- other sets -----------------------------------------------------------------------------
+
+    @property
+    def in_file(self) -> bool:
+        """Whether the rows are in a file, where each can be read by itself."""
+        return self._mapped is not None
 
     def file(self, what: str) -> TrainingSet:
         """The mapped file; RuntimeError where the rows are of another source."""
@@ -308,19 +340,49 @@ class StreamedSet(PartedSet):
         dims: Sequence[int] | None = None,
         storage: str = "float16",
         progress: bool | None = None,
+        resume: str | os.PathLike[str] | None = None,
     ) -> StreamedSet:
-        """As :meth:`memokern.TrainingSet.build_index`, of a file: the index stays in memory."""
-        mapped = self.file("an index")
+        """As :meth:`memokern.TrainingSet.build_index`; the index stays in memory, or with resume=
+        in files of its own. One pass for norms, unless that was made, and one for the index; of
+        rows that are not a file's, one more for those that the basis is fitted to."""
         self._first_pass()
-        found = build(
-            self.as_rows(), self.center, self.shape,
-            basis=basis, dims=dims, storage=storage,
+        assert self._norms is not None
+        self._index = build(
+            self._rows_for_index(self._norms), self.center, self.shape,
+            basis=basis, dims=dims, storage=storage, resume=resume,
             progress=self._progress if progress is None else progress,
         )  # fmt: skip
-        derived = Derived(mapped.rows, self.scale, self.shift, sq_norms=self._norms, index=found)
-        mapped.adopt(derived)
+        if self._mapped is not None:
+            known: dict[str, Any] = {"sq_norms": self._norms, "index": self._index}
+            self._mapped.adopt(Derived(self._mapped.rows, self.scale, self.shift, **known))
         return self
 
+    def _rows_for_index(self, norms: Tensor) -> Source:
+        def chunks(first: int, step: int) -> Iterator[tuple[int, Tensor]]:
+            yield from self.raw_chunks("building the index", first, step)
+
+        def some(at: Tensor) -> Tensor:
+            return self.stored(at.to(self._device))
+
+        most = fingerprint_rows(self.n, self.rows)
+        mark = fingerprint_of(some(most), (self.n, self.dim), self.scale, self.shift)
+        return Source(self.n, self.dim, self.scale, self.shift, norms, some, chunks, mark)
+
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the file's rows, and the index, as :meth:`memokern.TrainingSet.save`."""
-        self.file("save").save(path)
+        """Writes rows and index as :meth:`memokern.TrainingSet.save`, chunk by chunk; rows that are
+        not a file's in two passes."""
+        if self._mapped is not None:
+            self._mapped.save(path)
+            return
+        rows = Stream(
+            (self.n, *self.shape), self.rows.dtype,
+            lambda: (chunk for _, chunk in self.raw_chunks("writing rows")),
+        )  # fmt: skip
+        tensors = {"rows": rows, **{name: getattr(self, name) for name in PER_ROW}}
+        index = None
+        if self._index is not None:
+            total = Checksum((self.n, self.dim), self.rows.dtype)
+            for _, chunk in self.raw_chunks("checking rows"):
+                total.update(chunk)
+            index = self._index.state(total.hexdigest(), self.sq_norms)
+        sources.write(path, tensors, sources.described(self), index)

@@ -30,7 +30,7 @@ from memokern.data.storage import (
     rows_of_label,
 )
 from memokern.data.stored import PER_ROW, StoredRows
-from memokern.index.build import build
+from memokern.index.build import Source, build
 from memokern.index.index import Index, fingerprint
 from memokern.util import checks
 from memokern.util.held import Held
@@ -208,6 +208,7 @@ class TrainingSet(StoredRows):
         dims: Sequence[int] | None = None,
         storage: str = "float16",
         progress: bool | None = None,
+        resume: str | os.PathLike[str] | None = None,
     ) -> TrainingSet:
         """Make `index`, from which rows are proven to have no weight, and return the set itself.
 
@@ -225,8 +226,12 @@ class TrainingSet(StoredRows):
                 suit float16. The rounding of each row is measured and allowed for.
             progress: whether to show a progress bar. None shows it on a terminal, after two
             seconds.
+            resume: a folder in which what is done is kept, safe every few seconds: a build of the
+                same rows that was killed goes on there. The index then stays in its files, mapped
+                into memory; remove the folder when the set is saved and no longer used.
 
-        Raises: ValueError for D <= 16, for rows that do not suit the basis, for unknown choices.
+        Raises: ValueError for D <= 16, for rows that do not suit the basis, for unknown choices;
+            RuntimeError where another process builds in the folder.
 
         Warns: of flat rows that have the size of images, for which dct is much faster.
 
@@ -241,8 +246,8 @@ class TrainingSet(StoredRows):
         if not self._derived.is_of(self.rows):
             self._derived = self._new_derived()
         self._derived.index = build(
-            self.as_rows(), self.center, self.shape,
-            basis=basis, dims=dims, storage=storage, progress=progress,
+            Source.of(self.as_rows()), self.center, self.shape,
+            basis=basis, dims=dims, storage=storage, progress=progress, resume=resume,
         )  # fmt: skip
         return self
 
@@ -331,10 +336,8 @@ class TrainingSet(StoredRows):
         """
         rows = self.rows.reshape((self.n, *self.shape))
         tensors = {"rows": rows, **{name: getattr(self, name) for name in PER_ROW}}
-        # The repr of a float reads back as the same float.
-        metadata = {"scale": repr(self.scale), "shift": repr(self.shift), "name": self.name}
         index = None if self.index is None else self.index.state(self.rows, self.sq_norms)
-        sources.write(path, tensors, metadata, index)
+        sources.write(path, tensors, sources.described(self), index)
 
     @classmethod
     def load(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,9 +14,19 @@ from tqdm import tqdm
 
 from memokern.calls import Rows
 from memokern.calls.values import dequantized
-from memokern.index.basis import FIT_ROWS, ORDER_ROWS, Cosine, Principal, image_shape, is_image
-from memokern.index.index import STORAGES, Index, evenly_spaced_rows, fingerprint
+from memokern.index.basis import (
+    FIT_ROWS,
+    ORDER_ROWS,
+    Cosine,
+    Principal,
+    from_state,
+    image_shape,
+    is_image,
+)
+from memokern.index.checksum import checksum
+from memokern.index.index import STORAGES, VERSION, Index, evenly_spaced_rows, fingerprint
 from memokern.index.projection import U64, band_indicator, band_norms, rounded_up
+from memokern.index.unfinished import unfinished
 from memokern.util import checks
 
 BASES = ("auto", "pca", "dct")
@@ -30,10 +42,46 @@ CHUNK_ELEMENTS = 1 << 18
 HALF_RANGE = (1e-2, 6e4)
 
 
+class Source(NamedTuple):
+    """The rows that an index is built of, wherever they are.
+
+    n, dim: how many, of so many features. scale, shift: as of :class:`.Rows`. sq_norms: [N].
+    some: the stored rows with the numbers that it is given. chunks: of stored rows, in order, given
+    the number of the first one and how many are wanted together; each with its first number; their
+    lengths are multiples of that, but for the last. fingerprint: see
+    :func:`memokern.index.index.fingerprint`.
+    """
+
+    n: int
+    dim: int
+    scale: float
+    shift: float
+    sq_norms: Tensor
+    some: Callable[[Tensor], Tensor]
+    chunks: Callable[[int, int], Iterable[tuple[int, Tensor]]]
+    fingerprint: str
+
+    @staticmethod
+    def of(rows: Rows) -> Source:
+        """Of rows in memory that know their sq_norms."""
+        assert rows.sq_norms is not None
+        data = rows.data
+
+        def chunks(first: int, step: int) -> Iterator[tuple[int, Tensor]]:
+            for start in range(first, rows.n, step):
+                yield start, data[start : start + step]
+
+        return Source(
+            rows.n, rows.dim, rows.scale, rows.shift, rows.sq_norms,
+            lambda at: data.index_select(0, at.to(data.device)), chunks,
+            fingerprint(data, rows.scale, rows.shift),
+        )  # fmt: skip
+
+
 @torch.inference_mode(False)
 @torch.no_grad()
 def build(
-    rows: Rows,
+    source: Source,
     center: Tensor,
     shape: Sequence[int],
     *,
@@ -41,6 +89,7 @@ def build(
     dims: Sequence[int] | None = None,
     storage: str = "float16",
     progress: bool | None = None,
+    resume: str | os.PathLike[str] | None = None,
 ) -> Index:
     """The index of rows that know their sq_norms.
 
@@ -49,8 +98,8 @@ def build(
 
     The other arguments, and errors: as `TrainingSet.build_index`.
     """
-    assert rows.sq_norms is not None
-    n, dim, device, sq_norms = rows.n, rows.dim, rows.data.device, rows.sq_norms
+    n, dim, sq_norms = source.n, source.dim, source.sq_norms
+    device = sq_norms.device
     kind = _kind(basis, shape, dim)
     levels = _levels(dims, dim)
     edges = _edges(levels, dim)
@@ -66,7 +115,7 @@ def build(
     center64 = center.to(torch.float64)
 
     def centred(chunk: Tensor) -> Tensor:
-        return dequantized(chunk, rows.scale, rows.shift).to(torch.float64) - center64
+        return dequantized(chunk, source.scale, source.shift).to(torch.float64) - center64
 
     # The norm in the last band follows from |y_n| and the other coordinates, so that its own
     # coordinates need not be computed.
@@ -74,45 +123,76 @@ def build(
     if kind is Principal:
         size = levels[-1]
         edges = [edge for edge in edges if edge <= size] + [dim] * (size < dim)
-    with torch.autocast(device.type, enabled=False):
-        limit = FIT_ROWS if kind is Principal else ORDER_ROWS
-        sample = centred(rows.data.index_select(0, evenly_spaced_rows(n, limit).to(device)))
-        fitted = kind.fit(sample, shape, size)
-        del sample
-        k0, last, bands = levels[0], levels[-1], len(edges) - 1
-        coarse = torch.empty(n, k0 + bands + 1, dtype=torch.float32, device=device)
-        fine = torch.empty(n, last - k0, dtype=STORAGES[storage], device=device)
+    k0, last, bands = levels[0], levels[-1], len(edges) - 1
+    arrays = {
+        "coarse": ((n, k0 + bands + 1), torch.float32),
+        "fine": ((n, last - k0), STORAGES[storage]),
+    }
+    identity: dict[str, Any] = {}
+    if resume is not None and device.type != "cpu":
+        raise ValueError(f"resume= keeps an index on the CPU, and the rows are on {device}")
+    if resume is not None:
+        # The norms are those of every row, as it is now.
+        identity = {
+            "version": [VERSION, torch.__version__], "basis": kind.name, "levels": levels,
+            "edges": edges, "storage": storage, "shape": list(shape),
+            "rows": [source.fingerprint, checksum(sq_norms), checksum(center)],
+        }  # fmt: skip
+    with torch.autocast(device.type, enabled=False), unfinished(resume, identity, arrays) as kept:
+        state = None if kept is None else kept.basis()
+        if state is None:
+            limit = FIT_ROWS if kind is Principal else ORDER_ROWS
+            fitted = kind.fit(centred(source.some(evenly_spaced_rows(n, limit))), shape, size)
+            if kept is not None:
+                kept.keep_basis(fitted.state())
+        else:
+            fitted = from_state(kind.name, state, shape).to(device)
+        made = {
+            name: torch.empty(much, dtype=dtype, device=device)
+            if kept is None
+            else kept.arrays[name]
+            for name, (much, dtype) in arrays.items()
+        }
+        coarse, fine = made["coarse"], made["fine"]
         indicator = band_indicator(edges, size, device)
         # Less the center, a value is rounded once more.
         value_error = 2 * U64 * (y_max + float(center64.norm()))
         relative = (size + 16) * U64 + 1.01 * fitted.error(torch.float64)
         step = max(1, CHUNK_ELEMENTS // dim)
+        first = 0 if kept is None else kept.done // step * step if kept.done < n else n
         # Unless the caller decides, the bar appears after two seconds, and only on a terminal.
         with tqdm(
             total=n,
+            initial=first,
             desc="building the index",
             unit=" rows",
             delay=2 if progress is None else 0,
             leave=False,
             disable=None if progress is None else not progress,
         ) as bar:
-            for start in range(0, n, step):
-                part = slice(start, min(start + step, n))
-                coordinates = fitted.coordinates(centred(rows.data[part]))
-                high = sq_norms[part].sqrt() * (1 + (dim + 8) * U64) + value_error
-                error = relative * high + value_error
-                norms = band_norms(coordinates, indicator, bands, high, error)
-                norms[0] += error[:, None]
-                head, tail = coarse[part], fine[part]
-                head[:, :k0] = coordinates[:, :k0]
-                tail.copy_(coordinates[:, k0:last])
-                difference = coordinates[:, :last]
-                difference[:, :k0] -= head[:, :k0]
-                difference[:, k0:] -= tail
-                pad = torch.linalg.vector_norm(difference, dim=1) * (1 + (last + 8) * U64) + error
-                head[:, k0 : k0 + bands] = rounded_up(torch.cat(norms, dim=1))
-                head[:, -1] = rounded_up(pad)
-                bar.update(part.stop - part.start)
+            for start, rows in source.chunks(first, step) if first < n else ():
+                for piece in rows.split(step):
+                    part = slice(start, start + len(piece))
+                    start = part.stop
+                    coordinates = fitted.coordinates(centred(piece))
+                    high = sq_norms[part].sqrt() * (1 + (dim + 8) * U64) + value_error
+                    error = relative * high + value_error
+                    norms = band_norms(coordinates, indicator, bands, high, error)
+                    norms[0] += error[:, None]
+                    head, tail = coarse[part], fine[part]
+                    head[:, :k0] = coordinates[:, :k0]
+                    tail.copy_(coordinates[:, k0:last])
+                    difference = coordinates[:, :last]
+                    difference[:, :k0] -= head[:, :k0]
+                    difference[:, k0:] -= tail
+                    pad = torch.linalg.vector_norm(difference, dim=1) * (1 + (last + 8) * U64)
+                    head[:, k0 : k0 + bands] = rounded_up(torch.cat(norms, dim=1))
+                    head[:, -1] = rounded_up(pad + error)
+                    bar.update(len(piece))
+                    if kept is not None:
+                        kept.note(part.stop)
+        if kept is not None and first < n:
+            kept.note(n, True)
     return Index(
         fitted,
         levels,
@@ -122,7 +202,7 @@ def build(
         center,
         y_max=y_max + value_error,
         row_error=relative * (y_max + value_error) + value_error,
-        fingerprint=fingerprint(rows.data, rows.scale, rows.shift),
+        fingerprint=source.fingerprint,
     )
 
 

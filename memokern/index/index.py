@@ -177,9 +177,9 @@ class Index:
 
     # --- files --------------------------------------------------------------------------------
 
-    def state(self, rows: Tensor, sq_norms: Tensor) -> tuple[str, dict[str, Tensor]]:
+    def state(self, rows: Tensor | str, sq_norms: Tensor) -> tuple[str, dict[str, Tensor]]:
         """What `restored` needs, for a file: JSON with checksums of everything and of the rows
-        [N, D], and tensors by name.
+        [N, D], which may be given as their checksum, and tensors by name.
 
         The rows' sq_norms and the center go with it, since the bounds are for these very numbers,
         and computing them again could change the last bits.
@@ -291,7 +291,19 @@ def evenly_spaced_rows(n: int, most: int) -> Tensor:
 
 def fingerprint(rows: Tensor, scale: float, shift: float) -> str:
     """A hash of the rows' number, type, scale and shift, and of the bytes of some of them."""
-    most = min(256, max(1, FINGERPRINT_BYTES // (rows.shape[1] * rows.element_size())))
-    some = rows.index_select(0, evenly_spaced_rows(len(rows), most).to(rows.device)).cpu()
-    said = f"{tuple(rows.shape)} {rows.dtype} {scale!r} {shift!r}"
-    return hashlib.sha256(said.encode() + some.view(torch.uint8).numpy().tobytes()).hexdigest()
+    some = rows.index_select(0, fingerprint_rows(len(rows), rows).to(rows.device))
+    return fingerprint_of(some, tuple(rows.shape), scale, shift)
+
+
+def fingerprint_rows(n: int, like: Tensor) -> Tensor:
+    """The numbers of the rows, of n of this type and size, that a fingerprint looks at."""
+    return evenly_spaced_rows(
+        n, min(256, max(1, FINGERPRINT_BYTES // (like.shape[1] * like.element_size())))
+    )
+
+
+def fingerprint_of(some: Tensor, shape: tuple[int, ...], scale: float, shift: float) -> str:
+    """The fingerprint of rows of this shape, of which these were looked at."""
+    said = f"{shape} {some.dtype} {scale!r} {shift!r}"
+    seen = some.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    return hashlib.sha256(said.encode() + seen).hexdigest()
