@@ -257,7 +257,8 @@ class StreamedSet(PartedSet):
         kind = self.rows.dtype
         nothing = torch.nan if kind.is_floating_point else 0
         rows = torch.full((1, self.dim), nothing, dtype=kind, device=self._device)
-        return Rows(rows.expand(self.n, self.dim), self.scale, self.shift)
+        rows = rows.expand(self.n, self.dim)
+        return Rows(rows, self.scale, self.shift, self.center64, self._norms)
 
     def gather(self, index: Tensor) -> Tensor:
         """The values of the rows at `index`, as a TrainingSet's; of chunks that are not a file's,

@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -145,9 +144,10 @@ def unfinished(
 
 
 def remove(folder: str | os.PathLike[str]) -> None:
-    """Removes such a folder, once the index is somewhere else; others are left alone."""
-    for path in [Path(folder), *(Path(folder).glob("rank-*"))]:
-        if (path / STATE).exists():
-            shutil.rmtree(path)
-    with contextlib.suppress(OSError):  # of a folder that has other files, or is not there
-        Path(folder).rmdir()
+    """Removes such a folder, or that of several ranks, once the index is somewhere else; what else
+    is in it stays."""
+    for path in [*Path(folder).glob("rank-*"), Path(folder)]:
+        for entry in [*path.glob("*.rows"), *(path / name for name in (STATE, BASIS, LOCK))]:
+            entry.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of a folder that has other files, or is not there
+            path.rmdir()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from memokern import ops
-from memokern.calls import Query, Rows, State, Sums, empty_state
+from memokern.calls import Query, RowLists, Rows, State, Sums, empty_state
 from memokern.data.streamed import StreamedSet
 from memokern.data.training_set import TrainingSet
 from memokern.index.index import Index
@@ -37,6 +37,7 @@ class How(NamedTuple):
 
 
 Dense = Callable[[Query], State]
+Listed = Callable[[Query, Rows, RowLists], Sums]
 
 
 def no_state(query: Query, rows: Rows) -> State:
@@ -61,9 +62,16 @@ def no_state(query: Query, rows: Rows) -> State:
     )  # fmt: skip
 
 
-def state_by_index(query: Query, rows: Rows, index: Index | None, how: How, dense: Dense) -> State:
-    """The state of all rows, of which an index may prove most to weigh nothing; `dense` sweeps over
-    all of them."""
+def state_by_index(
+    query: Query,
+    rows: Rows,
+    index: Index | None,
+    how: How,
+    dense: Dense,
+    listed: Listed = ops.posterior_listed,
+) -> State:
+    """The state of all rows, of which an index may prove most to weigh nothing. dense: sweeps over
+    all of them; listed: over lists of them."""
     every, none = tensors(query, rows), Dropped.none(query.sigma, rows.n)
     if (
         index is None
@@ -92,7 +100,7 @@ def state_by_index(query: Query, rows: Rows, index: Index | None, how: How, dens
         return dense(query)
     lists = pruned.lists_of(scan, ~swept)
     near = query.take(kept)
-    sums = ops.posterior_listed(near, rows, lists)
+    sums = listed(near, rows, lists)
     merges = torch.isfinite(sums.log_z)
     if not bool(merges.all()):
         kept = kept[merges]
@@ -138,9 +146,14 @@ def state(query: Query, data: TrainingSet, how: How) -> State:
     rows = data.as_rows()
     if isinstance(data, StreamedSet):
         source = data
-        return state_by_index(
-            query, rows, data.index, how, lambda query: streamed.state(query, source)
-        )
+
+        def dense(query: Query) -> State:
+            return streamed.state(query, source)
+
+        def listed(query: Query, rows: Rows, lists: RowLists) -> Sums:
+            return streamed.listed(query, rows, lists, source)
+
+        return state_by_index(query, rows, data.index, how, dense, listed)
     if query.condition is not None:
         rows = rows._replace(conditions=data.conditions)
     return state_by_index(

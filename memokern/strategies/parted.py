@@ -150,6 +150,8 @@ def _nearest_here(
 ) -> tuple[Tensor, Tensor]:
     assert data is not None
     rows, index = data.as_rows(), None if method == "dense" else data.index
+    if isinstance(data, StreamedSet) and not data.in_file:
+        index = None  # rows that are found by a pass over all cost as much as a sweep
 
     def every(x: Tensor) -> tuple[Tensor, Tensor]:
         if isinstance(data, StreamedSet):

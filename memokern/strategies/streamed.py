@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from memokern import ops
-from memokern.calls import Condition, Query, Rows, State, by_key, merge, rescaled
+from memokern.calls import Condition, Query, RowLists, Rows, State, Sums, by_key, merge, rescaled
 from memokern.data.streamed import StreamedSet
 
 # Of a query, those that can have a gradient, as arguments of :class:`_Streamed`.
@@ -48,6 +48,17 @@ def _forward(query: Query, data: StreamedSet) -> State:
             total = found if total is None else merge(total, found, scale)
     assert total is not None  # there is a row
     return total
+
+
+def listed(query: Query, rows: Rows, lists: RowLists, data: StreamedSet) -> Sums:
+    """The sums over lists of rows: of a file's, each is read where it is; of others one pass finds
+    them, and they stay in memory for this call."""
+    if data.in_file:
+        return ops.posterior_listed(query, rows, lists)
+    some, place = lists.index.unique(return_inverse=True)
+    bias = None if query.bias is None else query.bias[some]
+    few = rows._replace(data=data.stored(some), center=data.center64, sq_norms=data.sq_norms[some])
+    return ops.posterior_listed(query._replace(bias=bias), few, lists._replace(index=place))
 
 
 class _Streamed(torch.autograd.Function):

@@ -12,6 +12,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import memokern
 from memokern import Denoiser, StreamedSet, TrainingSet, memorization
+from memokern.calls import Rows
+from memokern.index import build as index_build
+from memokern.index import unfinished
+from memokern.index.basis import Cosine
+from memokern.index.build import Source, build
 from tests.distributed import programs
 
 ROW = 5 * 4
@@ -114,6 +119,128 @@ def test_an_index_reads_rows_that_matter(tmp_path):
     torch.testing.assert_close(found.log_z, expected.log_z)
 
 
+@pytest.mark.parametrize("source", ["file", "chunks"])
+@pytest.mark.parametrize("basis", ["dct", "pca"])
+def test_an_index_is_that_of_rows_in_memory(tmp_path, source, basis):
+    digits = TrainingSet.digits()
+    images = digits.rows.reshape(-1, 8, 8)
+    np.save(tmp_path / "digits.npy", images.numpy())
+    given = {"scale": digits.scale, "shift": digits.shift, "labels": digits.labels}
+    made = str(tmp_path / "digits.npy") if source == "file" else lambda: iter(images.split(100))
+    data = StreamedSet(made, chunk_bytes=64 * 300, **given).build_index(basis)
+    # The center and the norms are its own; from these on everything is the same, to the bit.
+    rows = Rows(digits.rows, digits.scale, digits.shift, data.center64, data.sq_norms)
+    plain = build(Source.of(rows), data.center, (8, 8), basis=basis)
+    assert same_index(data.index, plain)
+    data.save(tmp_path / "saved.safetensors")
+    for again in (
+        TrainingSet.load(tmp_path / "saved.safetensors"),
+        StreamedSet(tmp_path / "saved.safetensors", chunk_bytes=64 * 300),
+    ):
+        assert same_index(again.index, plain) and torch.equal(again.labels, digits.labels)
+        assert torch.equal(again.sq_norms, data.sq_norms)
+        x = digits[::40] + 0.03
+        for method in ("pruned", "auto"):
+            found = memokern.posterior(x, again, 0.3, method=method, certificate=True)
+            expected = memokern.posterior(x, digits, 0.3)
+            torch.testing.assert_close(found.mean, expected.mean, rtol=1e-5, atol=1e-5)
+            assert bool((found.certificate.weight < 1e-6).all())
+
+
+def test_a_pruned_query_of_chunks_reads_them_once():
+    digits = TrainingSet.digits()
+    reads = []
+
+    def chunks():
+        reads.append(1)
+        return iter(digits.rows.reshape(-1, 8, 8).split(100))
+
+    given = {"scale": digits.scale, "shift": digits.shift, "log_weights": torch.arange(1797) / 1e3}
+    data = StreamedSet(chunks, chunk_bytes=64 * 300, **given).build_index()
+    reads.clear()
+    x = (digits[::40] + 0.03).requires_grad_()
+    sigma = torch.linspace(0.05, 0.4, len(x), dtype=torch.float64)
+    sigma[3], sigma[4] = 0.0, 30.0
+    found = memokern.posterior(x, data, sigma, method="pruned")
+    assert len(reads) <= 3  # those that are listed, and those that have to be swept
+    whole = TrainingSet(digits.rows.reshape(-1, 8, 8), **given)
+    expected = memokern.posterior(x, whole, sigma)
+    for name, value in programs.numbers(expected).items():
+        torch.testing.assert_close(
+            programs.numbers(found)[name], value, rtol=1e-4, atol=1e-4, equal_nan=True
+        )
+    gradients = [torch.autograd.grad(p.mean[5:].sin().sum(), x)[0] for p in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3)
+    assert torch.equal(
+        memokern.nearest(x, data, 2, method="pruned").index, memokern.nearest(x, whole, 2).index
+    )
+
+
+def same_index(one, other):
+    names = ("dims", "edges", "y_max", "row_error", "fingerprint", "basis")
+    return all(getattr(one, v) == getattr(other, v) for v in names) and all(
+        torch.equal(getattr(one, v), getattr(other, v)) for v in ("coarse", "fine", "center")
+    )
+
+
+@pytest.mark.parametrize("source", ["memory", "file", "chunks"])
+def test_a_build_that_was_stopped_goes_on(tmp_path, monkeypatch, source):
+    monkeypatch.setattr(index_build, "CHUNK_ELEMENTS", 64 * 50)
+    monkeypatch.setattr(unfinished, "SECONDS", 0.0)
+    digits = TrainingSet.digits()
+    images = digits.rows.reshape(-1, 8, 8)
+    np.save(tmp_path / "digits.npy", images.numpy())
+
+    def made():
+        given = {"scale": digits.scale, "shift": digits.shift}
+        if source == "memory":
+            return TrainingSet(images, **given)
+        if source == "file":
+            return StreamedSet(tmp_path / "digits.npy", chunk_bytes=64 * 300, **given)
+        return StreamedSet(lambda: iter(images.split(70)), chunk_bytes=64 * 300, **given)
+
+    expected = made().build_index().index
+    projected = []
+    coordinates = Cosine.coordinates
+
+    def counted(self, rows, limit=None):
+        projected.append(len(rows))
+        if limit is not None and len(projected) > limit:
+            raise KeyboardInterrupt
+        return coordinates(self, rows)
+
+    folder = tmp_path / "kept"
+    monkeypatch.setattr(Cosine, "coordinates", lambda self, rows: counted(self, rows, 12))
+    with pytest.raises(KeyboardInterrupt):
+        made().build_index(resume=folder)
+    projected.clear()
+    monkeypatch.setattr(Cosine, "coordinates", counted)
+    assert same_index(made().build_index(resume=folder).index, expected)
+    assert 0 < sum(projected) < 1797 - 400  # not what was done, nor the fit
+    projected.clear()
+    again = made().build_index(resume=folder)
+    assert same_index(again.index, expected) and not projected  # all was done
+    again.save(tmp_path / "saved.safetensors")
+    assert same_index(TrainingSet.load(tmp_path / "saved.safetensors").index, expected)
+    with (
+        unfinished.unfinished(folder, {}, {}),
+        pytest.raises(RuntimeError, match="another process builds"),
+    ):
+        made().build_index(resume=folder)
+    unfinished.remove(folder)
+    assert not folder.exists()
+    # Other rows, or another choice, start anew.
+    made().build_index(resume=folder)
+    projected.clear()
+    made().build_index(resume=folder, dims=(8, 16))
+    assert sum(projected) >= 1797
+    images[5, 3, 3] += 1
+    projected.clear()
+    made().build_index(resume=folder, dims=(8, 16))
+    assert source == "file" or sum(projected) >= 1797
+    images[5, 3, 3] -= 1
+
+
 def test_errors(tmp_path):
     rows, x = programs.problem()
     with pytest.raises(TypeError, match="again and again"):
@@ -138,10 +265,11 @@ def test_errors(tmp_path):
     with pytest.raises(OSError, match="the disk is gone"):
         StreamedSet(breaks)
     data = StreamedSet(rows.split(4))
-    with pytest.raises(ValueError, match="certificate"):
-        memokern.posterior(x, data, 1.0, certificate=True)
+    bounds = memokern.posterior(x, data, 1.0, certificate=True).certificate
+    assert bounds is not None and not bool(bounds.weight.any())
+    assert bounds.rows_kept.tolist() == [37] * len(x)
     with pytest.raises(RuntimeError, match="file first"):
-        data.build_index()
+        data.subset(slice(0, 3))
     y = x.clone().requires_grad_()
     grad = torch.autograd.grad(memokern.posterior(y, data, 1.0).mean.sum(), y, create_graph=True)[0]
     with pytest.raises(RuntimeError, match="once_differentiable"):
