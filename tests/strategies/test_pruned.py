@@ -94,7 +94,7 @@ def problems(draw):
 
 
 @given(problem=problems())
-@settings(max_examples=75, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None, derandomize=True)
 def test_the_certificate_is_never_violated(problem):
     holds(*problem)
 
