@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from memokern.calls import Rows
-from memokern.data import files
+from memokern.data import files, parts
 from memokern.data.derived import Derived
 from memokern.data.parted import PartedSet, no_rows, share
 from memokern.data.storage import as_given, check_rows, checked_index
@@ -175,9 +175,9 @@ class ShardedSet(PartedSet):
         told = self.ranks.agree("gather", {"_b": len(flat)})
         counts = [int(facts["_b"]) for facts in told]
         padded = torch.cat([flat, flat.new_zeros(max(counts) - len(flat))])
-        parts = zip(self.ranks.gather(padded, "gather"), counts, strict=True)
+        pairs = zip(self.ranks.gather(padded, "gather"), counts, strict=True)
         first = sum(counts[: self.ranks.rank])
-        return torch.cat([v[:count] for v, count in parts]), slice(first, first + len(flat))
+        return torch.cat([v[:count] for v, count in pairs]), slice(first, first + len(flat))
 
     def __getitem__(self, item: int | slice | Tensor) -> Tensor:
         """As a TrainingSet's: on every rank, whichever has the rows."""
@@ -259,12 +259,21 @@ class ShardedSet(PartedSet):
             return self
         return self._remade(None if self.part is None else self.part.to(device))
 
-    def build_index(self, *args: Any, **options: Any) -> ShardedSet:
-        """Makes an index of each rank's rows; see :meth:`memokern.TrainingSet.build_index`."""
+    def build_index(
+        self,
+        basis: str = "auto",
+        dims: Sequence[int] | None = None,
+        storage: str = "float16",
+        progress: bool | None = None,
+        resume: str | os.PathLike[str] | None = None,
+    ) -> ShardedSet:
+        """Makes an index of each rank's rows; see :meth:`memokern.TrainingSet.build_index`. In the
+        folder resume= each rank has one of its own, which the same ranks find again."""
         error: Exception | None = None
         if self.part is not None:
             try:
-                self.part.build_index(*args, **options)
+                own = resume and Path(resume) / f"rank-{self.ranks.rank}-of-{self.ranks.size}"
+                self.part.build_index(basis, dims, storage, progress, own or None)
             except Exception as raised:
                 error = raised
         self.ranks.settle("build_index", error)
@@ -274,21 +283,42 @@ class ShardedSet(PartedSet):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes each rank's rows, with index, into a folder as one file; `shard` reads it back.
+        The folder appears when all parts are written, and takes the place of one of such parts.
 
-        Raises: ValueError for a path with a suffix of a file.
+        Raises: ValueError for a path with a suffix of a file; FileExistsError for a folder that has
+        something else.
         """
-        folder = Path(path)
-        if folder.suffix in files.FORMATS:
-            raise ValueError(f"expected a folder for {self.ranks.size} parts, got {str(path)!r}")
-        error: Exception | None = None
-        try:
-            folder.mkdir(exist_ok=True)
+        folder = Path(os.path.abspath(path))
+        # The ranks' own folder, which each of them knows by name; one that was left is replaced.
+        partial = folder.with_name(f".{folder.name}.partial")
+        counts = [rank for rank, count in enumerate(self.counts) if count]
+
+        def prepare() -> None:
+            if folder.suffix in files.FORMATS:
+                raise ValueError(
+                    f"expected a folder for {self.ranks.size} parts, got {str(path)!r}"
+                )
+            parts.require_replaceable(folder)
+            if self.ranks.rank == 0:
+                parts.clear(partial)
+                partial.mkdir()
+
+        def write() -> None:
             if self.part is not None:
-                name = f"part-{self.ranks.rank:05d}-of-{self.ranks.size:05d}.safetensors"
-                self.part.save(folder / name)
-        except Exception as raised:
-            error = raised
-        self.ranks.settle("save", error)
+                place = counts.index(self.ranks.rank)
+                self.part.save(partial / parts.name(place, len(counts)))
+
+        def publish() -> None:
+            if self.ranks.rank == 0:
+                parts.put_in_place(partial, folder)
+
+        for step in (prepare, write, publish):
+            error: Exception | None = None
+            try:
+                step()
+            except Exception as raised:
+                error = raised
+            self.ranks.settle("save", error)
 
 
 def _blank(values: Tensor) -> Tensor:
@@ -302,8 +332,10 @@ def own_rows(
     only stands for what rows are like."""
     if already_apart:
         return _counted(data, options)
-    if isinstance(data, (str, os.PathLike)) and os.path.isdir(data) and parts_of(data):
-        return _of_parts(parts_of(data), ranks, options)
+    if isinstance(data, (str, os.PathLike)) and os.path.isdir(data):
+        found = parts.of_folder(data)
+        if found:
+            return _of_parts(found, ranks, options)
     whole = data
     if not isinstance(whole, TrainingSet):
         whole = TrainingSet(data, check=False, **options)
@@ -327,11 +359,6 @@ def _counted(data: Any, options: Mapping[str, Any]) -> tuple[TrainingSet, int]:
         return TrainingSet(rows, check=False, **blank, **per_row), 0
     found = TrainingSet(data, **options)
     return found, found.n
-
-
-def parts_of(folder: str | os.PathLike[str]) -> list[Path]:
-    """The files of rows in a folder, by their names."""
-    return sorted(p for p in Path(folder).iterdir() if p.suffix in (".npy", ".safetensors"))
 
 
 def _of_parts(

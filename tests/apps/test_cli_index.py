@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+from unittest import mock
 
 import pytest
 import safetensors.torch
@@ -12,6 +14,8 @@ import torch
 from memokern import TrainingSet
 from memokern.apps.cli import common
 from memokern.data import files
+from memokern.index import unfinished
+from memokern.index.basis import Cosine
 from tests.apps.cli_calls import call
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -39,6 +43,27 @@ def test_an_index_is_saved_with_rows_and_labels(indexed, tmp_path) -> None:
     assert TrainingSet.load(again).index.basis == "pca"
     refused = call("index", "digits", "-o", again)
     assert refused.exit_code == 2 and "give --force to replace it" in refused.stderr
+
+
+def test_a_build_that_was_killed_goes_on(indexed, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(unfinished, "SECONDS", 0.0)
+    path = tmp_path / "digits.safetensors"
+    arguments = ("index", "digits", "--output", path, "--resume")
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingSet, "save", lambda *_: os._exit(0))
+        child = os.fork()
+        if child == 0:  # which ends as a process that is killed does, after its index is made
+            call(*arguments)
+            os._exit(1)
+        assert os.waitpid(child, 0)[1] == 0
+    assert not path.exists() and (tmp_path / "digits.safetensors.partial" / "coarse.rows").exists()
+    patched = mock.patch.object(Cosine, "coordinates", side_effect=AssertionError("once more"))
+    with patched:
+        done = call(*arguments)
+    assert done.exit_code == 0, done.output
+    assert list(tmp_path.iterdir()) == [path]
+    mine, plain = (TrainingSet.load(p).index for p in (path, indexed))
+    assert torch.equal(mine.fine, plain.fine) and torch.equal(mine.coarse, plain.coarse)
 
 
 @pytest.mark.parametrize("label", [[], ["--label", 4]])

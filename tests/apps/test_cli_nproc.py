@@ -34,7 +34,10 @@ def test_sample_and_memorization(tmp_path):
     run("memorization", out[2], "digits", "--json", report, "--nproc", 2)
     found = json.loads(report.read_text())
     assert found["ratio"]["index"] == two["nearest_index"].tolist()
-    run("index", "digits", "--output", folder, "--nproc", 2)
+    run("index", "digits", "--output", folder, "--nproc", 2, "--resume")
+    assert not (tmp_path / "parts.partial").exists()
+    _, said = run("index", "digits", "--output", folder, "--nproc", 2, code=2)
+    assert "give --force to replace it" in said
     parts = sorted(folder.iterdir())
     assert [TrainingSet.load(p).n for p in parts] == [899, 898]
     assert TrainingSet.load(parts[0]).index is not None

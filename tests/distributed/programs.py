@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -10,6 +12,9 @@ from torch import Tensor
 import memokern
 from memokern import Denoiser, TrainingSet, memorization, regularizers, samplers
 from memokern.distributed import shard
+from memokern.index import build as index_build
+from memokern.index import unfinished
+from memokern.index.basis import Cosine
 
 NUMBERS = ("mean", "residual", "log_z", "mean_logit", "mean_bias", "weight_sq", "log_density")
 
@@ -288,3 +293,52 @@ def explained(group: Any) -> list[str]:
         return []
     found = memokern.explain(x, data, 0.5)
     return [found.strategy, str(found.runs)]
+
+
+def from_folder(group: Any, folder: str) -> Tensor:
+    """How many rows the parts of a folder have."""
+    return torch.tensor(shard(folder, group).n)
+
+
+def saved_again(group: Any, folder: str, how: str) -> dict[str, Tensor]:
+    """Other rows, saved in the same folder, which is read then; rank 1 fails to write, or not."""
+    data = shard(TrainingSet.digits().subset(slice(0, 50)), group)
+    if how == "whole":
+        data.save(folder)
+    else:
+
+        def broken(*_: Any) -> None:
+            raise OSError("no space left")
+
+        patch: Any = contextlib.nullcontext()
+        if torch.distributed.get_rank() == 1:
+            patch = mock.patch.object(TrainingSet, "save", broken)
+        with patch, contextlib.suppress(OSError, RuntimeError):
+            data.save(folder)
+    return {"n": from_folder(group, folder)}
+
+
+def resumed(group: Any, folder: str, stops: bool) -> Any:
+    """A build that rank 1 stops after some rows; or how many rows one that goes on projects, and
+    whether its index is that of one that was not stopped."""
+    projected = []
+    coordinates = Cosine.coordinates
+    odd = torch.distributed.get_rank() == 1
+
+    def counted(self: Any, rows: Tensor) -> Tensor:
+        projected.append(len(rows))
+        if stops and len(projected) > (5 if odd else 9):
+            raise MemoryError("killed")
+        return coordinates(self, rows)
+
+    with (
+        mock.patch.object(unfinished, "SECONDS", 0.0),
+        mock.patch.object(index_build, "CHUNK_ELEMENTS", 64 * 50),
+    ):
+        data = shard(TrainingSet.digits(), group)
+        with mock.patch.object(Cosine, "coordinates", counted):
+            data.build_index(resume=folder)
+        whole = shard(TrainingSet.digits(), group).build_index()
+    names = ("coarse", "fine", "center")
+    equal = all(torch.equal(getattr(data.index, v), getattr(whole.index, v)) for v in names)
+    return sum(projected), equal

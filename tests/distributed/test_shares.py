@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -48,7 +50,34 @@ def test_a_dtensor(pool):
 def test_indices(pool, tmp_path):
     expected = programs.indexed("one", "")
     same(pool.run(2, programs.indexed, str(tmp_path / "parts")), expected, 1e-5)
-    assert len(list((tmp_path / "parts").iterdir())) == 2
+    folder = tmp_path / "parts"
+    assert len(list(folder.iterdir())) == 2
+    # All parts or none: a save that was killed leaves the folder as it was.
+    same(pool.run(2, programs.saved_again, str(folder), "killed"), {"n": torch.tensor(1797)}, 0)
+    assert [p.name for p in tmp_path.iterdir() if p.name[0] != "."] == ["parts"]
+    same(pool.run(2, programs.saved_again, str(folder), "whole"), {"n": torch.tensor(50)}, 0)
+    assert [p.name for p in tmp_path.iterdir()] == ["parts"]
+    one, two = sorted(folder.iterdir())
+    shutil.copy(one, folder / "part-00000-of-00001.safetensors")  # of another save
+    for found in pool.run(2, programs.from_folder, str(folder)):
+        assert isinstance(found, Raised) and "no other rows" in found.said
+    (folder / "part-00000-of-00001.safetensors").unlink()
+    two.unlink()
+    for found in pool.run(2, programs.from_folder, str(folder)):
+        assert isinstance(found, Raised) and "copy what is missing" in found.said
+    (folder / "notes.txt").write_text("mine")
+    for found in pool.run(2, programs.saved_again, str(folder), "whole"):
+        assert isinstance(found, Raised) and "something else than parts" in found.said
+
+
+def test_a_shared_build_goes_on(pool, tmp_path):
+    folder = str(tmp_path / "kept")
+    stopped = pool.run(3, programs.resumed, folder, True)
+    assert all(isinstance(v, Raised) for v in stopped), stopped
+    for found in pool.run(3, programs.resumed, folder, False):
+        assert not isinstance(found, Raised), found
+        done, equal = found
+        assert 0 < done < 599 and equal  # rows that were projected now
 
 
 def test_ranks_that_stream(pool, tmp_path):

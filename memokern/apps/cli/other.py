@@ -12,6 +12,7 @@ from memokern.apps import demo as _demo
 from memokern.apps import experiments
 from memokern.apps import info as _info
 from memokern.apps.cli import common, labels, ranks
+from memokern.index import unfinished
 from memokern.index.build import BASES
 
 
@@ -126,6 +127,11 @@ def reproduce(
     type=click.Choice(BASES),
     help="dct: cosines, for images; pca: principal directions, up to 4096 features.",
 )
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Keep what is done in OUTPUT.partial: the same command goes on there if it is killed.",
+)
 @click.option("--force", is_flag=True, help="Replace an existing file; without it it is refused.")
 @ranks.nproc_option
 def index(
@@ -137,17 +143,21 @@ def index(
     labels_key: str | None,
     output: Path,
     basis: str,
+    resume: bool,
     force: bool,
 ) -> None:
     """Save DATA (.npy, .npz, .safetensors, a folder of pictures, or 'digits') with an index, from
     which `sample` and `memorization` prove, at small noise levels, that most rows have no weight.
 
-    With --nproc, FILE is a folder, which gets a file for each process.
+    With --nproc, FILE is a folder, which gets a file for each process. DATA may be larger than
+    memory: .npy and .safetensors are read and written piece by piece.
 
     Example: memokern index digits --output digits.safetensors
     """
     several = ranks.launched()
-    if not several:
+    if several:
+        ranks.check_folder("--output", output, force)
+    else:
         common.check_outputs([("--output", output, (".safetensors",))], force)
     training = common.load(
         data, key, "DATA", shape=shape, layout=layout, index=False, check=not several
@@ -155,13 +165,16 @@ def index(
     labels.give_labels(training, labels_file, labels_key)
     training = ranks.shared(training)
     started = time.perf_counter()
+    kept = output.with_name(f"{output.name}.partial") if resume else None
     with common.wrong_input("DATA"):
-        training.build_index(basis, progress=None if ranks.progress() else False)
+        training.build_index(basis, progress=None if ranks.progress() else False, resume=kept)
     elapsed = time.perf_counter() - started
     with common.failure(
         "cannot write", (OSError, MemoryError, *((ValueError,) if several else ()))
     ):
         training.save(output)
+    if kept is not None and ranks.first():
+        unfinished.remove(kept)
     ranks.say(f"{training.index}\nwrote {output} (index built in {common.seconds(elapsed)})")
 
 

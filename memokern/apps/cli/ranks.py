@@ -107,6 +107,16 @@ def first() -> bool:
     return not launched() or os.environ["RANK"] == "0"
 
 
+def check_folder(option: str, path: Path, force: bool) -> None:
+    """Refuses an output of several processes that is no folder, or is there already."""
+    if path.suffix:
+        raise common.WrongInput(
+            f"{option}: several processes write a folder of files: leave out {path.suffix!r}"
+        )
+    if path.exists() and not force:
+        raise common.WrongInput(f"{option}: {path} exists; give --force to replace it")
+
+
 def written_here(path: Path | None) -> Path | None:
     """An output that this process writes, or None."""
     return path if first() else None
