@@ -259,27 +259,18 @@ class ShardedSet(PartedSet):
             return self
         return self._remade(None if self.part is None else self.part.to(device))
 
-    def build_index(
-        self,
-        basis: str = "auto",
-        dims: Sequence[int] | None = None,
-        storage: str = "float16",
-        progress: bool | None = None,
-        resume: str | os.PathLike[str] | None = None,
-    ) -> ShardedSet:
-        """Makes an index of each rank's rows; see :meth:`memokern.TrainingSet.build_index`. In the
-        folder resume= each rank has one of its own, which the same ranks find again."""
+    def _build_index(self, resume: str | os.PathLike[str] | None = None, **choices: Any) -> None:
+        """Each rank makes one of its rows, in a folder of its own."""
         error: Exception | None = None
         if self.part is not None:
             try:
                 own = resume and Path(resume) / f"rank-{self.ranks.rank}-of-{self.ranks.size}"
-                self.part.build_index(basis, dims, storage, progress, own or None)
+                self.part.build_index(**choices, resume=own or None)
             except Exception as raised:
                 error = raised
         self.ranks.settle("build_index", error)
         self._note_index()
         self._of_label.clear()
-        return self
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes each rank's rows, with index, into a folder as one file; `shard` reads it back.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -335,28 +335,18 @@ class StreamedSet(PartedSet):
     def adopt(self, derived: Derived) -> None:
         """Keeps its own center and norms."""
 
-    def build_index(
-        self,
-        basis: str = "auto",
-        dims: Sequence[int] | None = None,
-        storage: str = "float16",
-        progress: bool | None = None,
-        resume: str | os.PathLike[str] | None = None,
-    ) -> StreamedSet:
-        """As :meth:`memokern.TrainingSet.build_index`; the index stays in memory, or with resume=
-        in files of its own. One pass for norms, unless that was made, and one for the index; of
-        rows that are not a file's, one more for those that the basis is fitted to."""
+    def _build_index(self, progress: bool | None = None, **choices: Any) -> None:
+        """One pass for norms, unless that was made, and one for the index, which stays in memory,
+        or with resume= in files; of rows that are not a file's, one more for those that the basis
+        is fitted to."""
         self._first_pass()
         assert self._norms is not None
-        self._index = build(
-            self._rows_for_index(self._norms), self.center, self.shape,
-            basis=basis, dims=dims, storage=storage, resume=resume,
-            progress=self._progress if progress is None else progress,
-        )  # fmt: skip
+        choices["progress"] = self._progress if progress is None else progress
+        rows = self._rows_for_index(self._norms)
+        self._index = build(rows, self.center, self.shape, **choices)
         if self._mapped is not None:
             known: dict[str, Any] = {"sq_norms": self._norms, "index": self._index}
             self._mapped.adopt(Derived(self._mapped.rows, self.scale, self.shift, **known))
-        return self
 
     def _rows_for_index(self, norms: Tensor) -> Source:
         def chunks(first: int, step: int) -> Iterator[tuple[int, Tensor]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -34,6 +34,8 @@ from memokern.index.build import Source, build
 from memokern.index.index import Index, fingerprint
 from memokern.util import checks
 from memokern.util.held import Held
+
+Same = TypeVar("Same", bound="TrainingSet")
 
 
 class TrainingSet(StoredRows):
@@ -203,13 +205,13 @@ class TrainingSet(StoredRows):
         return self._derived.index and self._current().index
 
     def build_index(
-        self,
+        self: Same,
         basis: str = "auto",
         dims: Sequence[int] | None = None,
         storage: str = "float16",
         progress: bool | None = None,
         resume: str | os.PathLike[str] | None = None,
-    ) -> TrainingSet:
+    ) -> Same:
         """Make `index`, from which rows are proven to have no weight, and return the set itself.
 
         The index holds, for every row, its leading coordinates in an orthonormal basis, and the
@@ -228,7 +230,8 @@ class TrainingSet(StoredRows):
             seconds.
             resume: a folder in which what is done is kept, safe every few seconds: a build of the
                 same rows that was killed goes on there. The index then stays in its files, mapped
-                into memory; remove the folder when the set is saved and no longer used.
+                into memory; remove the folder when the set is saved and no longer used. Each rank
+                of a sharded set has a folder of its own in it, which the same ranks find again.
 
         Raises: ValueError for D <= 16, for rows that do not suit the basis, for unknown choices;
             RuntimeError where another process builds in the folder.
@@ -243,13 +246,14 @@ class TrainingSet(StoredRows):
             >>> TrainingSet.digits().build_index(dims=(8, 16)).index.dims
             (8, 16)
         """
+        self._build_index(basis=basis, dims=dims, storage=storage, progress=progress, resume=resume)
+        return self
+
+    def _build_index(self, **choices: Any) -> None:
         if not self._derived.is_of(self.rows):
             self._derived = self._new_derived()
-        self._derived.index = build(
-            Source.of(self.as_rows()), self.center, self.shape,
-            basis=basis, dims=dims, storage=storage, progress=progress, resume=resume,
-        )  # fmt: skip
-        return self
+        rows = Source.of(self.as_rows())
+        self._derived.index = build(rows, self.center, self.shape, **choices)
 
     # --- other training sets ------------------------------------------------------------------
 
