@@ -93,6 +93,15 @@ def problems(draw):
     return data, index, x, sigma, alpha, temperature, bias, eps
 
 
+@pytest.mark.parametrize("alpha", [5e-324, -1e-310, 1e-160, 1e-150])
+@pytest.mark.parametrize("n", [1, 40])
+def test_a_signal_whose_square_is_0(alpha, n):
+    """alpha y has few digits, or none; the mean of y has all of its own."""
+    data = TrainingSet(rows_of("random", n, 5, 1))
+    index = PlainIndex(data.as_rows(), storage=F32, basis=basis_of("axes", 5, 3))
+    holds(data, index, alpha * data.rows[:1].double(), 1.0, alpha, eps=0.1)
+
+
 @given(problem=problems())
 @settings(max_examples=150, deadline=None, derandomize=True)
 def test_the_certificate_is_never_violated(problem):

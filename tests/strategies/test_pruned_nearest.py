@@ -56,7 +56,7 @@ def problems(draw):
 
 
 @given(problem=problems())
-@settings(max_examples=75, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None, derandomize=True)
 def test_the_nearest_rows_are_those_of_all_distances(problem):
     data, x, k = problem
     distance, index = pruned(x, data, k)

@@ -211,8 +211,10 @@ static int64_t place_sums(Piece* pieces, int64_t count, int64_t Dp, double* sums
 }
 
 // |x - alpha y| of all rows of weight is at most `reach`. |alpha y| is then at least a quarter of it.
+// Not where |x|^2 is below the normal numbers: alpha y may have few digits there, and no division by alpha
+// gives the others back.
 static bool is_close(const Query<double>& q, double reach) {
-  return q.alpha != 0 && reach <= 0.8 * __builtin_sqrt(q.xx);
+  return q.alpha != 0 && q.xx >= 0x1p-1022 && reach <= 0.8 * __builtin_sqrt(q.xx);
 }
 
 // Makes a piece's sum one of y.
