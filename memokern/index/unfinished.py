@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from memokern.util.tensor_file import write_tensors
 from memokern.util.writing import atomic, write_json
 
 try:
@@ -108,8 +109,8 @@ class Unfinished:
 
     def keep_basis(self, state: Mapping[str, Tensor]) -> None:
         """Keeps what was fitted: the rows that follow are projected on it."""
-        with atomic(self.folder / BASIS) as path:
-            safetensors.torch.save_file({k: v.cpu().contiguous() for k, v in state.items()}, path)
+        with atomic(self.folder / BASIS) as path, open(path, "wb") as file:
+            write_tensors(file, state, {})
         self.note(0, True)
 
     def note(self, done: int, now: bool = False) -> None:
