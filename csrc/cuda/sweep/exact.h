@@ -1,4 +1,4 @@
-// Rows by direct differences in float64: their distances, and their part of the residual.
+// Rows by direct differences in float64: their distances, and their part of the residual or of the gradient.
 #pragma once
 #include "common/warp.h"
 #include "sweep/variant.h"
@@ -6,34 +6,25 @@
 namespace memokern {
 namespace cuda {
 
-// A thread's part of |x - alpha y_n|^2. The order of the sum depends on d alone, so that equal rows are ties.
-MK_DEVICE double part_of_distance(const SweepParams& p, i64 b, i64 n, double alpha) {
-  const float *x = p.x + b * p.d, scale = (float)p.scale, shift = (float)p.shift;
-  const i64 row = n * p.stride;
-  double sum = 0;
-#pragma unroll 8
-  for (i64 d = thread_index(); d < p.d; d += kThreads) {
-    const double v = difference_at<kType>(p.rows, row + d, x[d], alpha, scale, shift);
-    sum += v * v;
-  }
-  return sum;
-}
-
-// Adds up the warps' parts of the distances of `count` pairs, whose places in s.exact are s.pair.
-MK_DEVICE void finish_distances(const Shared& s, int count) {
+// Adds up the warps' parts of `count` pairs, whose places in s.exact are s.pair.
+MK_DEVICE void finish_parts(const Shared& s, int count) {
   block_sync();
   for (int i = thread_index(); i < count; i += kThreads) {
-    double r2 = 0;
     MK_UNROLL
-    for (int w = 0; w < kWarps; w++) r2 += s.distance[i * kWarps + w];
-    s.exact[s.pair[i]] = r2;
+    for (int k = 0; k < kExact; k++) {
+      double sum = 0;
+      MK_UNROLL
+      for (int w = 0; w < kWarps; w++) sum += s.distance[(i * kExact + k) * kWarps + w];
+      s.exact[k * kOwned * kRows + s.pair[i]] = sum;
+    }
   }
   block_sync();
 }
 
-// The distances of all marked rows of the tile at n0. All threads take each pair of a query and a row,
-// because pairs are few as a rule, and one warp would wait for memory many times over.
-MK_DEVICE void evaluate_marked(const SweepParams& p, const Shared& s, i64 n0) {
+// Of all marked rows of the tile at n0, the sums of add_parts(). All threads take each pair of a query and a
+// row, because pairs are few as a rule, and one warp would wait for memory many times over.
+template <class Params>
+MK_DEVICE void evaluate_marked(const Params& p, const Shared& s, i64 n0) {
   int count = 0;
   for (int own = 0; own < kOwned; own++) {
     const i64 b = cluster_rank() + own * kCluster;
@@ -41,21 +32,28 @@ MK_DEVICE void evaluate_marked(const SweepParams& p, const Shared& s, i64 n0) {
     for (int i = 0; i < kLaneRows; i++)
       for (u32 left = s.owned[own].marked[i]; left; left &= left - 1) {
         const int j = 32 * i + first_bit(left);
-        const double part = warp_sum(part_of_distance(p, b, n0 + j, s.owned[own].alpha));
-        if (lane_index() == 0) s.distance[count * kWarps + warp_index()] = part;
+        double sum[kExact] = {};
+        add_parts(p, b, n0 + j, s.owned[own].alpha, sum);
+        MK_UNROLL
+        for (int k = 0; k < kExact; k++) {
+          const double part = warp_sum(sum[k]);
+          if (lane_index() == 0) s.distance[(count * kExact + k) * kWarps + warp_index()] = part;
+        }
         if (thread_index() == 0) s.pair[count] = own * kRows + j;
         if (++count == kPairs) {
-          finish_distances(s, count);
+          finish_parts(s, count);
           count = 0;
         }
       }
   }
-  if (count) finish_distances(s, count);
+  if (count) finish_parts(s, count);
 }
 
-// Adds w (alpha y - x) of the tile's near rows to `near`, whose sums so far are multiplied by the tile's
-// factor. Threads share out the features; near [kQueries][kDP] is the cluster's.
-MK_DEVICE void add_near(const SweepParams& p, const Shared& s, i64 n0, float* near) {
+// Adds w (alpha y - x) of the tile's near rows, with coefficients for weights in the backward sweep, to
+// `near`, whose sums so far are multiplied by the tile's factor. Threads share out the features; near
+// [kQueries][kDP] is the cluster's.
+template <class Params>
+MK_DEVICE void add_near(const Params& p, const Shared& s, i64 n0, float* near) {
   const float scale = (float)p.scale, shift = (float)p.shift;
   for (int own = 0; own < kOwned; own++) {
     const i64 b = cluster_rank() + own * kCluster;

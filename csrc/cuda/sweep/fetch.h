@@ -17,7 +17,8 @@ MK_DEVICE int rows_of(const Tiles& tiles, int i) {
   const i64 left = tiles.n - first_row(i);
   return left < kRows ? (int)left : (int)kRows;
 }
-MK_DEVICE Tiles tiles_of(const SweepParams& p) {
+template <class Params>
+MK_DEVICE Tiles tiles_of(const Params& p) {
   const i64 all = (p.n + kRows - 1) / kRows, own = all - cluster_index();
   const i64 left = p.d - (i64)cluster_rank() * kFeatures;
   Tiles t;
@@ -31,7 +32,8 @@ MK_DEVICE u8* stage(const Shared& s, int i) { return s.rows + (i64)(i % kStages)
 
 // Begins to bring tile i, by the first warp where the machine copies: each row's piece is one copy. Else all
 // threads copy, number by number, and rows that do not exist become zeros.
-MK_DEVICE void fetch(const SweepParams& p, const Shared& s, const Tiles& tiles, int i) {
+template <class Params>
+MK_DEVICE void fetch(const Params& p, const Shared& s, const Tiles& tiles, int i) {
   if (i >= tiles.count) return;
   enum { kBytes = Numbers::kBytes };
   u8* const to = stage(s, i);

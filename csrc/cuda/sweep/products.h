@@ -18,9 +18,9 @@ MK_DEVICE int term_position(int feature) {
 // The same pairs of terms as long as their product counts: a * 2^-9 for each further term.
 enum { kMostPairs = 3 };  // term i times piece j where i + j < 3
 
-// part = X U' over the block's features, of all queries with the tile's rows. Tensor cores truncate their
+// part = X U' over the block's features, of all vectors with the tile's rows. Tensor cores truncate their
 // sums, so that they add up a few steps only, and the rest is added as floats.
-MK_DEVICE void multiply_queries(const Shared& s, const u8* rows) {
+MK_DEVICE void multiply_vectors(const Shared& s, const u8* rows) {
   enum {
     kSteps = kFeatures / 16,
     kProducts = kType == (int)kF32 ? 6 : (int)Numbers::kTerms,
@@ -29,17 +29,17 @@ MK_DEVICE void multiply_queries(const Shared& s, const u8* rows) {
   const int warp = warp_index(), lane = lane_index(), g = lane >> 2, t = lane & 3;
   const int split = warp % kSplits, row0 = warp / kSplits * kRowBlocks * 8;
   const int from = kSteps * split / kSplits, to = kSteps * (split + 1) / kSplits;
-  float sum[kRowBlocks][kBlocksOf16][4];
+  float sum[kRowBlocks][kVectorBlocks][4];
   MK_UNROLL
   for (int r = 0; r < kRowBlocks; r++)
-    for (int i = 0; i < 4 * kBlocksOf16; i++) sum[r][i / 4][i % 4] = 0;
+    for (int i = 0; i < 4 * kVectorBlocks; i++) sum[r][i / 4][i % 4] = 0;
   const u8* row = rows + (row0 + g) * kRowPitch + 4 * t * Numbers::kBytes;
   const u16* terms = s.terms + (lane & 15) * kTermPitch + (lane >> 4) * 8;
   for (int first = from; first < to; first += kRun) {
-    float run[kRowBlocks][kBlocksOf16][4];
+    float run[kRowBlocks][kVectorBlocks][4];
     MK_UNROLL
     for (int r = 0; r < kRowBlocks; r++)
-      for (int i = 0; i < 4 * kBlocksOf16; i++) run[r][i / 4][i % 4] = 0;
+      for (int i = 0; i < 4 * kVectorBlocks; i++) run[r][i / 4][i % 4] = 0;
     MK_UNROLL
     for (int k = 0; k < kRun; k++) {
       const int step = first + k;
@@ -50,10 +50,10 @@ MK_DEVICE void multiply_queries(const Shared& s, const u8* rows) {
         pairs_of_row<kType>(
             *(const Words<Numbers::kBytes, 4>*)(row + r * 8 * kRowPitch + step * 16 * Numbers::kBytes), b[r]);
       MK_UNROLL
-      for (int q = 0; q < kBlocksOf16; q++)
+      for (int q = 0; q < kVectorBlocks; q++)
         for (int i = Numbers::kTerms - 1; i >= 0; i--) {
           u32 a[4];
-          load_a(a, terms + (i * kQueries + q * 16) * kTermPitch + step * 16);
+          load_a(a, terms + (i * kVectors + q * 16) * kTermPitch + step * 16);
           MK_UNROLL
           for (int r = 0; r < kRowBlocks; r++)
             for (int j = Numbers::kPieces - 1; j >= 0; j--)
@@ -62,12 +62,12 @@ MK_DEVICE void multiply_queries(const Shared& s, const u8* rows) {
     }
     MK_UNROLL
     for (int r = 0; r < kRowBlocks; r++)
-      for (int i = 0; i < 4 * kBlocksOf16; i++) sum[r][i / 4][i % 4] += run[r][i / 4][i % 4];
+      for (int i = 0; i < 4 * kVectorBlocks; i++) sum[r][i / 4][i % 4] += run[r][i / 4][i % 4];
   }
-  float* part = s.part + (split * kQueries + g) * kPartPitch + row0 + 2 * t;
+  float* part = s.part + (split * kVectors + g) * kPartPitch + row0 + 2 * t;
   MK_UNROLL
   for (int r = 0; r < kRowBlocks; r++)
-    for (int q = 0; q < kBlocksOf16; q++) {
+    for (int q = 0; q < kVectorBlocks; q++) {
       float* to_part = part + q * 16 * kPartPitch + r * 8;
       to_part[0] = sum[r][q][0];
       to_part[1] = sum[r][q][1];
@@ -82,7 +82,8 @@ struct Accumulators {
   float v[kBlocksOf16][kGroups][2][4];
 };
 
-// acc = factor acc + P U for the tile whose weights lie in slot `slot`. A tile's sums are made anew, so that
+// acc = factor acc + P U for the tile whose weights lie in slot `slot`; in the backward sweep, whose
+// coefficients are of any size, acc = acc + factor P U. A tile's sums are made anew, so that
 // what tensor cores truncate does not grow with the number of rows.
 MK_DEVICE void accumulate(const Shared& s, const u8* rows, int slot, Accumulators& acc) {
   enum {
@@ -134,21 +135,22 @@ MK_DEVICE void accumulate(const Shared& s, const u8* rows, int slot, Accumulator
       for (int c = 0; c < kTogether; c++)
         for (int f = 0; f < 2; f++) {
           if (chunk + c >= kGroups) continue;
-          float* to = acc.v[q][chunk + c][f];
-          to[0] = to[0] * f0 + sum[q][c][f][0];
-          to[1] = to[1] * f0 + sum[q][c][f][1];
-          to[2] = to[2] * f1 + sum[q][c][f][2];
-          to[3] = to[3] * f1 + sum[q][c][f][3];
+          MK_UNROLL
+          for (int i = 0; i < 4; i++) {
+            float& to = acc.v[q][chunk + c][f][i];
+            const float by = i < 2 ? f0 : f1, more = sum[q][c][f][i];
+            to = kGradient ? to + more * by : to * by + more;
+          }
         }
     }
   }
 }
 
 // out [kQueries][kDP], of which the block owns kFeatures features. Weights were 2^15 times what they are
-// where they are float16's.
+// where they are float16's; coefficients have their factor.
 MK_DEVICE void store_accumulators(const Accumulators& acc, float* out) {
   const int warp = warp_index(), lane = lane_index(), g = lane >> 2, t = lane & 3;
-  const float unit = Numbers::kBrain ? 1.0f : 1.0f / 32768.0f;
+  const float unit = Numbers::kBrain || kGradient ? 1.0f : 1.0f / 32768.0f;
   MK_UNROLL
   for (int q = 0; q < kBlocksOf16; q++)
     for (int c = 0; c < kGroups; c++) {

@@ -3,13 +3,10 @@
 // One block owns a query and streams its features twice: for their sums, and to write its terms, 16-bit
 // numbers whose sum is x - alpha center to the precision of a float, times a power of two that makes the
 // largest feature 128 to 256. Queries beyond the last real one become zeros.
-#include "common/rows.h"
-#include "common/warp.h"
+#include "common/terms.h"
 
 namespace memokern {
 namespace cuda {
-
-enum { kQueryThreads = 256, kQueryWarps = kQueryThreads / 32 };
 
 // The error of t relative to a1 |x| |y|, in units of 2^-24: as estimated where errors are independent, and as
 // bounded for any data.
@@ -29,12 +26,6 @@ MK_DEVICE ProductError product_error(i64 depth) {
   e.likely = (rounding + 8 + 0.5 * sqrt((double)depth / 16 + 16)) * unit;
   e.bound = (2 * rounding + 128 + (double)depth / 16) * unit;
   return e;
-}
-
-// The largest power of two that is at most v; 1 where v is 0 or subnormal.
-MK_DEVICE float power_of_two(float v) {
-  const u32 bits = as_bits(v) & 0x7f800000u;
-  return as_float(bits ? bits : 0x3f800000u);
 }
 
 // |xc|^2, <xc, o>, |o|^2, |center|^2 and the largest |xc|, for o = value of u = 0, less the centre.
@@ -99,6 +90,8 @@ MK_DEVICE double write_table(const QueriesParams& p, const QuerySums& s, i64 b, 
     to[E3 * queries] = mode == kSoft ? 2 * unit_roundoff * inv_t : 0;
     to[ModeRow * queries] = mode;
     to[OffsetNorm * queries] = known ? sqrt(s.oo) : 0;
+    to[Dot * queries] = known ? p.scale * (p2 / 128) : 0;
+    to[XO * queries] = known ? s.xo : 0;
   }
   return p2;
 }
@@ -117,12 +110,7 @@ MK_PLAIN_KERNEL(kQueryThreads) memokern_queries(MK_PARAMS(QueriesParams, p)) {
   for (i64 d = thread_index(); d < p.dp; d += kQueryThreads) {
     float rest = 0;
     if (known && d < p.d) rest = (float)((p.x[b * p.d + d] - alpha * p.center[d]) * (128 / p2));
-    MK_UNROLL
-    for (int i = 0; i < Numbers::kTerms; i++) {
-      const u32 term = pack<Numbers::kBrain>(rest, 0) & 0xffff;
-      p.terms[((i64)i * queries + b) * p.dp + d] = (u16)term;
-      rest -= Numbers::kBrain ? as_float(term << 16) : half_value((u16)term);
-    }
+    write_terms<MK_ROWS>(rest, p.terms + b * p.dp + d, queries * p.dp);
   }
 }
 

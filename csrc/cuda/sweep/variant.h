@@ -12,6 +12,9 @@
 #ifndef MK_RESIDENT
 #define MK_RESIDENT 1
 #endif
+#ifndef MK_GRADIENT
+#define MK_GRADIENT 0
+#endif
 
 namespace memokern {
 namespace cuda {
@@ -28,15 +31,19 @@ enum : int {
   kBulk = MK_BULK,          // whether the machine copies rows by itself
   kLogWeights = MK_LOG,     // weighting "log"
   kResident = MK_RESIDENT,  // blocks of a multiprocessor: while one weighs, another multiplies
+  kGradient = MK_GRADIENT,  // the backward sweep, gradient/gradient.cu
   kThreads = 256,
   kWarps = kThreads / 32,
   kBlocksOf16 = kQueries / 16,
+  // What rows are multiplied by in the first product: the queries, and then the gradients of their means.
+  kVectors = kGradient ? 2 * kQueries : kQueries,
+  kVectorBlocks = kVectors / 16,
   kDP = kCluster * kFeatures,
   kOwned = (kQueries + kCluster - 1) / kCluster,  // queries that a block weighs
   kLaneRows = kRows < 32 ? 1 : kRows / 32,        // rows of a lane when it weighs a tile
   // In the first product a warp takes so many blocks of 8 rows together, which share what it reads of the
   // queries, and a part of the features where there are fewer of these than warps.
-  kMostRowBlocks = kBlocksOf16 == 1 ? 4 : 2,
+  kMostRowBlocks = kVectorBlocks == 1 ? 4 : 2,
   kRowBlocks = kRows / 8 < 2 * kMostRowBlocks ? kRows / 16 : kMostRowBlocks,
   kSplits = kRows / 8 / kRowBlocks < kWarps ? kWarps * kRowBlocks * 8 / kRows : 1,
   kTermPitch = kFeatures + 8,  // 16 bytes more: the rows of a matrix lie in different banks
@@ -44,48 +51,65 @@ enum : int {
   kWeightPitch = kRows + 8,
   // An odd number of 16 bytes, so that rows lie in different banks.
   kRowPitch = kFeatures * Numbers::kBytes + (kFeatures * Numbers::kBytes / 16 % 2 ? 0 : 16),
-  kPairs = 16,                                      // whose distances are evaluated between two barriers
+  kPairs = 16,                                      // that are evaluated between two barriers
+  kExact = kGradient ? 3 : 1,                       // sums over the features of such a pair
+  kLogits = kGradient ? 2 : 1,                      // numbers kept of each pair of a tile
   kGroups = (kFeatures / 16 + kWarps - 1) / kWarps  // groups of 16 features that a warp adds up
 };
 static_assert(kFeatures % 16 == 0 && kQueries % 16 == 0 && kStages >= 2);
 static_assert(kRows == 16 || kRows == 32 || kRows == 64 || kRows == 128);
 
-// Of a query that a block weighs.
-struct alignas(16) Owned {
-  double key, m, s, s_v, s_bias, s_sq;  // the state after the rows so far
-  double near_s;                        // the weight of rows that only `near` has
+// What is known of a query that a block weighs.
+struct Asked {
   double alpha, inv_sigma, inv_t, common, offset_norm;
+  double near_s;                 // more than 0 where `near` has rows; in the forward sweep their weight
   float a1, a2, e0, e1, e2, e3;  // as in the table of queries
   int mode;
-  float factor;     // what the last tile multiplied the sums so far by
+  float factor;     // what the last tile multiplied the sums in `near` by
   u32 near_before;  // whether `near` had rows before the last tile
   u32 marked[4];    // rows of the tile that are evaluated by direct differences; then those of them that are
                     // near
 };
+template <bool kBackward>
+struct OwnedBy;
+// The state after the rows so far.
+template <>
+struct alignas(16) OwnedBy<false> : Asked {
+  double key, m, s, s_v, s_bias, s_sq;
+};
+// The numbers of the formulas in gradient/coefficients.h, and the sums over the rows so far.
+template <>
+struct alignas(16) OwnedBy<true> : Asked {
+  double t, log_z, mean_logit, mean_bias, weight_sq, g_log_z, g_logit, g_bias, g_sq;
+  double g_scale, g_rest, dot, xo;
+  double sums[kGradientSums];
+};
+typedef OwnedBy<kGradient> Owned;
+static_assert(sizeof(Owned) == (kGradient ? 272 : 160), "the host counts these bytes");
 
 MK_DEVICE constexpr i64 padded(i64 bytes) { return (bytes + 127) / 128 * 128 + kGap; }
 
 // Shared memory, array by array.
 struct Shared {
   u64* full;         // [kStages] a tile has come
-  u16* terms;        // [kTerms][kQueries][kTermPitch] of the queries
+  u16* terms;        // [kTerms][kVectors][kTermPitch] of the queries, and of the gradients of their means
   u8* rows;          // [kStages][kRows][kRowPitch] as stored
-  float* part;       // [kSplits][kQueries][kPartPitch] own features' part of the products
-  u16* weights;      // [2 tiles][2 terms][kQueries][kWeightPitch]
-  float* factor;     // [2 tiles][kQueries] what the tile multiplies accumulators by
-  float* logit;      // [kOwned][kRows] t of the tile's rows
-  double* exact;     // [kOwned][kRows] squared distances, then weights of near rows
+  float* part;       // [kSplits][kVectors][kPartPitch] own features' part of the products
+  u16* weights;      // [2 tiles][2 terms][kQueries][kWeightPitch] weights, or coefficients
+  float* factor;     // [2 tiles][kQueries] what the tile multiplies accumulators by, or its own sums
+  float* logit;      // [kLogits][kOwned][kRows] t of the tile's rows; in the backward sweep the products
+  double* exact;     // [kExact][kOwned][kRows] squared distances, ..., then weights of near rows
   Owned* owned;      // [kOwned]
-  double* distance;  // [kPairs][kWarps] parts of distances
+  double* distance;  // [kPairs][kExact][kWarps] parts of what is evaluated
   int* pair;         // [kPairs] where in `exact` they belong
 };
 
 MK_DEVICE constexpr i64 shared_bytes() {
-  return padded(8 * kStages) + padded(2ll * Numbers::kTerms * kQueries * kTermPitch) +
-         padded((i64)kStages * kRows * kRowPitch) + padded(4ll * kSplits * kQueries * kPartPitch) +
-         padded(8ll * kQueries * kWeightPitch) + padded(8ll * kQueries) + padded(4ll * kOwned * kRows) +
-         padded(8ll * kOwned * kRows) + padded((i64)sizeof(Owned) * kOwned) + padded(8ll * kPairs * kWarps) +
-         padded(4ll * kPairs);
+  return padded(8 * kStages) + padded(2ll * Numbers::kTerms * kVectors * kTermPitch) +
+         padded((i64)kStages * kRows * kRowPitch) + padded(4ll * kSplits * kVectors * kPartPitch) +
+         padded(8ll * kQueries * kWeightPitch) + padded(8ll * kQueries) +
+         padded(4ll * kLogits * kOwned * kRows) + padded(8ll * kExact * kOwned * kRows) +
+         padded((i64)sizeof(Owned) * kOwned) + padded(8ll * kPairs * kExact * kWarps) + padded(4ll * kPairs);
 }
 
 template <class T>
@@ -101,15 +125,15 @@ MK_DEVICE Shared shared_arrays() {
   u8* next = shared_memory();
   Shared s;
   s.full = take<u64>(next, kStages);
-  s.terms = take<u16>(next, Numbers::kTerms * kQueries * kTermPitch);
+  s.terms = take<u16>(next, Numbers::kTerms * kVectors * kTermPitch);
   s.rows = take<u8>(next, (i64)kStages * kRows * kRowPitch);
-  s.part = take<float>(next, kSplits * kQueries * kPartPitch);
+  s.part = take<float>(next, kSplits * kVectors * kPartPitch);
   s.weights = take<u16>(next, 4 * kQueries * kWeightPitch);
   s.factor = take<float>(next, 2 * kQueries);
-  s.logit = take<float>(next, kOwned * kRows);
-  s.exact = take<double>(next, kOwned * kRows);
+  s.logit = take<float>(next, kLogits * kOwned * kRows);
+  s.exact = take<double>(next, kExact * kOwned * kRows);
   s.owned = take<Owned>(next, kOwned);
-  s.distance = take<double>(next, kPairs * kWarps);
+  s.distance = take<double>(next, kPairs * kExact * kWarps);
   s.pair = take<int>(next, kPairs);
   return s;
 }

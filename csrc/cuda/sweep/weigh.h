@@ -4,81 +4,28 @@
 // its logit could change is marked, and evaluated by direct differences (exact.h). weigh_rows() then merges
 // the tile into the query's state, and hands its weights to every block of the cluster.
 #pragma once
-#include "common/warp.h"
-#include "sweep/variant.h"
+#include "sweep/mark.h"
 
 namespace memokern {
 namespace cuda {
 
-// A row whose weight the error of its logit could change by more than kTheta is evaluated exactly. Weights
-// are promised to 1e-4, which leaves a factor of a hundred.
-MK_DEVICE constexpr float theta() { return 1e-6f; }
-MK_DEVICE constexpr float log_theta() { return -13.815511f; }
-// Numbers beyond could overflow a float: nothing is then taken to be known from products.
-MK_DEVICE constexpr float huge() { return 1e30f; }
+MK_DEVICE const u16* terms_of(const SweepParams& p, int) { return p.terms; }
 
-// What a lane knows of its rows of a tile, lane and every 32nd: |y - center|^2, the bias, and whether the row
-// counts.
-struct LaneRows {
-  float sq[kLaneRows];
-  double bias[kLaneRows];
-  bool counts[kLaneRows];
-};
-MK_DEVICE LaneRows lane_rows(const SweepParams& p, i64 n0) {
-  LaneRows r;
-  MK_UNROLL
-  for (int i = 0; i < kLaneRows; i++) {
-    const int j = lane_index() + 32 * i;
-    r.counts[i] = j < kRows && n0 + j < p.n;
-    r.sq[i] = r.counts[i] ? (float)p.sq_norms[n0 + j] : 0;
-    r.bias[i] = r.counts[i] && p.bias ? p.bias[n0 + j] : 0;
-    if (r.bias[i] == -infinity()) {
-      r.counts[i] = false;
-      r.bias[i] = 0;
-    }
-  }
-  return r;
+MK_DEVICE void load_query(const SweepParams& p, Owned& o, i64 b) {
+  load_table(p, o, b);
+  o.key = infinity();
+  o.m = -infinity();
+  o.s = o.s_v = o.s_bias = o.s_sq = 0;
 }
 
-// A little below v, as far as rounding to float can go.
-MK_DEVICE float below(double v) { return (float)v - 1.2e-7f * fabsf((float)v); }
-
-// Rows with t at or above the result must be evaluated exactly; low is below log sum e^t, or, where the
-// nearest row takes all, below the largest exact t.
-MK_DEVICE float exact_from(float low, float err, bool hard) {
-  if (hard) {
-    const float from = low - err;
-    return from - 1.2e-7f * fabsf(from);
-  }
-  if (err <= theta()) return (float)infinity();
-  return low + (log_theta() - logf(fminf(err, 1.0f))) - err;
-}
-
-// Weighting "log", v = -D / 2 log(r^2 / D) / T + bias / T: which rows must be evaluated, whose r^2 is known
-// up to delta.
-MK_DEVICE void mark_log(const Owned& o, const LaneRows& r, const float (&t)[kLaneRows], float err,
-                        double dims, bool (&marked)[kLaneRows]) {
-  const double half = 0.5 * dims, delta = 2.0 * (double)err, inf = infinity();
-  const bool all = err == (float)inf;
-  double least = -inf;
-  MK_UNROLL
-  for (int i = 0; i < kLaneRows; i++) {
-    if (all || !r.counts[i]) continue;
-    const double far = fmax(2.0 * (o.common - (double)t[i]) + delta, 1e-300);
-    least = fmax(least, (r.bias[i] - half * log(far / dims)) * o.inv_t);
-  }
-  least = fmax(o.s > 0 ? o.m + log(o.s) : -inf, warp_max(least));
-  if (o.key == 0 && o.s > 0) least = inf;
-  MK_UNROLL
-  for (int i = 0; i < kLaneRows; i++) {
-    const double near = all ? 0.0 : 2.0 * (o.common - (double)t[i]) - delta;
-    marked[i] = r.counts[i] && near <= 0;
-    if (near > 0) {
-      const double off = half * o.inv_t * delta / near;
-      const double high = (r.bias[i] - half * log(near / dims)) * o.inv_t;
-      const double margin = (double)log_theta() - log(fmin(fmax(off, 1e-30), 1.0));
-      marked[i] = r.counts[i] && off > (double)theta() && high > least + margin;
-    }
+// A thread's part of |x - alpha y_n|^2. The order of the sum depends on d alone, so that equal rows are ties.
+MK_DEVICE void add_parts(const SweepParams& p, i64 b, i64 n, double alpha, double (&sum)[kExact]) {
+  const float *x = p.x + b * p.d, scale = (float)p.scale, shift = (float)p.shift;
+  const i64 row = n * p.stride;
+#pragma unroll 8
+  for (i64 d = thread_index(); d < p.d; d += kThreads) {
+    const double v = difference_at<kType>(p.rows, row + d, x[d], alpha, scale, shift);
+    sum[0] += v * v;
   }
 }
 
@@ -89,18 +36,10 @@ MK_DEVICE bool mark_rows(const SweepParams& p, const Shared& s, int own, const L
   const float inf = (float)infinity();
   const bool lost = o.mode == kLost, hard = o.mode == kHard;
   float t[kLaneRows], largest_sq = 0, largest_bias = 0, top = -inf;
-  Remote from[kCluster];
-  MK_UNROLL
-  for (int rank = 0; rank < kCluster; rank++) from[rank] = remote(s.part + b * kPartPitch, rank);
+  const Parts parts = parts_of(s, b);
   MK_UNROLL
   for (int i = 0; i < kLaneRows; i++) {
-    const int j = lane + 32 * i;
-    float parts[kSplits * kCluster], dot = 0;
-    MK_UNROLL
-    for (int k = 0; k < kSplits * kCluster; k++)
-      parts[k] = j < kRows ? load_float(from[k % kCluster], k / kCluster * kQueries * kPartPitch + j) : 0;
-    MK_UNROLL
-    for (int k = 0; k < kSplits * kCluster; k++) dot += parts[k];
+    const float dot = product_of(parts, lane + 32 * i);
     t[i] = dot * o.a1 - r.sq[i] * o.a2;
     if (!r.counts[i]) continue;
     largest_sq = fmaxf(largest_sq, r.sq[i]);
@@ -114,7 +53,9 @@ MK_DEVICE bool mark_rows(const SweepParams& p, const Shared& s, int own, const L
   if (!(err < huge() && largest_sq < huge())) err = inf;
   bool marked[kLaneRows];
   if (kLogWeights) {
-    mark_log(o, r, t, err, (double)p.d, marked);
+    double known = o.s > 0 ? o.m + log(o.s) : -infinity();
+    if (o.key == 0 && o.s > 0) known = infinity();
+    mark_log(o, r, t, err, known, (double)p.d, marked);
   } else {
     // Below log sum e^t of the rows so far, whose t are exact; at sigma = 0 below the largest t.
     float known = -inf;
@@ -135,19 +76,12 @@ MK_DEVICE bool mark_rows(const SweepParams& p, const Shared& s, int own, const L
       marked[i] = r.counts[i] && (err == inf || whole >= from);
     }
   }
-  bool any = false;
   MK_UNROLL
   for (int i = 0; i < kLaneRows; i++) {
-    const u32 bits = warp_ballot(marked[i] && !lost);
-    any |= bits != 0;
-    if (lane == 0) o.marked[i] = bits;
+    marked[i] &= !lost;
     if (lane + 32 * i < kRows) s.logit[own * kRows + lane + 32 * i] = t[i];
   }
-  return any;
-}
-
-MK_DEVICE float weight_value(u32 bits) {
-  return Numbers::kBrain ? as_float(bits << 16) : half_value((u16)bits) * (1.0f / 32768.0f);
+  return put_marks(o, marked);
 }
 
 // Merges the tile into the state of query b, and writes its weights into slot `slot` of all blocks.
@@ -186,31 +120,22 @@ MK_DEVICE void weigh_rows(const SweepParams& p, const Shared& s, int own, const 
   m = warp_max(m);
   const double m_safe = m == -inf ? 0.0 : m, drop = stays ? o.m - m_safe : 0;
   const double f = stays ? exp(drop) : 0;
-  Remote to[kCluster];
-  MK_UNROLL
-  for (int rank = 0; rank < kCluster; rank++)
-    to[rank] = remote(s.weights + (slot * 2 * kQueries + b) * kWeightPitch, rank);
+  const Slots slots = slots_of(s, slot, b);
   double sum = 0, sum_r = 0, sum_bias = 0, sum_sq = 0, sum_near = 0;
   MK_UNROLL
   for (int i = 0; i < kLaneRows; i++) {
     const int j = lane + 32 * i;
     const bool counts = key[i] == least && least < inf;
     float w = counts ? expf((float)(v_r[i] + r.bias[i] * o.inv_t - m_safe)) : 0.0f;
-    // A row is at least as large as it enters products; what accumulators round is a part of that. Not near
-    // where x is so far off that the mean, which is x plus a difference over alpha, would lose.
-    const double norm = fmax(sqrt((double)r.sq[i]), o.offset_norm - sqrt((double)r.sq[i]));
-    const bool near = exact[i] && w > 0 && o.alpha != 0 &&
-                      (r2[i] == 0 || (r.sq[i] < huge() && r2[i] < 16 * o.alpha * o.alpha * norm * norm));
-    u32 high = 0, low = 0;
+    const bool near = exact[i] && w > 0 && is_near(o, r.sq[i], r2[i]);
+    WeightTerms terms = {0, 0};
     if (near) {
       s.exact[own * kRows + j] = w;
       sum_near += w;
     } else {
       // As the products will have it, so that a part that all rows share cancels exactly.
-      const float scaled = Numbers::kBrain ? w : w * 32768.0f, back = Numbers::kBrain ? 1.0f : 32768.0f;
-      high = pack<Numbers::kBrain>(scaled, 0) & 0xffff;
-      low = pack<Numbers::kBrain>(scaled - weight_value(high) * back, 0) & 0xffff;
-      w = weight_value(high) + weight_value(low);
+      terms = weight_terms(w);
+      w = weight_value(terms.high) + weight_value(terms.low);
     }
     sum += w;
     sum_r += w == 0 ? 0 : w * v_r[i];
@@ -218,20 +143,14 @@ MK_DEVICE void weigh_rows(const SweepParams& p, const Shared& s, int own, const 
     sum_sq += (double)w * w;
     const u32 bits = warp_ballot(near);
     if (lane == 0) o.marked[i] = bits;
-    if (j < kRows) {
-      MK_UNROLL
-      for (int rank = 0; rank < kCluster; rank++) {
-        store_u16(to[rank], j, (u16)high);
-        store_u16(to[rank], kQueries * kWeightPitch + j, (u16)low);
-      }
-    }
+    store_weight(slots, j, terms);
   }
   sum = warp_sum(sum);
   sum_r = warp_sum(sum_r);
   sum_bias = warp_sum(sum_bias);
   sum_sq = warp_sum(sum_sq);
   sum_near = warp_sum(sum_near);
-  if (lane < kCluster) store_float(remote(s.factor + slot * kQueries + b, lane), 0, (float)f);
+  store_factor(s, slot, b, (float)f);
   warp_sync();  // every lane has read the state
   if (lane == 0) {
     o.s_v = (f > 0 ? f * (o.s_v + o.s * drop) : 0) + (sum_r + o.inv_t * sum_bias - m_safe * sum);
@@ -245,6 +164,22 @@ MK_DEVICE void weigh_rows(const SweepParams& p, const Shared& s, int own, const 
     o.m = m;
   }
   warp_sync();
+}
+
+MK_DEVICE void store_sums(const SweepParams& p, const Shared& s) {
+  for (int own = thread_index(); own < kOwned; own += kThreads) {
+    const i64 b = cluster_rank() + own * kCluster;
+    if (b >= p.b) break;
+    const Owned& o = s.owned[own];
+    double* to = p.states + (i64)cluster_index() * kState * kQueries + b;
+    to[Key * kQueries] = o.key;
+    to[M * kQueries] = o.m;
+    to[S * kQueries] = o.s;
+    to[SV * kQueries] = o.s_v;
+    to[SBias * kQueries] = o.s_bias;
+    to[SSq * kQueries] = o.s_sq;
+    to[NearS * kQueries] = o.near_s;
+  }
 }
 
 }  // namespace cuda

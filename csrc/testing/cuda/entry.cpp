@@ -31,6 +31,16 @@ const Entry entries[] = {
 #elif defined(MK_IS_FINISH)
     MK_ENTRY(memokern_finish_state, FinishParams, 1, kFinishThreads, 0),
     MK_ENTRY(memokern_finish_sums, FinishParams, 1, kFinishThreads, 0),
+#elif defined(MK_IS_GRADIENT)
+    MK_ENTRY(memokern_gradient, GradientParams, kCluster, kThreads, shared_bytes()),
+#elif defined(MK_IS_TERMS)
+    MK_ENTRY(memokern_gradient_terms, GradientParams, 1, kQueryThreads, 512),
+#elif defined(MK_IS_TIES)
+    MK_ENTRY(memokern_gradient_ties, GradientParams, 1, kTieThreads, 512),
+#elif defined(MK_IS_BIAS)
+    MK_ENTRY(memokern_gradient_bias, GradientParams, 1, kBiasThreads, 0),
+#elif defined(MK_IS_FINISH_GRADIENT)
+    MK_ENTRY(memokern_gradient_finish, GradientParams, 1, kGradientThreads, 512),
 #elif defined(MK_IS_FAULTS)
     MK_FAULT_ENTRIES
 #endif
