@@ -15,9 +15,9 @@ import torch
 from memokern.backends.cuda.core import cache, compiler, driver, machine, sources
 from memokern.backends.cuda.core.variant import ROW_CODES
 from memokern.backends.protocol import Backend, Call
-from memokern.calls import Query, Rows, State, Sums
+from memokern.calls import BasicSums, Gradients, Query, Rows, State, Sums
 
-_OPERATIONS = ("posterior", "posterior_state")
+_OPERATIONS = ("posterior", "posterior_state", "posterior_backward")
 
 
 class Cuda(Backend):
@@ -69,12 +69,13 @@ class Cuda(Backend):
             return f"NVRTC {compiler.version()} does not compile for {arch}: a newer one does"
         from memokern.backends.cuda.posterior import planner
 
-        return planner.refuses(call.b, call.n, call.dim, call.rows, machine.of(device))
+        backward = operation == "posterior_backward"
+        return planner.refuses(call.b, call.n, call.dim, call.rows, machine.of(device), backward)
 
     def detail(self) -> str:
         return (
-            f"NVRTC {compiler.version()}, {torch.cuda.get_device_name()}; posterior of rows of more"
-            " than 256 features, all else goes to Triton"
+            f"NVRTC {compiler.version()}, {torch.cuda.get_device_name()}; posterior and its"
+            " gradients for queries, of rows of more than 256 features; all else goes to Triton"
         )
 
     def posterior_state(self, query: Query, rows: Rows) -> State:
@@ -86,6 +87,13 @@ class Cuda(Backend):
         from memokern.backends.cuda.posterior import launch
 
         return launch.posterior(query, rows)
+
+    def posterior_backward(
+        self, query: Query, rows: Rows, sums: BasicSums, grads: BasicSums
+    ) -> Gradients:
+        from memokern.backends.cuda.gradient import launch
+
+        return launch.posterior_backward(query, rows, sums, grads)
 
 
 def facts() -> dict[str, Any]:

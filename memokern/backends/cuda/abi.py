@@ -9,8 +9,11 @@ from typing import Any
 from torch import Tensor
 
 # Rows of a query's table, and of a part's states.
-TABLE_ROWS = 10
+TABLE_ROWS = 12
 STATE_ROWS = 7
+# Rows of the table of gradients, and of a part's sums in the backward sweep.
+GRADIENT_TABLE_ROWS = 2
+GRADIENT_ROWS = 8
 WORD = 8
 
 _KINDS = {"*": ctypes.c_void_p, ".": ctypes.c_double, "#": ctypes.c_int64}
@@ -46,6 +49,18 @@ class FinishParams(ctypes.Structure):
         "states* acc* near* table* x* sigma* alpha* temperature* center* scale. zero. b# d# dp#"
         " parts# queries# residual* key* m* s* s_v* s_bias* s_sq* sum* mean* log_z* mean_logit*"
         " mean_bias* weight_sq* score* tikhonov. log_threshold."
+    )
+
+
+class GradientParams(ctypes.Structure):
+    """Of all of gradient/."""
+
+    _fields_ = _fields(
+        "rows* sq_norms* bias* center* terms* table* grad_terms* grad_table* x* sigma* alpha*"
+        " temperature* mean* grad_mean* log_z* mean_logit* mean_bias* weight_sq* grad_log_z*"
+        " grad_mean_logit* grad_mean_bias* grad_weight_sq* sums* acc* near* pairs* grad_x*"
+        " grad_sigma* grad_alpha* grad_temperature* grad_bias* scale. shift. zero. b# n# d# dp#"
+        " stride# parts# queries# first#"
     )
 
 

@@ -27,6 +27,16 @@ ARGUMENTS = {
     "memokern_finish_state": abi.FinishParams,
     "memokern_finish_sums": abi.FinishParams,
     "memokern_sq_norms": abi.NormsParams,
+    **dict.fromkeys(
+        (
+            "memokern_gradient",
+            "memokern_gradient_terms",
+            "memokern_gradient_ties",
+            "memokern_gradient_bias",
+            "memokern_gradient_finish",
+        ),
+        abi.GradientParams,
+    ),
 }
 
 

@@ -207,8 +207,8 @@ def posterior(
     made = params(
         "FinishParams", **parts._asdict(), **column, **wide, x=query.x, sigma=query.sigma,
         alpha=query.alpha, temperature=query.temperature, center=rows.center, scale=rows.scale,
-        zero=zero_of(rows), b=b, d=d, dp=parts.acc.shape[2], parts=clusters, queries=variant.queries,
-        tikhonov=gates[0], log_threshold=gates[1],
+        zero=zero_of(rows), b=b, d=d, dp=parts.acc.shape[2], parts=clusters,
+        queries=variant.queries, tikhonov=gates[0], log_threshold=gates[1],
     )  # fmt: skip
     grid = (b, -(-d // 512))
     run("sweep/finish.cu", {}, "memokern_finish_state", made, *grid, seed=seed)

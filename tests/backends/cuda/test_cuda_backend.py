@@ -59,6 +59,21 @@ def test_as_the_definition(emulated: Driver, dtype: torch.dtype) -> None:
     assert dict(variants.ROW_CODES)[dtype] == dict(sweeps[0].macros)["MK_ROWS"]
 
 
+@pytest.mark.parametrize("dtype", ROWS, ids=cases.name_of)
+def test_gradients_as_the_definition(emulated: Driver, dtype: torch.dtype) -> None:
+    """Two blocks of queries, with a bias and without; rows whose norms are known and not."""
+    for bias in (None, "hole"):
+        case = Case(19, 90, D, dtype, sigma=0.7, alpha=0.9, temperature=1.3, bias=bias)
+        query, rows = case.problem()
+        rows = cases.with_norms(rows) if bias else rows
+        sums = oracle.sums(query, rows)
+        known = cases.basic(sums)._replace(mean=sums.mean.float())
+        grads = cases.random_like(known, seed=2)
+        got = BACKEND.posterior_backward(query, rows, known, grads)
+        want = oracle.gradients(query, rows, grads)
+        compare.gradients(got, want, sums, query, F32, str(case))
+
+
 @pytest.mark.long
 def test_states_of_parts_make_the_whole(emulated: Driver) -> None:
     query, rows = Case(3, 300, D, U8, sigma=0.7, bias="normal").problem()
@@ -79,13 +94,14 @@ def test_every_shape_of_shared_memory_is_that_of_the_kernels() -> None:
     from memokern.backends.cuda.posterior import planner
     from memokern.backends.cuda.posterior.variants import sweep_variant
 
-    seen: set[tuple[int, int]] = set()
+    seen: set[tuple[int, int, bool]] = set()
     for dtype in variants.ROW_CODES:
-        for tile in planner.tiles(dtype):
-            if (tile.queries, tile.rows) in seen:
+        for tile in [*planner.tiles(dtype), *planner.tiles(dtype, backward=True)]:
+            if (tile.queries, tile.rows, tile.backward) in seen:
                 continue
-            seen.add((tile.queries, tile.rows))
+            seen.add((tile.queries, tile.rows, tile.backward))
             variant = sweep_variant(dtype, tile, True, False)
             library = cuda_emulator.library(variant.program, dict(variant.macros))
             gaps = 11 * library.memokern_gap()
-            assert library.memokern_shared_bytes(b"memokern_sweep") - gaps == shared_of(variant)
+            entry = variant.entries[0].encode()
+            assert library.memokern_shared_bytes(entry) - gaps == shared_of(variant)

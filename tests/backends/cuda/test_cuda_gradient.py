@@ -1,4 +1,5 @@
-"""The CUDA backward sweep for wide rows, on the emulator, against autograd through the definition."""
+"""The CUDA backward sweep for wide rows, on the emulator, against autograd through the
+definition."""
 
 from __future__ import annotations
 
@@ -84,7 +85,9 @@ def test_at_the_limit(weighting: str) -> None:
     sums = oracle.sums(query, rows)
     known = cases.basic(sums)._replace(mean=sums.mean.float())
     grads = cases.random_like(known, seed=5)
-    got = kernels.backward(query, rows, known, grads, LOG[U8] if weighting == "log" else VARIANTS[U8])
+    got = kernels.backward(
+        query, rows, known, grads, LOG[U8] if weighting == "log" else VARIANTS[U8]
+    )
     assert torch.equal(got.x, torch.zeros(3, D))
     assert torch.equal(got.sigma, torch.zeros(3, dtype=F64))
     assert torch.equal(got.alpha, torch.zeros(3, dtype=F64))
@@ -95,7 +98,9 @@ def test_at_the_limit(weighting: str) -> None:
         off = some - known.mean_bias[b]
         # log_z and mean_logit are infinite where "log" hits a row, and have no gradient.
         of_z, of_e = (grads.log_z[b], grads.mean_logit[b]) if weighting == "gaussian" else (0, 0)
-        h = (y[nearest] - known.mean[b]) @ grads.mean[b].double() + (of_e + grads.mean_bias[b]) * off
+        h = (y[nearest] - known.mean[b]) @ grads.mean[b].double() + (
+            of_e + grads.mean_bias[b]
+        ) * off
         h = (h + 2 * grads.weight_sq[b] * (w - known.weight_sq[b])) / t
         want_bias[nearest] = w * (of_z + of_e + grads.mean_bias[b] + h)
         gap = known.log_z[b] - known.mean_logit[b] if weighting == "gaussian" else 0

@@ -17,7 +17,7 @@ from memokern.backends.cuda.core import cache, driver, sources
 from memokern.backends.cuda.core.variant import Variant
 from memokern.backends.cuda.posterior import launch, planner
 from memokern.backends.cuda.posterior.tiles import shared_bytes
-from memokern.calls import Query, Rows, State, Sums
+from memokern.calls import BasicSums, Query, Rows, State, Sums
 from memokern.util import torch_internals
 from tests.backends.cuda import fake_driver
 from tests.backends.cuda.fake_driver import H100, STREAMS, installed
@@ -94,6 +94,60 @@ def test_a_state_and_the_weighting_log() -> None:
     assert f.sum == state.acc.data_ptr() and f.mean is None
     assert fake.launches[0].argument.log == 1 and fake.launches[1].argument.bias is None
     assert b"log=1" in fake.loaded[0] and b"bulk=1" in fake.loaded[0]
+
+
+def basic(b: int, d: int) -> BasicSums:
+    return BasicSums(torch.zeros(b, d), *(torch.zeros(b, dtype=F64) for _ in range(4)))
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_the_backward_sweep(biased: bool) -> None:
+    b, n, d = 19, 1000, 300
+    bias = torch.zeros(n, dtype=F64) if biased else None
+    query, rows, sums, grads = query_of(b, d, bias=bias), rows_of(n, d), basic(b, d), basic(b, d)
+    with installed() as fake:
+        out = BACKEND.posterior_backward(query, rows, sums, grads)
+    assert out.x.shape == (b, d) and out.bias.shape == ((n,) if biased else (0,))
+    assert out.condition.shape == out.bandwidth.shape == (0,)
+    extra = ["memokern_gradient_ties", "memokern_gradient_bias"] if biased else []
+    names = ["memokern_queries", "memokern_gradient_terms", "memokern_gradient", *extra,
+             "memokern_gradient_finish"]  # fmt: skip
+    assert [found.entry for found in fake.launches] == 2 * names
+    tile = planner.plan(b, n, d, F32, H100, backward=True)
+    assert tile is not None and tile.backward and tile.queries == 16
+    first = fake.launches[: len(names)]
+    sweep = first[2]
+    clusters = min(132 // tile.cluster, -(-n // tile.rows))
+    assert (sweep.grid, sweep.threads) == ((clusters * tile.cluster, 1), 256)
+    assert sweep.shared == shared_bytes(F32, tile) and first[1].grid == (16, 1)
+    grids = {found.entry: found.grid for found in first[3:]}
+    assert grids["memokern_gradient_finish"] == (16, 1)
+    assert not biased or grids["memokern_gradient_bias"] == (4, 1)
+    for i, (b0, some) in enumerate(((0, 16), (16, 3))):
+        split, *rest = fake.launches[i * len(names) : (i + 1) * len(names)]
+        raw = [ctypes.string_at(ctypes.addressof(x.argument), 8 * 41) for x in rest]
+        assert ctypes.sizeof(rest[0].argument) >= 8 * 41 and len(set(raw)) == 1
+        a = rest[0].argument
+        assert (a.b, a.n, a.d, a.queries, a.parts, a.first) == (some, n, d, 16, clusters, b0 == 0)
+        assert a.terms == split.argument.terms and a.table == split.argument.table
+        assert a.dp == split.argument.dp == tile.cluster * tile.features
+        assert a.x == query.x.data_ptr() + 4 * d * b0
+        for name in ("mean", "log_z", "mean_logit", "mean_bias", "weight_sq"):
+            size = 4 * d if name == "mean" else 8
+            assert getattr(a, name) == getattr(sums, name).data_ptr() + size * b0
+            assert getattr(a, f"grad_{name}") == getattr(grads, name).data_ptr() + size * b0
+        for name in ("x", "sigma", "alpha", "temperature"):
+            size = 4 * d if name == "x" else 8
+            assert getattr(a, f"grad_{name}") == getattr(out, name).data_ptr() + size * b0
+        assert a.grad_bias == (out.bias.data_ptr() if biased else None)
+        assert (a.pairs is not None) == biased
+
+
+def test_the_backward_sweep_of_no_queries() -> None:
+    query = query_of(0, 300, bias=torch.zeros(4, dtype=F64))
+    with installed() as fake:
+        out = BACKEND.posterior_backward(query, rows_of(4, 300), basic(0, 300), basic(0, 300))
+    assert fake.launches == [] and torch.equal(out.bias, torch.zeros(4, dtype=F64))
 
 
 def test_many_queries_are_blocks_of_queries() -> None:
@@ -251,7 +305,8 @@ def test_types_are_refused() -> None:
 
 # --- the structs ------------------------------------------------------------------------------
 
-STRUCTS = [abi.QueriesParams, abi.SweepParams, abi.FinishParams, abi.NormsParams]
+STRUCTS = [abi.QueriesParams, abi.SweepParams, abi.FinishParams, abi.GradientParams,
+           abi.NormsParams]  # fmt: skip
 HEADER = sources.folder() / "common" / "abi.h"
 needs_header = pytest.mark.skipif(not HEADER.exists(), reason="the kernels are not here yet")
 
@@ -283,7 +338,9 @@ def test_structs_are_those_of_the_kernels(struct: type[ctypes.Structure]) -> Non
 def test_rows_of_tables_are_those_of_the_kernels() -> None:
     text = HEADER.read_text()
     for name, last, count in (
-        ("TableRow", "kTable", abi.TABLE_ROWS), ("StateRow", "kState", abi.STATE_ROWS)
+        ("TableRow", "kTable", abi.TABLE_ROWS), ("StateRow", "kState", abi.STATE_ROWS),
+        ("GradientTableRow", "kGradientTable", abi.GRADIENT_TABLE_ROWS),
+        ("GradientRow", "kGradientSums", abi.GRADIENT_ROWS - 1),  # and whether there are near rows
     ):  # fmt: skip
         words = re.search(rf"enum {name} : int {{(.*?)}};", text, re.DOTALL)
         assert words is not None

@@ -37,6 +37,13 @@ def test_a_plan_fits(rows: torch.dtype) -> None:
             tile = planner.plan(b, n, d, rows, machine, most, rare=True)
             assert tile is not None and tile.queries == 16
             assert variants.sweep_variant(rows, tile, False, True).name in listed
+            tile = planner.plan(b, n, d, rows, machine, most, backward=True)
+            if tile is None:
+                assert most == 8 or d > planner.widest(rows, backward=True)
+                continue
+            assert shared_bytes(rows, tile) <= machine.shared and tile.resident == 1
+            for bulk, log in itertools.product((False, True), (False, True)):
+                assert variants.sweep_variant(rows, tile, bulk, log).name in listed
 
 
 def test_plans_depend_on_nothing_else() -> None:

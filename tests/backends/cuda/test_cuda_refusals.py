@@ -53,7 +53,7 @@ def test_exactly_these_calls_are_refused(here) -> None:
             words = f"these are on {device}"
         elif transform:
             words = "no torch.func transforms and no forward mode"
-        elif operation not in ("posterior", "posterior_state"):
+        elif operation not in ("posterior", "posterior_state", "posterior_backward"):
             words = f"it has no kernel for {operation}"
         elif own_bias:
             words = "differ from query to query"
@@ -72,6 +72,11 @@ def test_rows_that_are_too_narrow_or_too_wide(here) -> None:
                            (200_000, "a cluster holds at most")):  # fmt: skip
             reason = BACKEND.refusal("posterior", usual(rows=rows, dim=dim))
             assert (words in reason) if words else reason is None, (rows, dim, reason)
+        # Its backward sweep has twice as many products in shared memory.
+        most = planner.widest(rows, backward=True)
+        assert BACKEND.refusal("posterior_backward", usual(rows=rows, dim=3072)) is None
+        reason = BACKEND.refusal("posterior_backward", usual(rows=rows, dim=most + 1))
+        assert f"at most {most:,} features" in reason and most < planner.widest(rows) + 1
 
 
 def test_many_queries_go_where_they_are_faster_by_count(here) -> None:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from memokern.backends.cuda.core.machine import Machine
-from memokern.backends.cuda.posterior.tiles import Tile, at_once, size_of, splits, terms_of
+from memokern.backends.cuda.posterior.tiles import Tile, at_once, size_of, splits, terms_of, vectors
 
 
 class Rates(NamedTuple):
@@ -52,11 +52,12 @@ def tile_seconds(rows: torch.dtype, tile: Tile, rates: Rates, multiprocessors: i
     moved = numbers * size / (rates.memory / multiprocessors)
     # Rows are written once and read twice. The queries' terms, 512 bytes of 16 queries and 16
     # features, are read again for each group of 8 rows that a warp does not do at once.
-    terms = 4 * terms_of(rows) * tile.queries / 16 / at_once(tile) * numbers
-    parts = 8 * splits(tile) * tile.queries * tile.rows
+    terms = 4 * terms_of(rows) * vectors(tile) / 16 / at_once(tile) * numbers
+    parts = 8 * splits(tile) * vectors(tile) * tile.rows
     weights = _WARPS * 64 * tile.queries * tile.rows / 16
     shared = (terms + parts + weights + 3 * numbers * size) / SHARED
-    arithmetic = 2.0 * tile.queries * numbers * sum(products(rows))
+    first, second = products(rows)
+    arithmetic = 2.0 * numbers * (vectors(tile) * first + tile.queries * second)
     busy = max(shared, arithmetic / (rates.warp / multiprocessors))
     # Blocks share what is moved and multiplied; each waits for its own rows and its own cluster.
     together = tile.resident * max(moved, busy)
@@ -90,10 +91,13 @@ def sweep_seconds(
     each = tile_seconds(rows, tile, rates, used)
     join = part_bytes(tile, n, machine) / rates.memory
     sweep = -(-all_tiles // clusters) * each
-    return -(-b // tile.queries) * (sweep + join + 3 * LAUNCH)
+    # The backward sweep splits the gradients of the means too.
+    return -(-b // tile.queries) * (sweep + join + (4 if tile.backward else 3) * LAUNCH)
 
 
-def chunked_seconds(rows: torch.dtype, b: int, n: int, d: int, machine: Machine) -> float:
+def chunked_seconds(
+    rows: torch.dtype, b: int, n: int, d: int, machine: Machine, backward: bool = False
+) -> float:
     """Of the same in chunks of rows that stay in the L2 cache between two products by warp groups,
     each a launch: what is done for rows of any width without clusters."""
     rates, size = RATES[machine.arch], size_of(rows)
@@ -104,5 +108,7 @@ def chunked_seconds(rows: torch.dtype, b: int, n: int, d: int, machine: Machine)
     work = 2.0 * b * n * d / rates.group
     moved = float(n) * d * size / rates.memory
     again = 0.0 if chunk * d * size <= machine.l2_bytes else moved
-    launches = 3 * -(-n // chunk) + 2
+    if backward:  # a product with the gradients of the means too, for which chunks are still there
+        first *= 2
+    launches = (4 if backward else 3) * -(-n // chunk) + 2
     return max(moved, work * first) + max(again, work * second) + launches * LAUNCH

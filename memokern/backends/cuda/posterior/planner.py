@@ -10,6 +10,7 @@ import torch
 from memokern.backends.cuda.core.machine import KNOWN, Machine
 from memokern.backends.cuda.posterior import costs
 from memokern.backends.cuda.posterior.tiles import (
+    BACKWARD_QUERIES,
     DIVISIONS,
     QUERIES,
     RESIDENT,
@@ -26,17 +27,19 @@ MOST_CLUSTER = 16
 
 
 @functools.cache
-def tile_of(rows: torch.dtype, cluster: int, features: int, queries: int) -> Tile | None:
+def tile_of(
+    rows: torch.dtype, cluster: int, features: int, queries: int, backward: bool = False
+) -> Tile | None:
     """The rows and stages of a tile; None where the block's registers or its shared memory do not
     hold one. The same on every target, so that the list of variants is finite.
 
     >>> tile_of(torch.uint8, 8, 384, 16)
-    Tile(cluster=8, features=384, queries=16, rows=64, stages=2, resident=2)
+    Tile(cluster=8, features=384, queries=16, rows=64, stages=2, resident=2, backward=False)
     """
     shared = min(shared for _, shared in KNOWN.values())
-    sizes = itertools.product(ROWS, STAGES, RESIDENT)
+    sizes = itertools.product(ROWS, STAGES, RESIDENT[:1] if backward else RESIDENT)
     fitting = [
-        tile for tile in (Tile(cluster, features, queries, *s) for s in sizes)
+        tile for tile in (Tile(cluster, features, queries, *s, backward) for s in sizes)
         if holds_sums(features, queries, tile.resident)
         and shared_bytes(rows, tile) <= room(shared, tile.resident)
     ]  # fmt: skip
@@ -44,28 +47,32 @@ def tile_of(rows: torch.dtype, cluster: int, features: int, queries: int) -> Til
 
 
 @functools.cache
-def tiles(rows: torch.dtype) -> list[Tile]:
+def tiles(rows: torch.dtype, backward: bool = False) -> list[Tile]:
     """All that a sweep over rows of this type can be asked for."""
-    found = (tile_of(rows, c, ds, q) for q in QUERIES for c, ds, most in DIVISIONS if q <= most)
+    sizes = BACKWARD_QUERIES if backward else QUERIES
+    found = (
+        tile_of(rows, c, ds, q, backward) for q in sizes for c, ds, most in DIVISIONS if q <= most
+    )
     return [tile for tile in found if tile is not None]
 
 
-def widest(rows: torch.dtype) -> int:
+def widest(rows: torch.dtype, backward: bool = False) -> int:
     """The most features that a sweep over rows of this type can have."""
-    return max(t.cluster * t.features for t in tiles(rows))
+    return max(t.cluster * t.features for t in tiles(rows, backward))
 
 
 @functools.lru_cache(4096)
 def plan(
     b: int, n: int, d: int, rows: torch.dtype, machine: Machine, most_cluster: int = MOST_CLUSTER,
-    rare: bool = False,
+    rare: bool = False, backward: bool = False,
 ) -> Tile | None:  # fmt: skip
     """The fastest tile by count for b queries and n rows of d features; None where no cluster of up
     to most_cluster blocks holds a row. rare: for rows that are not aligned and for the weighting
     "log" there are tiles of 16 queries only, so that there are not four times as many variants.
+    backward: for the backward sweep.
 
     >>> plan(1, 50_000, 3072, torch.uint8, Machine("sm_90a", 132, 227 << 10, 50 << 20))
-    Tile(cluster=8, features=384, queries=16, rows=64, stages=2, resident=2)
+    Tile(cluster=8, features=384, queries=16, rows=64, stages=2, resident=2, backward=False)
     """
 
     def seconds(tile: Tile) -> float:
@@ -75,23 +82,26 @@ def plan(
         wide = tile.cluster <= most_cluster and d <= tile.cluster * tile.features
         return wide and (tile.queries == QUERIES[0] or not rare)
 
-    return min(filter(fits, tiles(rows)), key=seconds, default=None)
+    return min(filter(fits, tiles(rows, backward)), key=seconds, default=None)
 
 
 @functools.lru_cache(4096)
-def refuses(b: int, n: int, d: int, rows: torch.dtype, machine: Machine) -> str | None:
+def refuses(
+    b: int, n: int, d: int, rows: torch.dtype, machine: Machine, backward: bool = False
+) -> str | None:
     """Why another backend should sweep, in one line, or None."""
     if d < NARROWEST:
         return f"its sweep is for more than {NARROWEST - 1} features, and there are {d}"
-    if d > widest(rows):
+    most = widest(rows, backward)
+    if d > most:
         # Passes over parts of the features would read every row from memory twice, once for the
         # products and once for the sums, where chunks of rows are read once from memory and once
         # from the L2 cache; and beside a chunk of such rows a launch is nothing.
-        return f"a cluster holds at most {widest(rows):,} features of such rows, not {d:,}"
-    tile = plan(b, n, d, rows, machine)
+        return f"a cluster holds at most {most:,} features of such rows, not {d:,}"
+    tile = plan(b, n, d, rows, machine, backward=backward)
     assert tile is not None
     here = costs.sweep_seconds(rows, tile, max(1, b), n, machine)
-    chunks = costs.chunked_seconds(rows, max(1, b), n, d, machine)
+    chunks = costs.chunked_seconds(rows, max(1, b), n, d, machine, backward)
     if here > chunks:
         return (
             f"by count, {b} queries on {n:,} rows are faster in chunks of rows"

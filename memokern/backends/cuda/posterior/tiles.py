@@ -7,13 +7,15 @@ from typing import NamedTuple
 import torch
 
 QUERIES = (16, 32, 64)  # those that a launch is compiled for
+BACKWARD_QUERIES = (16,)  # of the backward sweep
 
 
 class Tile(NamedTuple):
     """What a block of the sweep holds. cluster: C, blocks that own the features of a row together.
     features: DS, those of each. queries: Q, rows: NT, stages: tiles in shared memory. resident:
     blocks that share a multiprocessor, so that one multiplies while another waits for its
-    cluster."""
+    cluster. backward: of the backward sweep, which multiplies rows by the gradients of the means
+    too."""
 
     cluster: int
     features: int
@@ -21,6 +23,7 @@ class Tile(NamedTuple):
     rows: int
     stages: int
     resident: int = 1
+    backward: bool = False
 
 
 # How rows are divided: blocks of a cluster, features of a block, and the most queries of a launch,
@@ -62,9 +65,14 @@ def room(shared: int, resident: int) -> int:
     return min(shared, _SHARED_OF_ALL // resident - _RESERVED)
 
 
+def vectors(tile: Tile) -> int:
+    """What the first product multiplies rows by: queries, and gradients of their means."""
+    return tile.queries * (2 if tile.backward else 1)
+
+
 def at_once(tile: Tile) -> int:
-    """Groups of 8 rows that a warp multiplies by the queries' terms that it has read once."""
-    most, groups = 4 if tile.queries == 16 else 2, tile.rows // 8
+    """Groups of 8 rows that a warp multiplies by the vectors' terms that it has read once."""
+    most, groups = 4 if vectors(tile) == 16 else 2, tile.rows // 8
     return groups // 2 if groups < 2 * most else most
 
 
@@ -80,18 +88,20 @@ def shared_bytes(rows: torch.dtype, tile: Tile) -> int:
     >>> shared_bytes(torch.uint8, Tile(8, 384, 16, 64, 3))
     132864
     """
-    c, ds, q, nt, stages, _ = tile
+    c, ds, q, nt, stages, *_ = tile
     size = size_of(rows)
     pitch = ds * size + (0 if ds * size // 16 % 2 else 16)  # odd in units of 16: no bank conflicts
-    own = -(-q // c)
+    own, both = -(-q // c), vectors(tile)
+    # Of a query, and of a pair: what is kept, and what is evaluated by direct differences.
+    asked, kept, exact = (272, 2, 3) if tile.backward else (160, 1, 1)
     parts = (
         8 * stages,  # barriers
-        terms_of(rows) * q * (ds + 8) * 2,  # the queries' terms
+        terms_of(rows) * both * (ds + 8) * 2,  # the vectors' terms
         stages * nt * pitch,  # the rows
-        splits(tile) * q * (nt + 8) * 4,  # products
+        splits(tile) * both * (nt + 8) * 4,  # products
         2 * 2 * q * (nt + 8) * 2,  # weights, two terms of them, two tiles
         2 * q * 4,  # the largest logit and the factor of each query
-        own * nt * 4, own * nt * 8, own * 160,  # what a rank does for all
-        16 * 8 * 8, 16 * 4,  # parts of distances of 16 pairs
+        kept * own * nt * 4, exact * own * nt * 8, own * asked,  # what a rank does for all
+        16 * 8 * 8 * exact, 16 * 4,  # parts of distances of 16 pairs
     )  # fmt: skip
     return sum(-(-p // 128) * 128 for p in parts)

@@ -1,0 +1,1 @@
+"""The gradients of the dense sweep for its queries."""
