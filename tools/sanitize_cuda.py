@@ -4,7 +4,8 @@ under ThreadSanitizer.
     make sanitize-cuda                      # every variant of the list, both builds
     make sanitize-cuda ARGS="--only thread --every 3"
 
-Without Python and without a GPU: ``csrc/testing/cuda/sanitize.cpp`` runs a variant of the sweep on
+Without Python and without a GPU: ``csrc/testing/cuda/sanitize.cpp`` runs a variant of the sweep,
+and ``sanitize_gradient.cpp`` one of the backward sweep, on
 problems of awkward sizes, each thread of a block as a fibre, which ThreadSanitizer takes for a
 thread. Arrays of shared memory are kept apart by memory that must not be touched. The third build,
 "plain", has what the emulator itself stops at: barriers that some threads do not reach, copies
@@ -32,16 +33,20 @@ BUILDS = {
     "thread": (("-fsanitize=thread",), ("-DMK_TSAN",)),
 }
 # rows, queries, blocks of a cluster, features of a block, rows of a tile, tiles, copies by the
-# machine, weighting "log".
+# machine, weighting "log", backward sweep.
 VARIANTS = (
-    (4, 16, 2, 32, 32, 2, 1, 0),
-    (1, 16, 2, 32, 16, 3, 1, 0),
-    (2, 32, 4, 16, 64, 2, 0, 0),
-    (3, 16, 1, 48, 32, 2, 1, 1),
-    (4, 64, 2, 16, 128, 2, 0, 1),
-    (1, 16, 8, 16, 32, 2, 0, 0),
+    (4, 16, 2, 32, 32, 2, 1, 0, 0),
+    (1, 16, 2, 32, 16, 3, 1, 0, 0),
+    (2, 32, 4, 16, 64, 2, 0, 0, 0),
+    (3, 16, 1, 48, 32, 2, 1, 1, 0),
+    (4, 64, 2, 16, 128, 2, 0, 1, 0),
+    (1, 16, 8, 16, 32, 2, 0, 0, 0),
+    (4, 16, 2, 32, 32, 2, 1, 0, 1),
+    (1, 16, 4, 16, 64, 3, 1, 0, 1),
+    (2, 16, 8, 16, 32, 2, 0, 0, 1),
+    (3, 16, 2, 32, 16, 2, 0, 1, 1),
 )
-MACROS = ("ROWS", "QUERIES", "CLUSTER", "FEATURES", "TILE", "STAGES", "BULK", "LOG")
+MACROS = ("ROWS", "QUERIES", "CLUSTER", "FEATURES", "TILE", "STAGES", "BULK", "LOG", "GRADIENT")
 
 
 def build(kind: str, variant: tuple[int, ...], source: Path, out: Path) -> Path:
@@ -62,9 +67,9 @@ def build(kind: str, variant: tuple[int, ...], source: Path, out: Path) -> Path:
         subprocess.run(command, check=True)
         objects.append(str(made))
     macros = [f"-DMK_{key}={value}" for key, value in zip(MACROS, variant, strict=True)]
-    program = out / name
+    program, main = out / name, "sanitize_gradient.cpp" if variant[-1] else "sanitize.cpp"
     subprocess.run(
-        [*common, *kernels, *macros, str(here / "sanitize.cpp"), *objects, "-o", str(program)],
+        [*common, *kernels, *macros, str(here / main), *objects, "-o", str(program)],
         check=True,
     )
     return program

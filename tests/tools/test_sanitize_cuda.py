@@ -32,14 +32,14 @@ PLANTED = {
         "sweep/fetch.h", "rows * bytes)", "rows * bytes + 16)", "plain", "no thread can go on"
     ),
     "a barrier that some threads do not reach": Fault(
-        "sweep/sweep.cu",
+        "sweep/loop.h",
         "marked = block_any(marked);",
         "if (warp) marked = block_any(marked);",
         "plain",
         "different barriers",
     ),
     "a block that goes while others read from it": Fault(
-        "sweep/sweep.cu",
+        "sweep/loop.h",
         "    cluster_wait();\n  }\n",
         "    if (i + 1 < tiles.count || cluster_rank()) cluster_wait();\n    else return;\n  }\n",
         "plain",
@@ -53,14 +53,14 @@ PLANTED = {
         "data race",
     ),
     "a missing barrier between blocks": Fault(
-        "sweep/sweep.cu",
+        "sweep/loop.h",
         "    cluster_wait();\n    bool marked = false;",
         "    bool marked = false;",
         "plain",
         "arrives twice",
     ),
     "a block's own barrier in the place of the cluster's": Fault(
-        "sweep/sweep.cu",
+        "sweep/loop.h",
         "    cluster_wait();\n    bool marked = false;",
         "    block_sync();\n    bool marked = false;",
         "plain",
@@ -68,8 +68,8 @@ PLANTED = {
     ),
     "an array of shared memory that is too short": Fault(
         "sweep/variant.h",
-        "take<float>(next, kSplits * kQueries * kPartPitch)",
-        "take<float>(next, kSplits * kQueries * kPartPitch - 16)",
+        "take<float>(next, kSplits * kVectors * kPartPitch)",
+        "take<float>(next, kSplits * kVectors * kPartPitch - 16)",
         "address",
         "use-after-poison",
     ),
@@ -97,7 +97,7 @@ def test_planted_faults_are_found(
     assert text.count(fault.right) == 1
     path.write_text(text.replace(fault.right, fault.wrong))
     status = sanitize_cuda.main(
-        ["--only", fault.build, "--every", "6", "--source", str(tree), "--out", str(tmp_path)]
+        ["--only", fault.build, "--every", "10", "--source", str(tree), "--out", str(tmp_path)]
     )
     assert status == 1
     assert fault.word in capfd.readouterr().err

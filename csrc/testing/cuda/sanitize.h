@@ -1,0 +1,156 @@
+// What the programs that run under sanitizers share: problems, launches, and arrays of exactly their size. To
+// be included after the kernels.
+#pragma once
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "emulator.h"
+
+using namespace memokern::cuda;
+
+template <class P, void (*kKernel)(const P&)>
+static void kernel(const void* params) {
+  kKernel(*(const P*)params);
+}
+template <class T>
+static std::vector<T> nothing(i64 n) {
+  std::vector<T> v(n);
+  if (n) memset((void*)v.data(), 0xff, n * sizeof(T));
+  return v;
+}
+
+// Rows as they are stored, of exactly their size, and their values.
+struct Data {
+  std::vector<u8> stored;
+  std::vector<double> value;
+};
+static Data rows_of(i64 n, i64 d, double scale, double shift, std::mt19937& random) {
+  std::normal_distribution<float> normal;
+  Data data;
+  data.stored.resize(n * d * Numbers::kBytes);
+  data.value.resize(n * d);
+  for (i64 i = 0; i < n * d; i++) {
+    const float v = normal(random);
+    float kept = v;
+    if (kType == (int)kF32) {
+      memcpy(&data.stored[4 * i], &v, 4);
+    } else if (kType == (int)kU8) {
+      data.stored[i] = (u8)(random() & 255);
+      kept = data.stored[i];
+    } else {
+      const u16 h = Numbers::kBrain ? emulator::to_brain(v) : emulator::to_half(v);
+      memcpy(&data.stored[2 * i], &h, 2);
+      kept = Numbers::kBrain ? as_float((u32)h << 16) : emulator::from_half(h);
+    }
+    data.value[i] = (float)(kept * (float)scale) + (float)shift;
+  }
+  return data;
+}
+
+struct Problem {
+  i64 b, n, d;
+  double sigma;
+  int clusters;
+  unsigned seed;
+};
+
+// A problem, and the sums that it has by their definition, of which no kernel knows.
+struct Given {
+  Data data;
+  std::vector<double> center, norms, bias, sigma, alpha, temperature;
+  std::vector<float> x;
+  // weight of each pair [b][n], its logit, and sums of the queries
+  std::vector<double> weight, logit, log_z, mean_logit, mean_bias, weight_sq, mean;
+  double scale, shift;
+};
+static Given given_of(const Problem& q) {
+  std::mt19937 random(q.seed + 1);
+  std::normal_distribution<double> normal;
+  Given a;
+  a.scale = kType == (int)kU8 ? 2.0 / 255 : 1;
+  a.shift = kType == (int)kU8 ? -1 : 0;
+  a.data = rows_of(q.n, q.d, a.scale, a.shift, random);
+  a.center.assign(q.d, 0.1);
+  a.norms.assign(q.n, 0);
+  a.bias.assign(q.n, 0);
+  for (i64 n = 0; n < q.n; n++) {
+    a.bias[n] = n % 5 == 2 ? -INFINITY : 0.1 * normal(random);
+    for (i64 d = 0; d < q.d; d++) a.norms[n] += std::pow(a.data.value[n * q.d + d] - 0.1, 2);
+  }
+  a.x.resize(q.b * q.d);
+  for (i64 i = 0; i < q.b * q.d; i++)
+    a.x[i] = (float)(0.9 * a.data.value[i % (q.n * q.d)] + q.sigma * normal(random));
+  a.sigma.assign(q.b, q.sigma);
+  a.alpha.assign(q.b, 0.9);
+  a.temperature.assign(q.b, 1.2);
+  a.weight.resize(q.b * q.n);
+  a.logit.resize(q.b * q.n);
+  a.mean.assign(q.b * q.d, 0);
+  for (i64 b = 0; b < q.b; b++) {
+    double *const w = &a.weight[b * q.n], *const l = &a.logit[b * q.n];
+    double top = -INFINITY, sum = 0, of_logit = 0, of_bias = 0, of_sq = 0;
+    for (i64 n = 0; n < q.n; n++) {
+      double r2 = 0;
+      for (i64 d = 0; d < q.d; d++) r2 += std::pow(a.x[b * q.d + d] - 0.9 * a.data.value[n * q.d + d], 2);
+      l[n] = (kLogWeights ? -0.5 * q.d * std::log(r2 / q.d) : -0.5 * r2 / q.sigma / q.sigma) + a.bias[n];
+      top = std::fmax(top, l[n] / 1.2);
+    }
+    for (i64 n = 0; n < q.n; n++) sum += w[n] = std::exp(l[n] / 1.2 - top);
+    for (i64 n = 0; n < q.n; n++) {
+      w[n] /= sum;
+      of_sq += w[n] * w[n];
+      if (w[n] > 0) of_logit += w[n] * l[n];
+      if (w[n] > 0) of_bias += w[n] * a.bias[n];
+      for (i64 d = 0; d < q.d; d++) a.mean[b * q.d + d] += w[n] * a.data.value[n * q.d + d];
+    }
+    a.log_z.push_back(1.2 * (top + std::log(sum)));
+    a.mean_logit.push_back(of_logit);
+    a.mean_bias.push_back(of_bias);
+    a.weight_sq.push_back(of_sq);
+  }
+  return a;
+}
+
+// The first launch of a sweep.
+static void split_queries(const Problem& q, const Given& a, std::vector<u16>& terms,
+                          std::vector<double>& table) {
+  QueriesParams queries = {};
+  queries.x = a.x.data();
+  queries.sigma = a.sigma.data();
+  queries.alpha = a.alpha.data();
+  queries.temperature = a.temperature.data();
+  queries.center = a.center.data();
+  queries.terms = terms.data();
+  queries.table = table.data();
+  queries.scale = a.scale;
+  queries.shift = a.shift;
+  queries.b = q.b;
+  queries.d = q.d;
+  queries.dp = kDP;
+  queries.queries = kQueries;
+  queries.depth = kFeatures;
+  queries.log = kLogWeights;
+  emulator::launch(kernel<QueriesParams, memokern_queries>, &queries, kQueries, 1, 1, kQueryThreads, 512,
+                   q.seed);
+}
+
+static int solve_all(bool (*solve)(const Problem&)) {
+  // With copies by the machine a row is a multiple of 16 bytes.
+  const i64 step = kBulk ? 16 / Numbers::kBytes : 1, most = kDP;
+  const Problem problems[] = {
+      {1, 1, most, 1.0, 1, 0},
+      {3, kRows + 3, most - step, 0.3, 1, 1},
+      {kQueries, 4 * kRows + 1, most - 3 * step, 3.0, 2, 2},
+      {5, 3 * kRows, most / 2 / step * step + step, 0.01, 3, 3},
+  };
+  int right = 0, all = 0;
+  for (const Problem& q : problems) {
+    right += solve(q);
+    all++;
+  }
+  printf("%d of %d problems are right\n", right, all);
+  return right == all ? 0 : 1;
+}
