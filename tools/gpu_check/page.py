@@ -26,6 +26,8 @@ def smoke_line(line: dict[str, Any]) -> str:
     name = line["name"].removeprefix("smoke: ")
     if "failed" in line:
         return f"FAILED {name}: {line['failed']}"
+    if "skipped" in line:
+        return f"not run {name}: {line['skipped']}"
     verdict = "right " if _right(line["ratio"]) else "WRONG "
     error, allowed = _number(line["error"]), _number(line["allowed"])
     return f"{verdict} {name}: {line['output']} {error} (<= {allowed}), {line['seconds']} s"
@@ -95,8 +97,10 @@ def render(result: dict[str, Any]) -> str:
     lines += [machine_line(result["machine"]), "", _state(result), ""]
     if result["machine"]:
         lines += [*(f"- {fact}" for fact in machine_facts(result["machine"])), ""]
-    right = len(smoke) - len(wrong)
-    lines += [f"## Smoke tests against float64: {right} right, {len(wrong)} wrong", ""]
+    left = sum("skipped" in line for line in smoke)
+    counts = f"{len(smoke) - len(wrong) - left} right, {len(wrong)} wrong"
+    counts += f", {left} not run" if left else ""
+    lines += [f"## Smoke tests against float64: {counts}", ""]
     lines += [f"- {line}" for line in wrong]
     lines += [f"- {smoke_line(line)}" for line in smoke if not is_wrong(line)]
     tests = result["tests"]

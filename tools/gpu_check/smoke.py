@@ -3,16 +3,22 @@ mean right to 1e-5 of the largest value, other sums and gradients to 1e-4."""
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 import memokern
 from memokern import ops
+from memokern.backends import protocol
+from memokern.backends.protocol import Call
 from memokern.calls import LogitBounds, Query, RowLists, Rows, Sums
+from memokern.util import env
 from tools.gpu_check import truth
 from tools.gpu_check.steps import Smoke
 from tools.gpu_check.truth import Compared, Given, compare
@@ -309,7 +315,36 @@ CHECKS: dict[str, Callable[[Made], list[Compared]]] = {
 }
 
 
+# What each check asks a backend for.
+ASKED = {
+    "posterior": ("posterior",),
+    "state": ("posterior_state",),
+    "gradients": ("posterior", "posterior_backward"),
+}
+
+
+def skipped(case: Smoke, device: torch.device) -> str | None:
+    """Why the backend that the case names does not run it here, or None."""
+    if not case.backend:
+        return None
+    kind = getattr(torch, case.rows)
+    call = Call(device.type, torch.float32, kind, case.b, case.n, case.d)
+    asked = (protocol.get(case.backend).refusal(name, call) for name in ASKED[case.operation])
+    return next((reason for reason in asked if reason is not None), None)
+
+
+@contextlib.contextmanager
+def named(backend: str) -> Iterator[None]:
+    """The backend is asked for, if there is one named."""
+    if not backend:
+        yield
+        return
+    with mock.patch.dict(os.environ, {env.BACKEND: backend}):
+        yield
+
+
 def check(case: Smoke, device: torch.device) -> Compared:
     """What is furthest off."""
-    with torch.no_grad() if "gradient" not in case.operation else torch.enable_grad():
+    grad = torch.no_grad() if "gradient" not in case.operation else torch.enable_grad()
+    with grad, named(case.backend):
         return truth.worst(CHECKS[case.operation](Made(case, device)))

@@ -12,7 +12,8 @@ class Smoke(NamedTuple):
     """An operation that is compared with float64.
 
     sigma: None is one at which thousands of rows share the weight. layout: how the rows lie:
-    "plain", "strided" (an odd address and an odd stride) or "far" (beyond 2^31 numbers).
+    "plain", "strided" (an odd address and an odd stride) or "far" (beyond 2^31 numbers). backend:
+    who is asked, "" for the one that the run is of.
     """
 
     operation: str
@@ -23,6 +24,7 @@ class Smoke(NamedTuple):
     weighting: str = "gaussian"
     sigma: float | None = None
     layout: str = "plain"
+    backend: str = ""
 
     @property
     def name(self) -> str:
@@ -30,7 +32,8 @@ class Smoke(NamedTuple):
         text = f"{self.operation} {self.rows} B={self.b} N={self.n:,} D={self.d}"
         text += "" if self.weighting == "gaussian" else f" {self.weighting}"
         text += "" if self.sigma is None else f" sigma={self.sigma:g}"
-        return text + ("" if self.layout == "plain" else f" {self.layout}")
+        text += "" if self.layout == "plain" else f" {self.layout}"
+        return text + (f" by {self.backend}" if self.backend else "")
 
 
 class Problem(NamedTuple):
@@ -89,6 +92,25 @@ def step_of(message: dict[str, Any]) -> Step:
     return Step(message["kind"], case, 0.0)
 
 
+def cuda_smoke() -> list[Smoke]:
+    """What the CUDA kernels take where they run at all: so many rows that they are asked first."""
+    cases = [Smoke("posterior", t, 13, 20_003, 3072) for t in TYPES]
+    cases += [Smoke("gradients", t, 13, 20_003, 784) for t in TYPES]
+    cases += [
+        *(Smoke("state", t, 13, 20_003, 300) for t in (U8, F32)),
+        *(Smoke("posterior", t, 13, 20_003, 784, sigma=0.0) for t in (U8, F32)),
+        *(Smoke(kind, t, 13, 20_003, 784, "log") for kind in ("posterior", "gradients")
+          for t in (U8, F32)),
+        Smoke("posterior", F32, 9, 20_003, 3072, sigma=0.01),
+        Smoke("posterior", BF16, 13, 20_003, 784, layout="strided"),
+        Smoke("gradients", F32, 13, 20_003, 777, layout="strided"),
+        Smoke("posterior", U8, 30, 20_003, 3072),
+        Smoke("posterior", U8, 2, 20_003, 12_288),
+        Smoke("posterior", U8, 2, 700_003, 3072, sigma=1.0, layout="far"),
+    ]  # fmt: skip
+    return [case._replace(backend="cuda") for case in cases]
+
+
 def smoke() -> list[Smoke]:
     """One of each kind for each type of rows first, then awkward sizes."""
     kinds = [
@@ -99,6 +121,7 @@ def smoke() -> list[Smoke]:
     ]
     cases = [Smoke(operation, t, *size) for operation, *size in kinds for t in TYPES]
     cases += [Smoke("rows' gradient", t, 17, 1030, 300) for t in (F32, BF16, F16)]
+    cases += cuda_smoke()
     cases += [Smoke("posterior", t, 19, 515, 300, sigma=0.0) for t in TYPES]
     cases += [Smoke("posterior", t, 19, 1030, 100, weighting="log") for t in TYPES]
     cases += [

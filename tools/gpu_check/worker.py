@@ -170,6 +170,9 @@ class Worker:
     def _smoke(self, case: Any) -> list[dict[str, Any]]:
         from tools.gpu_check import smoke
 
+        reason = smoke.skipped(case, self.device)
+        if reason is not None:
+            return [{"skipped": reason}]
         return [smoke.check(case, self.device)._asdict()]
 
     def _timed(
