@@ -4,7 +4,9 @@ definition."""
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +21,11 @@ from tests.cases import F16, F32, F64, U8, Case
 pytestmark = pytest.mark.skipif(
     cuda_emulator.missing() is not None, reason=str(cuda_emulator.missing())
 )
+
+
+def _usual(types: Iterable[torch.dtype], *kept: torch.dtype) -> list[Any]:
+    """Each row type has a program of its own to compile: all but these are for the long run."""
+    return [t if t in kept else pytest.param(t, marks=pytest.mark.long) for t in types]
 
 
 def _check(case: Case, variant: Variant, **how: int) -> None:
@@ -41,7 +48,7 @@ def _compare(query: Query, rows: Rows, variant: Variant, what: object, **how: in
     compare.gradients(got, want, sums, query, F32, str(what))
 
 
-@pytest.mark.parametrize("dtype", VARIANTS, ids=cases.name_of)
+@pytest.mark.parametrize("dtype", _usual(VARIANTS, U8), ids=cases.name_of)
 @pytest.mark.parametrize("sigma", [0.05, 0.5, 3.0, 30.0])
 @pytest.mark.one_of(2)
 def test_as_autograd_through_the_definition(dtype: torch.dtype, sigma: float) -> None:
@@ -52,14 +59,14 @@ def test_as_autograd_through_the_definition(dtype: torch.dtype, sigma: float) ->
         _check(case, VARIANTS[dtype], seed=seed)
 
 
-@pytest.mark.parametrize("dtype", LOG, ids=cases.name_of)
+@pytest.mark.parametrize("dtype", _usual(LOG, U8), ids=cases.name_of)
 def test_weighting_log(dtype: torch.dtype) -> None:
     for bias in (None, "hole"):
         case = Case(3, 70, D, dtype, alpha=0.9, bias=bias, weighting="log", temperature=20.0)
         _check(case, LOG[dtype])
 
 
-@pytest.mark.parametrize("dtype", [U8, F32], ids=cases.name_of)
+@pytest.mark.parametrize("dtype", _usual((U8, F32), U8), ids=cases.name_of)
 def test_near_duplicates_and_offsets(dtype: torch.dtype) -> None:
     for case in (
         Case(4, 70, D, dtype, sigma=0.05, repeat=1e-3),
@@ -126,7 +133,7 @@ def test_a_lost_query_has_no_gradient_and_its_neighbours_theirs() -> None:
     assert torch.isnan(got.bias[0]) and not torch.isnan(got.bias[1:]).any()
 
 
-@pytest.mark.parametrize("dtype", [U8, F16], ids=cases.name_of)
+@pytest.mark.parametrize("dtype", _usual((U8, F16), U8), ids=cases.name_of)
 def test_order_of_threads_does_not_matter(dtype: torch.dtype) -> None:
     """To the bit; nor does it how many other queries there are."""
     query, rows = Case(5, 150, D, dtype, sigma=2.0, bias="normal").problem()

@@ -52,6 +52,7 @@ def taken(emulated: Driver, monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]
 
 
 @pytest.mark.skipif(cuda_emulator.missing() is not None, reason=str(cuda_emulator.missing()))
+@pytest.mark.long
 @pytest.mark.parametrize("operation", [*smoke.ASKED])
 def test_one_of_each_is_right_on_the_emulator(taken: Driver, operation: str) -> None:
     case = next(c for c in CASES if c.operation == operation and c.rows == "uint8")
