@@ -37,7 +37,10 @@ def tile_of(
     Tile(cluster=8, features=384, queries=16, rows=64, stages=2, resident=2, backward=False)
     """
     shared = min(shared for _, shared in KNOWN.values())
-    sizes = itertools.product(ROWS, STAGES, RESIDENT[:1] if backward else RESIDENT)
+    # Half the registers hold neither both products of the backward sweep nor, by the assembler's
+    # word, what a block of 16 reads of the others' float16 products.
+    alone = backward or (cluster == 16 and rows == torch.float16)
+    sizes = itertools.product(ROWS, STAGES, RESIDENT[:1] if alone else RESIDENT)
     fitting = [
         tile for tile in (Tile(cluster, features, queries, *s, backward) for s in sizes)
         if holds_sums(features, queries, tile.resident)
