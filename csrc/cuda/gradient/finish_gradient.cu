@@ -17,7 +17,8 @@ MK_PLAIN_KERNEL(kGradientThreads) memokern_gradient_finish(MK_PARAMS(GradientPar
   const double nan = not_a_number(), alpha = p.alpha[b], sigma = p.sigma[b], t = p.temperature[b];
   const double log_z = p.log_z[b], mean_logit = p.mean_logit[b];
   const int mode = (int)p.table[ModeRow * q + b];
-  const bool lost = mode == kLost, soft = mode == kSoft;
+  // NaN: one of the rows is not finite.
+  const bool lost = mode == kLost || log_z != log_z, soft = mode == kSoft;
   const bool still = lost || mode == kHard || log_z == infinity();  // nothing moves the query
   double sums[kGradientSums];
   for (int k = 0; k < kGradientSums; k++) {

@@ -40,8 +40,10 @@ MK_PLAIN_KERNEL(kTieThreads) memokern_gradient_ties(MK_PARAMS(GradientParams, p)
   const i64 b = block_x(), q = p.queries;
   const int mode = (int)p.table[ModeRow * q + b], warp = warp_index(), lane = lane_index();
   double* const shared = (double*)shared_memory();  // [4][kTieWarps]
-  if (mode == kLost && thread_index() == 0) p.pairs[b * p.n] = (float)not_a_number();
-  if (mode != kHard && !(mode == kLog && p.log_z[b] == infinity())) return;
+  const double log_z = p.log_z[b];
+  const bool lost = mode == kLost || log_z != log_z;
+  if (lost && thread_index() == 0) p.pairs[b * p.n] = (float)not_a_number();
+  if (lost || (mode != kHard && !(mode == kLog && log_z == infinity()))) return;
   const double alpha = p.alpha[b], t = p.temperature[b], inv_t = 1 / t, inf = infinity();
   Ties ties = {inf, -inf, 0};
   for (i64 n = warp; n < p.n; n += kTieWarps) {
@@ -58,8 +60,8 @@ MK_PLAIN_KERNEL(kTieThreads) memokern_gradient_ties(MK_PARAMS(GradientParams, p)
   ties = {inf, -inf, 0};
   for (int w = 0; w < kTieWarps; w++)
     ties = join_ties(ties, {shared[w], shared[kTieWarps + w], shared[2 * kTieWarps + w]}, inv_t);
-  // Only at distance 0 are log_z and mean_logit finite, and follow the bias.
-  const bool finite = mode == kHard && ties.least == 0;
+  // Where log_z and mean_logit are finite, at distance 0 or a sigma above 0, they follow the bias.
+  const bool finite = log_z > -inf && log_z < inf;
   const double g_l = finite ? p.grad_log_z[b] : 0, g_e = finite ? p.grad_mean_logit[b] : 0;
   const double g_b = p.grad_mean_bias[b], mean_bias = p.mean_bias[b], weight_sq = p.weight_sq[b];
   double temp = 0;

@@ -116,6 +116,33 @@ def test_at_the_limit(weighting: str) -> None:
     torch.testing.assert_close(got.temperature, want_t, rtol=1e-5, atol=1e-5)
 
 
+def test_a_sigma_so_small_that_the_nearest_row_has_all_weight() -> None:
+    """log_z is finite there, and follows the bias."""
+    case = Case(3, 40, D, U8, bias="hole", temperature=1.3)
+    query, rows = case.problem()
+    query = query._replace(sigma=torch.full((3,), 1e-17, dtype=F64))
+    rows = _known(rows)
+    sums = oracle.sums(query, rows)
+    known = cases.basic(sums)._replace(mean=sums.mean.float())
+    assert torch.isfinite(known.log_z).all()
+    grads = cases.random_like(known, seed=5)
+    got = kernels.backward(query, rows, known, grads, VARIANTS[U8])
+    want = oracle.gradients(query, rows, grads)
+    torch.testing.assert_close(got.bias, want.bias, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("sigma", [0.0, 0.5])
+def test_a_row_that_is_not_finite_makes_every_gradient_nan(sigma: float) -> None:
+    query, rows = Case(2, 40, D, F32, sigma=sigma, bias="hole").problem()
+    rows.data[7, 3] = math.nan
+    rows = _known(rows)
+    sums = BasicSums(torch.full((2, D), math.nan), *torch.full((4, 2), math.nan, dtype=F64))
+    grads = cases.random_like(sums, seed=5)
+    got = kernels.backward(query, rows, sums, grads, VARIANTS[F32])
+    assert all(torch.isnan(v).all() for v in got[:4]) and torch.isnan(got.bias).any()
+
+
 def test_a_lost_query_has_no_gradient_and_its_neighbours_theirs() -> None:
     query, rows = Case(3, 40, D, U8, bias="hole").problem()
     rows = _known(rows)
