@@ -26,6 +26,14 @@ NARROWEST = 257  # features; below, a sweep in one pass without clusters holds a
 MOST_CLUSTER = 16
 
 
+def can_share(rows: torch.dtype, tile: Tile) -> bool:
+    """Whether two blocks on a multiprocessor, with half the registers each, do not spill. Those do
+    not hold both products of the backward sweep; nor, by the assembler's word, what a block of a
+    cluster of 16 reads of the others' products where rows are float16, or rows and queries many."""
+    most = 0 if rows == torch.float16 else 1024
+    return not tile.backward and (tile.cluster < 16 or tile.rows * tile.queries <= most)
+
+
 @functools.cache
 def tile_of(
     rows: torch.dtype, cluster: int, features: int, queries: int, backward: bool = False
@@ -37,13 +45,11 @@ def tile_of(
     Tile(cluster=8, features=384, queries=16, rows=64, stages=2, resident=2, backward=False)
     """
     shared = min(shared for _, shared in KNOWN.values())
-    # Half the registers hold neither both products of the backward sweep nor, by the assembler's
-    # word, what a block of 16 reads of the others' float16 products.
-    alone = backward or (cluster == 16 and rows == torch.float16)
-    sizes = itertools.product(ROWS, STAGES, RESIDENT[:1] if alone else RESIDENT)
+    sizes = itertools.product(ROWS, STAGES, RESIDENT)
     fitting = [
         tile for tile in (Tile(cluster, features, queries, *s, backward) for s in sizes)
         if holds_sums(features, queries, tile.resident)
+        and (tile.resident == 1 or can_share(rows, tile))
         and shared_bytes(rows, tile) <= room(shared, tile.resident)
     ]  # fmt: skip
     return min(fitting, key=lambda t: costs.row_seconds(rows, t), default=None)
