@@ -15,6 +15,7 @@ from __future__ import annotations
 from memokern.apps.experiments import (
     conditional,
     conditional_network,
+    network_squares,
     networks,
     planar,
     squares,
@@ -27,7 +28,16 @@ __all__ = ["EXPERIMENTS", "Experiment", "Outcome", "get", "output_paths", "repro
 
 EXPERIMENTS: dict[str, Experiment] = {
     experiment.name: experiment
-    for module in (planar, sweeps, structured, squares, conditional, networks, conditional_network)
+    for module in (
+        planar,
+        sweeps,
+        structured,
+        squares,
+        conditional,
+        networks,
+        network_squares,
+        conditional_network,
+    )
     for experiment in module.EXPERIMENTS
 }
 
