@@ -161,6 +161,6 @@ EXPERIMENTS = (
         run_network_squares,
         draw_network_squares,
         conclude_network_squares,
-        {"size": 32, "steps": 640, "evaluations": 8, "lr": 3e-3, "samples": 16},
+        {"size": 32, "steps": 720, "evaluations": 9, "samples": 16},
     ),
 )
