@@ -19,6 +19,10 @@ def select(items: Sequence[Any], isas: Sequence[str], interpreted: Iterable[str]
     instruction set after the other; interpreted: names of backends whose kernels are interpreted.
     """
     one_other_instruction_set(items, isas)
+    for item in items:
+        named = item.get_closest_marker("long_on")
+        if named and backend_of(item) in named.args:
+            item.add_marker(pytest.mark.long)
     shares = {item: share(item, set(interpreted)) for item in items}
     tests: dict[str, list[Any]] = {}
     for item, every in shares.items():

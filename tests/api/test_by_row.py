@@ -61,6 +61,7 @@ def test_draws_have_the_weights_as_frequencies(backend):
     assert abs(z) < 4.9
 
 
+@pytest.mark.long_on("triton")
 def test_a_seed_gives_the_same_rows_whoever_computes(backend):
     def drawn():
         g = torch.Generator().manual_seed(7)

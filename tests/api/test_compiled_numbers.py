@@ -59,7 +59,7 @@ def test_every_prediction(prediction):
 
 
 @pytest.mark.parametrize("name", REGULARIZERS)
-@pytest.mark.one_of(2)
+@pytest.mark.one_of(4)
 def test_every_regulariser(name):
     network = Denoiser(normal(9, 4, seed=1), regularizer=REGULARIZERS[name], prediction="score")
     follows_every_value(lambda x, now, to: x + (to - now) * network(x, now), normal(1, 4))

@@ -247,6 +247,7 @@ def test_the_end_of_a_conditional_flow_is_a_row_by_its_condition():
     torch.testing.assert_close(found.ess[0], 1 / p.square().sum(), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.long_on("triton")
 def test_denoisers_take_conditions_and_guidance():
     data = data_of(F32)
     network = Denoiser(data, regularizer=regularizers.Tikhonov(1e-2))

@@ -121,6 +121,7 @@ def test_temperature_divergence(dtype, close) -> None:
     close(sum(grads), p.divergence)
 
 
+@pytest.mark.long_on("triton")
 def test_jvp_is_symmetric_and_differentiable(dtype, close) -> None:
     rows = normal(12, 3, seed=1).to(dtype)
     x, v, u = (normal(5, 3, seed=i).to(dtype) for i in (0, 2, 3))

@@ -176,6 +176,7 @@ shapes = st.sampled_from([(17,), (40,), (8, 8), (3, 8, 8), (10, 9, 3), (1, 12, 8
 )
 @example("random", torch.float64, (17,), "pca", "float16", 1, [1], 1.0, 257.0, 0.0, 0.0, False, 0)
 @settings(max_examples=150, deadline=None, derandomize=True)
+@pytest.mark.long_on("reference")
 def test_the_bound_holds_whatever_is_drawn(
     kind, dtype, shape, basis, storage, n, steps, scale, shift, sigma, alpha, wide, seed
 ):

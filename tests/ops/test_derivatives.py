@@ -113,7 +113,7 @@ def test_posterior_state(backend, weighting, bias, known, own) -> None:
 
 
 @pytest.mark.parametrize("bias", [None, "normal", "holes"])
-@pytest.mark.one_of(3)
+@pytest.mark.one_of(6)
 def test_posterior_listed(backend, bias) -> None:
     query, rows = problem(bias=bias)
     lists = LISTS

@@ -215,6 +215,7 @@ def test_the_scan_compiles_with_its_unknown_size(backend: str) -> None:
 # --- vmap and other transforms ------------------------------------------------------------------
 
 
+@pytest.mark.long_on("triton")
 def test_vmap_over_queries_bias_and_rows(backend: str) -> None:
     query, rows = problem(F32)
     x, bias = query.x, query.bias

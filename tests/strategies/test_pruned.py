@@ -104,6 +104,7 @@ def test_a_signal_whose_square_is_0(alpha, n):
 
 @given(problem=problems())
 @settings(max_examples=150, deadline=None, derandomize=True)
+@pytest.mark.long_on("reference")
 def test_the_certificate_is_never_violated(problem):
     holds(*problem)
 
@@ -131,6 +132,7 @@ def built(draw):
 
 @given(problem=built())
 @settings(max_examples=60, deadline=None, derandomize=True)
+@pytest.mark.long_on("reference")
 def test_the_certificate_is_never_violated_with_an_index_as_built(problem):
     holds(*problem)
 

@@ -57,6 +57,7 @@ def problems(draw):
 
 @given(problem=problems())
 @settings(max_examples=150, deadline=None, derandomize=True)
+@pytest.mark.long_on("reference")
 def test_the_nearest_rows_are_those_of_all_distances(problem):
     data, x, k = problem
     distance, index = pruned(x, data, k)
@@ -135,6 +136,7 @@ def test_a_bound_that_is_too_small_is_noticed():
     assert not torch.equal(pruned(x, data, 1)[1], want)
 
 
+@pytest.mark.long_on("reference")
 def test_auto_sweeps_for_queries_that_keep_too_many_rows(monkeypatch):
     data = images(2000).build_index()
     sigma = torch.where(torch.arange(20) % 5 == 0, 50.0, 0.05).to(F64)

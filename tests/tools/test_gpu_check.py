@@ -241,6 +241,7 @@ def smoke_step(d: int, limit: float) -> Step:
     return Step("smoke", steps.Smoke("posterior", "float32", 2, 9, d), limit)
 
 
+@pytest.mark.long
 def test_a_step_that_hangs_costs_its_own_line() -> None:
     slow, told = smoke_step(3, 1.0), list[Answer]()
     pool = Pool({**SETTINGS, "faults": {slow.name: "hang"}}, 1)

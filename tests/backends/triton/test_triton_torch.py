@@ -36,6 +36,7 @@ def problem(device: torch.device = DEVICE, d: int = 40):
     return x, score, gradient
 
 
+@pytest.mark.long
 def test_a_compiled_function_forward_and_backward() -> None:
     x, score, gradient = problem()
     torch._dynamo.reset()
