@@ -17,6 +17,7 @@ from memokern.apps import experiments
 from memokern.apps.experiments import (
     conditional,
     conditional_network,
+    network_squares,
     networks,
     planar,
     squares,
@@ -27,7 +28,7 @@ from memokern.apps.experiments import (
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 # Those with networks are in test_network_experiments.py.
-TRAINED = {e.name for e in (*networks.EXPERIMENTS, *conditional_network.EXPERIMENTS)}
+TRAINED = {e.name for m in (networks, network_squares, conditional_network) for e in m.EXPERIMENTS}
 ANALYTIC = [name for name in experiments.EXPERIMENTS if name not in TRAINED]
 
 
