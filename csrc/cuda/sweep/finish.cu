@@ -1,17 +1,18 @@
 // The last step of a sweep: the parts of the clusters are joined by the monoid of calls.State, and left as a
 // state or normalised, with the gate of a regularised score.
 //
-// One block owns a query and kFinishFeatures features. It streams the parts three times: for the smallest
-// key, for the largest m, and for the sums. With s = s_acc + s_near and zero the value of u = 0,
+// One block owns a query and kFinishFeatures features. Each warp streams the parts' states three times, a
+// part in each lane: for the smallest key, for the largest m, and for the sums; then their accumulators. With
+// s = s_acc + s_near and zero the value of u = 0,
 //
 //     sum w (y - c)         = scale acc + s_acc (zero - c) + (near + s_near (x - alpha c)) / alpha
 //     sum w (alpha y - x)   = alpha (scale acc + s_acc zero) - s_acc x + near
-#include "common/device.h"
+#include "common/parts.h"
 
 namespace memokern {
 namespace cuda {
 
-enum { kFinishThreads = 128, kFinishEach = 4, kFinishFeatures = kFinishThreads * kFinishEach };
+enum { kFinishThreads = 128, kFinishEach = kPartFeatures, kFinishFeatures = kFinishThreads * kFinishEach };
 
 // A query's state over all parts, and how to join what the parts hold.
 struct Joined {
@@ -21,19 +22,25 @@ struct Joined {
 MK_DEVICE double part_number(const FinishParams& p, i64 part, i64 row, i64 b) {
   return p.states[(part * kState + row) * p.queries + b];
 }
-// What a part's sums are multiplied by; 0 where another key is smaller.
-MK_DEVICE double part_factor(const FinishParams& p, const Joined& j, i64 part, i64 b) {
-  if (!(part_number(p, part, Key, b) == j.key && j.key < infinity())) return 0;
-  return exp(part_number(p, part, M, b) - j.m);
+// Whether a part's numbers count: its key is the smallest.
+MK_DEVICE bool is_least(const FinishParams& p, const Joined& j, i64 part, i64 b) {
+  return j.key < infinity() && part_number(p, part, Key, b) == j.key;
+}
+MK_DEVICE PartFactor part_factor(const FinishParams& p, const Joined& j, i64 part, i64 b) {
+  if (!is_least(p, j, part, b)) return {0, false};
+  return {exp(part_number(p, part, M, b) - j.m), part_number(p, part, NearS, b) > 0};
 }
 MK_DEVICE Joined join_states(const FinishParams& p, i64 b) {
   Joined j = {infinity(), -infinity(), 0, 0, 0, 0, 0, false, false};
-  for (i64 i = 0; i < p.parts; i++) j.key = fmin(j.key, part_number(p, i, Key, b));
-  for (i64 i = 0; i < p.parts; i++)
+  const i64 first = lane_index();
+  for (i64 i = first; i < p.parts; i += 32) j.key = fmin(j.key, part_number(p, i, Key, b));
+  j.key = warp_min(j.key);
+  for (i64 i = first; i < p.parts; i += 32)
     if (part_number(p, i, Key, b) == j.key) j.m = fmax(j.m, part_number(p, i, M, b));
+  j.m = warp_max(j.m);
   if (j.m == -infinity()) j.m = 0;
-  for (i64 i = 0; i < p.parts; i++) {
-    if (!(part_number(p, i, Key, b) == j.key && j.key < infinity())) continue;
+  for (i64 i = first; i < p.parts; i += 32) {
+    if (!is_least(p, j, i, b)) continue;
     // A sum that is NaN makes the query lost, whatever its factor is.
     const double gap = part_number(p, i, M, b) - j.m, f = exp(gap), s = part_number(p, i, S, b);
     j.s += f * s;
@@ -43,6 +50,11 @@ MK_DEVICE Joined join_states(const FinishParams& p, i64 b) {
     j.s_sq += f * f * part_number(p, i, SSq, b);
     j.near_s += f * part_number(p, i, NearS, b);
   }
+  j.s = warp_sum(j.s);
+  j.s_v = warp_sum(j.s_v);
+  j.s_bias = warp_sum(j.s_bias);
+  j.s_sq = warp_sum(j.s_sq);
+  j.near_s = warp_sum(j.near_s);
   j.lost = (int)p.table[(i64)ModeRow * p.queries + b] == kLost || j.s != j.s;
   j.none = j.s == 0 && !j.lost;
   return j;
@@ -57,30 +69,19 @@ MK_DEVICE i64 feature_of(int i) {
   return (i64)block_y() * kFinishFeatures + i * kFinishThreads + thread_index();
 }
 MK_DEVICE FeatureSums feature_sums(const FinishParams& p, const Joined& j, i64 b, bool about_center) {
-  double acc[kFinishEach], near[kFinishEach];
-  MK_UNROLL
-  for (int i = 0; i < kFinishEach; i++) acc[i] = near[i] = 0;
-  for (i64 part = 0; part < p.parts; part++) {
-    const double f = part_factor(p, j, part, b);
-    if (!(f > 0)) continue;
-    const i64 row = (part * p.queries + b) * p.dp;
-    const bool has_near = part_number(p, part, NearS, b) > 0;
-    MK_UNROLL
-    for (int i = 0; i < kFinishEach; i++) {
-      const i64 d = feature_of(i);
-      if (d < p.d) acc[i] += f * p.acc[row + d];
-      if (d < p.d && has_near) near[i] += f * p.near[row + d];
-    }
-  }
+  const i64 at = b * p.dp;
+  const PartSums sums =
+      sum_parts(p.acc + at, p.near + at, p.parts, p.queries * p.dp, feature_of(0), (i64)kFinishThreads, p.d,
+                [&](i64 part) { return part_factor(p, j, part, b); });
   const double alpha = p.alpha[b], near_s = j.near_s > 0 ? j.near_s : 0, rest = fmax(j.s - near_s, 0.0);
   FeatureSums f;
   MK_UNROLL
   for (int i = 0; i < kFinishEach; i++) {
     const i64 d = feature_of(i);
     const double c = about_center && d < p.d ? p.center[d] : 0, x = d < p.d ? p.x[b * p.d + d] : 0;
-    f.values[i] = acc[i] * p.scale + rest * (p.zero - c);
-    if (near_s > 0) f.values[i] += (near[i] + near_s * (x - alpha * c)) / alpha;
-    f.residual[i] = alpha * (acc[i] * p.scale + rest * p.zero) - rest * x + near[i];
+    f.values[i] = sums.acc[i] * p.scale + rest * (p.zero - c);
+    if (near_s > 0) f.values[i] += (sums.near[i] + near_s * (x - alpha * c)) / alpha;
+    f.residual[i] = alpha * (sums.acc[i] * p.scale + rest * p.zero) - rest * x + sums.near[i];
   }
   return f;
 }
