@@ -57,7 +57,6 @@ MK_DEVICE void warp_sync() { __syncwarp(); }
 MK_DEVICE u32 warp_ballot(bool v) { return __ballot_sync(~0u, v); }
 MK_DEVICE float warp_xor(float v, int mask) { return __shfl_xor_sync(~0u, v, mask); }
 MK_DEVICE double warp_xor(double v, int mask) { return __shfl_xor_sync(~0u, v, mask); }
-MK_DEVICE double warp_from(double v, int lane) { return __shfl_sync(~0u, v, lane); }
 
 // --- blocks of a cluster ----------------------------------------------------------------------------------
 // What a thread wrote before it arrives, others see after they have waited.

@@ -2,8 +2,8 @@
 // state or normalised, with the gate of a regularised score.
 //
 // One block owns a query and kFinishFeatures features. Each warp streams the parts' states three times, a
-// part in each lane: for the smallest key, for the largest m, and for the sums; then their accumulators. With
-// s = s_acc + s_near and zero the value of u = 0,
+// part in each lane: for the smallest key, for the largest m, and for the sums; then each thread streams the
+// accumulators of its features. With s = s_acc + s_near and zero the value of u = 0,
 //
 //     sum w (y - c)         = scale acc + s_acc (zero - c) + (near + s_near (x - alpha c)) / alpha
 //     sum w (alpha y - x)   = alpha (scale acc + s_acc zero) - s_acc x + near

@@ -36,7 +36,7 @@ struct Place {
 #define MK_AT const char *file = __builtin_FILE(), int line = __builtin_LINE()
 
 // What lanes do together. Those of a warp must agree.
-enum Together { kSync, kBallot, kXor4, kXor8, kFrom8, kMmaHalf, kMmaBrain, kLoadA };
+enum Together { kSync, kBallot, kXor4, kXor8, kMmaHalf, kMmaBrain, kLoadA };
 
 // The runtime is compiled without ThreadSanitizer, which must see kernels only.
 int thread_index();
@@ -104,11 +104,6 @@ inline float warp_xor(float v, int mask, MK_AT) {
 inline double warp_xor(double v, int mask, MK_AT) {
   const u8* all = emulator::exchange(emulator::kXor8, &v, sizeof v, MK_HERE);
   memcpy(&v, all + 64 * (lane_index() ^ mask), sizeof v);
-  return v;
-}
-inline double warp_from(double v, int lane, MK_AT) {
-  const u8* all = emulator::exchange(emulator::kFrom8, &v, sizeof v, MK_HERE);
-  memcpy(&v, all + 64 * lane, sizeof v);
   return v;
 }
 

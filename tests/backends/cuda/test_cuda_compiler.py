@@ -3,6 +3,7 @@ cannot."""
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -88,3 +89,23 @@ def test_a_library_that_cannot_be_loaded_is_one_line(monkeypatch) -> None:
     assert said == "NVRTC cannot be loaded (no such library): pip install 'memokern[cuda]'"
     monkeypatch.undo()
     compiler.missing.cache_clear()
+
+
+THREADS = """
+import concurrent.futures
+from memokern.backends.cuda.core import compiler
+from memokern.backends.cuda.posterior.variants import finish_variant
+
+def work(arch):
+    return len(compiler.compile_variant(finish_variant(), arch).code)
+
+with concurrent.futures.ThreadPoolExecutor(2) as pool:
+    print(all(pool.map(work, ["sm_90a", "sm_100a"])))
+"""
+
+
+@needs_nvrtc
+@pytest.mark.long
+def test_threads_may_compile_the_first_kernels_together() -> None:
+    done = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True)
+    assert done.stdout == "True\n", done.stderr

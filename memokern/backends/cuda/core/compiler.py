@@ -5,11 +5,14 @@ from __future__ import annotations
 import functools
 import importlib.util
 import io
+import threading
+from types import ModuleType
 from typing import NamedTuple
 
 from memokern.backends.cuda.core import sources
 from memokern.backends.cuda.core.variant import Variant
 
+_IMPORTING = threading.Lock()
 STANDARD = "c++17"
 PARTS = ("cuda.core", "cuda.bindings")  # what the extra installs, besides NVRTC itself
 
@@ -63,16 +66,24 @@ def architectures() -> frozenset[int]:
     return frozenset(int(arch) for arch in found)
 
 
+def _core() -> ModuleType:
+    """cuda.core, which one thread must have imported before another one asks for it: else what it
+    finds may lack names."""
+    with _IMPORTING:
+        import cuda.core
+
+        return cuda.core
+
+
 def compile_variant(variant: Variant, arch: str) -> Compiled:
     """The machine code of a variant for "sm_90a" or another architecture.
 
     Raises RuntimeError with what NVRTC says. Takes about a second.
     """
-    from cuda.core import Program, ProgramOptions
-
+    core = _core()
     root = sources.folder()
     text = (root / variant.program).read_text(encoding="utf-8")
-    options = ProgramOptions(
+    options = core.ProgramOptions(
         name=variant.program,
         arch=arch,
         std=STANDARD,
@@ -83,7 +94,7 @@ def compile_variant(variant: Variant, arch: str) -> Compiled:
     )
     log = io.StringIO()
     try:
-        code = Program(text, "c++", options).compile("cubin", logs=log).code
+        code = core.Program(text, "c++", options).compile("cubin", logs=log).code
     except Exception as error:
         raise RuntimeError(
             f"NVRTC {version()} does not compile {variant.name} for {arch}:\n{error}\n"
