@@ -50,24 +50,40 @@ struct BackwardQuery {
   double g_shift;  // <g, mean - center>
 };
 
-// Rows j .. j + W of a tile, all of a softmax with a bias that all queries share, where none needs direct
-// differences: the loop of backward_tile, with W rows to a vector of doubles.
+// Rows j .. j + W of a tile, all of a softmax, where none needs direct differences: the loop of
+// backward_tile, with W rows to a vector of doubles.
 struct BackwardVectors {
   typedef Vec<double>::T V;
   enum { W = Vec<double>::W };
-  V w, drift, q, ql, qa, wa, temp;
+  V w, drift, q, ql, qa, wa, temp, qh;
+
+  // Numbers of the rows j .. j + W, of which each query has its own [NT][Vec<R>::W].
+  template <class R>
+  MK_INLINE V own(const double* of, const Query<R>& q, int64_t j) {
+    V v;
+    for (int e = 0; e < W; e++) v[e] = of[(j + e) * Vec<R>::W + q.lane];
+    return v;
+  }
+  // Whether any of the rows has a logit above lo, or one that is not a number.
+  template <class R>
+  MK_INLINE bool any_above(const TileContext<R>& s, const Query<R>& q, int64_t j, const R* logit, double lo) {
+    bool all = true;
+    for (int e = 0; e < W; e++) all &= logit[j + e] + pull_of_bias(q, s, j + e) <= lo;
+    return !all;
+  }
 
   template <class R>
   MK_INLINE void add(BackwardVectors& a, const TileContext<R>& s, const BackwardQuery& c, const Query<R>& q,
-                     int64_t j, const R* logit, R* p, const R* pg, double* grad_bias) {
+                     int64_t j, const R* logit, R* p, const R* pg, double* grad_bias,
+                     const ConditionArgs& condition, int64_t query) {
     typedef Convert<double, R> In;
     typedef typename RawVec<double, R, W>::T Out;
     const double per_t = 1 / c.T, least = dmax(least_difference(R(0)), -708);
     const V xy = In::vec(p + j) - q.alpha * In::vec(s.tile->sq + j), gy = In::vec(pg + j) - c.g_shift;
     const V lr = In::vec(logit + j) * c.T - c.common;
     V b = {}, v = (lr - c.log_z) * per_t;
-    if (s.bias) {
-      b = load(s.bias + s.tile->n0 + j);
+    if (s.bias || s.own_bias) {
+      b = s.own_bias ? own(s.own_bias, q, j) : load(s.bias + s.tile->n0 + j);
       v += b * per_t;
       b = b == splat<double>(-kInf) ? V{} : b;
     }
@@ -86,6 +102,11 @@ struct BackwardVectors {
       double* to = grad_bias + s.tile->n0 + j;
       store(to, load(to) + coeff + c.gb * w);
     }
+    if (condition.of) {
+      const V g = coeff + c.gb * w, part = own(condition.part, q, j);
+      a.qh += w > V{} ? g * part : V{};
+      add_condition_gradients(*condition.of, query, s.tile->n0 + j, W, (const double*)&g, condition.grad_c);
+    }
     *(Out*)(p + j) = __builtin_convertvector(coeff, Out);
   }
   void join(BackwardSums& to) const {
@@ -97,6 +118,7 @@ struct BackwardVectors {
     to.qa += hsum<double>(qa);
     to.wa += hsum<double>(wa);
     to.temp += hsum<double>(temp);
+    to.qh += hsum<double>(qh);
   }
 };
 
@@ -123,15 +145,7 @@ static void backward_tile(const TileContext<R>& s, const BackwardArgs& io, const
     for (int64_t j = 0; j < s.tile->cnt; j++) p[j] = 0;  // no row of the tile has weight
     return;
   }
-  int64_t begin = 0;
-  if (top <= lo && tz > -kInf && !is_log && !s.own_bias) {
-    const BackwardQuery c = {T, E, Eb, S, log_z, gL, gE, gb, gS, common, g_shift};
-    BackwardVectors sums = {};
-    for (; begin + BackwardVectors::W <= s.tile->cnt; begin += BackwardVectors::W)
-      BackwardVectors::add(sums, s, c, q, begin, logit, p, pg, grad_bias);
-    sums.join(a);
-  }
-  for (int64_t j = begin; j < s.tile->cnt; j++) {
+  const auto row_by_itself = [&](int64_t j) {
     const double bj = bias_of(q, s, j);
     double t, r2 = 0, exact[3];
     bool direct;
@@ -148,7 +162,7 @@ static void backward_tile(const TileContext<R>& s, const BackwardArgs& io, const
     }
     if (bj == -kInf || (!direct && t - tz < least_difference(R(0)))) {
       p[j] = 0;
-      continue;
+      return;
     }
     double l, lr, xy, gy;  // lr: l - b
     if (direct) {
@@ -185,7 +199,19 @@ static void backward_tile(const TileContext<R>& s, const BackwardArgs& io, const
       a.qc += coeff * c;
       p[j] = (R)(coeff * c);
     }
+  };
+  enum { W = BackwardVectors::W };
+  const bool vectors = tz > -kInf && !is_log, none_direct = top <= lo;
+  const BackwardQuery c = {T, E, Eb, S, log_z, gL, gE, gb, gS, common, g_shift};
+  BackwardVectors sums = {};
+  for (int64_t j = 0; j < s.tile->cnt; j += W) {
+    const bool whole = vectors && j + W <= s.tile->cnt;
+    if (whole && (none_direct || !BackwardVectors::any_above(s, q, j, logit, lo)))
+      BackwardVectors::add(sums, s, c, q, j, logit, p, pg, grad_bias, condition, b);
+    else
+      for (int64_t e = j; e < imin(j + W, s.tile->cnt); e++) row_by_itself(e);
   }
+  sums.join(a);
 }
 
 }  // namespace MEMOKERN_ISA_NS

@@ -32,10 +32,14 @@ MK_INLINE double anchor_square(const Conditions& c, int64_t b) {
   return condition_square(c.c + b * c.k, c.a + b * c.k, c.k);
 }
 
+// 1 / h, or 0 at h = 0. Below 1e-300 the smallest square that is not 0 is as good as infinite.
+MK_INLINE double condition_factor(double h) { return h > 0 ? 1 / dmax(h, 1e-300) : 0; }
+
 // What the condition of query b adds to row n, where base is its anchor_square.
 static double condition_part(const Conditions& c, int64_t b, double base, int64_t n) {
   const double over = dmax(condition_square(c.c + b * c.k, c.rows + n * c.k, c.k) - base, 0), h = c.h[b];
-  return h > 0 ? -0.5 * (over / h) / h : over > 0 ? -kInf : 0;
+  const double f = condition_factor(h);
+  return f > 0 ? -0.5 * (over * f) * f : over > 0 ? -kInf : 0;
 }
 
 // All biases of query b [n], with those that the queries share.
@@ -55,6 +59,16 @@ static void add_condition_gradient(const Conditions& c, int64_t b, int64_t n, do
   for (int64_t i = 0; i < c.k; i++) to_c[i] += g * (row[i] - a[i]);
   to_h += g * part;
 }
+// The same for rows n .. n + count with g [count], but for to_h.
+MK_INLINE void add_condition_gradients(const Conditions& c, int64_t b, int64_t n, int count, const double* g,
+                                       double* to_c) {
+  const double *rows = c.rows + n * c.k, *a = c.a + b * c.k;
+  for (int64_t i = 0; i < c.k; i++) {
+    double sum[2] = {0, 0};
+    for (int r = 0; r < count; r++) sum[r % 2] += g[r] * (rows[r * c.k + i] - a[i]);
+    to_c[i] += sum[0] + sum[1];
+  }
+}
 // At h = 0, and where 1 / h^2 is as good as infinite, nothing moves.
 static void finish_condition_gradient(const Conditions& c, int64_t b, const double* of_c, double of_h,
                                       double lost, const Gradients& out) {
@@ -69,12 +83,12 @@ template <class R>
 struct OwnBias {
   enum { W = Vec<R>::W, V = Vec<double>::W, VECTORS = W / V, ROWS = 4 };
   typedef Vec<double>::T T;
-  const Queries* in;     // null where no query has a bias of its own
-  double* c;             // [Bp / W][k][W] the conditions, queries across the lanes
-  double *base, *h;      // [Bp] |c - a|^2 and h
-  int64_t* left_out;     // [Bp]
-  double *part, *exact;  // [NT][W] what the conditions add, and all of it
-  R *rounded, *finite;   // [NT][W] the same as R, and with 0 for -inf
+  const Queries* in;      // null where no query has a bias of its own
+  double* c;              // [Bp / W][k][W] the conditions, queries across the lanes
+  double *base, *factor;  // [Bp] |c - a|^2 and condition_factor(h)
+  int64_t* left_out;      // [Bp]
+  double *part, *exact;   // [NT][W] what the conditions add, and all of it
+  R *rounded, *finite;    // [NT][W] the same as R, and with 0 for -inf
 
   static int64_t bytes(const Plan& pl, const Queries& q) {
     if (!has_own_bias(q)) return 0;
@@ -89,7 +103,7 @@ struct OwnBias {
     in = &q;
     c = arena.take<double>(pl.Bp * q.conditions.k);
     base = arena.take<double>(pl.Bp);
-    h = arena.take<double>(pl.Bp);
+    factor = arena.take<double>(pl.Bp);
     left_out = arena.take<int64_t>(pl.Bp);
     part = arena.take<double>(pl.NT * W);
     exact = arena.take<double>(pl.NT * W);
@@ -102,14 +116,14 @@ struct OwnBias {
     const int64_t k = from.k;
     for (int64_t i = 0; i < k; i++) c[(b / W * k + i) * W + b % W] = from.c[at * k + i];
     base[b] = k ? anchor_square(from, at) : 0;
-    h[b] = k ? from.h[at] : 1;
+    factor[b] = k ? condition_factor(from.h[at]) : 1;
     left_out[b] = in->leave_out ? in->leave_out[at] : -1;
   }
   // The biases of the tile for the queries b .. b + W of the block, b a multiple of W.
   void make(int64_t b, const Tile<R>& tile) {
     for (int64_t j = 0; j < tile.cnt; j += ROWS) {
       T b_j[ROWS][VECTORS];
-      conditions_of(b, tile, j, b_j);
+      conditions_of(b, tile.n0, tile.cnt, j, b_j);
       for (int64_t r = 0; r < imin(ROWS, tile.cnt - j); r++) {
         const double shared = in->bias ? in->bias[tile.n0 + j + r] : 0;
         for (int v = 0; v < VECTORS; v++) {
@@ -121,6 +135,25 @@ struct OwnBias {
     for (int e = 0; e < W && in->leave_out; e++) {
       const int64_t j = left_out[b + e] - tile.n0;
       if (left_out[b + e] >= 0 && j >= 0 && j < tile.cnt) exact[j * W + e] = -kInf;
+    }
+  }
+  // The same for rows n0 .. n0 + cnt, at most NT, as R alone: they go to `rounded`.
+  void make_rounded(int64_t b, int64_t n0, int64_t cnt) {
+    typedef typename RawVec<double, R, V>::T Out;
+    for (int64_t j = 0; j < cnt; j += ROWS) {
+      T b_j[ROWS][VECTORS];
+      conditions_of(b, n0, cnt, j, b_j);
+      for (int64_t r = 0; r < imin(ROWS, cnt - j); r++) {
+        const double shared = in->bias ? in->bias[n0 + j + r] : 0;
+        for (int v = 0; v < VECTORS; v++) {
+          const T sum = b_j[r][v] + shared;
+          *(Out*)(rounded + (j + r) * W + v * V) = __builtin_convertvector(sum, Out);
+        }
+      }
+    }
+    for (int e = 0; e < W && in->leave_out; e++) {
+      const int64_t j = left_out[b + e] - n0;
+      if (left_out[b + e] >= 0 && j >= 0 && j < cnt) rounded[j * W + e] = (R)-kInf;
     }
   }
   // Of query q, in lane q.lane, whose log sum of e^t is `known` at least: takes out the rows that have no
@@ -154,12 +187,12 @@ struct OwnBias {
 
  private:
   // What the conditions add to ROWS rows; those beyond the tile are its last one again.
-  void conditions_of(int64_t b, const Tile<R>& tile, int64_t j, T (*out)[VECTORS]) {
+  void conditions_of(int64_t b, int64_t n0, int64_t cnt, int64_t j, T (*out)[VECTORS]) {
     const int64_t k = in->conditions.k;
     const double *mine = c + b * k, *row[ROWS];
     T sum[ROWS][VECTORS];
     for (int r = 0; r < ROWS; r++) {
-      row[r] = in->conditions.rows + (tile.n0 + imin(j + r, tile.cnt - 1)) * k;
+      row[r] = in->conditions.rows + (n0 + imin(j + r, cnt - 1)) * k;
       for (int v = 0; v < VECTORS; v++) sum[r][v] = T{};
     }
     for (int64_t i = 0; i < k; i++, mine += W)
@@ -173,11 +206,10 @@ struct OwnBias {
         }
       }
     for (int v = 0; v < VECTORS; v++) {
-      const T width = load(h + b + v * V), from = load(base + b + v * V), zero = {};
-      const T safe = width > zero ? width : zero + 1.0;
+      const T f = load(factor + b + v * V), from = load(base + b + v * V), zero = {};
       for (int r = 0; r < ROWS; r++) {
-        const T over = vmax(sum[r][v] - from, zero), part = -0.5 * (over / safe) / safe;
-        out[r][v] = width > zero ? part : over > zero ? zero - kInf : zero;
+        const T over = vmax(sum[r][v] - from, zero), part = -0.5 * (over * f) * f;
+        out[r][v] = f > zero ? part : over > zero ? zero - kInf : zero;
       }
     }
   }

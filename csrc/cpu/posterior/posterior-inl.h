@@ -84,11 +84,17 @@ static int handed_back_again(const CentredRows<R>& c, const Queries& in, const O
   if (count == 0) return kDone;
   const OutputArrays to = arrays_of(out);
   Arena arena;
-  if (!arena.reserve(3 * Arena::bytes<R>(count * D) + 9 * Arena::bytes<double>(count))) return kNoMemory;
+  const Conditions& asked = in.conditions;
+  const int64_t K = asked.rows ? asked.k : 0;
+  if (!arena.reserve(3 * Arena::bytes<R>(count * D) + 10 * Arena::bytes<double>(count) +
+                     2 * Arena::bytes<double>(count * K) + Arena::bytes<int64_t>(count)))
+    return kNoMemory;
   R *x = arena.take<R>(count * D), *vectors[2];
   for (int i = 0; i < 2; i++) vectors[i] = to.vectors[i] ? arena.take<R>(count * D) : nullptr;
-  double *number[3], *column[6];
+  double *number[4], *condition[2], *column[6];
   for (double*& v : number) v = arena.take<double>(count);
+  for (double*& v : condition) v = arena.take<double>(count * K);
+  int64_t* left_out = arena.take<int64_t>(count);
   for (double*& v : column) v = arena.take<double>(count);
   int64_t k = 0;
   for (int64_t b = 0; b < in.b; b++) {
@@ -96,10 +102,18 @@ static int handed_back_again(const CentredRows<R>& c, const Queries& in, const O
     memcpy(x + k * D, (const R*)in.x + b * D, D * sizeof(R));
     number[0][k] = in.sigma[b];
     number[1][k] = in.alpha[b];
-    number[2][k++] = in.temperature[b];
+    number[2][k] = in.temperature[b];
+    number[3][k] = asked.rows ? asked.h[b] : 0;
+    for (int64_t i = 0; i < K; i++) {
+      condition[0][k * K + i] = asked.c[b * K + i];
+      condition[1][k * K + i] = asked.a[b * K + i];
+    }
+    left_out[k++] = in.leave_out ? in.leave_out[b] : -1;
   }
-  const Queries rest = {x,       in.f64,       count, number[0], number[1], number[2],
-                        in.bias, in.weighting, {},    nullptr,   in.watch};
+  const Conditions conditions = {asked.rows, condition[0], number[3], condition[1], asked.k};
+  const Queries rest = {x,         in.f64,  count,        number[0],  number[1],
+                        number[2], in.bias, in.weighting, conditions, in.leave_out ? left_out : nullptr,
+                        in.watch};
   const Sums sums = {vectors[0], column[0], column[1], column[2], column[3], vectors[1]};
   const States states = {column[0], column[1],  column[2],  column[3], column[4],
                          column[5], vectors[0], vectors[1], nullptr};
@@ -159,7 +173,7 @@ static int posterior_typed(const Rows& rows, const Queries& in, const Output& ou
   if (in.b == 0) return kDone;
   const double b_max = largest_bias(in.bias, rows.n);
   const bool few = in.b < 32 && (rows.d > 4 || rows.n > FEW_ROWS);
-  if (rows.d > SMALL_D || few || in.weighting != kGaussian || has_own_bias(in))
+  if (rows.d > SMALL_D || few || in.weighting != kGaussian)
     return posterior_general(c, in, out, b_max, threads);
   return posterior_small(c, in, out, b_max, threads, true);
 }

@@ -14,6 +14,7 @@
 #pragma once
 #include "cpu/core/watch-inl.h"
 #include "cpu/posterior/finish-inl.h"
+#include "cpu/posterior/own_bias-inl.h"
 
 namespace memokern {
 namespace MEMOKERN_ISA_NS {
@@ -25,6 +26,11 @@ enum {
   SMALL_BLOCK = 2048,  // queries that pass a chunk before the next one is read
   FEW_ROWS = 2048      // up to so many rows this sweep is taken for few queries too
 };
+
+// A weight below 2^smallest_power is 0: it is nothing beside the largest one, and its square and its products
+// with small numbers would be subnormal, which take a processor a hundred times as long.
+MK_INLINE float smallest_power(float) { return -60.0f; }
+MK_INLINE double smallest_power(double) { return -500.0; }
 
 // One vector of queries. Of rows with a bias s_v is the sum of w times the square alone, because the bias may
 // be far larger and would round it away. Logits are handled as -log2 of e^v, which is |x - alpha yc|^2 -
@@ -38,9 +44,12 @@ struct LaneQueries {
   double s[Vec<R>::W], s_v[Vec<R>::W], s_bias[Vec<R>::W], s_sq[Vec<R>::W];
 };
 
-// One chunk of cnt rows y, less the centre, for one vector of queries. b: the rows' bias; finite_b: the same
-// with 0 for -inf.
-template <class R, int D, bool BIAS, bool CENTRED>
+// Which bias rows have: none; one that all queries share, b [cnt]; or one of each query's own, b [cnt][W].
+enum Bias { kNoBias = 0, kSharedBias = 1, kOwnBias = 2 };
+
+// One chunk of cnt rows y, less the centre, for one vector of queries. finite_b: the shared bias with 0 for
+// -inf.
+template <class R, int D, Bias BIAS, bool CENTRED>
 static void small_chunk(LaneQueries<R, D>& q, const R* y, const R* b, const R* finite_b, int64_t cnt) {
   enum { W = Vec<R>::W };
   typedef typename Vec<R>::T V;
@@ -50,6 +59,9 @@ static void small_chunk(LaneQueries<R, D>& q, const R* y, const R* b, const R* f
     V e = q.x[d] - q.alpha * y_d;  // fused where the processor can, and so exact but for its last rounding
     if (!CENTRED) e -= q.low * y_d;
     return e;
+  };
+  const auto pull = [&](int64_t r) {
+    return q.inv_t * (BIAS == kOwnBias ? load(b + r * W) : splat<R>(b[r]));
   };
   for (int64_t r = 0; r < cnt; r++) {
     V t = {};
@@ -62,10 +74,11 @@ static void small_chunk(LaneQueries<R, D>& q, const R* y, const R* b, const R* f
     }
     if (!CENTRED) t *= q.unit;
     l[r] = t;
-    if (BIAS) t -= q.inv_t * splat<R>(b[r]);
+    if (BIAS) t -= pull(r);
     low = vmin(t, low);
   }
-  const V none = splat<R>((R)kInf), most = splat<R>((R)Precision<R>::big), lo = splat<R>(lowest_power(R(0)));
+  const V none = splat<R>((R)kInf), most = splat<R>((R)Precision<R>::big), lo = splat<R>(lowest_power(R(0))),
+          least = splat<R>(smallest_power(R(0)));
   V shift = low - q.m;
   shift = low == none ? V{} : (shift < lo ? lo : shift);
   const V f = vexp2(shift);
@@ -73,15 +86,15 @@ static void small_chunk(LaneQueries<R, D>& q, const R* y, const R* b, const R* f
 #pragma GCC unroll 8
   for (int d = 0; d < D; d++) acc[d] = V{};
   for (int64_t r = 0; r < cnt; r++) {
-    V d_ = low - (BIAS ? l[r] - q.inv_t * splat<R>(b[r]) : l[r]);
-    d_ = vmax(d_, lo);  // lo also where both are inf, because no row so far has weight
+    V d_ = low - (BIAS ? l[r] - pull(r) : l[r]);
+    d_ = vmax(d_, least);  // also where both are inf, because no row so far has weight
     V w = vexp2(d_);
-    // Without a bias the row of the largest logit has weight 1, and 2^lo is as good as nothing beside it.
-    if (BIAS) w = d_ > lo ? w : V{};
+    w = d_ > least ? w : V{};
     s += w;
     s_v += w * (BIAS ? vmin(l[r], most) : d_);
     s_sq += w * w;
-    if (BIAS) s_bias += w * splat<R>(finite_b[r]);
+    // A row whose own bias is -inf has weight 0.
+    if (BIAS) s_bias += w * (BIAS == kOwnBias ? vmax(load(b + r * W), -most) : splat<R>(finite_b[r]));
 #pragma GCC unroll 8
     for (int d = 0; d < D; d++) acc[d] += w * (CENTRED ? splat<R>(y[r * D + d]) : difference(r, d));
   }
@@ -115,11 +128,15 @@ static int small_part(const Source<R>& src, const Queries& in, double b_max, int
   Plan pl = {};
   pl.D = pl.depth = src.rows.d;
   const int64_t d_real = src.rows.d, N = src.rows.n, block = imin(SMALL_BLOCK, round_up(b1 - b0, W));
+  pl.Bp = block;
+  pl.NT = SMALL_ROWS;
+  OwnBias<R> own;
   Arena arena;
   if (!arena.reserve(Arena::bytes<LaneQueries<R, D>>(block / W) + Arena::bytes<Query<R>>(block) +
                      Arena::bytes<R>(SMALL_ROWS * D) + 2 * Arena::bytes<R>(SMALL_ROWS) + Arena::bytes<R>(64) +
-                     Arena::bytes<double>(SMALL_ROWS * D)))
+                     Arena::bytes<double>(SMALL_ROWS * D) + OwnBias<R>::bytes(pl, in)))
     return kNoMemory;
+  own.take(pl, in, arena);
   LaneQueries<R, D>* lanes = arena.take_raw<LaneQueries<R, D>>(block / W);
   Query<R>* q = arena.take_raw<Query<R>>(block);
   R *y = arena.take_raw<R>(SMALL_ROWS * D), *b = arena.take_raw<R>(SMALL_ROWS),
@@ -149,6 +166,7 @@ static int small_part(const Source<R>& src, const Queries& in, double b_max, int
         v.unit[e] = (R)(f * f);
         v.inv_t[e] = (R)(softmax ? kLog2E * q[i].inv_t : 1);
         v.m[e] = (R)kInf;
+        if (own.in) own.set(i - first + e, q0 + i);
       }
     }
     for (int64_t n0 = 0; n0 < N; n0 += SMALL_ROWS) {
@@ -173,10 +191,14 @@ static int small_part(const Source<R>& src, const Queries& in, double b_max, int
         }
       }
       for (int64_t i = 0; i < vectors; i++) {
-        if (in.bias)
-          small_chunk<R, D, true, CENTRED>(lanes[i], y, b, finite_b, cnt);
-        else
-          small_chunk<R, D, false, CENTRED>(lanes[i], y, b, finite_b, cnt);
+        if (own.in) {
+          own.make_rounded(i * W, n0, cnt);
+          small_chunk<R, D, kOwnBias, CENTRED>(lanes[i], y, own.rounded, nullptr, cnt);
+        } else if (in.bias) {
+          small_chunk<R, D, kSharedBias, CENTRED>(lanes[i], y, b, finite_b, cnt);
+        } else {
+          small_chunk<R, D, kNoBias, CENTRED>(lanes[i], y, nullptr, nullptr, cnt);
+        }
       }
     }
     y_max = __builtin_sqrt(y_max);
@@ -193,7 +215,9 @@ static int small_part(const Source<R>& src, const Queries& in, double b_max, int
       const double a = __builtin_fabs(q[i].alpha), root = __builtin_sqrt(reach * h);
       const double lost = v.low[e] == 0 && (FUSED || q[i].alpha == 1) ? 0 : FUSED ? u : 2;
       const double off = CENTRED ? 2 * __builtin_sqrt(q[i].xx) + 3 * a * y_max : lost * a * y_max;
-      const double rest = (in.bias ? 4 * u * b_max * q[i].inv_t : 0) + (D + (CENTRED ? 4 : 6)) * u * reach;
+      // Of a row that matters, what the condition adds is within reach as its distance is.
+      const double biases = (own.in ? reach : 0) + (in.bias ? b_max * q[i].inv_t : 0);
+      const double rest = 4 * u * biases + (D + (CENTRED ? 4 : 6)) * u * reach;
       const double err = 2 * u * root * off + rest;
       bool back = q[i].mode != kSoftmax || !(err < Precision<R>::tolerance) || !(v.s[e] > 0);
       // As they are, the mean is x plus a difference, over alpha: not from too far off.
@@ -201,7 +225,8 @@ static int small_part(const Source<R>& src, const Queries& in, double b_max, int
       // What the values as they are will not do better either goes to the general sweep at once.
       handed_back[at - b0] = !back ? kHere : rest < 0.5 * Precision<R>::tolerance ? kAsTheyAre : kInGeneral;
       if (back) continue;
-      const double s_v = in.bias ? q[i].inv_t * v.s_bias[e] - v.s_v[e] * kLn2 - m * v.s[e] : v.s_v[e] * kLn2;
+      const double s_v =
+          is_biased(in) ? q[i].inv_t * v.s_bias[e] - v.s_v[e] * kLn2 - m * v.s[e] : v.s_v[e] * kLn2;
       const State st = {0, m, v.s[e], s_v, v.s_bias[e], v.s_sq[e]};
       R acc[D], none[D] = {};
       for (int d = 0; d < D; d++) acc[d] = CENTRED ? v.acc[d][e] : -v.acc[d][e];
