@@ -246,6 +246,7 @@ def own_biases(backend: str) -> Table:
         return {}
     sizes = [(1, 70, 19, 0.5), (3, 70, 2, 0.5), (3, 70, 300, 0.5), (40, 70, 17, 0.5)]
     sizes += [(265, 33, 5, 0.5), (9, 1, 4, 0.5), (20, 140, 19, 1e-3)]
+    sizes += [(40, 300, 1, 0.1), (65, 300, 3, 0.5), (33, 70, 8, 2.0)]
     cases = [
         Case(b, n, d, t, F64 if t == F64 else F32, sigma, 0.9, 1.3, bias, own=own)
         for b, n, d, sigma in sizes
@@ -253,6 +254,7 @@ def own_biases(backend: str) -> Table:
         for own, bias in (("condition", None), ("left-out", "hole"), ("both", "holes"))
         if n > 1 or own == "condition"
     ]
+    cases += [Case(33, 300, d, F64, F64, bias="holes", own="both") for d in (2, 7)]
     many = Case(17, 70, 19, sigma=0.5, own="condition")
     cases += [replace(many, h=h) for h in (0.0, 1e-200, 1e-6, 0.01, 1e3, 1e150)]
     cases += [replace(many, offset=1e6), replace(many, own="both", weighting="log")]

@@ -95,6 +95,23 @@ def test_beside_a_row(backend: str, b: int, weighting: str, sigma: float) -> Non
         assert (a.double() - e).abs().max() <= allowed * e.abs().max() + 1e-9
 
 
+@pytest.mark.parametrize("d", [3, 300])
+@every_backend
+def test_narrow_conditions_where_one_row_has_nearly_all_weight(backend: str, d: int) -> None:
+    """1 / h^3 is large: of a gradient for the mean, what its rounding to float32 leaves of sum w
+    (y - mean) must not reach them."""
+    query, rows = Case(40, 60, d, sigma=0.3 * d**0.5, offset=30, own="condition", h=0.1).problem()
+    got = harness.posterior(backend, query, rows)
+    zero = torch.zeros(40, dtype=F64)
+    grads = BasicSums(normal(40, d, dtype=F32), zero, zero, zero, zero)
+    back = harness.backward(backend, query, rows, got, grads)
+    want = oracle.gradients(query, rows, grads)
+    assert (want.bandwidth.abs() < 1e-6).sum() > 5
+    for a, e in (back.condition, want.condition), (back.bandwidth[:, None], want.bandwidth[:, None]):
+        allowed = 1e-4 * e.abs().amax(1) + 1e-9
+        assert ((a - e).abs().amax(1) <= allowed).all(), (a - e).abs().amax(1) / allowed
+
+
 @every_backend
 def test_float32_queries_on_float64_rows(backend: str) -> None:
     """The mean that x's type rounded must not enter: rows are float64, and so is the gradient."""

@@ -29,7 +29,7 @@ struct BackwardWork {
   double* g_shift;     // [B] <g, mean - center>
   BackwardSums* sums;  // [B]
   double* grad_bias;   // [N] or null
-  double* grad_c;      // [B][k] sum of (q + gb w) (c_n - a), or null
+  double* grad_c;      // [B][2][k] sums of (q + gb w) (c_n - a) and of w (c_n - a), or null
   Arena arena;
   bool reserve(const Plan& pl, const Queries& in, int64_t N) {
     const bool bias = in.bias;
@@ -39,7 +39,7 @@ struct BackwardWork {
                        Arena::bytes<R>(pl.NT * pl.Ps) + 3 * Arena::bytes<R>(pl.NT) +
                        Arena::bytes<double>(pl.B) + Arena::bytes<double>(pl.D) +
                        Arena::bytes<BackwardSums>(pl.B) + (bias ? Arena::bytes<double>(N) : 0) +
-                       Arena::bytes<double>(pl.B * k)))
+                       Arena::bytes<double>(2 * pl.B * k)))
       return false;
     g = arena.take<R>(pl.Bp * pl.Dp);
     pg = arena.take<R>(pl.NT * pl.Ps);
@@ -51,7 +51,7 @@ struct BackwardWork {
     g_shift = arena.take<double>(pl.B);
     sums = arena.take<BackwardSums>(pl.B);
     grad_bias = bias ? arena.take<double>(N) : nullptr;
-    grad_c = k ? arena.take<double>(pl.B * k) : nullptr;
+    grad_c = k ? arena.take<double>(2 * pl.B * k) : nullptr;
     return true;
   }
 };
@@ -82,7 +82,7 @@ static int backward_sweep(const Source<R>& src, const Queries& in, const Backwar
   memset((void*)w.near, 0, pl.B * pl.Dp * sizeof(R));
   const Conditions& conditions = in.conditions;
   const int64_t k = w.grad_c ? conditions.k : 0;
-  if (k) memset((void*)w.grad_c, 0, pl.B * k * sizeof(double));
+  if (k) memset((void*)w.grad_c, 0, 2 * pl.B * k * sizeof(double));
   load_queries(src, in, pl, b0, B, f);
   for (int64_t b = 0; b < B; b++) {
     const double *g = io.grads.mean + (b0 + b) * pl.D, *mean = io.sums.mean + (b0 + b) * pl.D;
@@ -111,7 +111,7 @@ static int backward_sweep(const Source<R>& src, const Queries& in, const Backwar
         w.dot[j] = moves ? f.p[j * pl.Ps + b] : R(0);
         w.dot_g[j] = w.pg[j * pl.Ps + b];
       }
-      const ConditionArgs condition = {k ? &conditions : nullptr, f.own.part, w.grad_c + b * k};
+      const ConditionArgs condition = {k ? &conditions : nullptr, f.own.part, w.grad_c + 2 * b * k};
       if (moves)
         backward_tile(s, io, f.q[b], b0 + b, w.g_shift[b], w.row, w.logit, w.dot, w.dot_g, w.near + b * pl.Dp,
                       w.sums[b], w.grad_bias, condition);
@@ -133,7 +133,7 @@ static void join_backward_parts(const Plan& pl, const Queries& in, BackwardWork<
     double* to = (double*)&work[0].sums[b];
     for (size_t e = 0; e < sizeof(BackwardSums) / sizeof(double); e++) to[e] += from[e];
     for (int64_t d = 0; d < pl.D; d++) work[0].near[b * pl.Dp + d] += work[i].near[b * pl.Dp + d];
-    for (int64_t e = b * k; e < (b + 1) * k; e++) work[0].grad_c[e] += work[i].grad_c[e];
+    for (int64_t e = 2 * b * k; e < 2 * (b + 1) * k; e++) work[0].grad_c[e] += work[i].grad_c[e];
     for (int64_t d = 0; d < pl.Dp; d += 2 * Vec<R>::W) {
       R *a = acc_at(pl, f.acc, b, d), *z = acc_at(pl, work[i].fwd.acc, b, d);
       for (int e = 0; e < 2 * Vec<R>::W; e++) a[e] += z[e];
@@ -149,17 +149,17 @@ static void backward_finish(const Source<R>& src, const Plan& pl, const Queries&
   const BackwardSums& a = w.sums[row];
   R *acc = w.fwd.acc, *gx = (R*)io.out.x + b * pl.D;
   const R* near = w.near;
+  const double lost = q.mode == kNotFinite ? __builtin_nan("") : 0, off = a.w > 0 ? a.drift / a.w : 0;
   if (w.grad_c)
-    finish_condition_gradient(in.conditions, b, w.grad_c + row * in.conditions.k, a.qh,
-                              q.mode == kNotFinite ? __builtin_nan("") : 0, io.out);
+    finish_condition_gradient(in.conditions, b, w.grad_c + 2 * row * in.conditions.k, a.qh - off * a.wh, off,
+                              lost, io.out);
   if (!has_gradient(q)) {
-    const double v = q.mode == kNotFinite ? __builtin_nan("") : 0;
-    for (int64_t d = 0; d < pl.D; d++) gx[d] = (R)v;
-    io.out.sigma[b] = io.out.alpha[b] = io.out.temperature[b] = v;
+    for (int64_t d = 0; d < pl.D; d++) gx[d] = (R)lost;
+    io.out.sigma[b] = io.out.alpha[b] = io.out.temperature[b] = lost;
     return;
   }
   const bool softmax = q.mode == kSoftmax;
-  const double drift = softmax && a.w > 0 ? a.drift / a.w : 0, is2 = softmax ? 1 / q.sigma / q.sigma : 1;
+  const double drift = softmax ? off : 0, is2 = softmax ? 1 / q.sigma / q.sigma : 1;
   const double T = q.temperature;
   const double* mean = io.sums.mean + b * pl.D;
   const double qc = a.qc - drift * (softmax ? a.w : 0);

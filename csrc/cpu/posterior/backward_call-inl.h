@@ -73,9 +73,11 @@ static void share_bias_gradient(const Queries& in, const BackwardArgs& io, int64
   const double base = anchor_square(c, b);
   memset((void*)to_c, 0, c.k * sizeof(double));
   for (int64_t n = 0; n < N; n++)
-    if (grad_bias[n] != 0)
-      add_condition_gradient(c, b, n, grad_bias[n], condition_part(c, b, base, n), to_c, to_h);
-  finish_condition_gradient(c, b, to_c, to_h, 0, io.out);
+    if (grad_bias[n] != 0) {
+      add_condition_gradients(c, b, n, 1, grad_bias + n, nullptr, to_c);
+      to_h += grad_bias[n] * condition_part(c, b, base, n);
+    }
+  finish_condition_gradient(c, b, to_c, to_h, 0, 0, io.out);
 }
 
 template <class R>

@@ -18,7 +18,7 @@ struct BackwardSums {
   double ql;      // sum of q (l - b)
   double qa, wa;  // sums of q c <x - alpha y, yc>, and of w <x - alpha y, yc>
   double temp;    // sum of w (l - E) h
-  double qh;      // sum of (q + gb w) part, the condition's part of the bias
+  double qh, wh;  // sums of (q + gb w) part, the condition's part of the bias, and of w part
 };
 
 // A row by direct differences: |x - alpha y|^2, <x - alpha y, yc> and <g, y - mean> go to out, y to row.
@@ -40,7 +40,7 @@ static void exact_row(const Source<R>& src, const Query<R>& q, const double* mea
 struct ConditionArgs {
   const Conditions* of;  // null where there is none
   const double* part;    // [NT][W] what it adds to the logits
-  double* grad_c;        // [k]
+  double* grad_c;        // [2][k]
 };
 
 // The numbers of query b in the formulas.
@@ -55,7 +55,7 @@ struct BackwardQuery {
 struct BackwardVectors {
   typedef Vec<double>::T V;
   enum { W = Vec<double>::W };
-  V w, drift, q, ql, qa, wa, temp, qh;
+  V w, drift, q, ql, qa, wa, temp, qh, wh;
 
   // Numbers of the rows j .. j + W, of which each query has its own [NT][Vec<R>::W].
   template <class R>
@@ -105,7 +105,9 @@ struct BackwardVectors {
     if (condition.of) {
       const V g = coeff + c.gb * w, part = own(condition.part, q, j);
       a.qh += w > V{} ? g * part : V{};
-      add_condition_gradients(*condition.of, query, s.tile->n0 + j, W, (const double*)&g, condition.grad_c);
+      a.wh += w > V{} ? w * part : V{};
+      add_condition_gradients(*condition.of, query, s.tile->n0 + j, W, (const double*)&g, (const double*)&w,
+                              condition.grad_c);
     }
     *(Out*)(p + j) = __builtin_convertvector(coeff, Out);
   }
@@ -119,6 +121,7 @@ struct BackwardVectors {
     to.wa += hsum<double>(wa);
     to.temp += hsum<double>(temp);
     to.qh += hsum<double>(qh);
+    to.wh += hsum<double>(wh);
   }
 };
 
@@ -189,9 +192,12 @@ static void backward_tile(const TileContext<R>& s, const BackwardArgs& io, const
     a.wa += w * xy;
     a.temp += w * (l - E) * (hg + ho);
     if (grad_bias) grad_bias[s.tile->n0 + j] += coeff + gb * w;
-    if (condition.of)
-      add_condition_gradient(*condition.of, b, s.tile->n0 + j, coeff + gb * w,
-                             condition.part[j * Vec<R>::W + q.lane], condition.grad_c, a.qh);
+    if (condition.of) {
+      const double g = coeff + gb * w, part = condition.part[j * Vec<R>::W + q.lane];
+      a.qh += g * part;
+      a.wh += w * part;
+      add_condition_gradients(*condition.of, b, s.tile->n0 + j, 1, &g, &w, condition.grad_c);
+    }
     if (direct) {  // its term of grad_x as it is: within the sums it would cancel where r is small
       for (int64_t d = 0; d < s.D; d++) near[d] += (R)(coeff * c * (q.alpha * row[d] - (double)q.x[d]));
       p[j] = R(0);

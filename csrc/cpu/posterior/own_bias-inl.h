@@ -51,30 +51,33 @@ static void own_column(const Queries& in, int64_t b, int64_t n, double* out) {
   if (in.leave_out && in.leave_out[b] >= 0 && in.leave_out[b] < n) out[in.leave_out[b]] = -kInf;
 }
 
-// The gradients for c and h of query b, from that for its bias for row n, g, of which the condition's part is
-// `part`: to_c [k] is the sum of g (c_n - a), to_h that of g part.
-static void add_condition_gradient(const Conditions& c, int64_t b, int64_t n, double g, double part,
-                                   double* to_c, double& to_h) {
-  const double *row = c.rows + n * c.k, *a = c.a + b * c.k;
-  for (int64_t i = 0; i < c.k; i++) to_c[i] += g * (row[i] - a[i]);
-  to_h += g * part;
-}
-// The same for rows n .. n + count with g [count], but for to_h.
+// The sums of which the gradient for c of query b is made, for rows n .. n + count: to [2][k] gets those of
+// g (c_n - a), where g is the gradient for the query's bias for a row, and of w (c_n - a). Without w it is
+// [k].
 MK_INLINE void add_condition_gradients(const Conditions& c, int64_t b, int64_t n, int count, const double* g,
-                                       double* to_c) {
+                                       const double* w, double* to) {
   const double *rows = c.rows + n * c.k, *a = c.a + b * c.k;
   for (int64_t i = 0; i < c.k; i++) {
-    double sum[2] = {0, 0};
-    for (int r = 0; r < count; r++) sum[r % 2] += g[r] * (rows[r * c.k + i] - a[i]);
-    to_c[i] += sum[0] + sum[1];
+    double of_g = 0, of_w = 0;
+    for (int r = 0; r < count; r++) {
+      const double e = rows[r * c.k + i] - a[i];
+      of_g += g[r] * e;
+      if (w) of_w += w[r] * e;
+    }
+    to[i] += of_g;
+    if (w) to[c.k + i] += of_w;
   }
 }
-// At h = 0, and where 1 / h^2 is as good as infinite, nothing moves.
+// of_c: those sums; of_h: the sum of g times the condition's part of the bias. Each g is too large by drift
+// w. At h = 0, and where 1 / h^2 is as good as infinite, nothing moves.
 static void finish_condition_gradient(const Conditions& c, int64_t b, const double* of_c, double of_h,
-                                      double lost, const Gradients& out) {
+                                      double drift, double lost, const Gradients& out) {
   const double h = c.h[b];
   const bool moves = 1 / h / h < kInf;
-  for (int64_t i = 0; i < c.k; i++) out.condition[b * c.k + i] = lost + (moves ? of_c[i] / h / h : 0);
+  for (int64_t i = 0; i < c.k; i++) {
+    const double of_b = of_c[i] - (drift != 0 ? drift * of_c[c.k + i] : 0);
+    out.condition[b * c.k + i] = lost + (moves ? of_b / h / h : 0);
+  }
   out.bandwidth[b] = lost + (moves ? -2 * of_h / h : 0);
 }
 

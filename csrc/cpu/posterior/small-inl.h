@@ -44,13 +44,10 @@ struct LaneQueries {
   double s[Vec<R>::W], s_v[Vec<R>::W], s_bias[Vec<R>::W], s_sq[Vec<R>::W];
 };
 
-// Which bias rows have: none; one that all queries share, b [cnt]; or one of each query's own, b [cnt][W].
-enum Bias { kNoBias = 0, kSharedBias = 1, kOwnBias = 2 };
-
-// One chunk of cnt rows y, less the centre, for one vector of queries. finite_b: the shared bias with 0 for
-// -inf.
-template <class R, int D, Bias BIAS, bool CENTRED>
-static void small_chunk(LaneQueries<R, D>& q, const R* y, const R* b, const R* finite_b, int64_t cnt) {
+// One chunk of cnt rows y, less the centre, for one vector of queries. b: the bias [cnt][W] that each of the
+// queries has for each row, where there is one.
+template <class R, int D, bool BIASED, bool CENTRED>
+static void small_chunk(LaneQueries<R, D>& q, const R* y, const R* b, int64_t cnt) {
   enum { W = Vec<R>::W };
   typedef typename Vec<R>::T V;
   V l[SMALL_ROWS], low = q.m;
@@ -59,9 +56,6 @@ static void small_chunk(LaneQueries<R, D>& q, const R* y, const R* b, const R* f
     V e = q.x[d] - q.alpha * y_d;  // fused where the processor can, and so exact but for its last rounding
     if (!CENTRED) e -= q.low * y_d;
     return e;
-  };
-  const auto pull = [&](int64_t r) {
-    return q.inv_t * (BIAS == kOwnBias ? load(b + r * W) : splat<R>(b[r]));
   };
   for (int64_t r = 0; r < cnt; r++) {
     V t = {};
@@ -74,7 +68,7 @@ static void small_chunk(LaneQueries<R, D>& q, const R* y, const R* b, const R* f
     }
     if (!CENTRED) t *= q.unit;
     l[r] = t;
-    if (BIAS) t -= pull(r);
+    if (BIASED) t -= q.inv_t * load(b + r * W);
     low = vmin(t, low);
   }
   const V none = splat<R>((R)kInf), most = splat<R>((R)Precision<R>::big), lo = splat<R>(lowest_power(R(0))),
@@ -86,15 +80,14 @@ static void small_chunk(LaneQueries<R, D>& q, const R* y, const R* b, const R* f
 #pragma GCC unroll 8
   for (int d = 0; d < D; d++) acc[d] = V{};
   for (int64_t r = 0; r < cnt; r++) {
-    V d_ = low - (BIAS ? l[r] - pull(r) : l[r]);
+    V d_ = low - (BIASED ? l[r] - q.inv_t * load(b + r * W) : l[r]);
     d_ = vmax(d_, least);  // also where both are inf, because no row so far has weight
     V w = vexp2(d_);
     w = d_ > least ? w : V{};
     s += w;
-    s_v += w * (BIAS ? vmin(l[r], most) : d_);
+    s_v += w * (BIASED ? vmin(l[r], most) : d_);
     s_sq += w * w;
-    // A row whose own bias is -inf has weight 0.
-    if (BIAS) s_bias += w * (BIAS == kOwnBias ? vmax(load(b + r * W), -most) : splat<R>(finite_b[r]));
+    if (BIASED) s_bias += w * vmax(load(b + r * W), -most);  // a row whose bias is -inf has weight 0
 #pragma GCC unroll 8
     for (int d = 0; d < D; d++) acc[d] += w * (CENTRED ? splat<R>(y[r * D + d]) : difference(r, d));
   }
@@ -103,7 +96,7 @@ static void small_chunk(LaneQueries<R, D>& q, const R* y, const R* b, const R* f
   for (int d = 0; d < D; d++) q.acc[d] = q.acc[d] * f + acc[d];
   for (int i = 0; i < W; i++) {
     const double g = f[i];
-    q.s_v[i] = g * (BIAS ? q.s_v[i] : q.s_v[i] + q.s[i] * shift[i]) + s_v[i];
+    q.s_v[i] = g * (BIASED ? q.s_v[i] : q.s_v[i] + q.s[i] * shift[i]) + s_v[i];
     q.s[i] = g * q.s[i] + s[i];
     q.s_bias[i] = g * q.s_bias[i] + s_bias[i];
     q.s_sq[i] = g * g * q.s_sq[i] + s_sq[i];
@@ -133,14 +126,13 @@ static int small_part(const Source<R>& src, const Queries& in, double b_max, int
   OwnBias<R> own;
   Arena arena;
   if (!arena.reserve(Arena::bytes<LaneQueries<R, D>>(block / W) + Arena::bytes<Query<R>>(block) +
-                     Arena::bytes<R>(SMALL_ROWS * D) + 2 * Arena::bytes<R>(SMALL_ROWS) + Arena::bytes<R>(64) +
+                     Arena::bytes<R>(SMALL_ROWS * (D + W)) + Arena::bytes<R>(64) +
                      Arena::bytes<double>(SMALL_ROWS * D) + OwnBias<R>::bytes(pl, in)))
     return kNoMemory;
   own.take(pl, in, arena);
   LaneQueries<R, D>* lanes = arena.take_raw<LaneQueries<R, D>>(block / W);
   Query<R>* q = arena.take_raw<Query<R>>(block);
-  R *y = arena.take_raw<R>(SMALL_ROWS * D), *b = arena.take_raw<R>(SMALL_ROWS),
-    *finite_b = arena.take_raw<R>(SMALL_ROWS);
+  R *y = arena.take_raw<R>(SMALL_ROWS * D), *shared = arena.take_raw<R>(SMALL_ROWS * W);
   R* row = arena.take<R>(64);
   double* value = arena.take_raw<double>(SMALL_ROWS * D);
   const typename Values<R>::F values = values_for(src);
@@ -184,21 +176,14 @@ static int small_part(const Source<R>& src, const Queries& in, double b_max, int
           sq += v * v;
         }
         y_max = dmax(y_max, sq);
-        if (in.bias) {
-          const double v = in.bias[n0 + r];
-          b[r] = (R)v;
-          finite_b[r] = v == -kInf ? R(0) : (R)v;
-        }
+        if (in.bias) store(shared + r * W, splat<R>((R)in.bias[n0 + r]));
       }
       for (int64_t i = 0; i < vectors; i++) {
-        if (own.in) {
-          own.make_rounded(i * W, n0, cnt);
-          small_chunk<R, D, kOwnBias, CENTRED>(lanes[i], y, own.rounded, nullptr, cnt);
-        } else if (in.bias) {
-          small_chunk<R, D, kSharedBias, CENTRED>(lanes[i], y, b, finite_b, cnt);
-        } else {
-          small_chunk<R, D, kNoBias, CENTRED>(lanes[i], y, nullptr, nullptr, cnt);
-        }
+        if (own.in) own.make_rounded(i * W, n0, cnt);
+        if (is_biased(in))
+          small_chunk<R, D, true, CENTRED>(lanes[i], y, own.in ? own.rounded : shared, cnt);
+        else
+          small_chunk<R, D, false, CENTRED>(lanes[i], y, nullptr, cnt);
       }
     }
     y_max = __builtin_sqrt(y_max);
