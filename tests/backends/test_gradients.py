@@ -107,7 +107,10 @@ def test_narrow_conditions_where_one_row_has_nearly_all_weight(backend: str, d: 
     back = harness.backward(backend, query, rows, got, grads)
     want = oracle.gradients(query, rows, grads)
     assert (want.bandwidth.abs() < 1e-6).sum() > 5
-    for a, e in (back.condition, want.condition), (back.bandwidth[:, None], want.bandwidth[:, None]):
+    for a, e in (
+        (back.condition, want.condition),
+        (back.bandwidth[:, None], want.bandwidth[:, None]),
+    ):
         allowed = 1e-4 * e.abs().amax(1) + 1e-9
         assert ((a - e).abs().amax(1) <= allowed).all(), (a - e).abs().amax(1) / allowed
 
