@@ -33,7 +33,7 @@ def check_squares(got: Sums, query: Query, rows: Rows, backend: str, what: objec
 @over(
     sized(
         *((b, 150, d, t) for b in (3, 24) for d in (3, 40) for t in (F32, U8, F64)),
-        triton=((2, 40, 300, F32),),  # not yet in one pass, for up to 256 features
+        triton=((2, 40, 3, F32), (2, 40, 40, U8), (2, 40, 300, F32)),
     ),
     "b",
     "n",
@@ -66,7 +66,7 @@ def _joined(backend: str, query: Query, rows: Rows, cut: int) -> State:
     return merge(*parts, by_key(query))
 
 
-@over(sized((2, 40, 3), (20, 40, 40), triton=()), "b", "n", "d")
+@over(sized((2, 40, 3), (20, 40, 40), triton=((2, 20, 3), (2, 20, 300))), "b", "n", "d")
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
 def test_gradients_of_far_queries(backend: str, b: int, n: int, d: int, temperature: float) -> None:
     """At |x - y| = 10^8 sigma, log_z / T has no digit left behind the point. Equal rows share."""
@@ -91,8 +91,6 @@ def test_gradients_of_far_queries(backend: str, b: int, n: int, d: int, temperat
 @every_backend
 def test_gradient_where_one_row_has_nearly_all_weight(backend: str) -> None:
     """The weight of the others, 10^-5, makes all of it: its error is that of a share of theirs."""
-    if backend == "triton":
-        pytest.skip("its share of 10^-6 is still one of all weight")
     d = 3
     data = normal(20, d, dtype=F32)
     data[1] = data[0] + 0.048 / math.sqrt(d)
@@ -104,4 +102,5 @@ def test_gradient_where_one_row_has_nearly_all_weight(backend: str) -> None:
     back = harness.backward(backend, query, rows, got, grads)
     want = oracle.gradients(query, rows, grads)
     assert 1e-6 < 1 - float(oracle.weights(query, rows).max()) < 1e-4
-    assert (back.x.double() - want.x).norm() <= 1e-5 * want.x.norm()
+    tol = 1e-4 if backend == "triton" else 1e-5  # Triton rounds the mean to float32
+    assert (back.x.double() - want.x).norm() <= tol * want.x.norm()

@@ -13,7 +13,8 @@ MODULES = (
     "core.centering", "core.pairs", "core.state", "posterior.queries", "posterior.fused",
     "posterior.marked", "posterior.products", "posterior.weigh", "posterior.finish",
     "gradient.coefficients", "gradient.backward_reduce", "gradient.zero_sigma",
-    "gradient.backward_rows", "nearest.kernels", "scan.kernels", "listed.kernels",
+    "gradient.far_queries", "gradient.backward_rows", "nearest.kernels", "scan.kernels",
+    "listed.kernels",
 )  # fmt: skip
 
 

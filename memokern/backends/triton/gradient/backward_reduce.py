@@ -42,6 +42,7 @@ def query_gradients_kernel(
     center,  # [D]
     scale_shift,  # [2]
     stats,  # [4, B] log_z, mean_logit, mean_bias, weight_sq
+    far,  # [5, B] from far_sums_kernel
     grads,  # [4, B] of these
     grad_x,  # [B, D] out
     grad_sigma, grad_alpha, grad_temperature,  # [B] out
@@ -86,7 +87,8 @@ def query_gradients_kernel(
     qa = tl.load(p_z + QA * b) - drifts * tl.load(p_z + WA * b) + tl.sum(along, 0)
     T = tl.load(temperature + to)
     infinite = (log_z == inf) | (log_z == -inf)
-    by_t = tl.where(infinite, 0.0, tl.load(grads + to) * (log_z - E) / T)
+    gap = tl.load(far + B + to) - tl.load(far + 2 * B + to)  # log_z - E
+    by_t = tl.where(infinite, 0.0, tl.load(grads + to) * gap / T)
     by_t -= tl.load(p_z + TEMP * b) / T
     tl.store(grad_sigma + to, tl.where(moves, tl.where(soft, -2.0 / b_sigma * ql, 0.0), still))
     tl.store(grad_alpha + to, tl.where(moves, qa * unit, still))
@@ -105,7 +107,7 @@ def bias_gradient_variant() -> Variant:
 
 def query_gradients_variant() -> Variant:
     wide = ("sums", "table", "sigma", "alpha", "temperature", "center", "scale_shift", "stats",
-            "grads", "grad_sigma", "grad_alpha", "grad_temperature")  # fmt: skip
+            "far", "grads", "grad_sigma", "grad_alpha", "grad_temperature")  # fmt: skip
     return Variant(
         name="query_gradients",
         kernel=query_gradients_kernel,

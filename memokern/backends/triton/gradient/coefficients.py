@@ -95,6 +95,7 @@ def coefficients_kernel(
     center,  # [D]
     scale_shift,  # [2]
     stats,  # [4, B] log_z, mean_logit, mean_bias, weight_sq
+    far,  # [5, B] from far_sums_kernel: a part of r^2, and stats without what it makes of logits
     grads,  # [4, B] of these
     sums,  # [SUMS, b] in and out
     near,  # [b, D] in and out: sum of q c (alpha y - x) of the rows that are evaluated exactly
@@ -127,6 +128,9 @@ def coefficients_kernel(
     moves = (mode != LOST) & (mode != HARD) & (log_z < inf)
     shared = tl.where(mode == SOFT, common, 0.0)  # t is l / T + shared
     tz, te = log_z * inv_t + shared, E * inv_t + shared
+    # Where one row has nearly all weight, the gradient is made of the others, and their weights
+    # must be right to a share of what these have together.
+    spread = tl.log(tl.minimum(tl.maximum(1.0 - S, 1e-7), 1.0)).to(tl.float32)
 
     # [STRIPS, WIDTH], as all that follows
     o_j = tl.arange(0, STRIPS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
@@ -154,7 +158,7 @@ def coefficients_kernel(
         safe = tl.where(close > 0.0, close, 1.0)
         off = tl.where(close > 0.0, half * inv_t * delta / safe, inf)
         high = (b_b - half * tl.log(safe / D)) * inv_t
-        margin = LOG_THETA - tl.log(tl.minimum(tl.maximum(off, 1e-30), 1.0))
+        margin = LOG_THETA + spread - tl.log(tl.minimum(tl.maximum(off, 1e-30), 1.0))
         exact = mask & ((close <= 0.0) | ((off > THETA) & (high > tz + margin)))
         r2 = tl.where(mask & (exact == 0), r2, 1.0)
         t64 = (b_b - half * tl.log(r2 / D)) * inv_t
@@ -162,7 +166,7 @@ def coefficients_kernel(
         gap_z, gap_e = (t64 - tz).to(tl.float32), (t64 - te).to(tl.float32)
         l_b = (t64 * T - b_b).to(tl.float32)
     else:
-        lo = exact_from(tz.to(tl.float32), err, mode == HARD)
+        lo = exact_from(tz.to(tl.float32), err, mode == HARD) + spread
         t_b = t + b_b * inv_t.to(tl.float32)
         exact = mask & (unknown | (t_b >= lo))
         t64 = t_b.to(tl.float64)
@@ -215,6 +219,8 @@ def coefficients_kernel(
     o_w = tl.arange(0, WIDTH)[None, :]
     left = exact
     count = tl.max(tl.sum(left.to(tl.int32), 1), 0)
+    base, far_z, far_e = tl.load(far + to), tl.load(far + B + to), tl.load(far + 2 * B + to)
+    far_b, far_s = tl.load(far + 3 * B + to), tl.load(far + 4 * B + to)
     while count > 0:
         first = tl.min(tl.where(left, o_w, WIDTH), 1)
         found = first < WIDTH
@@ -243,12 +249,14 @@ def coefficients_kernel(
             x_r2 = tl.where(found, x_r2, 1.0)
             x_lb = -0.5 * D * tl.log(x_r2 / D)
             x_c = D / x_r2
+            x_l = x_lb + x_b
         else:
             x_lb = -0.5 * (x_r2 / b_sigma) / b_sigma
             x_c = x_r2 * 0.0 + 1.0
-        x_w = tl.where(found, tl.exp((x_lb + x_b - log_z) * inv_t), 0.0)
-        x_le = x_lb + x_b - E
-        x_ho = (g_e * x_le + g_b * (x_b - Eb) + 2.0 * g_s * (x_w - S)) * inv_t
+            x_l = -0.5 * ((x_r2 - base) / b_sigma) / b_sigma + x_b
+        x_w = tl.where(found, tl.exp((x_l - far_z) * inv_t), 0.0)
+        x_le = x_l - far_e
+        x_ho = (g_e * x_le + g_b * (x_b - far_b) + 2.0 * g_s * (x_w - far_s)) * inv_t
         x_q = x_w * (g_l + g_e + x_hg + x_ho)
         if FOR_ROWS:
             tl.store(products + i_b * n + o_n, (x_q * x_c).to(tl.float32), mask=found)
@@ -307,7 +315,7 @@ def coefficients_variant(
 ) -> Variant:
     """For chunks of up to `size` rows."""
     wide = ("sq_norms", "bias", "table", "grad_table", "sigma", "alpha", "temperature", "center",
-            "scale_shift", "stats", "grads", "sums")  # fmt: skip
+            "scale_shift", "stats", "far", "grads", "sums")  # fmt: skip
     return Variant(
         name=f"coefficients {row_name(rows)} N{size} {weighting}" + " for rows" * for_rows,
         kernel=coefficients_kernel,

@@ -27,6 +27,7 @@ from memokern.backends.triton.gradient import (
     backward_reduce,
     backward_rows,
     coefficients,
+    far_queries,
     zero_sigma,
 )
 from memokern.backends.triton.posterior import finish, planner, products, weigh
@@ -111,6 +112,11 @@ class _Backward:
             "scale_shift": q.scale_shift, "B": self.total,
             "stats": torch.stack([v.to(_F64) for v in sums[1:5]]),
         }  # fmt: skip
+        self.far = self.doubles(5, self.total)
+        far_queries.variant(self.dtype).launch(
+            (self.total,), self.device, sigma=q.sigma, far=self.far, N=data.n, **self.of_bias,
+            **self.of_rows, **self.of_queries,
+        )  # fmt: skip
         self.of_grads = {"mean": mean, "grads": torch.stack([v.to(_F64) for v in grads[1:5]])}
 
     def floats(self, *shape: int) -> Tensor:
@@ -152,7 +158,7 @@ class _Backward:
         ).launch(
             (b,), self.device, products=self.buffer, products_g=self.buffer_g,
             sq_norms=self.data.sq_norms, grad_table=self.grad_table, grad_mean=self.grad_mean,
-            sigma=self.q.sigma,
+            sigma=self.q.sigma, far=self.far,
             center=self.q.center, sums=self.sums, near=self.near, factor=self.factor,
             unit=self.unit, b0=b0, b=b, n0=n0, n=n, parts=self.parts_d, **self.of_bias,
             **self.of_rows, **self.of_queries, **self.of_grads,
@@ -198,7 +204,7 @@ def _into_gradients(back: _Backward, out: Gradients) -> None:
                     grad_bias=out.bias, b=b, n0=n0, n=n,
                 )  # fmt: skip
         query_v.launch(
-            (b,), device, sums=back.sums, acc=acc, near=back.near, sigma=q.sigma,
+            (b,), device, sums=back.sums, acc=acc, near=back.near, sigma=q.sigma, far=back.far,
             center=q.center, grad_x=out.x, grad_sigma=out.sigma, grad_alpha=out.alpha,
             grad_temperature=out.temperature, b0=b0, b=b, D=d, parts=parts_n,
             offset=q.operand.offset, **back.of_queries, **back.of_grads,

@@ -57,8 +57,9 @@ def sweep_kernel(
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One program owns BLOCK_B of the queries b0 .. b0 + B and a part of `run` tiles of rows, which
-    it streams. After each tile top is the largest t so far, s the sum of e^(t-top) and b_acc that
-    of e^(t-top) u, without the rows whose weight the rounding could change: these it marks for
+    it streams. After each tile top is the largest t so far, top_r the largest t_r, which is t less
+    the bias, s the sum of e^(t-top), s_r that of e^(t-top) (t_r-top_r) and b_acc that of e^(t-top)
+    u. The sums are without the rows whose weight the rounding could change: these it marks for
     `exact_kernel`, a bit for each row. It writes the part's state, accumulator and marks. A part is
     short, because tensor cores truncate their sums at each step, and over a million rows that would
     add up.
@@ -126,7 +127,8 @@ def sweep_kernel(
 
     top = tl.full([BLOCK_B], -inf, tl.float32)
     s = tl.zeros([BLOCK_B], tl.float32)
-    s_v, s_bias, s_sq = s, s, s
+    s_r, s_bias, s_sq = s, s, s
+    top_r = top
     b_acc = tl.zeros([BLOCK_B, BLOCK_D], tl.float32)
     for i in range(0, tl.cdiv(n1 - n0, BLOCK_N)):
         o_n = (n0 + i * BLOCK_N + o_c).to(tl.int64)
@@ -156,8 +158,11 @@ def sweep_kernel(
         b_b = tl.load(bias + o_n, mask=mask_n & (has_bias != 0), other=0.0).to(tl.float32)
         mask_n = mask_n & (b_b != -inf)
         b_b = tl.where(mask_n, b_b, 0.0)
-        t = t * a1[:, None] - sq[None, :] * a2[:, None] + b_b[None, :] * inv_t[:, None]
-        t = tl.where(mask_n[None, :] & known[:, None], t, -inf)
+        # The distances' part by itself: the bias would round it away where sigma is large.
+        t_r = t * a1[:, None] - sq[None, :] * a2[:, None]
+        t_r = tl.where(mask_n[None, :] & known[:, None], t_r, -inf)
+        new_r = tl.maximum(top_r, tl.max(t_r, 1))
+        t = t_r + b_b[None, :] * inv_t[:, None]
         new = tl.maximum(top, tl.max(t, 1))
         lo = new + below
         lo -= 1.2e-7 * tl.abs(lo)
@@ -170,12 +175,15 @@ def sweep_kernel(
         f = tl.where(top == -inf, 0.0, tl.exp(drop))
         gap = tl.where(rest, t - new[:, None], 0.0)
         b_p = tl.where(rest, tl.exp(gap), 0.0)
-        s_v = f * (s_v + s * drop) + tl.sum(b_p * gap, 1)
+        drop = tl.where(top_r == -inf, 0.0, top_r - new_r)
+        gap = tl.where(rest, t_r - new_r[:, None], 0.0)
+        s_r = f * (s_r + s * drop) + tl.sum(b_p * gap, 1)
         s = f * s + tl.sum(b_p, 1)
         s_sq = f * f * s_sq + tl.sum(b_p * b_p, 1)
         s_bias = f * s_bias + tl.sum(b_p * b_b[None, :], 1)
         b_acc = dot_weights(b_p * big, b_u, b_acc * f[:, None], PRECISION)
         top = new
+        top_r = new_r
 
     p_acc = acc + (i_p.to(tl.int64) * B + o_b)[:, None] * D + o_d[None, :]
     tl.store(p_acc, b_acc / big, mask=mask_x)
@@ -183,8 +191,12 @@ def sweep_kernel(
     tl.store(p_s + KEY * B, tl.where(s > 0.0, 0.0, inf).to(tl.float64), mask=mask_b)
     common = tl.load(p_t + COMMON * total, mask=mask_b, other=0.0)
     tl.store(p_s + M * B, top.to(tl.float64) - common, mask=mask_b)
-    tl.store(p_s + S * B, s.to(tl.float64), mask=mask_b)
-    tl.store(p_s + S_V * B, s_v.to(tl.float64), mask=mask_b)
+    s64 = s.to(tl.float64)
+    tl.store(p_s + S * B, s64, mask=mask_b)
+    b_inv_t = tl.load(p_t + INV_T * total, mask=mask_b, other=0.0)
+    apart = tl.where(s > 0.0, top_r.to(tl.float64) - top.to(tl.float64), 0.0)
+    s_v = s_r.to(tl.float64) + s_bias.to(tl.float64) * b_inv_t + apart * s64
+    tl.store(p_s + S_V * B, s_v, mask=mask_b)
     tl.store(p_s + S_BIAS * B, s_bias.to(tl.float64), mask=mask_b)
     tl.store(p_s + S_SQ * B, s_sq.to(tl.float64), mask=mask_b)
 
