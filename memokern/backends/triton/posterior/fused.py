@@ -231,7 +231,9 @@ def tile(rows: torch.dtype, features: int, few_queries: bool, unaligned: bool = 
     if wide and single:
         return Tile(32, 16, 32, 8, 3)
     if features == 256:
-        return Tile(64, 16, 32, 4, 3) if rows == torch.uint8 else Tile(32, 32, 32, 8, 3)
+        return Tile(32, 32, 32, 8, 3)
+    if wide and rows == torch.uint8:
+        return Tile(64, 16, 32, 4, 3)
     if wide:
         return Tile(64, 32, 32, 4, 3)
     if single and features >= 32:
