@@ -58,11 +58,11 @@ def sweep_kernel(
 ):  # fmt: skip
     """One program owns BLOCK_B of the queries b0 .. b0 + B and a part of `run` tiles of rows, which
     it streams. After each tile top is the largest t so far, top_r the largest t_r, which is t less
-    the bias, s the sum of e^(t-top), s_r that of e^(t-top) (t_r-top_r) and b_acc that of e^(t-top)
-    u. The sums are without the rows whose weight the rounding could change: these it marks for
-    `exact_kernel`, a bit for each row. It writes the part's state, accumulator and marks. A part is
-    short, because tensor cores truncate their sums at each step, and over a million rows that would
-    add up.
+    the bias, every the sum of e^(t-top), s the same, s_r that of e^(t-top) (t_r-top_r) and b_acc
+    that of e^(t-top) u. All but `every` are without the rows whose weight, beside `every`, the
+    rounding could change: these it marks for `exact_kernel`, a bit for each row. It writes the
+    part's state, accumulator and marks. A part is short, because tensor cores truncate their sums
+    at each step, and over a million rows that would add up.
 
     Where BLOCK_K = BLOCK_D, the queries' terms are held in registers and a tile of rows is loaded
     once. Where BLOCK_K < BLOCK_D, the terms would not fit the registers beside the sums: the first
@@ -97,7 +97,7 @@ def sweep_kernel(
     y2, b_max = tl.max(sq_most, 0).to(tl.float32), tl.max(b_most, 0).to(tl.float32)
     err = error_of(e0, e1, e2, e3, y2, b_max)
     hard = mode == HARD
-    below = exact_from(-err, err, hard)  # relative to the largest t
+    below = exact_from(-err, err, hard)  # relative to log every + top, or at sigma = 0 to top
     seen = mode != LOST
     known = seen & (err < inf)
     soft = known & (hard == 0)
@@ -127,7 +127,7 @@ def sweep_kernel(
 
     top = tl.full([BLOCK_B], -inf, tl.float32)
     s = tl.zeros([BLOCK_B], tl.float32)
-    s_r, s_bias, s_sq = s, s, s
+    s_r, s_bias, s_sq, every = s, s, s, s
     top_r = top
     b_acc = tl.zeros([BLOCK_B, BLOCK_D], tl.float32)
     for i in range(0, tl.cdiv(n1 - n0, BLOCK_N)):
@@ -164,19 +164,21 @@ def sweep_kernel(
         new_r = tl.maximum(top_r, tl.max(t_r, 1))
         t = t_r + b_b[None, :] * inv_t[:, None]
         new = tl.maximum(top, tl.max(t, 1))
-        lo = new + below
+        drop = tl.where(top == -inf, 0.0, top - new)
+        f = tl.where(top == -inf, 0.0, tl.exp(drop))
+        live = mask_n[None, :] & soft[:, None]
+        b_p = tl.where(live, tl.exp(tl.where(live, t - new[:, None], 0.0)), 0.0)
+        # The errors of all t are at most err, so e^-err times this sum is below that of the exact.
+        every = f * every + tl.sum(b_p, 1)
+        lo = new + (below + tl.log(tl.maximum(every * 0.9999, 1.0)))
         lo -= 1.2e-7 * tl.abs(lo)
         exact = mask_n[None, :] & seen[:, None] & (t >= lo[:, None])
         for j in tl.static_range(WORDS):
             word = tl.where(exact & (o_c // WORD == j)[None, :], bit[None, :], 0)
             tl.store(p_w + i * WORDS + j, tl.sum(word, 1), mask=mask_b)
-        rest = mask_n[None, :] & soft[:, None] & (exact == 0)
-        drop = tl.where(top == -inf, 0.0, top - new)
-        f = tl.where(top == -inf, 0.0, tl.exp(drop))
-        gap = tl.where(rest, t - new[:, None], 0.0)
-        b_p = tl.where(rest, tl.exp(gap), 0.0)
+        b_p = tl.where(exact, 0.0, b_p)
         drop = tl.where(top_r == -inf, 0.0, top_r - new_r)
-        gap = tl.where(rest, t_r - new_r[:, None], 0.0)
+        gap = tl.where(live, t_r - new_r[:, None], 0.0)
         s_r = f * (s_r + s * drop) + tl.sum(b_p * gap, 1)
         s = f * s + tl.sum(b_p, 1)
         s_sq = f * f * s_sq + tl.sum(b_p * b_p, 1)

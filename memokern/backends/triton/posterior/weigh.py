@@ -102,7 +102,13 @@ def weigh_kernel(
         far = tl.where(t_all | (mask == 0), inf, tl.maximum(r2 + delta, 1e-300))
         lower = (bias64 - half * tl.log(tl.where(far < inf, far, 1.0) / D)) * inv_t
         lower = tl.where(far < inf, lower, -inf)
-        low64 = tl.maximum(tl.where(s0 > 0.0, m0, -inf), tl.max(tl.max(lower, 1), 0))
+        # Below log sum e^v of the rows so far, and of the chunk.
+        least = tl.max(tl.max(lower, 1), 0)
+        safe_b = tl.where(least > -inf, least, 0.0)
+        sum_b = tl.where(lower > -inf, tl.exp((lower - safe_b).to(tl.float32)), 0.0)
+        least += tl.log(tl.maximum(tl.sum(tl.sum(sum_b, 1), 0) * 0.9999, 1.0))
+        low64 = tl.where(s0 > 0.0, m0 + tl.log(tl.where(s0 > 0.0, s0, 1.0)), -inf)
+        low64 = tl.maximum(low64, least)
         low64 = tl.where((key0 == 0.0) & (s0 > 0.0), inf, low64)
         margin = LOG_THETA - tl.log(tl.minimum(tl.maximum(off, 1e-30), 1.0))
         exact = mask & (near <= 0.0)
@@ -110,10 +116,18 @@ def weigh_kernel(
     else:
         t_b = t + tl.where(hard, 0.0, b_b * inv_t.to(tl.float32))
         top = tl.max(tl.max(tl.where(mask & (t_b == t_b), t_b, -inf), 1), 0)
-        # Rounded down, because what is known exactly must stay a lower bound.
-        known = tl.where((s0 > 0.0) & (mode != HARD), m0 + common, -inf).to(tl.float32)
+        # Below log sum e^t, of the chunk and of the rows so far: the errors of all t are at most
+        # err. Rounded down, because what is known must stay a lower bound.
+        live = mask & (t_b == t_b) & (hard == 0) & (top > -inf)
+        chunk = tl.where(live, tl.exp(tl.where(live, t_b - top, 0.0)), 0.0)
+        chunk = tl.log(tl.maximum(tl.sum(tl.sum(chunk, 1), 0) * 0.9999, 1.0))
+        before = (s0 > 0.0) & (mode != HARD)
+        known = tl.where(before, m0 + common, -inf)
+        gain = tl.log(tl.where(before, s0, 1.0)) - err
+        known = (known + tl.maximum(gain, 0.0)).to(tl.float32)
         known = tl.where(known > -inf, known - 1.2e-7 * tl.abs(known), known)
-        low = tl.maximum(top - err, known)
+        low = tl.maximum(top + chunk - err, known)
+        low -= 1.2e-7 * tl.abs(low)
         lo = exact_from(low, err, hard)
         exact = mask & (t_all | (t_b >= lo))
 
