@@ -234,10 +234,8 @@ def tile(rows: torch.dtype, features: int, few_queries: bool, unaligned: bool = 
         return Tile(32, 16, 32, 8, 3)
     if features == 256:
         return Tile(32, 32, 32, 8, 3)
-    if wide and rows == torch.uint8:
-        return Tile(64, 16, 32, 4, 3)
     if wide:
-        return Tile(64, 32, 32, 4, 3)
+        return Tile(64, 32 if rows == torch.float16 else 16, 32, 4, 3)
     if single and features >= 32:
         return Tile(64, 16, 32, 8 if features == 64 else 4, 3)
     # uint8 is converted on its way, so there is nothing that tiles could be loaded ahead into.
