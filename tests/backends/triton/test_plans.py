@@ -20,7 +20,7 @@ from memokern.backends.triton.core import rows as stored
 from memokern.backends.triton.core.centering import centred
 from memokern.backends.triton.nearest import kernels
 from memokern.backends.triton.nearest import launch as nearest_launch
-from memokern.backends.triton.posterior import finish, planner
+from memokern.backends.triton.posterior import finish, fused, planner, weigh
 from memokern.backends.triton.scan import launch as scan_launch
 from memokern.calls import BasicSums, Query, Rows, Sums, to_sums
 from memokern.util import env
@@ -168,6 +168,64 @@ def test_rows_are_marked_only_where_rounding_matters(monkeypatch) -> None:
     for sigma in (30.0, 1.0):
         posterior(*Case(2, 100, 10, sigma=sigma).problem())
     assert (marks[0] == 0).all() and (marks[1] > 0).all()
+
+
+@pytest.fixture
+def marks(monkeypatch):
+    """The share of rows and queries that each sweep in one pass left to exact evaluation."""
+    shares = []
+    launch = kernels.Variant.launch
+
+    def spy(self, grid, device, **args):
+        launch(self, grid, device, **args)
+        if self.kernel is fused.sweep_kernel:
+            # A bit for each row and query, of as many queries and words as the launch has.
+            marked = args["marks"][: args["B"] * args["words"]].cpu()
+            bits = torch.arange(32, dtype=torch.int32)
+            count = ((marked[:, None] >> bits) & 1).sum()
+            shares.append(int(count) / (args["B"] * args["N"]))
+
+    monkeypatch.setattr(kernels.Variant, "launch", spy)
+    return shares
+
+
+@pytest.mark.parametrize(("d", "most"), [(40, 0.01), (200, 0.3)])
+def test_a_row_is_marked_by_its_share_of_all_weight(d: int, most: float, marks: list) -> None:
+    """Where hundreds share the weight, the rounding of one logit is nothing. Beside the largest
+    logit alone it looks like something: so judged, a fifth to all of these rows would be marked."""
+    for sigma in (80.0, 10.0):
+        query, rows = Case(3, 400, d, sigma=sigma).problem()
+        compare.sums(posterior(query, rows), oracle.sums(query, rows), query, rows, F32, sigma)
+    assert marks[0] == 0 and 0 < marks[1] <= most
+
+
+@pytest.mark.parametrize("weighting", ["gaussian", "log"])
+def test_in_chunks_too(weighting: str, monkeypatch) -> None:
+    """Of x in the kernel of weights there are exact rows only: without it nothing may change."""
+    launch = kernels.Variant.launch
+    query, rows = Case(2, 200, 300, sigma=80.0, weighting=weighting).problem()
+    want = posterior(query, rows)
+
+    def blind(self, grid, device, **args):
+        if self.kernel is weigh.weigh_kernel:
+            args["x"] = torch.full_like(args["x"], math.nan)
+        launch(self, grid, device, **args)
+
+    monkeypatch.setattr(kernels.Variant, "launch", blind)
+    compare.equal(posterior(query, rows), want)
+
+
+@pytest.mark.parametrize("d", [40, 200])
+def test_distances_at_high_sigma(d: int, marks: list) -> None:
+    """sum w r^2 beside a bias in one pass, no row evaluated exactly: at sigma = 80 each unit of the
+    bias is 12800 of it."""
+    query, rows = Case(3, 300, d, sigma=80.0, bias="hole").problem()
+    query = query._replace(x=oracle.values(rows)[:3].float() + 0.1)
+    got, want = posterior(query, rows), oracle.reach(query, rows).square()
+    compare.sums(got, oracle.sums(query, rows), query, rows, F32, d)
+    assert marks == [0.0]
+    squares = -2 * query.sigma.square() * (got.mean_logit - got.mean_bias)
+    torch.testing.assert_close(squares, want, rtol=2e-6, atol=0)
 
 
 # --- gradients ----------------------------------------------------------------------------------
