@@ -38,8 +38,8 @@ def far_sums_kernel(
     log_z = tl.load(stats + i_b)
     tl.store(far + i_b, 0.0)
     tl.store(far + B + i_b, log_z)
-    for i in tl.static_range(1, 4):
-        tl.store(far + (i + 1) * B + i_b, tl.load(stats + i * B + i_b))
+    for i_s in tl.static_range(1, 4):
+        tl.store(far + (i_s + 1) * B + i_b, tl.load(stats + i_s * B + i_b))
     soft = tl.load(table + MODE * B + i_b).to(tl.int32) == SOFT
     if soft & (tl.abs(log_z) * inv_t > FAR) & (tl.abs(log_z) < inf):
         b_sigma, scale, shift = tl.load(sigma + i_b), tl.load(scale_shift), tl.load(scale_shift + 1)
