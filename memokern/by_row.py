@@ -14,6 +14,7 @@ from memokern.data.parted import PartedSet
 from memokern.data.training_set import TrainingSet
 from memokern.strategies import parted
 from memokern.strategies.dense import weights as dense_weights
+from memokern.util.stack import Stack
 from memokern.validate import Asked, PerQuery, checked
 
 # 1 GiB of float64.
@@ -151,12 +152,11 @@ def draw(
     if isinstance(data, PartedSet):
         return parted.draw(query, data, u, max(16, math.isqrt(data.n))).reshape(asked.batch)
     size = max(16, math.isqrt(rows.n))
-    keys, masses = [], []
+    found_of = Stack(query.sigma.new_empty(2, len(query.x)), -(-rows.n // size))
     for start in range(0, rows.n, size):
-        state = ops.posterior_state(*_stretch(query, rows, slice(start, start + size)))
-        keys.append(state.key)
-        masses.append(torch.where(state.s > 0, state.m + state.s.log(), -torch.inf))
-    stretch = _chosen(torch.stack(keys, 1), torch.stack(masses, 1), u[:, 0], by_key(query))
+        found_of.add(parted.key_and_mass(*_stretch(query, rows, slice(start, start + size))))
+    keys, masses = found_of.stacked().permute(1, 2, 0)
+    stretch = _chosen(keys, masses, u[:, 0], by_key(query))
     found = torch.full_like(stretch, -1)
     for k in stretch.unique().tolist():
         at = (stretch == k).nonzero()[:, 0]

@@ -3,8 +3,11 @@
 import sys
 
 import pytest
+import torch
 
+import memokern
 from bench import memory
+from tests.cases import normal
 
 B, N, D, THREADS = 256, 40_000, 256, 2
 pytestmark = pytest.mark.skipif(
@@ -27,3 +30,14 @@ def test_the_method_sees_an_n_x_b_matrix():
     taken = memory.measure("mean", "cached", 256, N, 64, THREADS)["bytes"]
     matrix = 4 * 256 * N
     assert 1.9 * matrix < taken < 2.5 * matrix
+
+
+def test_what_is_kept_lies_not_between_what_is_freed():
+    """Of many parts each, whose large tensors would leave holes in the heap. In this process, for
+    measure() has the allocator give back what is freed."""
+    data, x = memokern.TrainingSet(normal(6400, 256, dtype=torch.float32)), normal(2000, 256)
+    memokern.draw(x[:2], data, 1.0)  # needed once
+    assert memory.peak(lambda: memokern.draw(x.float(), data, 1.0)) < 60e6  # 80 parts of 2 MB
+    rows = normal(141, 1024)
+    x = normal(2000, 1024)
+    assert memory.peak(lambda: memokern.weights(x, rows, 1.0)) < 600e6  # 70 parts of 32 MB

@@ -18,6 +18,7 @@ from memokern.strategies import costs, dense, local, pruned_nearest, sharded, st
 from memokern.strategies.certificate import Certificate, Dropped, certify_parts
 from memokern.strategies.local import How
 from memokern.util.ranks import checksum
+from memokern.util.stack import Stack
 from memokern.validate import log_total
 
 T = TypeVar("T")
@@ -264,13 +265,11 @@ def draw(query: Query, data: PartedSet, u: Tensor, size: int) -> Tensor:
         sent, _ = sharded.ask("draw", query, data)
         sent.result()
         u = ranks.gather(u, "draw")[0]  # those of the first rank
-    own, keys, masses = [], [], []
+    own, found = list[int](), Stack(query.sigma.new_empty(2, len(query.x)), data.n_here // size + 2)
     for piece in pieces(data, size):
-        found = ops.posterior_state(piece.of(query), piece.rows)
         own.append(piece.first)
-        keys.append(found.key)
-        masses.append(torch.where(found.s > 0, found.m + found.s.log(), -torch.inf))
-    firsts, key, mass = _all_pieces(query, data, own, keys, masses)
+        found.add(key_and_mass(piece.of(query), piece.rows))
+    firsts, key, mass = _all_pieces(data, own, found.stacked().permute(1, 2, 0))
     gap = key - key.amin(1, keepdim=True)
     pull = torch.where(gap == 0, 0.0, gap * by_key(query)[:, None])
     share = torch.softmax(torch.where(torch.isinf(key), -torch.inf, mass - pull), 1)
@@ -297,13 +296,16 @@ def draw(query: Query, data: PartedSet, u: Tensor, size: int) -> Tensor:
     return row if ranks is None else ranks.sum([row], "draw")[0]
 
 
-def _all_pieces(
-    query: Query, data: PartedSet, own: list[int], keys: list[Tensor], masses: list[Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Where the pieces of all ranks begin [P], and their keys and log masses [B, P]."""
-    device = query.x.device
-    none = query.sigma.new_zeros(len(query.x), 0)
-    mine = torch.stack([torch.stack(v, 1) if v else none for v in (keys, masses)])
+def key_and_mass(query: Query, rows: Rows) -> Tensor:
+    """The key of each query's state and the log of its mass [2, B]."""
+    found = ops.posterior_state(query, rows)
+    return torch.stack((found.key, torch.where(found.s > 0, found.m + found.s.log(), -torch.inf)))
+
+
+def _all_pieces(data: PartedSet, own: list[int], mine: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the pieces of all ranks begin [P], and their keys and log masses [B, P], of those here
+    [2, B, P]."""
+    device = mine.device
     if not isinstance(data, ShardedSet):
         return torch.tensor(own, device=device), mine[0], mine[1]
     counts = data.ranks.gather(torch.tensor([len(own)]), "draw")[:, 0].tolist()

@@ -60,12 +60,14 @@ def center_of(rows: Rows) -> Tensor:
 
 def direct_squares(x: Tensor, y: Tensor, alpha: Tensor) -> Tensor:
     """|x_b - alpha_b y_n|^2 as a sum of squared differences, blocked: [B, D], [N, D] -> [B, N]."""
-    out = []
+    # One tensor from the start: small ones that stay, made between large ones that go, would leave
+    # holes as large as these in the heap.
+    out = x.new_empty(len(x), len(y))
     step = max(1, ELEMENTS // max(1, x.shape[0] * x.shape[1]))
-    for start in range(0, y.shape[0], step):
+    for start in range(0, len(y), step):
         diff = x[:, None] - alpha[:, None, None] * y[None, start : start + step]
-        out.append(diff.square().sum(-1))
-    return torch.cat(out, 1)
+        torch.sum(diff.square_(), -1, out=out[:, start : start + step])
+    return out
 
 
 def residuals(
@@ -93,13 +95,14 @@ def residuals(
 def squared_distances(x: Tensor, rows: Rows, alpha: Tensor, center: Tensor) -> Tensor:
     """|x_b - alpha_b y_n|^2 [B, N] of float64 queries, differentiable to any order."""
     xc = x - alpha[:, None] * center
-    squares, products, direct = [], [], []
-    for _, y in row_blocks(rows):
+    squares, products = [], []
+    direct = x.new_empty(len(x), rows.n)
+    for where, y in row_blocks(rows):
         yc = y - center
         squares.append(yc.square().sum(1))
         products.append(xc @ yc.T)
         with torch.no_grad():
-            direct.append(direct_squares(x.detach(), y.detach(), alpha.detach()))
+            direct[:, where] = direct_squares(x.detach(), y.detach(), alpha.detach())
     expanded = (
         xc.square().sum(1, keepdim=True)
         + alpha[:, None].square() * torch.cat(squares)
@@ -107,4 +110,4 @@ def squared_distances(x: Tensor, rows: Rows, alpha: Tensor, center: Tensor) -> T
     )
     # The value comes from direct differences, which do not cancel at small sigma; the derivatives,
     # exact polynomials of any order, from the expanded square.
-    return torch.cat(direct, 1) + (expanded - expanded.detach())
+    return direct + (expanded - expanded.detach())

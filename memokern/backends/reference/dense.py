@@ -257,7 +257,9 @@ def nearest(x: Tensor, rows: Rows, k: int) -> tuple[Tensor, Tensor]:
     for at in query_blocks(b, rows.n):
         q = x[at].to(F64)
         one = torch.ones(q.shape[0], dtype=F64, device=x.device)
-        r2 = torch.cat([direct_squares(q, y, one) for _, y in row_blocks(rows)], 1)
+        r2 = q.new_empty(len(q), rows.n)
+        for where, y in row_blocks(rows):
+            r2[:, where] = direct_squares(q, y, one)
         # A stable sort, for the ties; topk promises no order.
         value, order = torch.sort(r2, dim=1, stable=True)
         known = ~torch.isnan(q).any(1, keepdim=True)
