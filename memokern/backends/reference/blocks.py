@@ -58,15 +58,22 @@ def center_of(rows: Rows) -> Tensor:
         return rows.detach().values(some).contiguous().median(0).values
 
 
+def empty_squares(x: Tensor, y: Tensor, alpha: Tensor) -> Tensor:
+    """[B, N] to be filled, with the dimensions that vmap gives any of the three.
+
+    One tensor from the start: small ones that stay, made between large ones that go, would leave
+    holes as large as these in the heap.
+    """
+    return x[:, :1] * alpha[:, None] * y[:, 0]
+
+
 def direct_squares(x: Tensor, y: Tensor, alpha: Tensor) -> Tensor:
     """|x_b - alpha_b y_n|^2 as a sum of squared differences, blocked: [B, D], [N, D] -> [B, N]."""
-    # One tensor from the start: small ones that stay, made between large ones that go, would leave
-    # holes as large as these in the heap.
-    out = x.new_empty(len(x), len(y))
+    out = empty_squares(x, y, alpha)
     step = max(1, ELEMENTS // max(1, x.shape[0] * x.shape[1]))
     for start in range(0, len(y), step):
         diff = x[:, None] - alpha[:, None, None] * y[None, start : start + step]
-        torch.sum(diff.square_(), -1, out=out[:, start : start + step])
+        out[:, start : start + step] = diff.square_().sum(-1)
     return out
 
 
@@ -96,7 +103,8 @@ def squared_distances(x: Tensor, rows: Rows, alpha: Tensor, center: Tensor) -> T
     """|x_b - alpha_b y_n|^2 [B, N] of float64 queries, differentiable to any order."""
     xc = x - alpha[:, None] * center
     squares, products = [], []
-    direct = x.new_empty(len(x), rows.n)
+    with torch.no_grad():
+        direct = empty_squares(x, rows.data, alpha)
     for where, y in row_blocks(rows):
         yc = y - center
         squares.append(yc.square().sum(1))

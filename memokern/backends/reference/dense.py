@@ -18,6 +18,7 @@ from memokern.backends.reference.blocks import (
     F64,
     center_of,
     direct_squares,
+    empty_squares,
     gaussian_logit,
     joined,
     nan_for_inf,
@@ -257,7 +258,7 @@ def nearest(x: Tensor, rows: Rows, k: int) -> tuple[Tensor, Tensor]:
     for at in query_blocks(b, rows.n):
         q = x[at].to(F64)
         one = torch.ones(q.shape[0], dtype=F64, device=x.device)
-        r2 = q.new_empty(len(q), rows.n)
+        r2 = empty_squares(q, rows.data, one)
         for where, y in row_blocks(rows):
             r2[:, where] = direct_squares(q, y, one)
         # A stable sort, for the ties; topk promises no order.
