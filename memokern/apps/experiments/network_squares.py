@@ -146,7 +146,7 @@ def draw_network_squares(n: Numbers) -> Figure:
         largest = runs[-1]
         moments = np.linspace(0, len(largest["epochs"]) - 1, 3).round().astype(int)
         for k, moment in enumerate(moments):
-            inset = axes[0, 1].inset_axes((0.4 + 0.2 * k, 0.72, 0.19, 0.28))
+            inset = axes[0, 1].inset_axes((0.4 + 0.2 * k, 0.6, 0.19, 0.28))
             inset.imshow(largest["shown"][moment][0], cmap="gray", vmin=-0.3, vmax=1.3)
             inset.set(xticks=[], yticks=[])
             inset.set_title(f"epoch {largest['epochs'][moment]:.0f}", fontsize=6, pad=2)
