@@ -123,8 +123,8 @@ sanitize-cuda: $(VENV)/.dev-installed
 
 neon:
 	mkdir -p build
-	$(ARM)-g++ -std=c++17 -O3 -fno-math-errno -fno-trapping-math -ffp-contract=fast -Wno-psabi -fopenmp -static \
-	  -Icsrc/include -Icsrc csrc/cpu/isa/baseline.cpp tests/cpp/kernels.cpp -o build/kernels-$(ARM)
+	$(ARM)-g++ -std=c++17 -O3 -fno-math-errno -fno-trapping-math -ffp-contract=fast -Wno-psabi -pthread -static \
+	  -Icsrc/include -Icsrc csrc/cpu/isa/baseline.cpp csrc/cpu/runtime/*.cpp tests/cpp/kernels.cpp -o build/kernels-$(ARM)
 	$(QEMU) build/kernels-$(ARM)
 
 clean:

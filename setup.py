@@ -10,7 +10,6 @@ that they build.
 import os
 import platform
 import shutil
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -37,6 +36,7 @@ ISA_FLAGS = {
     "csrc/testing/hooks_avx2.cpp": AVX2,
     "csrc/testing/hooks_avx512.cpp": AVX512,
 }
+RUNTIME = ["csrc/cpu/runtime/threads.cpp", "csrc/cpu/runtime/memory.cpp"]
 KERNELS = ["csrc/cpu/isa/baseline.cpp"]
 TESTING = ["csrc/testing/hooks_baseline.cpp"]
 if X86:  # what takes longest to compile first
@@ -59,8 +59,6 @@ if X86 and has_avx512():
 elif X86:
     MACROS.append(("MEMOKERN_HAVE_AVX2W16", "1"))
 
-# Apple's compiler has no OpenMP of its own; without it the kernels run on one thread.
-OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]
 FLAGS = [
     os.environ.get("MEMOKERN_BUILD_OPTIMIZE", "-O3"),
     "-fno-math-errno",
@@ -121,17 +119,19 @@ def extension(name, sources):
         cxx_std=17,
         include_dirs=["csrc/include", "csrc"],
         define_macros=MACROS,
-        extra_compile_args=FLAGS + OPENMP,
-        extra_link_args=OPENMP,
+        extra_compile_args=[*FLAGS, "-pthread"],
+        extra_link_args=["-pthread"],
         depends=sorted(str(h) for h in Path("csrc").rglob("*.h") if "cuda" not in h.parts)
         + sorted(str(included) for included in Path("csrc/bind").glob("*.cpp")),
     )
 
 
 if __name__ == "__main__":
-    EXTENSIONS = [extension("memokern._C", [*KERNELS, "csrc/bind/all.cpp"])]
+    EXTENSIONS = [extension("memokern._C", [*KERNELS, "csrc/bind/all.cpp", *RUNTIME])]
     if os.environ.get("MEMOKERN_BUILD_TESTING") == "1":
-        EXTENSIONS.append(extension("memokern._testing", [*TESTING, "csrc/bind/testing.cpp"]))
+        EXTENSIONS.append(
+            extension("memokern._testing", [*TESTING, "csrc/bind/testing.cpp", *RUNTIME])
+        )
     if os.environ.get("MEMOKERN_BUILD_KERNELS") == "0":
         EXTENSIONS = []
     setup(ext_modules=EXTENSIONS, cmdclass={"build_ext": BuildExt, "build_py": BuildPy})

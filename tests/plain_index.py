@@ -89,6 +89,9 @@ class PlainIndex:
         parts = [true[:, a:b].norm(dim=1, keepdim=True) for a, b in pairs]
         return torch.cat([true[:, :0], *parts], 1)
 
+    def backends_own(self, x: Tensor) -> None:
+        """No backend projects to these coordinates by itself."""
+
     def project(self, x: Tensor, alpha: Tensor) -> Projected:
         """Queries [B, D] in these coordinates, and what rounding may do to products with them."""
         xc = x.double() - alpha[:, None] * self.center

@@ -6,8 +6,8 @@
 
 Without Python: ``tests/cpp/sanitize.cpp`` runs every kernel on problems of awkward sizes, in memory
 of exactly their size. In the first build the arrays of a kernel's work space are kept apart by
-memory that must not be touched (``csrc/cpu/core/memory-inl.h``). In the second, threads come from
-``tests/cpp/openmp.cpp``, whose synchronisation ThreadSanitizer sees. Needs GCC.
+memory that must not be touched (``csrc/cpu/core/memory-inl.h``), and no memory is used again. The
+second sees how the kernels' own threads (``csrc/cpu/runtime/threads.cpp``) meet. Needs GCC.
 
 The kernels are one source. Arrays are longest beside their ends where vectors are widest, and how
 threads meet is the same for all, so two programs have what all six would see, but for a fault in
@@ -87,12 +87,11 @@ def build(sanitizer: str, isa: str, source: Path, out: Path) -> Path:
 
     kernels = SOURCES[isa]
     flags = [f for f in setup["ISA_FLAGS"].get(kernels, []) if not f.startswith("-O")]
-    objects = [compiled(kernels, "-fopenmp", *flags), compiled("tests/cpp/sanitize.cpp")]
-    if sanitizer == "thread":
-        objects.append(compiled("tests/cpp/openmp.cpp"))
+    objects = [compiled(kernels, *flags), compiled("tests/cpp/sanitize.cpp")]
+    objects += [compiled(name) for name in setup["RUNTIME"]]
     program = out / f"{sanitizer}-{isa}"
-    link = ["-pthread"] if sanitizer == "thread" else ["-fopenmp"]
-    subprocess.run(["g++", *SANITIZERS[sanitizer], *objects, *link, "-o", str(program)], check=True)
+    link = ["g++", *SANITIZERS[sanitizer], *objects, "-pthread", "-o", str(program)]
+    subprocess.run(link, check=True)
     return program
 
 
@@ -102,7 +101,6 @@ def run(program: Path, share: int, of: int) -> subprocess.CompletedProcess[str]:
         "ASAN_OPTIONS": "detect_leaks=1:strict_init_order=1",
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "TSAN_OPTIONS": "halt_on_error=1:second_deadlock_stack=1",
-        "OMP_NUM_THREADS": "3",
     }
     return ended([str(program), str(share), str(of)], options)
 

@@ -62,6 +62,34 @@ void project(const py::tuple& transform, uintptr_t x, uintptr_t alpha, int64_t b
   });
 }
 
+// transform: a tuple, or None where the bounds have the projected queries. costs: the fields of SplitCosts,
+// or None where no query is given up. Returns how many queries are left to a dense sweep.
+int64_t posterior_pruned(const py::tuple& rows, const py::tuple& queries, const py::object& transform,
+                         const py::tuple& bounds, const py::object& costs, const py::tuple& sums,
+                         const py::tuple& found, int threads) {
+  const Rows r = rows_from(rows);
+  Queries q = queries_from(queries);
+  const LogitBounds known = bounds_from(bounds);
+  const bool projects = !transform.is_none(), splits = !costs.is_none();
+  CosineTransform t = {};
+  if (projects) t = transform_from(py::reinterpret_borrow<py::tuple>(transform));
+  SplitCosts c = {};
+  if (splits) {
+    Fields f(py::reinterpret_borrow<py::tuple>(costs), "SplitCosts", 3);
+    c = checked(SplitCosts{f, f, f});
+  }
+  const Sums out = sums_from(sums);
+  Fields f(found, "Pruned", 3);
+  const Pruned to = checked(Pruned{f, f, f});
+  run(q, [&] {
+    return kernels().posterior_pruned(r, q, projects ? &t : nullptr, known, splits ? &c : nullptr, out, to,
+                                      threads);
+  });
+  int64_t left = 0;
+  for (int64_t b = 0; b < q.b; b++) left += to.level[b] == 0;
+  return left;
+}
+
 }  // namespace
 
 void bind_listed(py::module_& m) {
@@ -75,6 +103,8 @@ void bind_listed(py::module_& m) {
         arg("threads"));
   m.def("posterior_listed_backward", &posterior_listed_backward, arg("rows"), arg("queries"), arg("lists"),
         arg("grads"), arg("out"), arg("threads"));
+  m.def("posterior_pruned", &posterior_pruned, arg("rows"), arg("queries"), arg("transform"), arg("bounds"),
+        arg("costs"), arg("sums"), arg("found"), arg("threads"));
   m.def("project", &project, arg("transform"), arg("x"), arg("alpha"), arg("b"), arg("out"), arg("threads"));
 }
 

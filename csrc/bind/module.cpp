@@ -37,11 +37,6 @@ PYBIND11_MODULE(_C, m) {
   m.attr("WEIGHTINGS") = codes(kWeightings);
   m.attr("PROJECTION_SIDE") = kProjectionSide;
   m.attr("MOST_LEVELS") = kMostLevels;
-#ifdef _OPENMP
-  m.attr("openmp") = true;
-#else
-  m.attr("openmp") = false;
-#endif
   bind_dense(m);
   bind_listed(m);
 }

@@ -6,7 +6,7 @@ A new input of the sweep is a field of :class:`Query` or :class:`Rows`; a new ou
 
 from memokern.calls.arguments import WEIGHTINGS, Condition, LogitBounds, Query, RowLists, Rows
 from memokern.calls.bias import condition_bias, condition_squares, with_own_bias
-from memokern.calls.results import BasicSums, Gradients, Scan, Sums
+from memokern.calls.results import BasicSums, Gradients, Kept, Scan, Sums
 from memokern.calls.state import (
     State,
     by_key,
@@ -23,6 +23,7 @@ __all__ = [
     "BasicSums",
     "Condition",
     "Gradients",
+    "Kept",
     "LogitBounds",
     "Query",
     "RowLists",

@@ -67,3 +67,17 @@ class Scan(NamedTuple):
     lists: RowLists
     threshold: Tensor
     level: Tensor
+
+    @property
+    def kept(self) -> Kept:
+        """The same without the rows."""
+        return Kept(self.threshold, self.level, self.lists.start.diff())
+
+
+class Kept(NamedTuple):
+    """How many rows can matter to each query, and what is proven of the others: threshold and
+    level as a :class:`Scan`'s; rows [B] int64, the lengths of the lists."""
+
+    threshold: Tensor
+    level: Tensor
+    rows: Tensor

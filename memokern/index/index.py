@@ -19,7 +19,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -174,6 +174,10 @@ class Index:
                 f"{list(alpha.shape)}"
             )
         return self._projector(x, alpha)
+
+    def backends_own(self, x: Tensor) -> Callable[..., tuple[Tensor, ...]] | None:
+        """The backend's own projection of such queries, where it has one: for its own calls."""
+        return self._projector.backends_own(x)
 
     # --- files --------------------------------------------------------------------------------
 

@@ -86,7 +86,7 @@ class Projector:
     def __call__(self, x: Tensor, alpha: Tensor) -> Projected:
         """The projection of x [B, D] float32 or float64 with alpha [B] float64; see
         `Index.project`."""
-        compiled = self._backends_own(x)
+        compiled = self.backends_own(x)
         if compiled is not None:
             return Projected(*compiled(x, alpha))
         # The context is entered only where it is needed: it costs as much as a product here.
@@ -99,7 +99,7 @@ class Projector:
         parts = [self._project(*p) for p in zip(x.split(step), alpha.split(step), strict=True)]
         return Projected(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
-    def _backends_own(self, x: Tensor) -> Callable[..., tuple[Tensor, ...]] | None:
+    def backends_own(self, x: Tensor) -> Callable[..., tuple[Tensor, ...]] | None:
         """The backend's own projection, where it has one for such queries."""
         near = x.dtype == self._center.dtype == torch.float32 and self._near
         if not near or not isinstance(self._basis, Cosine):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from memokern.calls import Query, Rows, Scan, Sums
+from memokern.calls import Kept, Query, Rows, Scan, Sums
 from memokern.index.index import Index
 
 _ULP = 2.0**-52  # twice the unit roundoff: pays for the second-order terms too
@@ -50,18 +50,17 @@ class Certificate:
         return Certificate(*(getattr(self, f.name).reshape(batch) for f in fields(self)))
 
 
-def certify(query: Query, rows: Rows, index: Index, scan: Scan, sums: Sums) -> Certificate:
-    """For the sums over the rows that the scan listed; level 0: of a query swept densely.
+def certify(query: Query, rows: Rows, index: Index, kept: Kept, sums: Sums) -> Certificate:
+    """For the sums over the rows that a scan kept; level 0: of a query swept densely.
 
     The others are N - count rows of t <= threshold each, beside those kept, whose sum is known.
     """
-    n, pruned = rows.n, scan.level > 0
-    count = scan.lists.start.diff()
+    n, pruned, count = rows.n, kept.level > 0, kept.rows
     with torch.no_grad():
-        kept = sums.log_z / query.temperature  # logsumexp t
+        total = sums.log_z / query.temperature  # logsumexp t
         # The direct differences' own rounding, in t: relative to the logit, as its squares are.
-        rounding = _ULP * (rows.dim + 16) * kept.abs()
-        ratio = (n - count) * torch.exp(scan.threshold - kept + rounding)
+        rounding = _ULP * (rows.dim + 16) * total.abs()
+        ratio = (n - count) * torch.exp(kept.threshold - total + rounding)
         ratio = torch.where(pruned, ratio, 0.0)
         weight = ratio.clamp(max=1.0)
         assert rows.center is not None
@@ -75,7 +74,7 @@ def certify(query: Query, rows: Rows, index: Index, scan: Scan, sums: Sums) -> C
             score_error=torch.where(pruned, score_error, 0.0),
             log_z_error=query.temperature.detach() * torch.log1p(ratio),
             rows_kept=torch.where(pruned, count, n),
-            levels=scan.level,
+            levels=kept.level,
         )
 
 

@@ -8,6 +8,8 @@ dimensions proves it. For a batch of queries:
 3. sweep over the rows kept, by direct differences                       (``posterior_listed``);
 4. sweep densely for the queries of which too many rows were kept        (``posterior``).
 
+A backend may have the first three as one call, for queries without a gradient to record.
+
 What was dropped is bounded by the :class:`.Certificate`. Proofs: ``docs/pruning.md``.
 """
 
@@ -20,11 +22,14 @@ import torch
 from torch import Tensor
 
 from memokern import ops
-from memokern.calls import LogitBounds, Query, RowLists, Rows, Scan, Sums
+from memokern.backends import protocol
+from memokern.calls import Kept, LogitBounds, Query, RowLists, Rows, Scan, Sums
 from memokern.index.index import Index
 from memokern.index.projection import Projected
+from memokern.ops.flat import tensors
 from memokern.strategies.certificate import Certificate, certify, nothing_dropped
 from memokern.strategies.costs import Costs
+from memokern.util.torch_internals import undispatched
 
 # The weight that may be dropped: what it moves the mean by, at most 2 eps times the radius of the
 # data, is then below what the sweep's own rounding promises (1e-5 of the mean in float32) or, in
@@ -73,28 +78,67 @@ def posterior(
     With costs, each query goes the way that is expected to be faster; without, all that can be
     pruned are. A query of sigma = 0 or with NaN is always swept densely.
     """
-    found = _scanned(query, rows, index, eps, costs)
-    if found is None:
+    if _dense_at_once(query, rows, index, eps, costs):
         dense = ops.posterior(query, rows)
         return dense, nothing_dropped(query.sigma, rows.n) if certificate else None
-    scan, swept = found
-    sums = _by_both_ways(query, rows, scan, swept)
-    if not certificate:
-        return sums, None
-    scan = scan._replace(level=torch.where(swept, 0, scan.level))
-    return sums, certify(query, rows, index, scan, sums)
+    found = _in_one_call(query, rows, index, eps, costs)
+    if found is not None:
+        sums, kept = found
+    else:
+        scan, swept = _scanned(query, rows, index, eps, costs)
+        sums, kept = _by_both_ways(query, rows, scan, swept), scan.kept
+        kept = kept._replace(level=torch.where(swept, 0, scan.level))
+    return sums, certify(query, rows, index, kept, sums) if certificate else None
+
+
+def _dense_at_once(query: Query, rows: Rows, index: Index, eps: float, costs: Costs | None) -> bool:
+    """Whether it is clear before any work that all queries are better swept densely."""
+    b = query.x.shape[0]
+    if b == 0 or costs is None:
+        return b == 0
+    # Four calls: to project, to scan, to sweep, and what lies between.
+    small = costs.dense(b, rows.n, rows.dim) < 4 * costs.call
+    return small or _hopeless(query, index, eps)
+
+
+def _in_one_call(
+    query: Query, rows: Rows, index: Index, eps: float, costs: Costs | None
+) -> tuple[Sums, Kept] | None:
+    """The sums, and what the scan found, level 0 for queries swept densely: by the backend's one
+    call for all steps, where it has one and nothing asks for the steps themselves."""
+    if not undispatched(*tensors(query, rows)):
+        return None
+    call = protocol.Call.of(query.x, rows.data)
+    run = getattr(protocol.choose("bound_scan", call), "pruned_posterior", None)
+    if run is None:
+        return None
+    n = rows.n
+    wide = query.computes_in_float64(rows)
+    projection = None if wide else index.backends_own(query.x)
+    if projection is None:
+        projected = index.project(query.x, query.alpha)
+    else:
+        projected = Projected(*[query.x.new_empty(0)] * 4)
+    most_listed, prices = n, None
+    if costs is not None:
+        most_listed = _most_listed(n, costs)
+        prices = (costs.listed, n * costs.row, n * costs.query)
+    bounds = _bounds(index, projected, eps, most_listed)
+    sums, kept, swept = run(query, rows, bounds, projection, prices)
+    if swept == len(query.x):
+        return ops.posterior(query, rows), kept
+    if swept > 0:
+        at = (kept.level == 0).nonzero()[:, 0]
+        for to, of in zip(sums, ops.posterior(query.take(at), rows), strict=True):
+            to[at] = of
+    return sums, kept
 
 
 def _scanned(
     query: Query, rows: Rows, index: Index, eps: float, costs: Costs | None
-) -> tuple[Scan, Tensor] | None:
-    """What the bounds leave, and which queries [B] are swept densely all the same; None where all
-    are, as was clear before."""
-    n, b = rows.n, query.x.shape[0]
-    # Four calls: to project, to scan, to sweep, and what lies between.
-    small = costs is not None and costs.dense(b, n, rows.dim) < 4 * costs.call
-    if b == 0 or small or (costs is not None and _hopeless(query, index, eps)):
-        return None
+) -> tuple[Scan, Tensor]:
+    """What the bounds leave, and which queries [B] are swept densely all the same."""
+    n = rows.n
     with torch.no_grad():
         most_listed = n if costs is None else _most_listed(n, costs)
         projected = index.project(query.x, query.alpha)
@@ -107,7 +151,10 @@ def choose(
 ) -> tuple[Scan, Tensor] | None:
     """What the bounds leave, and which queries [B] are better off with all rows; None where all
     are."""
-    return _scanned(query.detach(), rows, index, eps, costs)
+    query = query.detach()
+    if _dense_at_once(query, rows, index, eps, costs):
+        return None
+    return _scanned(query, rows, index, eps, costs)
 
 
 def lists_of(scan: Scan, which: Tensor) -> RowLists:
@@ -124,7 +171,11 @@ def scan_index(
     query: Query, rows: Rows, index: Index, projected: Projected, eps: float, most_listed: int
 ) -> Scan:
     """Which rows can matter to queries that were projected."""
-    bounds = LogitBounds(
+    return ops.bound_scan(query, rows, _bounds(index, projected, eps, most_listed))
+
+
+def _bounds(index: Index, projected: Projected, eps: float, most_listed: int) -> LogitBounds:
+    return LogitBounds(
         index.coarse,
         index.fine,
         projected.z,
@@ -136,7 +187,6 @@ def scan_index(
         eps,
         most_listed,
     )
-    return ops.bound_scan(query, rows, bounds)
 
 
 def _by_both_ways(query: Query, rows: Rows, scan: Scan, swept: Tensor) -> Sums:

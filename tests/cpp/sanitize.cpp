@@ -219,7 +219,19 @@ static int scan(const Table& table, Problem& p, Watch* watch, int threads, Resul
     if (!listed) fail("the best row is not listed", p.c, table);
   }
   std::free(found.index);
-  return status;
+  if (status) return status;
+  // The same and the sums in one call; the lists may differ with the number of threads.
+  Vectors mean(b * D, q.f64), residual(b * D, q.f64);
+  Doubles stats(4 * b);
+  const Sums sums = {mean.data(), &stats[0], &stats[b], &stats[2 * b], &stats[3 * b], residual.data()};
+  const SplitCosts costs = {1, n / 4.0, n / 8.0};
+  Array<int64_t> count(b);
+  const Pruned to = {threshold.data(), level.data(), count.data()};
+  const int done =
+      table.posterior_pruned(rows, q, nullptr, known, b % 2 ? &costs : nullptr, sums, to, threads);
+  for (int64_t i = 0; !done && i < b; i++)
+    if (level[i] > 0 && !(stats[i] > -INFINITY)) fail("a pruned query has no sums", p.c, table);
+  return done;
 }
 
 // Queries to the coordinates of a cosine transform of D features as images; D is a multiple of 4.

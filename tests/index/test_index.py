@@ -271,7 +271,7 @@ def test_the_kernel_projects_as_pytorch_does(shape, monkeypatch):
     data = set_of(values_of("smooth", 40, shape)).build_index("dct", dims=(9, 33, 60))
     x, alpha = queries_of(data, 0.3).float(), torch.linspace(-1, 1, 9, dtype=torch.float64)
     monkeypatch.setenv("MEMOKERN_BACKEND", "auto")
-    assert data.index._projector._backends_own(x) is not None
+    assert data.index._projector.backends_own(x) is not None
     mine = data.index.project(x, alpha)
     strided = x.repeat_interleave(2, dim=1)[:, ::2]
     for part, again in zip(mine, data.index.project(strided, alpha), strict=True):

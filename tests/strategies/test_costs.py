@@ -103,7 +103,8 @@ def test_the_dispatcher_is_left_out_where_it_has_nothing_to_do(monkeypatch):
     for method in ("pruned", "auto"):
         direct = memokern.posterior(x, data, 0.1, method=method)
         with monkeypatch.context() as patch:
-            patch.setattr(ops, "undispatched", lambda *tensors: False)
+            for module in (ops, pruned):
+                patch.setattr(module, "undispatched", lambda *tensors: False)
             through = memokern.posterior(x, data, 0.1, method=method)
         for name in ("mean", "log_z", "mean_logit", "mean_bias", "weight_sq"):
             assert torch.equal(getattr(direct, name), getattr(through, name))
@@ -146,8 +147,8 @@ def test_the_longest_list_is_what_a_query_costs_in_a_sweep():
 def test_where_noise_gives_all_rows_weight_nothing_is_scanned(monkeypatch):
     """The scan is left out if that holds for every query; the answer is that of a sweep."""
     scans = []
-    scan = pruned.scan_index
-    monkeypatch.setattr(pruned, "scan_index", lambda *args: scans.append(1) or scan(*args))
+    bounds = pruned._bounds
+    monkeypatch.setattr(pruned, "_bounds", lambda *args: scans.append(1) or bounds(*args))
     data = indexed(1500)
     costs = Costs(row=1.0, query=1.0, listed=1.0, call=0.0)
     x = data.rows[:2] + normal(2, 24)

@@ -23,11 +23,10 @@ PLANTED = {
         "address",
         "use-after-poison",
     ),
-    "a missing barrier": (
-        "csrc/cpu/listed/listed_backward-inl.h",
-        "#pragma omp for schedule(dynamic, 1)\n    for (int64_t k = 0; k < count; k++)\n      if",
-        "#pragma omp for schedule(dynamic, 1) nowait\n"
-        "    for (int64_t k = 0; k < count; k++)\n      if",
+    "a call that does not wait for other threads": (
+        "csrc/cpu/runtime/threads.cpp",
+        "[&] { return job.inside.load() == 0; }",
+        "[&] { return true; }",
         "thread",
         "data race",
     ),

@@ -1,6 +1,7 @@
 // Work space without the C++ library's allocator.
 #pragma once
 #include "cpu/core/vec-inl.h"
+#include "memokern/runtime.h"
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>
 #else
@@ -19,7 +20,7 @@ class Arena {
   Arena() : base_(nullptr), size_(0), used_(0) {}
   ~Arena() {
     if (base_) ASAN_UNPOISON_MEMORY_REGION(base_, size_);
-    free(base_);
+    give_back_memory(base_);
   }
   template <class T>
   static int64_t bytes(int64_t n) {
@@ -27,7 +28,7 @@ class Arena {
   }
   bool reserve(int64_t size) {
     size_ = round_up(size, 64) + 64;
-    if (posix_memalign(&base_, 64, size_) != 0) base_ = nullptr;
+    base_ = borrow_memory(size_);
     if (base_) ASAN_POISON_MEMORY_REGION(base_, size_);
     return base_ != nullptr;
   }

@@ -4,7 +4,7 @@
 // to end within a few tens of milliseconds, and seldom enough to cost nothing. What a stopped call has
 // written is worth nothing.
 #pragma once
-#include "cpu/core/vec-inl.h"
+#include "cpu/core/parallel-inl.h"
 
 namespace memokern {
 namespace MEMOKERN_ISA_NS {

@@ -5,8 +5,7 @@
 #include "cpu/nearest/nearest-inl.h"
 #include "cpu/posterior/backward_call-inl.h"
 #include "cpu/posterior/posterior-inl.h"
-#include "cpu/project/project-inl.h"
-#include "cpu/scan/scan-inl.h"
+#include "cpu/pruned/pruned-inl.h"
 
 namespace memokern {
 namespace MEMOKERN_ISA_NS {
@@ -23,7 +22,8 @@ static const Table kTable = {kAbi,
                              run_bound_scan,
                              run_posterior_listed,
                              run_posterior_listed_backward,
-                             run_project};
+                             run_project,
+                             run_posterior_pruned};
 
 }  // namespace MEMOKERN_ISA_NS
 }  // namespace memokern

@@ -85,11 +85,22 @@ static int add_rows(const ListedRows& p, const int64_t* n, const double* w, int6
         if (e >= m) continue;
         double* y = buffer + e * SUM_D;
         p.values(p.src, rows[e], d0, cnt, y);
-        for (int64_t d = 0; x && d < cnt; d++) {
-          double v = alpha * y[d];
+        int64_t d = 0;
+        for (; x && d + W <= cnt; d += W) {
+          Vec<double>::T v = alpha * load(y + d);
           MK_ROUND(v);  // x may have been computed so
+          store(y + d, v - load(x + d0 + d));
+        }
+        for (; x && d < cnt; d++) {
+          double v = alpha * y[d];
+          MK_ROUND(v);
           y[d] = v - x[d0 + d];
         }
+      }
+      if (m == 1) {
+        for (int64_t d = 0; d < cnt; d += W)
+          store(sum + d0 + d, load(sum + d0 + d) + splat(a[0]) * load(from[0] + d));
+        continue;
       }
       for (int64_t d = 0; d < cnt; d += W) {
         const Vec<double>::T first = splat(a[0]) * load(from[0] + d) + splat(a[1]) * load(from[1] + d);
@@ -224,15 +235,68 @@ static void of_values(const Query<double>& q, Piece& c, int64_t D) {
   c.close = false;
 }
 
+// Mean and residual of a query whose rows have weight.
+template <class R>
+static void listed_vectors(const Query<double>& q, const Piece& c, int64_t D, const Sums& out) {
+  enum { W = Vec<double>::W };
+  typedef Vec<double>::T V;
+  typedef R Narrow __attribute__((vector_size(W * sizeof(R)), aligned(sizeof(R)), may_alias));
+  R* mean = out.mean ? (R*)out.mean + c.b * D : nullptr;
+  R* residual = out.residual ? (R*)out.residual + c.b * D : nullptr;
+  const double s = c.st.s, alpha = q.alpha;
+  const bool whole = s == 1, plain = alpha == 1, close = c.close;  // a division by 1 takes as long as any
+  const auto vectors = [&](V sum, V x, V& m, V& r) {
+    const V v = whole ? sum : sum / s;
+    m = !close ? v : plain ? v + x : (v + x) / alpha;
+    r = close ? v : alpha * v - x;
+  };
+  int64_t d = 0;
+  V m, r;
+  for (; d + W <= D; d += W) {
+    vectors(load(c.sum + d), load(q.x + d), m, r);
+    if (mean) *(Narrow*)(mean + d) = __builtin_convertvector(m, Narrow);
+    if (residual) *(Narrow*)(residual + d) = __builtin_convertvector(r, Narrow);
+  }
+  if (d == D) return;
+  double sum[W] = {}, x[W] = {};
+  memcpy((void*)sum, c.sum + d, (D - d) * sizeof(double));
+  memcpy((void*)x, q.x + d, (D - d) * sizeof(double));
+  vectors(load(sum), load(x), m, r);
+  for (int64_t i = 0; d + i < D; i++) {
+    if (mean) mean[d + i] = (R)m[i];
+    if (residual) residual[d + i] = (R)r[i];
+  }
+}
+
 static void listed_finish(const Query<double>& q, const Piece& c, int64_t D, const Sums& out, bool f64) {
   const bool none = q.mode == kNotFinite || !(c.st.s > 0);
   write_stats(q, c.st, c.b, out);
-  for (int64_t d = 0; d < D; d++) {
-    const double v = none ? __builtin_nan("") : c.sum[d] / c.st.s;
-    if (out.mean) write_number(out.mean, f64, c.b * D + d, c.close ? (v + q.x[d]) / q.alpha : v);
-    if (out.residual) write_number(out.residual, f64, c.b * D + d, c.close ? v : q.alpha * v - q.x[d]);
+  if (none) {
+    for (int64_t d = 0; d < D; d++) {
+      if (out.mean) write_number(out.mean, f64, c.b * D + d, __builtin_nan(""));
+      if (out.residual) write_number(out.residual, f64, c.b * D + d, __builtin_nan(""));
+    }
+  } else if (f64) {
+    listed_vectors<double>(q, c, D, out);
+  } else {
+    listed_vectors<float>(q, c, D, out);
   }
 }
+
+// What each thread has for its pieces.
+struct ListedWork {
+  double *sum, *x;  // [D], with room for whole vectors: a sum, a query in double
+  Pace pace;
+  Arena arena;
+  bool reserve(const Queries& in, int64_t D) {
+    const int64_t Dp = round_up(D, 64);
+    if (!arena.reserve(2 * Arena::bytes<double>(Dp))) return false;
+    sum = arena.take<double>(Dp);
+    x = arena.take_raw<double>(Dp);
+    pace = {in.watch, 0};
+    return true;
+  }
+};
 
 static int run_posterior_listed(const Rows& rows, const Queries& in, const RowLists& list, const Sums& out,
                                 int threads) {
@@ -241,7 +305,6 @@ static int run_posterior_listed(const Rows& rows, const Queries& in, const RowLi
   const ListedRows p(rows);
   Arena arena, joined;
   const int64_t D = rows.d, Dp = round_up(D, 64), count = cut_lists(list, in.b, threads, nullptr);
-  const int workers = (int)imax(1, imin(threads, count));
   if (!arena.reserve(Arena::bytes<Piece>(count) + 2 * Arena::bytes<double>(list.count))) return kNoMemory;
   Piece* pieces = arena.take<Piece>(count);
   double *t = arena.take<double>(list.count), *r2 = arena.take<double>(list.count);
@@ -250,41 +313,38 @@ static int run_posterior_listed(const Rows& rows, const Queries& in, const RowLi
   if (!joined.reserve(Arena::bytes<double>(joins * Dp) + Arena::bytes<double>(Dp))) return kNoMemory;
   place_sums(pieces, count, Dp, joined.take<double>(joins * Dp));
   double* wide = joined.take<double>(Dp);
-  int failed = 0;
-#pragma omp parallel num_threads(workers) reduction(| : failed) if (workers > 1)
-  {
-    Arena own;
-    Pace pace = {in.watch, 0};
-    const bool there = own.reserve(2 * Arena::bytes<double>(Dp));
-    double *sum = there ? own.take<double>(Dp) : nullptr, *x = there ? own.take<double>(Dp) : nullptr;
-    failed |= there ? kDone : kNoMemory;
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t k = 0; k < count; k++) {
-      if (failed) continue;
-      Piece& c = pieces[k];
-      if (c.alone) {
-        c.sum = sum;
-        memset((void*)sum, 0, Dp * sizeof(double));
-      }
-      c.st = empty_state();
-      const Query<double> q = listed_query(in, query_in_double(in, c.b, D, x), c.b, D);
-      const int64_t* n = list.index + c.i0;
-      if (q.mode != kNotFinite) {
-        failed |= distances(p, q, n, c.i1 - c.i0, r2 + c.i0, pace);
-        memcpy(t + c.i0, r2 + c.i0, (c.i1 - c.i0) * sizeof(double));
-        c.st = weigh_listed(q, in.bias, n, t + c.i0, c.i1 - c.i0);
-      }
-      double reach = 0;
-      for (int64_t i = c.i0; c.st.s > 0 && i < c.i1; i++)
-        if (t[i] > 0) reach = dmax(reach, r2[i]);
-      c.close = c.st.s > 0 && is_close(q, __builtin_sqrt(reach));
-      // All weights that are left out, together, are below 2^-60 of the largest.
-      if (c.st.s > 0 && !failed)
-        failed |= add_rows(p, n, t + c.i0, c.i1 - c.i0, 8e-19 / (c.i1 - c.i0), c.sum, pace,
-                           c.close ? q.x : nullptr, q.alpha);
-      if (c.alone && !failed) listed_finish(q, c, D, out, in.f64);
+  const int workers = (int)imax(1, imin(threads, count));
+  WorkSpaces<ListedWork> own(workers);
+  if (!own.items) return kNoMemory;
+  for (int i = 0; i < workers; i++)
+    if (!own.items[i].reserve(in, D)) return kNoMemory;
+  const int failed = for_parts(workers, count, [&](int64_t k, int worker) {
+    ListedWork& w = own.items[worker];
+    Piece& c = pieces[k];
+    if (c.alone) {
+      c.sum = w.sum;
+      memset((void*)w.sum, 0, D * sizeof(double));
     }
-  }
+    c.st = empty_state();
+    const Query<double> q = listed_query(in, query_in_double(in, c.b, D, w.x), c.b, D);
+    const int64_t* n = list.index + c.i0;
+    int status = kDone;
+    if (q.mode != kNotFinite) {
+      status |= distances(p, q, n, c.i1 - c.i0, r2 + c.i0, w.pace);
+      memcpy(t + c.i0, r2 + c.i0, (c.i1 - c.i0) * sizeof(double));
+      c.st = weigh_listed(q, in.bias, n, t + c.i0, c.i1 - c.i0);
+    }
+    double reach = 0;
+    for (int64_t i = c.i0; c.st.s > 0 && i < c.i1; i++)
+      if (t[i] > 0) reach = dmax(reach, r2[i]);
+    c.close = c.st.s > 0 && is_close(q, __builtin_sqrt(reach));
+    // All weights that are left out, together, are below 2^-60 of the largest.
+    if (c.st.s > 0 && !status)
+      status |= add_rows(p, n, t + c.i0, c.i1 - c.i0, 8e-19 / (c.i1 - c.i0), c.sum, w.pace,
+                         c.close ? q.x : nullptr, q.alpha);
+    if (c.alone && !status) listed_finish(q, c, D, out, in.f64);
+    return status;
+  });
   for (int64_t k = 0; k < count && !failed;) {
     Piece& a = pieces[k++];
     if (a.alone) continue;

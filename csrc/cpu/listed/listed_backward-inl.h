@@ -135,7 +135,6 @@ static int run_posterior_listed_backward(const Rows& rows, const Queries& in, co
   Arena arena, joined;
   const int64_t D = rows.d, Dp = round_up(D, 64), M = list.count,
                 count = cut_lists(list, in.b, threads, nullptr);
-  const int workers = (int)imax(1, imin(threads, count));
   if (!arena.reserve(Arena::bytes<Piece>(count) + 4 * Arena::bytes<double>(M) +
                      Arena::bytes<Query<double>>(in.b)))
     return kNoMemory;
@@ -149,35 +148,33 @@ static int run_posterior_listed_backward(const Rows& rows, const Queries& in, co
   place_sums(pieces, count, Dp, joined.take<double>(joins * Dp));
   double* wide = joined.take<double>(Dp);
   const ListedBackward s = {&p, &in, &list, &grads, &out, t, gy, xy, r2};
-  int failed = 0;
-#pragma omp parallel num_threads(workers) reduction(| : failed) if (workers > 1)
-  {
-    Arena own;
-    Pace pace = {in.watch, 0};
-    const bool there = own.reserve(2 * Arena::bytes<double>(Dp));
-    double *sum = there ? own.take<double>(Dp) : nullptr, *x = there ? own.take<double>(Dp) : nullptr;
-    failed |= there ? kDone : kNoMemory;
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t k = 0; k < count; k++)
-      if (!failed) failed |= listed_products(s, pieces[k], query_in_double(in, pieces[k].b, D, x), sum, pace);
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t b = 0; b < in.b; b++) {
-      if (failed) continue;
-      queries[b] = listed_query(in, query_in_double(in, b, D, x), b, D);
-      if (queries[b].mode != kNotFinite) listed_coefficients(s, b, queries[b]);
+  const int workers = (int)imax(1, imin(threads, count));
+  WorkSpaces<ListedWork> own(workers);
+  if (!own.items) return kNoMemory;
+  for (int i = 0; i < workers; i++)
+    if (!own.items[i].reserve(in, D)) return kNoMemory;
+  int failed = for_parts(workers, count, [&](int64_t k, int worker) {
+    ListedWork& w = own.items[worker];
+    return listed_products(s, pieces[k], query_in_double(in, pieces[k].b, D, w.x), w.sum, w.pace);
+  });
+  if (failed) return failed;
+  for_parts(workers, in.b, [&](int64_t b, int worker) {
+    queries[b] = listed_query(in, query_in_double(in, b, D, own.items[worker].x), b, D);
+    if (queries[b].mode != kNotFinite) listed_coefficients(s, b, queries[b]);
+    return (int)kDone;
+  });
+  failed = for_parts(workers, count, [&](int64_t k, int worker) {
+    Piece& c = pieces[k];
+    ListedWork& w = own.items[worker];
+    if (queries[c.b].mode == kNotFinite) return (int)kDone;
+    if (c.alone) {
+      c.sum = w.sum;
+      memset((void*)w.sum, 0, D * sizeof(double));
     }
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t k = 0; k < count; k++) {
-      Piece& c = pieces[k];
-      if (failed || queries[c.b].mode == kNotFinite) continue;
-      if (c.alone) {
-        c.sum = sum;
-        memset((void*)sum, 0, Dp * sizeof(double));
-      }
-      failed |= add_rows(p, list.index + c.i0, t + c.i0, c.i1 - c.i0, 0, c.sum, pace);
-      if (c.alone && !failed) listed_backward_finish(s, c, queries[c.b], query_in_double(in, c.b, D, x));
-    }
-  }
+    const int status = add_rows(p, list.index + c.i0, t + c.i0, c.i1 - c.i0, 0, c.sum, w.pace);
+    if (c.alone && !status) listed_backward_finish(s, c, queries[c.b], query_in_double(in, c.b, D, w.x));
+    return status;
+  });
   for (int64_t k = 0; k < count && !failed;) {
     Piece& a = pieces[k++];
     const Query<double>& q = queries[a.b];

@@ -112,30 +112,28 @@ static int nearest_typed(const Rows& rows, const Queries& given, const Neighbour
   in.conditions.rows = nullptr;
   in.leave_out = nullptr;
   in.weighting = kGaussian;
-  const int parts = (int)imax(1, imin(threads, tiles)), workers = (int)imax(1, imin(threads, pl.B));
+  threads = threads_for(threads, (double)rows.n * rows.d * given.b);
+  const int parts = (int)imax(1, imin(threads, tiles));
   WorkSpaces<SweepWork<R>> list(parts);
   if (!list.items) return kNoMemory;
   for (int i = 0; i < parts; i++)
     if (!list.items[i].reserve(pl, in)) return kNoMemory;
   CandidateLists lists;
   if (!lists.reserve(pl.B, parts, k, imin(rows.n, (tiles + parts - 1) / parts * pl.NT))) return kNoMemory;
-  int failed = 0;
   for (int64_t m = 0; m < blocks; m++) {
     const int64_t b0 = m * pl.B, B = imin(pl.B, in.b - b0);
     lists.clear();
-#pragma omp parallel for num_threads(parts) schedule(static, 1) reduction(| : failed) if (parts > 1)
-    for (int i = 0; i < parts; i++)
-      failed |= nearest_sweep(c.src, in, pl, b0, B, imin(rows.n, tiles * i / parts * pl.NT),
-                              imin(rows.n, tiles * (i + 1) / parts * pl.NT), lists.of(i), list.items[i]);
+    const int failed = for_parts(threads, parts, [&](int64_t i, int) {
+      return nearest_sweep(c.src, in, pl, b0, B, imin(rows.n, tiles * i / parts * pl.NT),
+                           imin(rows.n, tiles * (i + 1) / parts * pl.NT), lists.of(i), list.items[i]);
+    });
     if (failed) return failed;
-#pragma omp parallel for num_threads(workers) schedule(dynamic, 1) reduction(| : failed) if (workers > 1)
-    for (int64_t b = 0; b < B; b++) {
+    const int left = for_parts(threads, B, [&](int64_t b, int) {
       Pace pace = {in.watch, 0};
-      if (!failed)
-        failed |= nearest_finish(c.src, list.items[0].q[b], lists.of(0) + b, pl.B, parts,
-                                 out.sq_dist + (b0 + b) * k, out.index + (b0 + b) * k, pace);
-    }
-    if (failed) return failed;
+      return nearest_finish(c.src, list.items[0].q[b], lists.of(0) + b, pl.B, parts,
+                            out.sq_dist + (b0 + b) * k, out.index + (b0 + b) * k, pace);
+    });
+    if (left) return left;
   }
   return kDone;
 }

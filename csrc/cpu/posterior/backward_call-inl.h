@@ -14,8 +14,12 @@ template <class R>
 static void backward_zero_sigma(const TileContext<R>& s, const BackwardArgs& io, const Query<R>& q, int64_t b,
                                 const double* bias, double* row, double* r2, double* grad_bias, int threads) {
   const int64_t N = s.src->rows.n, D = s.D;
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-  for (int64_t n = 0; n < N; n++) r2[n] = bias && bias[n] == -kInf ? kInf : s.exact(*s.src, n, q.x, q.alpha);
+  const int64_t pieces = imin(N, (int64_t)4 * threads);
+  for_parts(threads, pieces, [&](int64_t i, int) {
+    for (int64_t n = N * i / pieces; n < N * (i + 1) / pieces; n++)
+      r2[n] = bias && bias[n] == -kInf ? kInf : s.exact(*s.src, n, q.x, q.alpha);
+    return (int)kDone;
+  });
   double best = kInf, m = -kInf, z = 0, exact[3];
   for (int64_t n = 0; n < N; n++) best = dmin(best, r2[n]);
   if (best == kInf) {  // the bias leaves no row
@@ -98,19 +102,20 @@ static int backward_typed(const Rows& rows, const Queries& in, const BackwardArg
     if (!work[i].reserve(pl, in, rows.n)) return kNoMemory;
   int failed = 0;
   for (int64_t k0 = 0; k0 < blocks; k0 += by_queries ? blocks : 1) {
-#pragma omp parallel for num_threads(parts) schedule(static, 1) reduction(| : failed) if (parts > 1)
-    for (int i = 0; i < parts; i++) {
+    failed = for_parts(threads, parts, [&](int64_t i, int) {
+      int status = kDone;
       const int64_t first = by_queries ? blocks * i / parts : k0,
                     last = by_queries ? blocks * (i + 1) / parts : k0 + 1;
-      for (int64_t k = first; k < last && !failed; k++) {
+      for (int64_t k = first; k < last && !status; k++) {
         const int64_t b0 = k * pl.B, B = imin(pl.B, in.b - b0);
         const int64_t n0 = by_queries ? 0 : imin(rows.n, tiles * i / parts * pl.NT);
         const int64_t n1 = by_queries ? rows.n : imin(rows.n, tiles * (i + 1) / parts * pl.NT);
-        failed |= backward_sweep(c.src, in, io, pl, b_max, b0, B, n0, n1, work[i]);
-        if (!by_queries || failed) continue;
+        status |= backward_sweep(c.src, in, io, pl, b_max, b0, B, n0, n1, work[i]);
+        if (!by_queries || status) continue;
         for (int64_t b = 0; b < B; b++) backward_finish(c.src, pl, in, io, work[i], b, b0 + b);
       }
-    }
+      return status;
+    });
     if (failed) return failed;
     if (by_queries) break;
     const int64_t b0 = k0 * pl.B, B = imin(pl.B, in.b - b0);

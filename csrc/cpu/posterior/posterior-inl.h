@@ -33,10 +33,11 @@ template <class R>
 static int posterior_general(const CentredRows<R>& c, const Queries& in, const Output& out, double b_max,
                              int threads) {
   const Rows& rows = c.src.rows;
+  threads = threads_for(threads, (double)rows.n * rows.d * in.b);
   const Plan pl = make_plan<R>(in.b, c.src, true);
   const int64_t blocks = (in.b + pl.B - 1) / pl.B, tiles = (rows.n + pl.NT - 1) / pl.NT;
   const bool by_queries = blocks >= 2 * threads || tiles < 2;
-  int parts = (int)imax(1, imin(threads, by_queries ? blocks : tiles));
+  const int parts = (int)imax(1, imin(threads, by_queries ? blocks : tiles));
   WorkSpaces<SweepWork<R>> list(parts);
   SweepWork<R>* work = list.items;
   if (!work) return kNoMemory;
@@ -46,24 +47,19 @@ static int posterior_general(const CentredRows<R>& c, const Queries& in, const O
     const auto run = [&](int64_t d) { return acc_at(pl, w.acc, b, d); };
     finish(c.src, w.q[b], w.st[b], w.close[b], c.src.unit, run, b0 + b, out);
   };
-  int failed = 0;
-  if (by_queries) {
-#pragma omp parallel for num_threads(parts) schedule(static, 1) reduction(| : failed) if (parts > 1)
-    for (int i = 0; i < parts; i++) {
-      for (int64_t k = blocks * i / parts; k < blocks * (i + 1) / parts && !failed; k++) {
-        const int64_t b0 = k * pl.B, B = imin(pl.B, in.b - b0);
-        failed |= sweep(c.src, in, pl, b_max, b0, B, 0, rows.n, work[i]);
-        for (int64_t b = 0; b < B && !failed; b++) finish_query(work[i], b, b0);
-      }
-    }
-    return failed;
-  }
+  if (by_queries)
+    return for_parts(threads, blocks, [&](int64_t k, int worker) {
+      const int64_t b0 = k * pl.B, B = imin(pl.B, in.b - b0);
+      const int failed = sweep(c.src, in, pl, b_max, b0, B, 0, rows.n, work[worker]);
+      for (int64_t b = 0; b < B && !failed; b++) finish_query(work[worker], b, b0);
+      return failed;
+    });
   for (int64_t k = 0; k < blocks; k++) {
     const int64_t b0 = k * pl.B, B = imin(pl.B, in.b - b0);
-#pragma omp parallel for num_threads(parts) schedule(static, 1) reduction(| : failed) if (parts > 1)
-    for (int i = 0; i < parts; i++)
-      failed |= sweep(c.src, in, pl, b_max, b0, B, imin(rows.n, tiles * i / parts * pl.NT),
-                      imin(rows.n, tiles * (i + 1) / parts * pl.NT), work[i]);
+    const int failed = for_parts(threads, parts, [&](int64_t i, int) {
+      return sweep(c.src, in, pl, b_max, b0, B, imin(rows.n, tiles * i / parts * pl.NT),
+                   imin(rows.n, tiles * (i + 1) / parts * pl.NT), work[i]);
+    });
     if (failed) return failed;
     for (int64_t b = 0; b < B; b++) {
       join_parts(pl, work, parts, b);
@@ -142,17 +138,11 @@ static int posterior_small(const CentredRows<R>& c, const Queries& in, const Out
   if (!marks.reserve(Arena::bytes<char>(in.b))) return kNoMemory;
   char* handed_back = marks.take<char>(in.b);
   const typename Small<R>::F part = small_for<R>(c.src.rows.d, centred);
-  const auto run_part = [&](int i) {
+  const auto run_part = [&](int64_t i, int) {
     const int64_t b0 = in.b * i / parts / W * W, b1 = i + 1 == parts ? in.b : in.b * (i + 1) / parts / W * W;
     return part(c.src, in, b_max, b0, b1, out, handed_back + b0);
   };
-  int failed = 0;
-  if (parts == 1) {  // OpenMP makes a team even of one thread, which a small call notices
-    failed = run_part(0);
-  } else {
-#pragma omp parallel for num_threads(parts) schedule(static, 1) reduction(| : failed)
-    for (int i = 0; i < parts; i++) failed |= run_part(i);
-  }
+  int failed = for_parts(threads, parts, run_part);
   if (failed) return failed;
   const auto general = [&](const Queries& rest, const Output& to) {
     return posterior_general(c, rest, to, b_max, threads);

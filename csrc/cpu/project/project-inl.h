@@ -16,7 +16,10 @@
 namespace memokern {
 namespace MEMOKERN_ISA_NS {
 
-enum { SIDE = kProjectionSide };
+enum {
+  SIDE = kProjectionSide,
+  PROJECT_B = 8  // queries of a part
+};
 
 // out [F][m] = c [F][n] in [n][m]; m is a multiple of W. fold [n + 1][m] receives the sums of opposite rows,
 // then their differences.
@@ -191,21 +194,18 @@ static void project_one(const CosineTransform& t, const float* x, double alpha, 
 
 static int run_project(const CosineTransform& t, const float* x, const double* alpha, int64_t b,
                        const Projected& out, Watch* watch, int threads) {
-  const int workers = (int)imax(1, imin(threads, b / 2));
-  const int64_t D = t.d();
-  int failed = 0;
-#pragma omp parallel for num_threads(workers) schedule(static, 1) reduction(| : failed) if (workers > 1)
-  for (int i = 0; i < workers; i++) {
+  const int64_t D = t.d(), pieces = (b + PROJECT_B - 1) / PROJECT_B;
+  return for_parts(threads, pieces, [&](int64_t i, int) {
     ProjectWork w;
     Pace pace = {watch, 0};
-    failed |= w.reserve(t) ? kDone : kNoMemory;
-    for (int64_t j = b * i / workers; !failed && j < b * (i + 1) / workers; j++) {
-      failed |= pace.stopped(8 * D) ? kStopped : kDone;
+    if (!w.reserve(t)) return (int)kNoMemory;
+    for (int64_t j = i * PROJECT_B; j < imin(b, (i + 1) * PROJECT_B); j++) {
+      if (pace.stopped(8 * D)) return (int)kStopped;
       project_one(t, x + j * D, alpha[j], out.z + j * t.kept, out.norms + j * (t.bands + 1), out.margin + j,
                   out.sq + j, w);
     }
-  }
-  return failed;
+    return (int)kDone;
+  });
 }
 
 }  // namespace MEMOKERN_ISA_NS

@@ -51,6 +51,8 @@ struct List {
   int64_t count, capacity, done;  // the first `done` entries have passed all levels
   double best;                    // the largest s_n - |xc|^2 / 2 of the rows evaluated
   int64_t tried;                  // the last of these rows
+  int64_t found;                  // the most promising row at the first look, or -1,
+  float guess;                    // and what it promised
   const uint8_t* levels;  // [chunks] the level that the rows of each chunk had reached when they were listed
   int level;              // levels used
   double work;            // cycles spent on its rows by the levels of the index, about

@@ -20,13 +20,16 @@ static void level_zero(ScanTask& t, int64_t n0, int64_t cnt) {
     const ScanQuery& q = s.q[t.order[i]];
     List& l = t.lists[t.order[i]];
     if (!(t.best[i] > t.top[i]) || !q.active || l.given_up) continue;
+    float highest = (float)-kInf;  // of the bounds in the block of rows: none of them may be better
+    for (int64_t j = t.where[i]; j < imin(t.where[i] + (int64_t)ROW_UNIT, cnt); j++)
+      if (t.p[j * t.Bp + i] > highest) highest = t.p[j * t.Bp + i];
+    if (highest < t.least[i]) continue;
     t.top[i] = t.best[i];
     int64_t n = -1;
     float most = (float)-kInf, bound = 0;
     for (int64_t j = t.where[i]; j < imin(t.where[i] + (int64_t)ROW_UNIT, cnt); j++) {
       const float* c = s.bound->coarse + (n0 + j) * s.stride;
-      float product = 0;
-      for (int64_t k = 0; k < s.k0; k++) product += c[k] * *t.at(t.x0, K0, i, k);
+      const float product = segment(c, t.z + i * s.k0, s.k0);
       const float alone = product + t.a2[i] * t.h[j] + (s.no_bias ? 0 : t.s2[i] * t.bias[j]);
       const float guess = (1 - kBandsInGuess) * alone + kBandsInGuess * t.p[j * t.Bp + i];
       if (!(guess > most)) continue;

@@ -128,42 +128,31 @@ static int full_level(const ScanCall& s, int threads) {
   int64_t *long_ones = arena.take<int64_t>(B), many = 0;
   for (int64_t b = 0; b < B; b++)
     if (s.q[b].active && !s.lists[b].given_up && s.lists[b].count > WORTH_EVALUATING) long_ones[many++] = b;
-  int failed = 0, stopped = 0;  // shared by all threads, and read only after a barrier
-  for (int64_t g = 0; g < many && !failed && !stopped; g += FULL_B) {
+  int failed = kDone;
+  for (int64_t g = 0; g < many && !failed; g += FULL_B) {
     FullLevelQuery qs[FULL_B];
     const int64_t count = imin(FULL_B, many - g), pieces = imin(s.N, threads * FULL_PIECES);
-    const int workers = (int)imin(threads, imax(count, pieces));
-#pragma omp parallel num_threads(workers) if (workers > 1)
-    {
-#pragma omp for schedule(static)
-      for (int64_t i = 0; i < count; i++) {
-        qs[i].b = long_ones[g + i];
-        qs[i].l = s.lists + qs[i].b;
-        if (!prepare_full_product(s, qs[i].b, qs[i].x)) {
-#pragma omp atomic write
-          failed = kNoMemory;
-        }
-      }
-      if (!failed) {
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < pieces; i++)
-          if (full_level_rows(s, qs, count, s.N * i / pieces, s.N * (i + 1) / pieces)) {
-#pragma omp atomic write
-            stopped = kStopped;
-          }
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < count; i++) {
-          List& l = *qs[i].l;
-          int64_t best = 0;
-          for (int64_t j = 1; j < l.count; j++)
-            if (l.e[j].up > l.e[best].up) best = j;
-          s.consider(qs[i].b, l.e[best].n, l);
-          l.filter(s.q[qs[i].b].least(l.best));
-        }
-      }
-    }
+    failed = for_parts(threads, count, [&](int64_t i, int) {
+      qs[i].b = long_ones[g + i];
+      qs[i].l = s.lists + qs[i].b;
+      return prepare_full_product(s, qs[i].b, qs[i].x) ? kDone : kNoMemory;
+    });
+    if (failed) break;
+    failed = for_parts(threads, pieces, [&](int64_t i, int) {
+      return full_level_rows(s, qs, count, s.N * i / pieces, s.N * (i + 1) / pieces);
+    });
+    if (failed) break;
+    for_parts(threads, count, [&](int64_t i, int) {
+      List& l = *qs[i].l;
+      int64_t best = 0;
+      for (int64_t j = 1; j < l.count; j++)
+        if (l.e[j].up > l.e[best].up) best = j;
+      s.consider(qs[i].b, l.e[best].n, l);
+      l.filter(s.q[qs[i].b].least(l.best));
+      return kDone;
+    });
   }
-  return failed | stopped;
+  return failed;
 }
 
 }  // namespace MEMOKERN_ISA_NS

@@ -9,6 +9,8 @@ namespace MEMOKERN_ISA_NS {
 // The sign of each lane of a comparison, as bits.
 #if MEMOKERN_VBYTES == 32 && defined(__AVX2__)
 MK_INLINE int lanes_of(Vec<float>::I m) { return _mm256_movemask_ps((__m256)m); }
+#elif MEMOKERN_VBYTES == 64 && defined(__AVX512DQ__)
+MK_INLINE int lanes_of(Vec<float>::I m) { return _mm512_movepi32_mask((__m512i)m); }
 #else
 MK_INLINE int lanes_of(Vec<float>::I m) {
   enum { W = Vec<float>::W };
@@ -110,8 +112,10 @@ static void pass_levels_typed(const ScanCall& s, int64_t b, List& l, float* x) {
   const float* norms = in.norms + b * (s.bands + 1);
   for (int64_t k = 0; k < fine; k++) x[k] = (float)q.alpha * in.z[b * s.K + s.k0 + k];
   enum { AHEAD = 12 };  // entries whose numbers are asked for before they are needed
+  // The only row that is left may be left to its part only.
+  const int64_t alone = s.parts > 1 ? 0 : 1;
   float least = q.least(l.best);
-  for (int64_t level = 1; level <= s.last_level && l.count > 1 && l.done < l.count; level++) {
+  for (int64_t level = 1; level <= s.last_level && l.count > alone && l.done < l.count; level++) {
     const int64_t k1 = in.dims[level - 1] - s.k0, k2 = in.dims[level] - s.k0;
     const int64_t b1 = in.first_band[level - 1], b2 = in.first_band[level];
     const float stored = level == 1 ? (float)q.a * norms[s.bands] : 0;

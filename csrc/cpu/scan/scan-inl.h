@@ -15,26 +15,16 @@ namespace MEMOKERN_ISA_NS {
 enum class Phase { kLook, kSample, kScan };
 
 // Runs all tasks of a phase. Then every part knows the best row that any of them found. scratch has K - k0
-// numbers for each task.
+// numbers for each thread.
 static int scan_tasks(const ScanCall& s, int threads, Phase phase, float* scratch) {
-  const int64_t parts = phase == Phase::kSample ? 1 : s.parts, tasks = s.blocks * parts;
-  const int workers = (int)imax(1, imin(threads, tasks));
-  int failed = 0;
-#pragma omp parallel for num_threads(workers) schedule(dynamic, 1) reduction(| : failed) if (workers > 1)
-  for (int64_t i = 0; i < tasks; i++) {
+  const int64_t parts = phase == Phase::kSample ? 1 : s.parts;
+  const int failed = for_parts(threads, s.blocks * parts, [&](int64_t i, int worker) {
     const int64_t block = i / parts, part = i % parts;
     const int64_t c0 = s.chunks * part / s.parts, c1 = s.chunks * (part + 1) / s.parts;
-    float* own = scratch + i * (s.K - s.k0);
+    float* own = scratch + worker * (s.K - s.k0);
     ScanTask t;
-    if (failed) continue;
-    if (!t.reserve(s)) {
-      failed |= kNoMemory;
-      continue;
-    }
-    if (t.pace.ask()) {  // a task may be too short to ask on its way
-      failed |= kStopped;
-      continue;
-    }
+    if (!t.reserve(s)) return (int)kNoMemory;
+    if (t.pace.ask()) return (int)kStopped;  // a task may be too short to ask on its way
     t.load_block(block, s.lists + part * s.in->b);
     if (phase == Phase::kLook)
       first_look(t, c0 * s.NT, imin(s.N, c1 * s.NT));
@@ -42,8 +32,9 @@ static int scan_tasks(const ScanCall& s, int threads, Phase phase, float* scratc
       sample_lists(t, own);
     else
       scan_chunks(t, c0, c1, s.level + block * s.chunks, own);
-    failed |= t.failed;
-  }
+    return t.failed;
+  });
+  if (phase == Phase::kLook) return failed ? failed : consider_found(s, threads);
   for (int64_t b = 0; b < s.in->b; b++) {
     double best = -kInf;
     for (int64_t j = 0; j < s.parts; j++) best = dmax(best, s.lists[j * s.in->b + b].best);
@@ -62,9 +53,8 @@ static int noisier(const void* a, const void* b) {
 }
 
 // Forms blocks of queries, at most `most` each, of similar noise: what its noisiest query needs, the whole
-// block gets. All blocks but the last have NR queries or more. Returns whether all queries are of similar
-// noise.
-static bool form_blocks(ScanCall& s, const Noise* all, int64_t count, int64_t most) {
+// block gets. All blocks but the last have NR queries or more.
+static void form_blocks(ScanCall& s, const Noise* all, int64_t count, int64_t most) {
   enum { NR = 2 * Vec<float>::W };
   s.count = s.blocks = 0;
   for (int64_t i = 0; i < count; i++) {
@@ -75,7 +65,6 @@ static bool form_blocks(ScanCall& s, const Noise* all, int64_t count, int64_t mo
     s.order[s.count++] = all[i].b;
   }
   s.begin[s.blocks] = s.count;
-  return count == 0 || !(all[count - 1].noise < all[0].noise / 4);
 }
 
 // Gives up the queries whose lists would cost more than `most_listed` rows, if what that saves is worth
@@ -99,22 +88,20 @@ static void give_up(ScanCall& s) {
 // Passes the lists of all parts through the levels that they have not passed, and joins the parts of each
 // list in the first.
 static int join_lists(ScanCall& s, int threads, float* scratch) {
+  enum { LISTS = 4 };  // of a part
   const int64_t B = s.in->b, fine = s.K - s.k0, all = s.parts * B;
-  const int workers = (int)imax(1, imin(threads, all));
-  int failed = 0;
-#pragma omp parallel for num_threads(workers) schedule(dynamic, 1) reduction(| : failed) if (workers > 1)
-  for (int64_t t = 0; t < all; t++) {
-    List& l = s.lists[t];
-    const int64_t b = t % B;
-    Pace pace = {s.in->watch, 0};
-    if (failed || l.given_up || !s.q[b].active) continue;
-    if (pace.ask()) {
-      failed |= kStopped;
-      continue;
+  const int failed = for_parts(threads, (all + LISTS - 1) / LISTS, [&](int64_t i, int worker) {
+    for (int64_t t = i * LISTS; t < imin(all, (i + 1) * LISTS); t++) {
+      List& l = s.lists[t];
+      const int64_t b = t % B;
+      Pace pace = {s.in->watch, 0};
+      if (l.given_up || l.count == 0 || !s.q[b].active) continue;
+      if (pace.ask()) return (int)kStopped;
+      l.filter(s.q[b].least(l.best));
+      pass_levels(s, b, l, scratch + worker * fine);
     }
-    l.filter(s.q[b].least(l.best));
-    pass_levels(s, b, l, scratch + t * fine);
-  }
+    return (int)kDone;
+  });
   if (failed) return failed;
   for (int64_t b = 0; b < B; b++) {
     List& l = s.lists[b];
@@ -136,11 +123,11 @@ static int join_lists(ScanCall& s, int threads, float* scratch) {
   return kDone;
 }
 
-static int write_lists(const ScanCall& s, ScanResult& out) {
-  const int64_t B = s.in->b;
+// What was found of each query, but the rows themselves.
+static void write_starts(const ScanCall& s, const ScanResult& out) {
   const double log_n = __builtin_log(s.N / s.bound->eps);
   out.start[0] = 0;
-  for (int64_t b = 0; b < B; b++) {
+  for (int64_t b = 0; b < s.in->b; b++) {
     const List& l = s.lists[b];
     const bool given_up = !s.q[b].active || l.given_up || !(l.best > -kInf) ||
                           l.count > (1 + READING_COST) * s.bound->most_listed;
@@ -148,90 +135,56 @@ static int write_lists(const ScanCall& s, ScanResult& out) {
     out.level[b] = given_up ? 0 : imax(1, l.level);
     out.threshold[b] = given_up ? __builtin_nan("") : l.best / s.q[b].scale - log_n;
   }
-  out.index = (int64_t*)malloc(imax(1, out.start[B]) * sizeof(int64_t));
-  if (!out.index) return kNoMemory;
-  for (int64_t b = 0; b < B; b++)
-    for (int64_t j = 0; j < out.start[b + 1] - out.start[b]; j++)
-      out.index[out.start[b] + j] = s.lists[b].e[j].n;
-  return kDone;
+}
+static void write_rows(const ScanCall& s, const int64_t* start, int64_t* index) {
+  for (int64_t b = 0; b < s.in->b; b++)
+    for (int64_t j = 0; j < start[b + 1] - start[b]; j++) index[start[b] + j] = s.lists[b].e[j].n;
 }
 
-static int scan_all(ScanCall& s, ScanResult& out, int threads) {
-  const LogitBounds& in = *s.bound;
-  const int64_t B = s.in->b;
-  double y2 = 0, c = 0, b_max = 0;
-  for (int64_t n = 0; n < s.N; n++) y2 = dmax(y2, s.rows->sq_norms[n]);
-  for (int64_t d = 0; d < s.D; d++) c += s.rows->center[d] * s.rows->center[d];
-  for (int64_t n = 0; !s.no_bias && n < s.N; n++) {
-    const double v = s.in->bias[n];
-    b_max = !(v < kInf) ? kInf : v > -kInf ? dmax(b_max, __builtin_fabs(v)) : b_max;
-  }
-  const int64_t fine = s.K - s.k0, W = Vec<float>::W, NR = 2 * W;
-  Arena arena, work;
-  if (!arena.reserve(Arena::bytes<ScanQuery>(B) + Arena::bytes<Noise>(B) + Arena::bytes<double>(B) +
-                     Arena::bytes<int64_t>(B) + Arena::bytes<int64_t>(B / NR + 2)))
-    return kNoMemory;
-  s.q = arena.take<ScanQuery>(B);
-  s.expected = arena.take<double>(B);
-  Noise* all = arena.take<Noise>(B);
-  s.order = arena.take<int64_t>(B);
-  s.begin = arena.take<int64_t>(B / NR + 2);
-  s.y_max = __builtin_sqrt(y2);
-  int64_t active = 0;
-  for (int64_t b = 0; b < B; b++) {
-    s.q[b] = scan_query(s, b, s.y_max, __builtin_sqrt(c), b_max);
-    s.expected[b] = 0;
-    if (s.q[b].active) all[active++] = {s.q[b].scale / (s.q[b].a * s.q[b].a), b};
-  }
-  qsort((void*)all, active, sizeof(Noise), noisier);
-  const int64_t fewest = imax((active + SCAN_B - 1) / SCAN_B, imax(1, imin(threads, active / NR)));
-  s.lanes = imax(W, round_up((active + fewest - 1) / fewest, active > NR ? NR : W));
-  const bool alike = form_blocks(s, all, active, s.lanes);
-  s.parts = (alike && s.blocks % threads == 0) || s.blocks >= 4 * threads ? 1 : threads;
-  s.NT = round_up(imin(SCAN_CHUNK_BYTES / 4 / s.lanes, (s.N + s.parts - 1) / s.parts), ROW_UNIT);
-  s.chunks = (s.N + s.NT - 1) / s.NT;
-  s.parts = imin(s.parts, s.chunks);
-  s.lists = (List*)calloc(imax(1, B * s.parts), sizeof(List));
-  const int64_t most_blocks = active / NR + 1;  // without the queries that are given up there may be more
-  if (!s.lists ||
-      !work.reserve(Arena::bytes<uint8_t>(most_blocks * s.chunks) + Arena::bytes<uint8_t>(s.chunks) +
-                    Arena::bytes<float>(SAMPLE_ROWS * s.stride) +
-                    Arena::bytes<float>(most_blocks * s.parts * fine) +
-                    Arena::bytes<float>(B * s.parts * fine)))
-    return kNoMemory;
-  s.level = work.take<uint8_t>(most_blocks * s.chunks);
-  s.level_zero = work.take<uint8_t>(s.chunks);
-  float* scratch = work.take<float>(most_blocks * s.parts * fine);
-  for (int64_t i = 0; i < B * s.parts; i++) {
-    s.lists[i].best = -kInf;
-    s.lists[i].tried = -1;
-  }
-  int failed = scan_tasks(s, threads, Phase::kLook, scratch);
-  if (failed) return failed;
-  if (in.most_listed < s.N && s.N >= 4 * SAMPLE_ROWS) {
-    s.sample = work.take<float>(SAMPLE_ROWS * s.stride);
-    for (int64_t j = 0; j < SAMPLE_ROWS; j++)
-      memcpy((void*)(s.sample + j * s.stride), in.coarse + s.sampled(j) * s.stride, s.stride * sizeof(float));
-    failed = scan_tasks(s, threads, Phase::kSample, scratch);
-    if (failed) return failed;
-    give_up(s);
-    form_blocks(s, all, active, s.lanes);
-  }
-  failed = scan_tasks(s, threads, Phase::kScan, scratch);
-  if (!failed) failed = join_lists(s, threads, work.take<float>(s.parts * B * fine));
-  if (!failed) failed = full_level(s, threads);
-  return failed ? failed : write_lists(s, out);
+static double largest_of(const double* v, int64_t n) {  // at least 0
+  enum { W = Vec<double>::W };
+  Vec<double>::T m[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * W <= n; i += 4 * W)
+    for (int j = 0; j < 4; j++) m[j] = vmax(load(v + i + j * W), m[j]);
+  double most = 0;
+  for (int j = 0; j < 4; j++)
+    for (int e = 0; e < W; e++) most = dmax(most, m[j][e]);
+  for (; i < n; i++) most = dmax(most, v[i]);
+  return most;
 }
 
-static int run_bound_scan(const Rows& rows, const Queries& in, const LogitBounds& bound, ScanResult& out,
-                          int threads) {
-  out.index = nullptr;
-  out.start[0] = 0;
-  if (in.b == 0) return kDone;
-  CentredRows<float> centred;
-  if (!centred.prepare(rows, nullptr, false)) return kNoMemory;
+// A scan, with its memory.
+struct Scan {
   ScanCall s;
-  memset((void*)&s, 0, sizeof s);
+  CentredRows<float> centred;
+  Arena arena, work;
+  Scan() { memset((void*)&s, 0, sizeof s); }
+  ~Scan() {
+    for (int64_t i = 0; s.lists && i < s.parts * s.in->b; i++) free(s.lists[i].e);
+    free(s.lists);
+  }
+  bool prepare(const Rows& rows, const Queries& in, const LogitBounds& bound);
+  int run(int threads);
+
+ private:
+  Scan(const Scan&);
+  // Queries of a block, and parts of the rows, of about WORK_PER_THREAD multiplications.
+  void choose_shapes(int64_t active, int threads) {
+    enum { W = Vec<float>::W, NR = 2 * W };
+    const int64_t fewest = imax(1, (active + SCAN_B - 1) / SCAN_B);
+    s.lanes = imax(W, round_up((active + fewest - 1) / fewest, active > NR ? NR : W));
+    const double work = (double)s.N * s.lanes * (s.stride + LOOK_COORDINATES);
+    const int64_t wanted = (2 * threads + fewest - 1) / fewest;
+    s.parts = threads == 1 ? 1 : imax(1, imin(wanted, (int64_t)(work / WORK_PER_THREAD)));
+    s.NT = round_up(imin(SCAN_CHUNK_BYTES / 4 / s.lanes, (s.N + s.parts - 1) / s.parts), ROW_UNIT);
+    s.chunks = (s.N + s.NT - 1) / s.NT;
+    s.parts = imin(s.parts, s.chunks);
+  }
+};
+
+bool Scan::prepare(const Rows& rows, const Queries& in, const LogitBounds& bound) {
+  if (!centred.prepare(rows, nullptr, false)) return false;
   s.rows = &rows;
   s.in = &in;
   s.bound = &bound;
@@ -248,10 +201,87 @@ static int run_bound_scan(const Rows& rows, const Queries& in, const LogitBounds
   s.bands = bound.bands;
   s.stride = s.k0 + s.bands + 1;
   s.no_bias = in.bias == nullptr;
-  const int failed = scan_all(s, out, threads);
-  for (int64_t i = 0; s.lists && i < s.parts * in.b; i++) free(s.lists[i].e);
-  free(s.lists);
-  return failed;
+  return true;
+}
+
+// Afterwards the lists have all rows that are left to each query.
+int Scan::run(int threads) {
+  const LogitBounds& in = *s.bound;
+  const int64_t B = s.in->b;
+  double c = 0, b_max = 0;
+  for (int64_t d = 0; d < s.D; d++) c += s.rows->center[d] * s.rows->center[d];
+  for (int64_t n = 0; !s.no_bias && n < s.N; n++) {
+    const double v = s.in->bias[n];
+    b_max = !(v < kInf) ? kInf : v > -kInf ? dmax(b_max, __builtin_fabs(v)) : b_max;
+  }
+  const int64_t fine = s.K - s.k0, NR = 2 * Vec<float>::W;
+  if (!arena.reserve(Arena::bytes<ScanQuery>(B) + Arena::bytes<Noise>(B) + Arena::bytes<double>(B) +
+                     2 * Arena::bytes<int64_t>(B + 2)))
+    return kNoMemory;
+  s.q = arena.take<ScanQuery>(B);
+  s.expected = arena.take<double>(B);
+  Noise* all = arena.take<Noise>(B);
+  s.order = arena.take<int64_t>(B + 2);
+  s.begin = arena.take<int64_t>(B + 2);
+  s.y_max = __builtin_sqrt(largest_of(s.rows->sq_norms, s.N));
+  int64_t active = 0;
+  for (int64_t b = 0; b < B; b++) {
+    s.q[b] = scan_query(s, b, s.y_max, __builtin_sqrt(c), b_max);
+    s.expected[b] = 0;
+    if (s.q[b].active) all[active++] = {s.q[b].scale / (s.q[b].a * s.q[b].a), b};
+  }
+  qsort((void*)all, active, sizeof(Noise), noisier);
+  choose_shapes(active, threads);
+  form_blocks(s, all, active, s.lanes);
+  s.lists = (List*)calloc(imax(1, B * s.parts), sizeof(List));
+  const int64_t most_blocks = active / NR + 1;  // without the queries that are given up there may be more
+  if (!s.lists ||
+      !work.reserve(Arena::bytes<uint8_t>(most_blocks * s.chunks) + Arena::bytes<uint8_t>(s.chunks) +
+                    Arena::bytes<float>(SAMPLE_ROWS * s.stride) + Arena::bytes<float>(threads * fine)))
+    return kNoMemory;
+  s.level = work.take<uint8_t>(most_blocks * s.chunks);
+  s.level_zero = work.take<uint8_t>(s.chunks);
+  float* scratch = work.take_raw<float>(threads * fine);
+  for (int64_t i = 0; i < B * s.parts; i++) {
+    s.lists[i].best = -kInf;
+    s.lists[i].tried = -1;
+  }
+  int failed = scan_tasks(s, threads, Phase::kLook, scratch);
+  if (failed) return failed;
+  if (in.most_listed < s.N && s.N >= 4 * SAMPLE_ROWS) {
+    s.sample = work.take_raw<float>(SAMPLE_ROWS * s.stride);
+    for (int64_t j = 0; j < SAMPLE_ROWS; j++)
+      memcpy((void*)(s.sample + j * s.stride), in.coarse + s.sampled(j) * s.stride, s.stride * sizeof(float));
+    failed = scan_tasks(s, threads, Phase::kSample, scratch);
+    if (failed) return failed;
+    give_up(s);
+    form_blocks(s, all, active, s.lanes);
+  }
+  failed = scan_tasks(s, threads, Phase::kScan, scratch);
+  if (!failed) failed = join_lists(s, threads, scratch);
+  return failed ? failed : full_level(s, threads);
+}
+
+// The work of a scan in multiplications, at least.
+static double scan_work(const Rows& rows, const Queries& in, const LogitBounds& bound) {
+  const int64_t lanes = round_up(in.b, (int64_t)Vec<float>::W);
+  return (double)rows.n * lanes * (bound.dims[0] + bound.bands + LOOK_COORDINATES);
+}
+
+static int run_bound_scan(const Rows& rows, const Queries& in, const LogitBounds& bound, ScanResult& out,
+                          int threads) {
+  out.index = nullptr;
+  out.start[0] = 0;
+  if (in.b == 0) return kDone;
+  Scan scan;
+  if (!scan.prepare(rows, in, bound)) return kNoMemory;
+  const int failed = scan.run(threads_for(threads, scan_work(rows, in, bound)));
+  if (failed) return failed;
+  write_starts(scan.s, out);
+  out.index = (int64_t*)malloc(imax(1, out.start[in.b]) * sizeof(int64_t));
+  if (!out.index) return kNoMemory;
+  write_rows(scan.s, out.start, out.index);
+  return kDone;
 }
 
 }  // namespace MEMOKERN_ISA_NS

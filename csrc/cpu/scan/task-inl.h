@@ -12,6 +12,7 @@ struct ScanTask {
   const int64_t* order;  // [B] its queries
   int64_t B, Bp;         // how many; padded to whole vectors
   float* x0;             // the queries at level 0, packed as at() says
+  float* z;              // [Bp][k0] their coordinates there, one query after the other
   float* x_look;         // the same at the first look
   float* x_further;      // and at all further levels,
   float** x_level;       // [levels] where in it each level begins, null until it is filled
@@ -47,19 +48,21 @@ struct ScanTask {
       all += depth(*s, l);
     }
     const int64_t L = s->lanes;
-    if (!arena.reserve(Arena::bytes<float>(s->stride * L) + Arena::bytes<float>(LOOK_COORDINATES * L) +
-                       Arena::bytes<float>(all * L) + Arena::bytes<float>(s->NT * L) +
-                       Arena::bytes<float>(SCAN_TILE_ROWS * deepest) + 2 * Arena::bytes<float>(s->NT) +
-                       6 * Arena::bytes<float>(L) + Arena::bytes<float>(ROW_UNIT * s->stride) +
-                       Arena::bytes<int32_t>(L) + Arena::bytes<float*>(s->last_level + 1)))
+    if (!arena.reserve(Arena::bytes<float>(s->stride * L) + Arena::bytes<float>(s->k0 * L) +
+                       Arena::bytes<float>(LOOK_COORDINATES * L) + Arena::bytes<float>(all * L) +
+                       Arena::bytes<float>(s->NT * L) + Arena::bytes<float>(SCAN_TILE_ROWS * deepest) +
+                       2 * Arena::bytes<float>(s->NT) + 6 * Arena::bytes<float>(L) +
+                       Arena::bytes<float>(ROW_UNIT * s->stride) + Arena::bytes<int32_t>(L) +
+                       Arena::bytes<float*>(s->last_level + 1)))
       return false;
     x0 = arena.take<float>(s->stride * L);
     x_look = arena.take<float>(LOOK_COORDINATES * L);
-    x_further = arena.take<float>(all * L);
-    p = arena.take<float>(s->NT * L);
+    x_further = arena.take_raw<float>(all * L);  // queries_of_level fills it
+    z = arena.take<float>(s->k0 * L);
+    p = arena.take_raw<float>(s->NT * L);  // which level 0 writes, as it does h and bias
     y = arena.take<float>(SCAN_TILE_ROWS * deepest);
-    h = arena.take<float>(s->NT);
-    bias = arena.take<float>(s->NT);
+    h = arena.take_raw<float>(s->NT);
+    bias = arena.take_raw<float>(s->NT);
     a2 = arena.take<float>(L);
     s2 = arena.take<float>(L);
     least = arena.take<float>(L);
@@ -94,7 +97,8 @@ struct ScanTask {
       top[i] = (float)-kInf;
       if (!active) continue;
       const float* norms = s->bound->norms + b * (s->bands + 1);
-      for (int64_t k = 0; k < s->k0; k++) *at(x0, K0, i, k) = (float)q.alpha * s->bound->z[b * s->K + k];
+      for (int64_t k = 0; k < s->k0; k++)
+        *at(x0, K0, i, k) = z[i * s->k0 + k] = (float)q.alpha * s->bound->z[b * s->K + k];
       for (int64_t k = 0; k < s->bands; k++) *at(x0, K0, i, s->k0 + k) = (float)q.a * norms[k];
     }
     for (int64_t l = 0; l <= s->last_level; l++) x_level[l] = nullptr;
@@ -116,6 +120,10 @@ struct ScanTask {
         }
         rows = last_rows;
       }
+      // The processor's own prefetcher does not follow as many rows as are read side by side.
+      const char *next = (const char*)(coarse + (j + ROW_UNIT) * row),
+                 *stop = (const char*)(coarse + imin(j + 2 * ROW_UNIT, cnt) * row);
+      for (; next < stop; next += 64) __builtin_prefetch(next);
       const float* b = s->no_bias ? nullptr : bias + j;
       for (int64_t i = 0; i < Bp; i += NR) {
         const float* xi = x + i * K;

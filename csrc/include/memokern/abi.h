@@ -162,6 +162,18 @@ struct Projected {
   double* sq;
 };
 
+// What a row of a list costs, and a dense sweep of g > 0 queries: sweep + g query. In one unit.
+struct SplitCosts {
+  double listed, sweep, query;
+};
+
+// What pruning found of each query, to be written.
+struct Pruned {
+  double* threshold;  // as in ScanResult
+  int64_t* level;     // the same; 0 where the query is to be swept densely
+  int64_t* count;     // rows of its list; 0 for such a query
+};
+
 // kNotLists: RowLists that are none. kStopped: the watch said so, and the results are worth nothing. Threads
 // may find different ones: the bits of a status are those of all of them.
 enum Status : int { kDone = 0, kNoMemory = 1, kNotLists = 2, kStopped = 4 };
@@ -182,6 +194,8 @@ struct Table {
                                    const Gradients&, int threads);
   int (*project)(const CosineTransform&, const float* x, const double* alpha, int64_t b, const Projected&,
                  Watch*, int threads);
+  int (*posterior_pruned)(const Rows&, const Queries&, const CosineTransform*, const LogitBounds&,
+                          const SplitCosts*, const Sums&, const Pruned&, int threads);
 };
 
 // A number that changes when a struct does, so that a table of another build is refused and not called.
@@ -189,7 +203,7 @@ static constexpr int64_t kAbi = sizeof(Rows) + 3 * sizeof(Queries) + 5 * sizeof(
                                 11 * sizeof(States) + 13 * sizeof(Gradients) + 17 * sizeof(Neighbours) +
                                 19 * sizeof(RowLists) + 23 * sizeof(LogitBounds) + 29 * sizeof(ScanResult) +
                                 31 * sizeof(CosineTransform) + 37 * sizeof(Projected) + 41 * sizeof(Table) +
-                                43 * sizeof(Watch);
+                                43 * sizeof(Watch) + 47 * sizeof(SplitCosts) + 53 * sizeof(Pruned);
 
 const Table* table_baseline();
 const Table* table_avx2();

@@ -37,6 +37,8 @@ class Cpu(Backend):
     cosine_projection = CosineProjection
     # The sweep for a few queries, without what checks and converts.
     small_posterior = staticmethod(dense.small_posterior)
+    # Projection, scan and sums over the lists in one call, without derivatives.
+    pruned_posterior = staticmethod(listed.pruned_posterior)
 
     @functools.cache  # noqa: B019  # there is one
     def unavailable(self) -> str | None:
@@ -61,7 +63,7 @@ class Cpu(Backend):
         return str(native.module().isa())
 
     def detail(self) -> str:
-        threads = native.threads() if native.module().openmp else 1
+        threads = native.threads()
         return f"compiled kernels, {self.isa()}, {threads} thread{'s' if threads > 1 else ''}"
 
     def posterior_state(self, query: Query, rows: Rows) -> State:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -15,10 +16,22 @@ from memokern.backends.cpu.dense import (
     native_gradients,
 )
 from memokern.backends.cpu.native import addresses, module, native_query, native_rows, threads
-from memokern.calls import BasicSums, Gradients, LogitBounds, Query, RowLists, Rows, Scan, Sums
+from memokern.backends.cpu.projection import CosineProjection
+from memokern.calls import (
+    BasicSums,
+    Gradients,
+    Kept,
+    LogitBounds,
+    Query,
+    RowLists,
+    Rows,
+    Scan,
+    Sums,
+)
 from memokern.calls.checks import (
     bands_of,
     check_selectable,
+    name_of,
     prepared,
     prepared_bounds,
     prepared_lists,
@@ -33,13 +46,11 @@ def bound_scan(query: Query, rows: Rows, bounds: LogitBounds) -> Scan:
     q, b = prepared(query, rows), query.x.shape[0]
     native, keep = native_rows(rows)
     held = prepared_bounds(bounds, b, rows)
-    dims = torch.tensor(held.dims, dtype=torch.int64)
-    first_band = torch.tensor(held.first_band, dtype=torch.int64)
     start = torch.empty(b + 1, dtype=torch.int64)
     threshold, level = torch.empty(b, dtype=_F64), torch.empty(b, dtype=torch.int64)
     found = module().bound_scan(
-        native, native_query(q, rows), _native_bounds(held, dims, first_band), start.data_ptr(),
-        threshold.data_ptr(), level.data_ptr(), threads(),
+        native, native_query(q, rows), _native_bounds(held), start.data_ptr(), threshold.data_ptr(),
+        level.data_ptr(), threads(),
     )  # fmt: skip
     index = torch.empty(found.count, dtype=torch.int64)
     found.copy(index.data_ptr())
@@ -47,8 +58,52 @@ def bound_scan(query: Query, rows: Rows, bounds: LogitBounds) -> Scan:
     return Scan(RowLists(start, index), threshold, level)
 
 
-def _native_bounds(bounds: LogitBounds, dims: Tensor, first_band: Tensor) -> tuple[Any, ...]:
+def pruned_posterior(
+    query: Query,
+    rows: Rows,
+    bounds: LogitBounds,
+    projection: CosineProjection | None,
+    costs: tuple[float, float, float] | None,
+) -> tuple[Sums, Kept, int]:
+    """The sums over the rows that :func:`bound_scan` would list, in one call.
+
+    projection: of the queries to the index's coordinates; the bounds' own z, norms, margin and sq
+    are then not looked at. None where they have them. costs: of a row listed, of a sweep, and of
+    each query in it: those queries are given up, too, whose lists cost more than a sweep would.
+
+    Returns the sums, which are those of no row (log_z -inf) for queries given up; what the scan
+    found, level 0 and no row for these; and how many they are.
+    """
+    check_selectable(query, "pruned_posterior")
+    q, b = prepared(query, rows), query.x.shape[0]
+    native, keep = native_rows(rows)
+    if projection is None:
+        transform, held = None, prepared_bounds(bounds, b, rows)
+    elif q.x.dtype == torch.float32:
+        transform, held = projection.native, bounds
+    else:
+        raise TypeError(f"the projection takes float32 queries, not {name_of(q.x.dtype)}")
+    sums = empty_sums(q)
+    threshold = torch.empty(b, dtype=_F64)
+    level, count = torch.empty(b, dtype=torch.int64), torch.empty(b, dtype=torch.int64)
+    found = Kept(threshold, level, count)
+    given_up: int = module().posterior_pruned(
+        native, native_query(q, rows), transform, _native_bounds(held), costs, addresses(sums),
+        addresses(found), threads(),
+    )  # fmt: skip
+    del keep
+    return sums if q.x.dtype == query.x.dtype else in_type(sums, query.x.dtype), found, given_up
+
+
+@functools.lru_cache(maxsize=64)
+def _int64s(numbers: tuple[int, ...]) -> Tensor:
+    """The numbers as a kernel takes them."""
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu")
+
+
+def _native_bounds(bounds: LogitBounds) -> tuple[Any, ...]:
     """struct LogitBounds."""
+    dims, first_band = _int64s(tuple(bounds.dims)), _int64s(tuple(bounds.first_band))
     return (
         bounds.coarse.data_ptr(), bounds.fine.data_ptr(), bounds.fine.dtype == torch.float16,
         bounds.z.data_ptr(), bounds.norms.data_ptr(), bounds.margin.data_ptr(),

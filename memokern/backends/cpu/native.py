@@ -8,7 +8,6 @@ The tensors must outlive the call.
 from __future__ import annotations
 
 import functools
-import os
 from types import ModuleType
 from typing import Any
 
@@ -48,23 +47,9 @@ def weightings() -> dict[str, int]:
     return codes
 
 
-_forked = False
-
-
-def _note_fork() -> None:
-    global _forked
-    _forked = True
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_note_fork)
-
-
 def threads() -> int:
-    """How many threads a kernel runs on: as many as PyTorch's operations, and one in a process that
-    was forked: the threads that OpenMP believes it has were not copied, and would be waited for
-    without end."""
-    return 1 if _forked else torch.get_num_threads()
+    """How many threads a kernel may use: as many as PyTorch's operations."""
+    return torch.get_num_threads()
 
 
 def native_rows(rows: Rows) -> tuple[tuple[Any, ...], tuple[Tensor | None, ...]]:

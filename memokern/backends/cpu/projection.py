@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -58,6 +60,11 @@ class CosineProjection:
     def side() -> int:
         """To whose multiples the kernel pads a box."""
         return int(module().PROJECTION_SIDE)
+
+    @property
+    def native(self) -> tuple[Any, ...]:
+        """struct CosineTransform."""
+        return self._native
 
     def __call__(self, x: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """z, norms, margin, sq of x [B, D] float32 with alpha [B] float64."""
