@@ -203,9 +203,8 @@ def test_the_time_is_up_before_anything_is_known(tmp_path) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="not Linux")
-@pytest.mark.parametrize(
-    "number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.long)]
-)
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.long
 def test_a_run_that_is_stopped_leaves_what_it_had(number: signal.Signals, tmp_path) -> None:
     """While a step hangs, too; and no process of it is left."""
     out = tmp_path / "page.md"

@@ -10,7 +10,10 @@ import pytest
 
 from tools import sanitize_cuda
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++"),
+]
 
 
 class Fault(NamedTuple):
@@ -74,19 +77,15 @@ PLANTED = {
         "use-after-poison",
     ),
 }
-QUICK = "copies of other bytes than are expected"
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("build", ["address", "thread"])
 def test_a_slice_is_clean(build: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     status = sanitize_cuda.main(["--only", build, "--every", "3", "--out", str(tmp_path)])
     assert status == 0, capfd.readouterr()
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[] if n == QUICK else [pytest.mark.long]) for n in PLANTED]
-)
+@pytest.mark.parametrize("name", PLANTED)
 def test_planted_faults_are_found(
     name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
