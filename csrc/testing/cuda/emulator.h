@@ -66,9 +66,14 @@ float from_half(u16 h);
 u16 to_brain(float v);
 u32 half2_subtract(u32 a, u32 b);
 
+typedef void (*Body)(const void* params);
+// The body that a kernel is.
+template <class P, void (*kKernel)(const P&)>
+void body(const void* params) {
+  kKernel(*(const P*)params);
+}
 // Runs a kernel of `clusters` clusters of `size` blocks; grid_y of these where there are several. seed 0:
 // warps run in order; else in a random one.
-typedef void (*Body)(const void* params);
 void launch(Body body, const void* params, int clusters, int grid_y, int size, int threads, i64 shared_bytes,
             unsigned seed);
 

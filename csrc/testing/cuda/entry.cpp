@@ -15,12 +15,9 @@ struct Entry {
   int cluster, threads;
   i64 shared_bytes;
 };
-template <class P, void (*kKernel)(const P&)>
-void run(const void* params) {
-  kKernel(*(const P*)params);
-}
 
-#define MK_ENTRY(name, params, cluster, threads, bytes) {#name, run<params, name>, cluster, threads, bytes}
+#define MK_ENTRY(name, params, cluster, threads, bytes) \
+  {#name, emulator::body<params, name>, cluster, threads, bytes}
 const Entry entries[] = {
 #if defined(MK_IS_SWEEP)
     MK_ENTRY(memokern_sweep, SweepParams, kCluster, kThreads, shared_bytes()),

@@ -17,42 +17,25 @@ static bool solve(const Problem& q) {
 
   split_queries(q, a, terms, table);
 
-  SweepParams sweep = {};
-  sweep.rows = a.data.stored.data();
-  sweep.sq_norms = a.norms.data();
-  sweep.bias = a.bias.data();
+  SweepParams sweep = sweep_params_of<SweepParams>(q, a);
   sweep.terms = terms.data();
   sweep.table = table.data();
-  sweep.x = a.x.data();
-  sweep.sigma = a.sigma.data();
-  sweep.alpha = a.alpha.data();
   sweep.states = states.data();
   sweep.acc = acc.data();
   sweep.near = near.data();
-  sweep.scale = a.scale;
-  sweep.shift = a.shift;
-  sweep.b = q.b;
-  sweep.n = q.n;
-  sweep.d = sweep.stride = q.d;
-  emulator::launch(kernel<SweepParams, memokern_sweep>, &sweep, q.clusters, 1, kCluster, kThreads,
+  emulator::launch(emulator::body<SweepParams, memokern_sweep>, &sweep, q.clusters, 1, kCluster, kThreads,
                    shared_bytes(), q.seed);
 
   auto mean = nothing<float>(q.b * q.d), residual = mean, score = mean;
   auto log_z = nothing<double>(q.b), logit = log_z, mean_bias = log_z, weight_sq = log_z;
-  FinishParams finish = {};
+  FinishParams finish = params_of<FinishParams>(q, a);
   finish.states = states.data();
   finish.acc = acc.data();
   finish.near = near.data();
   finish.table = table.data();
-  finish.x = a.x.data();
-  finish.sigma = a.sigma.data();
-  finish.alpha = a.alpha.data();
   finish.temperature = a.temperature.data();
   finish.center = a.center.data();
-  finish.scale = a.scale;
   finish.zero = a.shift - Numbers::kOffset * a.scale;
-  finish.b = q.b;
-  finish.d = q.d;
   finish.dp = kDP;
   finish.parts = q.clusters;
   finish.queries = kQueries;
@@ -64,7 +47,7 @@ static bool solve(const Problem& q) {
   finish.weight_sq = weight_sq.data();
   finish.score = score.data();
   finish.log_threshold = -INFINITY;
-  emulator::launch(kernel<FinishParams, memokern_finish_sums>, &finish, (int)q.b,
+  emulator::launch(emulator::body<FinishParams, memokern_finish_sums>, &finish, (int)q.b,
                    (int)((q.d + kFinishFeatures - 1) / kFinishFeatures), 1, kFinishThreads, 0, q.seed);
 
   for (i64 b = 0; b < q.b; b++) {

@@ -11,10 +11,6 @@
 
 using namespace memokern::cuda;
 
-template <class P, void (*kKernel)(const P&)>
-static void kernel(const void* params) {
-  kKernel(*(const P*)params);
-}
 template <class T>
 static std::vector<T> nothing(i64 n) {
   std::vector<T> v(n);
@@ -114,27 +110,46 @@ static Given given_of(const Problem& q) {
   return a;
 }
 
+// Parameters with what all kernels that own queries are given of the problem.
+template <class P>
+static P params_of(const Problem& q, const Given& a) {
+  P p = {};
+  p.x = a.x.data();
+  p.sigma = a.sigma.data();
+  p.alpha = a.alpha.data();
+  p.scale = a.scale;
+  p.b = q.b;
+  p.d = q.d;
+  return p;
+}
+// And with what those are given that sweep over rows.
+template <class P>
+static P sweep_params_of(const Problem& q, const Given& a) {
+  P p = params_of<P>(q, a);
+  p.rows = a.data.stored.data();
+  p.sq_norms = a.norms.data();
+  p.bias = a.bias.data();
+  p.shift = a.shift;
+  p.n = q.n;
+  p.stride = q.d;
+  return p;
+}
+
 // The first launch of a sweep.
 static void split_queries(const Problem& q, const Given& a, std::vector<u16>& terms,
                           std::vector<double>& table) {
-  QueriesParams queries = {};
-  queries.x = a.x.data();
-  queries.sigma = a.sigma.data();
-  queries.alpha = a.alpha.data();
+  QueriesParams queries = params_of<QueriesParams>(q, a);
   queries.temperature = a.temperature.data();
   queries.center = a.center.data();
   queries.terms = terms.data();
   queries.table = table.data();
-  queries.scale = a.scale;
   queries.shift = a.shift;
-  queries.b = q.b;
-  queries.d = q.d;
   queries.dp = kDP;
   queries.queries = kQueries;
   queries.depth = kFeatures;
   queries.log = kLogWeights;
-  emulator::launch(kernel<QueriesParams, memokern_queries>, &queries, kQueries, 1, 1, kQueryThreads, 512,
-                   q.seed);
+  emulator::launch(emulator::body<QueriesParams, memokern_queries>, &queries, kQueries, 1, 1, kQueryThreads,
+                   512, q.seed);
 }
 
 static int solve_all(bool (*solve)(const Problem&)) {

@@ -11,7 +11,7 @@
 
 template <void (*kKernel)(const GradientParams&)>
 static void go(const GradientParams& p, i64 blocks, int threads, i64 shared, unsigned seed) {
-  emulator::launch(kernel<GradientParams, kKernel>, &p, (int)blocks, 1, 1, threads, shared, seed);
+  emulator::launch(emulator::body<GradientParams, kKernel>, &p, (int)blocks, 1, 1, threads, shared, seed);
 }
 
 static bool solve(const Problem& q) {
@@ -30,18 +30,12 @@ static bool solve(const Problem& q) {
   auto grad_sigma = nothing<double>(q.b), grad_alpha = grad_sigma, grad_temperature = grad_sigma,
        grad_bias = nothing<double>(q.n);
 
-  GradientParams p = {};
-  p.rows = a.data.stored.data();
-  p.sq_norms = a.norms.data();
-  p.bias = a.bias.data();
+  GradientParams p = sweep_params_of<GradientParams>(q, a);
   p.center = a.center.data();
   p.terms = terms.data();
   p.table = table.data();
   p.grad_terms = grad_terms.data();
   p.grad_table = grad_table.data();
-  p.x = a.x.data();
-  p.sigma = a.sigma.data();
-  p.alpha = a.alpha.data();
   p.temperature = a.temperature.data();
   p.mean = mean.data();
   p.grad_mean = grad_mean.data();
@@ -60,18 +54,13 @@ static bool solve(const Problem& q) {
   p.grad_alpha = grad_alpha.data();
   p.grad_temperature = grad_temperature.data();
   p.grad_bias = grad_bias.data();
-  p.scale = a.scale;
-  p.shift = a.shift;
   p.zero = a.shift - Numbers::kOffset * a.scale;
-  p.b = q.b;
-  p.n = q.n;
-  p.d = p.stride = q.d;
   p.dp = kDP;
   p.parts = q.clusters;
   p.queries = kQueries;
   p.first = 1;
   go<memokern_gradient_terms>(p, kQueries, kQueryThreads, 512, q.seed);
-  emulator::launch(kernel<GradientParams, memokern_gradient>, &p, q.clusters, 1, kCluster, kThreads,
+  emulator::launch(emulator::body<GradientParams, memokern_gradient>, &p, q.clusters, 1, kCluster, kThreads,
                    shared_bytes(), q.seed);
   go<memokern_gradient_ties>(p, q.b, kTieThreads, 512, q.seed);
   go<memokern_gradient_bias>(p, (q.n + kBiasThreads - 1) / kBiasThreads, kBiasThreads, 0, q.seed);
