@@ -12,6 +12,7 @@ decorated, its own library's among them, so conftest.py sets it before anything 
 
 from __future__ import annotations
 
+import inspect
 import os
 import warnings
 from typing import Any
@@ -124,6 +125,72 @@ def remember() -> None:
         if value.size and not (bounds.min <= value.min() and value.max() <= bounds.max):
             raise OverflowError(f"{left.type.scalar} overflows in a kernel's {operation.__name__}")
 
+    meet, unwrap = semantic.binary_op_type_checking_impl, tl.core._unwrap_if_constexpr
+    handle = interpreter.TensorHandle
+    kept: dict[Any, Any] = {}
+
+    def stretched(value: Any, wanted: Any) -> Any:
+        if wanted is None:
+            return value
+        kind, shape = wanted
+        data = np.broadcast_to(value.handle.data, shape)
+        return tl.tensor(handle(data, value.handle.dtype), kind)
+
+    def stretch(before: Any, after: Any) -> Any:
+        """How a value becomes what Triton made of it: None where it stays. No cast is among it."""
+        if before is after:
+            return None
+        if before.dtype.name != after.dtype.name:
+            raise LookupError
+        return after.type, tuple(after.handle.data.shape)
+
+    def operands(self: Any, left: Any, right: Any, *rules: Any, **named: Any) -> Any:
+        """What Triton makes of two operands, found once for each pair of types."""
+        if type(left) is not tl.tensor or type(right) is not tl.tensor:
+            number, block = (right, left) if type(left) is tl.tensor else (left, right)
+            if type(number) not in (int, float) or type(block) is not tl.tensor or number != number:
+                return meet(self, left, right, *rules, **named)
+            key = (block.type.name, number is left, type(number), number, *rules, *named.items())
+            known = kept.get(key)
+            if known is None:
+                pair = meet(self, left, right, *rules, **named)
+                same, known = pair if block is left else pair[::-1]
+                if same is block:
+                    known.handle.data.flags.writeable = False
+                    kept[key] = known
+                return pair
+            return (known, right) if number is left else (left, known)
+        key = (left.type.name, right.type.name, *rules, *named.items())
+        plan = kept.get(key)
+        if plan:
+            return stretched(left, plan[0]), stretched(right, plan[1])
+        a, b = meet(self, left, right, *rules, **named)
+        if plan is None:
+            try:
+                kept[key] = stretch(left, a), stretch(right, b)
+            except LookupError:
+                kept[key] = False
+        return a, b
+
+    as_they_are = (tl.tensor, int, float, type(None))
+
+    def without_constexpr(value: Any) -> Any:
+        return value if type(value) in as_they_are else unwrap(value)
+
+    builtins: dict[Any, list[tuple[str, Any]]] = {}
+
+    def patch_builtin(package: Any, builder: Any, scope: Any) -> None:
+        """Each launch replaces Triton's functions by those that interpret: which ones stays."""
+        if package not in builtins:
+            members = inspect.getmembers(package)
+            builtins[package] = [(k, v) for k, v in members if tl.core.is_builtin(v)]
+        for name, member in builtins[package]:
+            if getattr(package, name) is member:
+                interpreter._patch_attr(package, name, member, builder, scope)
+
+    interpreter._patch_builtin = patch_builtin
+    semantic.binary_op_type_checking_impl = operands
+    tl.core._unwrap_if_constexpr = without_constexpr
     semantic.broadcast_impl_value = broadcast
     semantic.binary_op_sanitize_overflow_impl = check_overflow
 

@@ -59,6 +59,14 @@ struct WorkSpaces {
   T* items;
   int n;
   explicit WorkSpaces(int count) : items((T*)calloc(count, sizeof(T))), n(count) {}
+  // Reserves the memory of each, as T::reserve says. False where there is not enough.
+  template <class... Args>
+  bool reserve(const Args&... args) {
+    if (!items) return false;
+    for (int i = 0; i < n; i++)
+      if (!items[i].reserve(args...)) return false;
+    return true;
+  }
   ~WorkSpaces() {
     if (items)
       for (int i = 0; i < n; i++) items[i].~T();

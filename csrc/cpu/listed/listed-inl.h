@@ -315,9 +315,7 @@ static int run_posterior_listed(const Rows& rows, const Queries& in, const RowLi
   double* wide = joined.take<double>(Dp);
   const int workers = (int)imax(1, imin(threads, count));
   WorkSpaces<ListedWork> own(workers);
-  if (!own.items) return kNoMemory;
-  for (int i = 0; i < workers; i++)
-    if (!own.items[i].reserve(in, D)) return kNoMemory;
+  if (!own.reserve(in, D)) return kNoMemory;
   const int failed = for_parts(workers, count, [&](int64_t k, int worker) {
     ListedWork& w = own.items[worker];
     Piece& c = pieces[k];

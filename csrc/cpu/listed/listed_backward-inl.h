@@ -150,9 +150,7 @@ static int run_posterior_listed_backward(const Rows& rows, const Queries& in, co
   const ListedBackward s = {&p, &in, &list, &grads, &out, t, gy, xy, r2};
   const int workers = (int)imax(1, imin(threads, count));
   WorkSpaces<ListedWork> own(workers);
-  if (!own.items) return kNoMemory;
-  for (int i = 0; i < workers; i++)
-    if (!own.items[i].reserve(in, D)) return kNoMemory;
+  if (!own.reserve(in, D)) return kNoMemory;
   int failed = for_parts(workers, count, [&](int64_t k, int worker) {
     ListedWork& w = own.items[worker];
     return listed_products(s, pieces[k], query_in_double(in, pieces[k].b, D, w.x), w.sum, w.pace);

@@ -115,9 +115,7 @@ static int nearest_typed(const Rows& rows, const Queries& given, const Neighbour
   threads = threads_for(threads, (double)rows.n * rows.d * given.b);
   const int parts = (int)imax(1, imin(threads, tiles));
   WorkSpaces<SweepWork<R>> list(parts);
-  if (!list.items) return kNoMemory;
-  for (int i = 0; i < parts; i++)
-    if (!list.items[i].reserve(pl, in)) return kNoMemory;
+  if (!list.reserve(pl, in)) return kNoMemory;
   CandidateLists lists;
   if (!lists.reserve(pl.B, parts, k, imin(rows.n, (tiles + parts - 1) / parts * pl.NT))) return kNoMemory;
   for (int64_t m = 0; m < blocks; m++) {

@@ -96,10 +96,8 @@ static int backward_typed(const Rows& rows, const Queries& in, const BackwardArg
   const bool by_queries = blocks >= 2 * threads || tiles < 2;
   const int parts = (int)imax(1, imin(threads, by_queries ? blocks : tiles));
   WorkSpaces<BackwardWork<R>> list(parts);
+  if (!list.reserve(pl, in, rows.n)) return kNoMemory;
   BackwardWork<R>* work = list.items;
-  if (!work) return kNoMemory;
-  for (int i = 0; i < parts; i++)
-    if (!work[i].reserve(pl, in, rows.n)) return kNoMemory;
   int failed = 0;
   for (int64_t k0 = 0; k0 < blocks; k0 += by_queries ? blocks : 1) {
     failed = for_parts(threads, parts, [&](int64_t i, int) {

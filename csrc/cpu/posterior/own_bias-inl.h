@@ -86,12 +86,12 @@ template <class R>
 struct OwnBias {
   enum { W = Vec<R>::W, V = Vec<double>::W, VECTORS = W / V, ROWS = 4 };
   typedef Vec<double>::T T;
-  const Queries* in;      // null where no query has a bias of its own
-  double* c;              // [Bp / W][k][W] the conditions, queries across the lanes
-  double *base, *factor;  // [Bp] |c - a|^2 and condition_factor(h)
-  int64_t* left_out;      // [Bp]
-  double *part, *exact;   // [NT][W] what the conditions add, and all of it
-  R *rounded, *finite;    // [NT][W] the same as R, and with 0 for -inf
+  const Queries* in = nullptr;                // null where no query has a bias of its own
+  double* c = nullptr;                        // [Bp / W][k][W] the conditions, queries across the lanes
+  double *base = nullptr, *factor = nullptr;  // [Bp] |c - a|^2 and condition_factor(h)
+  int64_t* left_out = nullptr;                // [Bp]
+  double *part = nullptr, *exact = nullptr;   // [NT][W] what the conditions add, and all of it
+  R *rounded = nullptr, *finite = nullptr;    // [NT][W] the same as R, and with 0 for -inf
 
   static int64_t bytes(const Plan& pl, const Queries& q) {
     if (!has_own_bias(q)) return 0;
@@ -100,8 +100,6 @@ struct OwnBias {
            2 * Arena::bytes<R>(pl.NT * W);
   }
   void take(const Plan& pl, const Queries& q, Arena& arena) {
-    in = nullptr;
-    part = exact = nullptr;
     if (!has_own_bias(q)) return;
     in = &q;
     c = arena.take<double>(pl.Bp * q.conditions.k);

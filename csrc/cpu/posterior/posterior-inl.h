@@ -39,10 +39,8 @@ static int posterior_general(const CentredRows<R>& c, const Queries& in, const O
   const bool by_queries = blocks >= 2 * threads || tiles < 2;
   const int parts = (int)imax(1, imin(threads, by_queries ? blocks : tiles));
   WorkSpaces<SweepWork<R>> list(parts);
+  if (!list.reserve(pl, in)) return kNoMemory;
   SweepWork<R>* work = list.items;
-  if (!work) return kNoMemory;
-  for (int i = 0; i < parts; i++)
-    if (!work[i].reserve(pl, in)) return kNoMemory;
   const auto finish_query = [&](SweepWork<R>& w, int64_t b, int64_t b0) {
     const auto run = [&](int64_t d) { return acc_at(pl, w.acc, b, d); };
     finish(c.src, w.q[b], w.st[b], w.close[b], c.src.unit, run, b0 + b, out);
