@@ -148,6 +148,7 @@ def test_missing_matplotlib_is_told_before_the_work(tmp_path, monkeypatch) -> No
         assert "pip install 'memokern[plot]'" in done.stderr and done.stderr.count("\n") == 1
 
 
+@pytest.mark.long
 def test_interrupt_leaves_no_output(tmp_path) -> None:
     command = ["sample", "-n", "4000", "--steps", "100000", "-o", str(tmp_path / "a.npz")]
     # SIGINT may be ignored in a test runner's children; ask for Python's own handler.

@@ -7,14 +7,14 @@ import torch
 
 from memokern import TrainingSet, functional, memorization
 from memokern.apps import demo
-from tests.apps.cli_calls import process
+from tests.apps.cli_calls import call
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_demo_shows_the_cure(tmp_path) -> None:
-    done = process("demo", "--out", tmp_path / "d", "-n", 4)
-    assert (done.returncode, done.stderr) == (0, "")
+    done = call("demo", "--out", tmp_path / "d", "-n", 4)
+    assert (done.exit_code, done.stderr) == (0, "")
     for file in ("unregularised", "tikhonov", "empirical-bayes"):
         assert (tmp_path / "d" / f"{file}.png").read_bytes().startswith(b"\x89PNG")
         assert f"{file}.png" in done.stdout
