@@ -6,6 +6,8 @@
 # make lint     ruff, clang-format and mypy
 # make integrations  other projects' samplers and pipelines on memokern.integrations: installs them (half a GB beside PyTorch; five minutes,
 #                 for the C++ is compiled again) and runs their tests (one minute)
+# make docs     the documentation site, into build/site: every warning is an error, every link checked; runs the gallery
+# make gallery  the gallery's scripts anew, with the time that each takes
 # make peers    what make bench compares with
 # make gpu-check  where there is a GPU: each operation against float64, then times beside the peers', within minutes
 #                 (ARGS="--minutes 15", ARGS="--help"); else: every kernel compiled
@@ -33,7 +35,7 @@ BIN = $(VENV)/bin
 SOURCES = $(shell find csrc -type f) setup.py pyproject.toml
 CPP = $(shell find csrc tests/cpp -name "*.h" -o -name "*.cpp" -o -name "*.cu")
 
-.PHONY: demo test test-all fuzz bench lint integrations peers gpu-check kernels cubins sanitize sanitize-cpu sanitize-cuda neon clean
+.PHONY: demo test test-all fuzz bench lint integrations docs gallery peers gpu-check kernels cubins sanitize sanitize-cpu sanitize-cuda neon clean
 
 # What was installed once stays: TORCH and TRITON choose for a new environment.
 INSTALL = $(BIN)/pip install -q --disable-pip-version-check
@@ -88,6 +90,20 @@ integrations: $(VENV)/.dev-installed
 	MEMOKERN_BUILD_TESTING=1 $(INSTALL) "$(TORCH)" -e ".[integrations]"
 	$(INSTALL) --no-deps $(CLIENTS)
 	$(BIN)/python -m pytest -n 2 tests/integrations "tests/test_docs.py::test_docstring_examples" -k integrations $(ARGS)
+
+$(VENV)/.docs-installed: pyproject.toml $(VENV)/.dev-installed
+	MEMOKERN_BUILD_KERNELS=0 $(INSTALL) -e ".[docs]"
+	@touch $@
+
+SITE = build/site
+SPHINX = $(BIN)/python -m sphinx -q -W --keep-going -d build/site-doctrees
+
+docs: $(VENV)/.docs-installed
+	$(SPHINX) -b html docs $(SITE) $(ARGS)
+	$(BIN)/python -m tools.check_site $(SITE)
+
+gallery: $(VENV)/.docs-installed
+	$(SPHINX) -b html -D sphinx_gallery_conf.run_stale_examples=True docs $(SITE) $(ARGS)
 
 bench: $(VENV)/.dev-installed
 	$(BIN)/python -m bench $(ARGS)

@@ -54,14 +54,27 @@ def test_readme_python_runs(tmp_path, monkeypatch):
         exec(compile(block, "README.md", "exec"), scope)
 
 
+# Other projects' packages run this one's, in tests/integrations.
+PAGES = sorted(
+    str(page.relative_to(ROOT / "docs").with_suffix(""))
+    for page in (ROOT / "docs").rglob("*.md")
+    if "```python" in page.read_text() and page.stem != "integrations"
+)
+LONG_PAGES: set[str] = set()
+
+
+def test_pages_have_examples():
+    assert len(PAGES) > 6
+    assert set(PAGES) >= LONG_PAGES
+
+
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(
-    "page", ["conditional", "densities", "distributed", "memorization", "samplers", "training"]
+    "page", [pytest.param(p, marks=[pytest.mark.long] * (p in LONG_PAGES)) for p in PAGES]
 )
 def test_examples_of_pages_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = readme_blocks("python", f"docs/{page}.md")
-    assert blocks
     scope: dict = {}
     for block in blocks:
         exec(compile(block, page, "exec"), scope)

@@ -99,8 +99,8 @@ def ode(
 
     Raises:
         TypeError, ValueError: wrong arguments, before anything is computed. RuntimeError: rk45
-        cannot go on, as from alpha = 0 (flow matching, cosine) with a regulariser that gates: see
-        :func:`memokern.regularizers.evaluate`.
+            cannot go on, as from alpha = 0 (flow matching, cosine) with a regulariser that gates:
+            see :func:`memokern.regularizers.evaluate`.
 
     Gradients: with respect to starts that require them, for all but rk45.
 

@@ -1,0 +1,57 @@
+"""
+Early stopping
+==============
+
+A network learns first what many rows share and then the rows themselves. We watch a small one on
+twelve points of the plane, and stop it before it copies.
+"""
+
+# %%
+# The metric samples the network every so often and counts samples within 0.1 of a row.
+
+import matplotlib.pyplot as plt
+import torch
+
+from memokern import memorization, processes, samplers
+from memokern.training import MLP, LearnedDenoiser, Trainer, losses, memorised
+
+angle = torch.arange(12) * 2 * torch.pi / 12
+rows = torch.stack([angle.cos(), angle.sin()], dim=1)  # twelve points of the unit circle
+
+
+def near(samples, data):
+    return memorization.collapse(samples, data, tol=0.1)
+
+
+def train(steps):
+    torch.manual_seed(0)  # the weights that the network starts with
+    model = LearnedDenoiser(MLP((2,), width=128), processes.VP(), output="eps", sigma_data=0.7)
+    trainer = Trainer(
+        model,
+        losses.Denoising("eps"),
+        rows,
+        batch_size=128,
+        lr=2e-3,
+        metrics={"memorised": memorised(rows, 256, criterion=near)},
+    )
+    return trainer, trainer.fit(steps, every=150)
+
+
+trainer, history = train(3000)
+step, fraction = history.column("step"), history.column("memorised")
+stop = history.first_step("memorised", 0.5)
+print(f"half of the samples are copies from step {stop}; at the end {fraction[-1]:.0%}")
+
+# %%
+# The same run again, stopped early: ``EarlyStopping("memorised", above=0.5)`` does this by itself.
+
+early, _ = train(300)
+figure, (left, middle, right) = plt.subplots(1, 3, figsize=(9, 3.1), layout="constrained")
+left.plot(step, fraction, marker="o", markersize=3)
+left.set(xlabel="step", ylabel="copies", ylim=(-0.03, 1.03), title="memorised fraction")
+for axis, run, title in ((middle, early, "after 300 steps"), (right, trainer, "after 3000 steps")):
+    x = samplers.ode(run.result(), 400, seed=1).x
+    axis.scatter(*x.T, s=4, alpha=0.5)
+    axis.scatter(*rows.T, s=26, c="white", edgecolors="black")
+    axis.set(title=title, xlim=(-1.6, 1.6), ylim=(-1.6, 1.6), aspect="equal")
+plt.show()
