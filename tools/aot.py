@@ -24,6 +24,7 @@ from typing import Any
 
 from memokern.backends.triton import variants as listing
 from memokern.backends.triton.core.variant import Variant
+from memokern.util import writing
 from tools.resources import page
 
 
@@ -208,7 +209,7 @@ def table(
             tell(row(found[done]))
             if kept is not None:
                 kept.parent.mkdir(exist_ok=True)
-                kept.write_text(json.dumps(known))
+                writing.write_json(kept, known)
     return [row(pair) for pair in pairs]
 
 

@@ -31,6 +31,7 @@ from memokern.backends.cuda import variants as listing
 from memokern.backends.cuda.core import compiler, machine, sources
 from memokern.backends.cuda.core.variant import Variant
 from memokern.backends.cuda.posterior import variants as posterior
+from memokern.util import writing
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "cuda-kernels.md"
@@ -232,9 +233,9 @@ def table(
                 failed[pair] = row
             else:
                 known[keys[pair]] = row
+                KEPT.parent.mkdir(exist_ok=True)
+                writing.write_json(KEPT, known)
             print(line(row), flush=True)
-    KEPT.parent.mkdir(exist_ok=True)
-    KEPT.write_text(json.dumps(known))
     rows = ((pair, failed.get(pair) or known.get(keys[pair])) for pair in asked)
     return [{**row, "variant": v.name, "target": t} for (v, t), row in rows if row is not None]
 
