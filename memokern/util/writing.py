@@ -152,8 +152,12 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
     Raises TypeError for what JSON cannot hold, and as `atomic`.
     """
-    text = json.dumps(_plain(value), indent=2, allow_nan=False, ensure_ascii=False)
-    write_bytes(path, (text + "\n").encode())
+    write_bytes(path, (json_text(value) + "\n").encode())
+
+
+def json_text(value: Any) -> str:
+    """Indented JSON, as :func:`write_json` writes it. TypeError for what JSON cannot hold."""
+    return json.dumps(_plain(value), indent=2, allow_nan=False, ensure_ascii=False)
 
 
 def _plain(value: Any) -> Any:

@@ -11,6 +11,7 @@ from memokern.apps.cli.common import Group
 from memokern.apps.cli.metrics import memorization
 from memokern.apps.cli.other import demo, index, info, reproduce
 from memokern.apps.cli.sample import sample
+from memokern.apps.cli.shell import completion, show
 from memokern.apps.cli.train import train
 
 __all__ = ["main"]
@@ -28,6 +29,9 @@ def main(context: click.Context) -> None:
     """Closed-form diffusion scores of a training set: sample, measure memorisation, and reproduce
     the analysis.
 
+    `memokern help COMMAND` shows a command's manual page, `memokern COMMAND --help` the short of
+    it.
+
     Exit codes: 0 done, 1 failed while computing or writing, 2 wrong input, 130 interrupted. Files
     are written whole or not at all.
     """
@@ -35,5 +39,5 @@ def main(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for command in (sample, train, memorization, index, reproduce, demo, info):
+for command in (sample, train, memorization, index, reproduce, demo, info, show, completion):
     main.add_command(command)

@@ -92,7 +92,7 @@ def read(
     labels, rows = None, float(data.n)
     if label is not None:
         numbers = [_integer(part) for part in label.split(",")]
-        sizes = [_rows_of_label(data, number) for number in numbers]
+        sizes = [of_label(data, number).n for number in numbers]
         labels = torch.tensor([numbers[i % len(numbers)] for i in range(count)])
         rows = sum(sizes[i % len(sizes)] for i in range(count)) / count
     wanted = None
@@ -129,15 +129,15 @@ def _number(text: str) -> float:
         raise common.WrongInput(f"--condition: {text!r} is not a number") from None
 
 
-def _rows_of_label(data: TrainingSet, label: int) -> int:
-    """How many rows have this label; wrong input if none has, or none can."""
+def of_label(data: TrainingSet, label: int) -> TrainingSet:
+    """The rows of this label; wrong input if none has it, or none can."""
     if data.labels is None:
         raise common.WrongInput(
             "--label: the data have no labels; a .npz or .safetensors file brings them as an "
             "array 'labels' of one integer for each row, another file by --labels"
         )
     with common.wrong_input("--label"):
-        return len(data.where(label))
+        return data.where(label)
 
 
 def described(facts: dict[str, Any]) -> str:

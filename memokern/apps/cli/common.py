@@ -31,6 +31,7 @@ INDEX_ROWS, INDEX_DIM, INDEX_PAYS = 2000, 256, 4000
 
 MOST_NAME_BYTES = 255  # of a file, with all common file systems
 
+STDOUT = Path("-")  # stands for the standard output where a file is expected
 DIGITS = "digits"  # stands for the embedded data set where a file is expected
 
 
@@ -336,7 +337,7 @@ def check_outputs(outputs: Sequence[tuple[str, Path | None, tuple[str, ...]]], f
     """
     seen: dict[Path, str] = {}
     for option, path, suffixes in outputs:
-        if path is None:
+        if path is None or path == STDOUT:
             continue
         with wrong_input(option):  # the system may refuse the name or the folder
             _check_output(path, suffixes, force)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
 
 from memokern import memorization as metrics
 from memokern.apps import curves, figures
-from memokern.apps.cli import common, ranks
+from memokern.apps import report as reports
+from memokern.apps.cli import as_json, common, pages, ranks
+from memokern.data import folders
 from memokern.strategies.pruned_nearest import MOST_ASKED
-from memokern.util import writing
 
 
-@click.command(short_help="Measure how many samples are copies of rows.")
+@click.command(cls=pages.Command, short_help="Measure how many samples are copies of rows.")
 @click.argument("samples", metavar="SAMPLES")
 @click.argument("data", metavar="DATA")
 @click.option(
@@ -55,18 +59,20 @@ from memokern.util import writing
     type=click.IntRange(min=0),
     help="Closest samples to list.",
 )
-@click.option(
-    "--json",
-    "report",
-    type=click.Path(path_type=Path),
-    metavar="FILE.json",
-    help="Write fractions and per-sample values as JSON.",
-)
+@as_json.json_option
 @click.option(
     "--picture",
     type=click.Path(path_type=Path),
     metavar="FILE.png",
     help="A histogram of each criterion; .png, .pdf or .svg.",
+)
+@click.option(
+    "--report",
+    "page",
+    type=click.Path(path_type=Path),
+    metavar="FILE.html",
+    help="A page to look at in a browser, in one file: the closest samples beside their nearest "
+    "rows, the rows that are copied most, histograms, definitions, settings.",
 )
 @click.option("--force", is_flag=True, help="Replace existing files; without it they are refused.")
 def memorization(
@@ -87,21 +93,35 @@ def memorization(
     show: int,
     report: Path | None,
     picture: Path | None,
+    page: Path | None,
     force: bool,
 ) -> None:
     """Measure how many of SAMPLES are copies of rows of DATA (.npy, .npz, .safetensors, or folders
     of PNG or JPEG pictures; DATA may be 'digits').
 
     Both in the same units; uint8 DATA are pixels in [-1, 1].
+
+    Example: memokern memorization samples.npz digits
+
+    Example: memokern memorization generated training --report report.html
+
+    Example: memokern memorization samples.npy training.safetensors --json - --show 0
     """
     common.check_positive({"--tolerance": tolerance, "--ratio": ratio_threshold})
     if merge_radius is not None and not 0 <= merge_radius < float("inf"):
         raise common.WrongInput(f"--merge-radius: expected a number >= 0, got {merge_radius:g}")
-    outputs = [("--json", report, (".json",)), ("--picture", picture, figures.FORMATS)]
-    common.check_outputs(outputs, force)
-    if picture is not None:
-        with common.wrong_input("--picture"):
-            figures.require()
+    common.check_outputs(
+        [
+            ("--json", report, (".json",)),
+            ("--picture", picture, figures.FORMATS),
+            ("--report", page, (".html",)),
+        ],
+        force,
+    )
+    for option, path in (("--picture", picture), ("--report", page)):
+        if path is not None:
+            with common.wrong_input(option):
+                figures.require()
     common.check_machine()
     training = common.load(
         data, data_key, "DATA", "--data-",
@@ -110,7 +130,6 @@ def memorization(
     )  # fmt: skip
     rows = common.load_samples(samples, samples_key, training, shape=shape, layout=layout)
     training = ranks.shared(training)
-    report, picture = ranks.written_here(report), ranks.written_here(picture)
     common.check_two_rows(training, "DATA")
     # Where many neighbours of few rows are wanted, all rows are swept even with an index.
     helps = min(neighbours, training.n) <= MOST_ASKED * training.n
@@ -128,65 +147,109 @@ def memorization(
             rows, training, tol=tolerance, threshold=ratio_threshold, k=neighbours, level=binary,
             method=method, progress=ranks.progress(), merge_radius=merge_radius,
         )  # fmt: skip
-    if picture is not None:
+    shown = None if page is None else reports.gather(rows, training, found, method)
+    names = [folders.names(source) if os.path.isdir(source) else None for source in (samples, data)]
+    facts = _facts(found, meanings, samples, data, names)
+    if (path := ranks.written_here(picture)) is not None:
         with common.failure("cannot write"):
-            figures.save(curves.criteria(found), picture)
-    if report is not None:
+            figures.save(curves.criteria(found), path)
+    if (path := ranks.written_here(page)) is not None and shown is not None:
+        settings = {
+            "samples": f"{samples}: {len(rows)} of shape {list(training.shape)}",
+            "data": f"{data}: {training.n} rows, {str(training.dtype).removeprefix('torch.')}",
+            "collapse below": f"{tolerance:g}",
+            "ratio below": f"{ratio_threshold:.4g}",
+            "neighbours": min(neighbours, training.n),
+            "near-duplicates merged within": "-" if merge_radius is None else f"{merge_radius:g}",
+            "thresholded at": "-" if binary is None else f"{binary:g}",
+            "method": f"{method}, {training.index or 'no index'}",
+        }
         with common.failure("cannot write"):
-            writing.write_json(
-                report,
-                {
-                    "samples": samples,
-                    "data": data,
-                    "count": len(rows),
-                    **{
-                        name: {
-                            "meaning": meanings[name],
-                            "fraction": float(result.fraction),
-                            "memorized": result.memorized,
-                            "value": result.value,
-                            "index": result.index,
-                            "distance": result.distance,
-                        }
-                        for name, result in found.items()
-                    },
-                },
+            reports.write(
+                path, found, shown, sample_names=names[0], row_names=names[1], settings=settings
             )
+    as_json.write(report, facts)
+    as_json.say(_table(found, meanings), report)
+    if show:
+        as_json.say("\nclosest samples\n" + _closest(found, show, names), report)
+    written = as_json.written(report, picture, page)
+    if written:
+        as_json.say("\n" + "\n".join(f"wrote {path}" for path in written), report)
+
+
+Names = list[list[str] | None]
+
+
+def _facts(
+    found: Mapping[str, metrics.Memorization],
+    meanings: Mapping[str, str],
+    samples: str,
+    data: str,
+    names: Names,
+) -> dict[str, Any]:
+    """What --json writes."""
+    nearest = found["collapse"].index.tolist()
+    files: dict[str, Any] = {}
+    if names[0] is not None:
+        files["sample_files"] = names[0]
+    if names[1] is not None:
+        files["nearest_files"] = [names[1][row] for row in nearest]
+    return {
+        "samples": samples,
+        "data": data,
+        "count": len(nearest),
+        **files,
+        **{
+            name: {
+                "meaning": meanings[name],
+                "fraction": float(result.fraction),
+                "memorized": result.memorized,
+                "value": result.value,
+                "index": result.index,
+                "distance": result.distance,
+            }
+            for name, result in found.items()
+        },
+    }
+
+
+def _table(found: Mapping[str, metrics.Memorization], meanings: Mapping[str, str]) -> str:
+    """What each criterion finds, in a line each."""
+    lines = [
+        [
+            name,
+            f"{float(result.fraction):.1%}",
+            f"{int(result.memorized.sum())} of {len(result.memorized)}",
+            f"{float(result.value.median()):.4g}",
+            f"{float(result.value.min()):.4g}",
+            meanings[name],
+        ]
+        for name, result in found.items()
+    ]
+    header = ["criterion", "memorised", "count", "median", "smallest", "meaning"]
+    return common.table(header, lines, (1, 2, 3, 4))
+
+
+def _closest(found: Mapping[str, metrics.Memorization], count: int, names: Names) -> str:
+    """The samples that are nearest to a row, with the names of pictures of a folder."""
+    collapse = found["collapse"]
     lines = []
-    for name, result in found.items():
-        statistic = result.value
+    for i in torch.argsort(collapse.distance, stable=True)[:count].tolist():
+        row = int(collapse.index[i])
         lines.append(
             [
-                name,
-                f"{float(result.fraction):.1%}",
-                f"{int(result.memorized.sum())} of {len(rows)}",
-                f"{float(statistic.median()):.4g}",
-                f"{float(statistic.min()):.4g}",
-                meanings[name],
-            ]
-        )
-    ranks.say(
-        common.table(
-            ["criterion", "memorised", "count", "median", "smallest", "meaning"],
-            lines,
-            (1, 2, 3, 4),
-        )
-    )
-    if show:
-        collapse = found["collapse"]
-        order = torch.argsort(collapse.distance, stable=True)[:show].tolist()
-        each = [
-            [
                 str(i),
-                str(int(collapse.index[i])),
+                str(row),
                 f"{float(collapse.distance[i]):.4g}",
                 f"{float(found['ratio'].value[i]):.4g}",
                 f"{float(found['carlini'].value[i]):.4g}",
+                *(given[k] for given, k in zip(names, (i, row), strict=True) if given is not None),
             ]
-            for i in order
-        ]
-        ranks.say("\nclosest samples")
-        ranks.say(common.table(["sample", "row", "distance", "ratio", "carlini"], each, range(5)))
-    written = [path for path in (report, picture) if path is not None]
-    if written:
-        click.echo("\n" + "\n".join(f"wrote {path}" for path in written))
+        )
+    header = ["sample", "row", "distance", "ratio", "carlini"]
+    header += [
+        title
+        for given, title in zip(names, ("picture", "nearest picture"), strict=True)
+        if given is not None
+    ]
+    return common.table(header, lines, range(5))

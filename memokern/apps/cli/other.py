@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import click
 from memokern.apps import demo as _demo
 from memokern.apps import experiments
 from memokern.apps import info as _info
-from memokern.apps.cli import common, labels, ranks
+from memokern.apps.cli import as_json, common, labels, pages, ranks
 from memokern.index import unfinished
 from memokern.index.build import BASES
 
@@ -23,6 +22,7 @@ def _experiment_list() -> str:
 
 
 @click.command(
+    cls=pages.Command,
     short_help="Reproduce an experiment of arXiv:2501.15785.",
     epilog=f"\b\nExperiments:\n{_experiment_list()}",
 )
@@ -41,7 +41,8 @@ def _experiment_list() -> str:
 @click.option(
     "--data",
     metavar="FILE",
-    help="Images whose halves `conditional` takes too: .npy, .npz or .safetensors.",
+    help="Images whose halves `conditional` takes too: .npy, .npz, .safetensors or a folder of "
+    "pictures.",
 )
 @click.option("--key", metavar="NAME", help="Which array of an .npz or .safetensors file.")
 @click.option("--quick", is_flag=True, help="Smaller sizes for a first look: rougher numbers.")
@@ -51,6 +52,7 @@ def _experiment_list() -> str:
     default=None,
     help="Instead of the experiments' own seed.",
 )
+@as_json.json_option
 @click.option(
     "--force", is_flag=True, help="Replace existing results; without it they are refused."
 )
@@ -62,11 +64,16 @@ def reproduce(
     key: str | None,
     quick: bool,
     seed: int | None,
+    report: Path | None,
     force: bool,
 ) -> None:
     """Reproduce an experiment of arXiv:2501.15785: a figure fit for a paper, and a JSON of its
     numbers. Those with networks take a minute or two with --quick, and half an hour and more
     without.
+
+    Example: memokern reproduce rate --quick --format png --out figures
+
+    Example: memokern reproduce all --out reproduction
     """
     with common.wrong_input("NAME"):
         if name == "all":
@@ -84,6 +91,7 @@ def reproduce(
             takers = ", ".join(n for n, e in experiments.EXPERIMENTS.items() if e.takes_data)
             raise common.WrongInput(f"--data is for {takers}, not for {name}")
         common.load(data, key, "--data", index=False)  # a wrong file is said before all else
+    common.check_outputs([("--json", report, (".json",))], force)
     common.picture_folder(out)
     common.check_outputs(
         [
@@ -93,21 +101,33 @@ def reproduce(
         ],
         force,
     )
+    done = []
     for experiment in chosen:
-        click.echo(f"{experiment.name}: {experiment.title}")
+        as_json.say(f"{experiment.name}: {experiment.title}", report)
         with common.failure("cannot write"):
             outcome = experiments.reproduce(
                 experiment, out, suffix=f".{suffix}", quick=quick, seed=seed,
                 data=(data, key) if data is not None and experiment.takes_data else None,
             )  # fmt: skip
         for line in outcome.conclusions:
-            click.echo(f"  {line}")
-        click.echo(
-            f"  wrote {' and '.join(map(str, outcome.paths))} ({common.seconds(outcome.seconds)})"
+            as_json.say(f"  {line}", report)
+        paths = " and ".join(map(str, outcome.paths))
+        as_json.say(f"  wrote {paths} ({common.seconds(outcome.seconds)})", report)
+        done.append(
+            {
+                "experiment": experiment.name,
+                "title": experiment.title,
+                "conclusions": outcome.conclusions,
+                "files": outcome.paths,
+                "seconds": outcome.seconds,
+            }
         )
+    as_json.write(report, done)
 
 
-@click.command(short_help="Save data with an index that speeds up small noise levels.")
+@click.command(
+    cls=pages.Command, short_help="Save data with an index that speeds up small noise levels."
+)
 @click.argument("data", metavar="DATA")
 @click.option("--key", metavar="NAME", help="Which array of an .npz or .safetensors file.")
 @common.arrangement("the rows", "--")
@@ -132,6 +152,7 @@ def reproduce(
     is_flag=True,
     help="Keep what is done in OUTPUT.partial: the same command goes on there if it is killed.",
 )
+@as_json.json_option
 @click.option("--force", is_flag=True, help="Replace an existing file; without it it is refused.")
 @ranks.nproc_option
 def index(
@@ -144,6 +165,7 @@ def index(
     output: Path,
     basis: str,
     resume: bool,
+    report: Path | None,
     force: bool,
 ) -> None:
     """Save DATA (.npy, .npz, .safetensors, a folder of pictures, or 'digits') with an index, from
@@ -153,8 +175,11 @@ def index(
     memory: .npy and .safetensors are read and written piece by piece.
 
     Example: memokern index digits --output digits.safetensors
+
+    Example: memokern index photographs --output photographs.safetensors --resume
     """
     several = ranks.launched()
+    common.check_outputs([("--json", report, (".json",))], force)
     if several:
         ranks.check_folder("--output", output, force)
     else:
@@ -175,21 +200,39 @@ def index(
         training.save(output)
     if kept is not None and ranks.first():
         unfinished.remove(kept)
-    ranks.say(f"{training.index}\nwrote {output} (index built in {common.seconds(elapsed)})")
+    as_json.write(
+        report,
+        {
+            "data": data,
+            "output": output,
+            "rows": training.n,
+            "shape": training.shape,
+            "dtype": str(training.dtype),
+            "index": repr(training.index),
+            "seconds": elapsed,
+        },
+    )
+    text = f"{training.index}\nwrote {output} (index built in {common.seconds(elapsed)})"
+    as_json.say(text, report)
 
 
-@click.command(short_help="Versions, backends, and who runs a call.")
-@click.option("--json", "as_json", is_flag=True, help="As JSON.")
-def info(as_json: bool) -> None:
+@click.command(cls=pages.Command, short_help="Versions, backends, and who runs a call.")
+@as_json.json_option
+@click.option("--force", is_flag=True, help="Replace an existing file; without it it is refused.")
+def info(report: Path | None, force: bool) -> None:
     """Versions, instruction set, threads, which backends can run here, who would run typical calls,
     and why the others would not.
+
+    Example: memokern info --json
     """
+    common.check_outputs([("--json", report, (".json",))], force)
     with common.wrong_input():  # such as an environment variable with an unknown value
         facts = _info.collect()
-    click.echo(json.dumps(facts, indent=2) if as_json else _info.render(facts))
+    as_json.write(report, facts)
+    as_json.say(_info.render(facts), report)
 
 
-@click.command(short_help="Sample the embedded digits three ways.")
+@click.command(cls=pages.Command, short_help="Sample the embedded digits three ways.")
 @click.option(
     "--out",
     default=Path(".demo"),
@@ -205,6 +248,8 @@ def info(as_json: bool) -> None:
 def demo(out: Path, samples: int, seed: int) -> None:
     """Sample the embedded handwritten digits three ways: not regularised, Tikhonov, empirical
     Bayes.
+
+    Example: memokern demo --out pictures
     """
     common.picture_folder(out)
     click.echo(_demo.introduction(samples))

@@ -11,9 +11,8 @@ import torch
 
 from memokern import Denoiser, TrainingSet, memorization, processes, regularizers, samplers
 from memokern.apps import figures
-from memokern.apps.cli import asked, common, labels, log, ranks
+from memokern.apps.cli import as_json, asked, common, labels, log, pages, ranks
 from memokern.data import files
-from memokern.util import writing
 
 SOLVERS = (*samplers.SOLVERS, "sde")
 REGULARIZER_HELP = (
@@ -23,7 +22,9 @@ REGULARIZER_HELP = (
 )
 
 
-@click.command(short_help="Sample a training set, and report how much is memorised.")
+@click.command(
+    cls=pages.Command, short_help="Sample a training set, and report how much is memorised."
+)
 @click.option(
     "--data",
     default=common.DIGITS,
@@ -117,13 +118,7 @@ REGULARIZER_HELP = (
     help="Each sample beside its nearest training image (2-D points: a scatter plot); "
     ".png, .pdf or .svg.",
 )
-@click.option(
-    "--json",
-    "report",
-    type=click.Path(path_type=Path),
-    metavar="FILE.json",
-    help="Write the report as JSON.",
-)
+@as_json.json_option
 @click.option(
     "--force", is_flag=True, help="Replace existing outputs; without it they are refused."
 )
@@ -258,16 +253,16 @@ def sample(
         "seconds": elapsed,
         "seconds_per_evaluation": elapsed / max(1, found.nfe),
     }
-    _write(found, training, facts, output, picture, report)
+    _write(found, training, facts, output, picture)
+    as_json.write(report, facts)
     if not ranks.first():
         return
     if log_file is not None:
         with common.failure("cannot write"):
             watch.write(log_file)
-    click.echo(render(facts))
-    for path in (output, picture, report, log_file):
-        if path is not None:
-            click.echo(f"wrote        {path}")
+    as_json.say(render(facts), report)
+    for path in as_json.written(report, output, picture, log_file):
+        as_json.say(f"wrote        {path}", report)
 
 
 def _evaluations(solver: str, steps: int | None) -> int:
@@ -332,7 +327,6 @@ def _write(
     facts: dict[str, Any],
     output: Path | None,
     picture: Path | None,
-    report: Path | None,
 ) -> None:
     each = facts["each"]
     index = torch.tensor(each["index"])
@@ -341,7 +335,7 @@ def _write(
     if picture is not None:  # of all processes, wherever the rows are
         points = figures.image_layout(data.shape) == "points"
         near = data.gather(torch.arange(data.n) if points else index.to(data.device)).cpu().numpy()
-    output, picture, report = (ranks.written_here(v) for v in (output, picture, report))
+    output, picture = ranks.written_here(output), ranks.written_here(picture)
     with common.failure("cannot write"):
         if picture is not None:
             samples, title = found.x.cpu().numpy(), _title(facts)
@@ -372,8 +366,6 @@ def _write(
                 collapsed=torch.tensor(each["collapsed"]),
                 memorized=memorized,
             )
-        if report is not None:
-            writing.write_json(report, facts)
 
 
 def _title(facts: dict[str, Any]) -> str:

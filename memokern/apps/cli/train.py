@@ -11,7 +11,7 @@ import torch
 
 from memokern import Denoiser, TrainingSet, processes, regularizers
 from memokern.apps import curves, figures
-from memokern.apps.cli import common
+from memokern.apps.cli import as_json, asked, common, labels, pages
 from memokern.training import (
     MLP,
     EarlyStopping,
@@ -23,16 +23,20 @@ from memokern.training import (
 )
 from memokern.training.networks import parameter_count
 
+STEPS = 2000
 OUTPUTS = {"edm": "edm", "flow-matching": "velocity", "cosine": "v"}
 
 
-@click.command(short_help="Train a small network, and watch it memorise.")
+@click.command(cls=pages.Command, short_help="Train a small network, and watch it memorise.")
 @click.option(
     "--data", default=common.DIGITS, show_default=True, metavar="FILE",
-    help="Training rows: .npy, .npz or .safetensors, or 'digits'.",
+    help="Training rows: .npy, .npz, .safetensors or a folder of PNG or JPEG pictures, or "
+    "'digits'.",
 )  # fmt: skip
 @click.option("--key", metavar="NAME", help="Which array of an .npz or .safetensors file.")
 @common.arrangement("the rows", "--")
+@labels.labels_options
+@click.option("--label", type=int, metavar="INT", help="Train on the rows of this class only.")
 @click.option(
     "--process", default="edm", show_default=True, type=click.Choice(sorted(processes.NAMES)),
     help="The diffusion process.",
@@ -53,11 +57,16 @@ OUTPUTS = {"edm": "edm", "flow-matching": "velocity", "cosine": "v"}
     "--learn", "regularizer_text", metavar="REGULARIZER",
     help="Learn a closed-form score instead: none, or a regulariser as of 'sample'.",
 )  # fmt: skip
-@click.option("--steps", default=2000, show_default=True, type=click.IntRange(min=1))
-@click.option("--batch", default=128, show_default=True, type=click.IntRange(min=1))
+@click.option("--steps", type=click.IntRange(min=1),
+              help="Steps of the optimiser in all.  [default: 2000]")  # fmt: skip
+@click.option("--epochs", type=click.IntRange(min=1), metavar="N",
+              help="Instead of --steps: each row is seen so often.")  # fmt: skip
+@click.option("--batch", default=128, show_default=True, type=click.IntRange(min=1),
+              help="Rows per step.")  # fmt: skip
 @click.option("--lr", default=1e-3, show_default=True, help="Of Adam.")
 @click.option("--ema", default=0.9999, show_default=True, help="Decay of the averaged weights.")
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**62))
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**62),
+              help="Of the weights, the order of the rows and the noise.")  # fmt: skip
 @click.option("--every", type=click.IntRange(min=1), metavar="STEPS",
               help="Between two evaluations.  [default: a tenth of the steps]")  # fmt: skip
 @click.option(
@@ -70,7 +79,8 @@ OUTPUTS = {"edm": "edm", "flow-matching": "velocity", "cosine": "v"}
               help="Stop after K evaluations without a new least held-out loss.")  # fmt: skip
 @click.option("--stop-memorised", type=click.FloatRange(0, 1), metavar="FRACTION",
               help="Stop when more of the samples are memorised.")  # fmt: skip
-@click.option("--device", "device_name", default="cpu", show_default=True, metavar="DEVICE")
+@click.option("--device", "device_name", default="cpu", show_default=True, metavar="DEVICE",
+              help="Where to compute, as of 'sample'.")  # fmt: skip
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="FILE.safetensors",
               help="Write the network, for memokern.training.LearnedDenoiser.load.")  # fmt: skip
 @click.option("--checkpoint", type=click.Path(path_type=Path), metavar="FILE.safetensors",
@@ -80,19 +90,24 @@ OUTPUTS = {"edm": "edm", "flow-matching": "velocity", "cosine": "v"}
               help="Write the evaluations.")  # fmt: skip
 @click.option("--picture", type=click.Path(path_type=Path), metavar="FILE.png",
               help="Losses and memorised fraction against the step.")  # fmt: skip
+@as_json.json_option
 @click.option("--force", is_flag=True, help="Replace existing outputs.")
 def train(
     data: str,
     key: str | None,
     shape: tuple[int, ...] | None,
     layout: str | None,
+    labels_file: str | None,
+    labels_key: str | None,
+    label: int | None,
     process: str,
     kind: str,
     width: int | None,
     depth: int,
     tikhonov: float,
     regularizer_text: str | None,
-    steps: int,
+    steps: int | None,
+    epochs: int | None,
     batch: int,
     lr: float,
     ema: float,
@@ -108,17 +123,24 @@ def train(
     resume: bool,
     table: Path | None,
     picture: Path | None,
+    report: Path | None,
     force: bool,
 ) -> None:
     """Train a small denoising network on rows, and report at each evaluation the loss and how many
     of its samples are memorised.
 
     Example: memokern train --steps 3000 --held-out 300 --picture run.png
+
+    Example: memokern train --data pictures --label 2 --epochs 200 --stop-memorised 0.1
+
+    Example: memokern train --learn tikhonov:c=0.03 --checkpoint run.safetensors --resume
     """
+    if steps is not None and epochs is not None:
+        raise common.WrongInput("--epochs: takes the place of --steps; give one of them")
     _check_options(regularizer_text, tikhonov, resume, checkpoint, patience, held_out)
     outputs = [
         ("--output", output, (".safetensors",)), ("--csv", table, (".csv",)),
-        ("--picture", picture, figures.FORMATS),
+        ("--picture", picture, figures.FORMATS), ("--json", report, (".json",)),
     ]  # fmt: skip
     common.check_outputs(outputs, force)
     common.check_outputs([("--checkpoint", checkpoint, (".safetensors",))], force or resume)
@@ -128,6 +150,9 @@ def train(
     device = common.device(device_name)
     common.check_machine(device)
     rows = common.load(data, key, "--data", shape=shape, layout=layout, index=False)
+    labels.give_labels(rows, labels_file, labels_key)
+    if label is not None:
+        rows = asked.of_label(rows, label)
     common.check_two_rows(rows, "--data")
     rows, kept = _split(rows, held_out, seed)
     with common.wrong_input():
@@ -150,20 +175,24 @@ def train(
     if resume and checkpoint is not None and checkpoint.exists():
         with common.wrong_input("--checkpoint"):
             trainer.load(checkpoint)
-        click.echo(f"goes on from step {trainer.step}")
-    click.echo(
+        as_json.say(f"goes on from step {trainer.step}", report)
+    elif resume:
+        as_json.say(f"no {str(checkpoint)!r} yet: starts from step 0", report)
+    as_json.say(
         f"{type(model.network).__name__} of {parameter_count(model.network):,} numbers on"
-        f" {rows.n} rows {list(rows.shape)}, {process}, batches of {batch}"
+        f" {rows.n} rows {list(rows.shape)}, {process}, batches of {batch}",
+        report,
     )
     started = time.perf_counter()
+    steps = _steps(steps, epochs, rows.n, batch)
     every = every or max(1, steps // 10)
     with common.failure("training", (OSError, MemoryError, RuntimeError)):
         history = trainer.fit(
             steps, every=every, save=checkpoint, progress=common.progress_wanted()
         )
-    click.echo(_render(history.rows))
+    as_json.say(_render(history.rows), report)
     if trainer.stopped and stop is not None:
-        click.echo(f"stopped early, by {stop.monitor}")
+        as_json.say(f"stopped early, by {stop.monitor}", report)
     with common.failure("cannot write"):
         if output is not None:
             trainer.result().to("cpu").save(output)
@@ -171,10 +200,29 @@ def train(
             history.write_csv(table)
         if picture is not None:
             figures.save(curves.training(history, f"{type(model.network).__name__}"), picture)
-    for path in (output, checkpoint, table, picture):
-        if path is not None:
-            click.echo(f"wrote {path}")
-    click.echo(f"{trainer.step} steps, {common.seconds(time.perf_counter() - started)}")
+    elapsed = time.perf_counter() - started
+    files = as_json.written(report, output, checkpoint, table, picture)
+    as_json.write(
+        report,
+        {
+            "data": data, "rows": rows.n, "shape": rows.shape, "label": label, "held_out": held_out,
+            "network": type(model.network).__name__,
+            "parameters": parameter_count(model.network), "process": process,
+            "tikhonov": tikhonov,
+            "learn": regularizer_text, "steps": trainer.step, "stopped_early": trainer.stopped,
+            "seed": seed, "evaluations": history.rows, "files": files, "seconds": elapsed,
+        },
+    )  # fmt: skip
+    for path in files:
+        as_json.say(f"wrote {path}", report)
+    as_json.say(f"{trainer.step} steps, {common.seconds(elapsed)}", report)
+
+
+def _steps(steps: int | None, epochs: int | None, rows: int, batch: int) -> int:
+    """Steps of the optimiser, in which each row is seen `epochs` times."""
+    if epochs is not None:
+        return -(-epochs * rows // batch)
+    return STEPS if steps is None else steps
 
 
 def _check_options(
