@@ -81,10 +81,11 @@ def test_examples_of_pages_run(page, tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_readme_commands_run(tmp_path, monkeypatch):
-    """Each `memokern ...` line of the README, in an empty folder, in the README's order."""
+@pytest.mark.parametrize("page", ["README.md", "docs/command-line.md"])
+def test_commands_of_pages_run(page, tmp_path, monkeypatch):
+    """Each `memokern ...` line of a page, in an empty folder, in the page's order."""
     monkeypatch.chdir(tmp_path)
-    lines = [line for block in readme_blocks("sh") for line in block.splitlines()]
+    lines = [line for block in readme_blocks("sh", page) for line in block.splitlines()]
     commands = [shlex.split(line, comments=True) for line in lines if line.startswith("memokern ")]
     assert commands
     for command in commands:
