@@ -35,7 +35,7 @@ SUFFIXES = (".py", ".npz")
 CUDA_SUFFIXES = (".h", ".cuh", ".cu")
 # Where the package says its own name to Python or to PyTorch: imports, modules by name, operations.
 NAMED = re.compile(
-    r"""(^\s*(?:from|import)\ )memokern(?=[.\s])   # an import
+    r"""(^\s*(?:from|import)\ )memokern\b          # an import
     |((?:import_module\(f?|Library\(|register_(?:fake|vmap)\(f?)")memokern(?=\.|"|::)
     |(torch\.ops\.)memokern\b""",
     re.MULTILINE | re.VERBOSE,

@@ -22,8 +22,9 @@ def test_the_help_of_a_command_has_all_options_once_and_an_example(name) -> None
     command = main.commands[name]
     for param in command.params:
         for option in (o for o in param.opts if o.startswith("--")):
-            heads = [line for line in done.output.splitlines() if line.startswith("  -")]
-            found = [line for line in heads if option in line.replace(",", " ").split()]
+            lines = [line for line in done.output.splitlines() if line.startswith("  -")]
+            heads = [line.strip().partition("  ")[0] for line in lines]
+            found = [head for head in heads if option in head.replace(",", " ").split()]
             assert len(found) == 1, (option, found)
         assert isinstance(param, click.Argument) or param.help, param.name
     assert f"Examples:\n  memokern {name}" in done.output

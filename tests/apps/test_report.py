@@ -99,7 +99,7 @@ def test_a_picture_holds_the_pixels() -> None:
 @pytest.mark.parametrize("dim", [2, 7])
 def test_rows_that_are_no_pictures_have_a_report(dim, tmp_path) -> None:
     rows = torch.randn(9, dim, generator=torch.Generator().manual_seed(0))
-    samples = torch.cat([rows[3:4], rows[3:4] + 1e-4, rows[5:6] + 1.0])
+    samples = torch.cat([rows[3:4], rows[3:4] + 1e-4, rows[5:6] + 10.0])
     data = TrainingSet(rows)
     found = memorization.report(samples, data, level=0.0, merge_radius=0.1)
     shown = report.gather(samples, data, found)

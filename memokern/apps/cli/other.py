@@ -36,7 +36,12 @@ def _experiment_list() -> str:
     help="Folder for figures and JSON; made if missing.",
 )
 @click.option(
-    "--format", "suffix", default="pdf", show_default=True, type=click.Choice(["pdf", "png", "svg"])
+    "--format",
+    "suffix",
+    default="pdf",
+    show_default=True,
+    type=click.Choice(["pdf", "png", "svg"]),
+    help="Of the figures.",
 )
 @click.option(
     "--data",
@@ -242,9 +247,16 @@ def info(report: Path | None, force: bool) -> None:
     help="Folder for the pictures; made if missing. Pictures of an earlier demo are replaced.",
 )
 @click.option(
-    "-n", "--samples", default=_demo.SAMPLES, show_default=True, type=click.IntRange(min=1)
+    "-n",
+    "--samples",
+    default=_demo.SAMPLES,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="How many samples of each kind.",
 )
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**62))
+@click.option(
+    "--seed", default=0, show_default=True, type=click.IntRange(0, 2**62), help="Of the noise."
+)
 def demo(out: Path, samples: int, seed: int) -> None:
     """Sample the embedded handwritten digits three ways: not regularised, Tikhonov, empirical
     Bayes.

@@ -72,7 +72,9 @@ REGULARIZER_HELP = (
     help="How many samples.",
 )
 @asked.asked_options
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1))
+@click.option(
+    "--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1), help="Of the noise."
+)
 @click.option(
     "--sigma-min", type=float, metavar="SIGMA", help="Stop early, at this level of noise."
 )
