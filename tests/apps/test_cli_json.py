@@ -49,6 +49,7 @@ def test_results_go_to_a_file_or_to_the_output(command, tmp_path) -> None:
     assert wrong.exit_code == 2 and "must end in .json" in wrong.stderr
 
 
+@pytest.mark.long
 def test_an_experiment_says_its_conclusions_and_files() -> None:
     done = call("reproduce", "rate", "--quick", "--format", "png", "--json", "-")
     assert done.exit_code == 0, done.output
