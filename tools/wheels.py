@@ -155,8 +155,8 @@ def emulate(wheel: Path, root: Path) -> None:
     """Imports the compiled module of a wheel for aarch64 in an emulated Python.
 
     Args:
-        root: a folder with the files of Debian's packages for arm64 of that Python (python3.11-minimal
-            and what it needs, unpacked by `dpkg -x`).
+        root: a folder with what Debian's packages for arm64 of that Python and its libraries hold
+            (python3.11-minimal, libpython3.11-stdlib, ...), unpacked by `dpkg -x`.
     """
     with tempfile.TemporaryDirectory() as work, zipfile.ZipFile(wheel) as files:
         name = next(n for n in files.namelist() if n.startswith("memokern/_C."))
