@@ -130,10 +130,11 @@ def missing(names: Sequence[str]) -> list[str]:
     return lacks + [f"{name} should not be in it" for name in names if re.search(UNWANTED, name)]
 
 
-def install(wheel: Path, work: Path, options: Sequence[str] = ()) -> None:
-    """Installs a wheel in a new environment, and runs the README there where no compiler is."""
+def install(wheel: Path, work: Path, beside: Sequence[str] = ()) -> None:
+    """Installs a wheel in a new environment, beside other requirements such as a torch==2.13.0, and
+    runs the README there where no compiler is."""
     venv.create(work, with_pip=True)
-    run([work / "bin" / "python", "-m", "pip", "install", "-q", *options, wheel])
+    run([work / "bin" / "python", "-m", "pip", "install", "-q", *beside, wheel])
     bare: Mapping[str, str] = {"PATH": str(work / "bin"), "PYTHONPATH": ""}
     python = work / "bin" / "python"
     with tempfile.TemporaryDirectory() as elsewhere:
@@ -199,6 +200,7 @@ def main() -> None:
         metavar=("WHEEL", "ROOT"),
         help="import a wheel for aarch64 by qemu",
     )
+    parser.add_argument("--beside", action="append", default=[], help="a requirement of --install")
     parser.add_argument("--quick-start", type=Path, metavar="README", help="run its Python here")
     asked = parser.parse_args()
     if asked.quick_start:
@@ -207,7 +209,7 @@ def main() -> None:
         emulate(*asked.emulate)
     elif asked.install:
         with tempfile.TemporaryDirectory() as work:
-            install(asked.install.resolve(), Path(work))
+            install(asked.install.resolve(), Path(work), asked.beside)
     else:
         folder = asked.check or asked.out
         if not asked.check:
