@@ -3,7 +3,8 @@
 The published loops of training targets are written down from their formulas, as they build their
 matrices: the stable target field (arXiv 2302.00670) with differences [B, M, D] and a repeated
 target, empirical flow matching (arXiv 2506.03719), and the bank per class of StableVM with a loop
-over labels. Beside them stand one sweep for each label, and one for each condition. Each is checked
+over labels. Beside them stand one sweep for each label, and one for each condition, a kernel
+density estimate, and the criteria of memorisation, by distances of all pairs. Each is checked
 against float64 before it is timed, and all of a case take turns in one run.
 """
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 import memokern
 from bench import timing
+from memokern import kde, memorization
 from memokern.training import targets
 
 ROUNDS = 5
@@ -48,6 +50,27 @@ def flow_loop(x: Tensor, rows: Tensor, t: Tensor) -> Tensor:
     return (weights * (rows - x[:, None]) / (1 - t)).sum(1)
 
 
+def kde_loop(x: Tensor, rows: Tensor, h: float, step: int = 256) -> Tensor:
+    """Log densities [B, 1] by the logarithm of a sum of exponentials of [step, N] distances."""
+    dim = rows.shape[1]
+    log_norm = math.log(len(rows)) + dim * math.log(h * math.sqrt(2 * math.pi))
+    parts = [torch.cdist(q, rows).square() / (-2 * h * h) for q in x.split(step)]
+    return torch.cat([p.logsumexp(1, keepdim=True) for p in parts]) - log_norm
+
+
+def memorisation_loop(x: Tensor, rows: Tensor, k: int, step: int = 256) -> Tensor:
+    """Of each sample the nearest distance, its ratio to the next, and to the mean of the next
+    k - 1: three criteria [B, 3] by distances [step, N] and their smallest."""
+    near = [torch.cdist(q, rows).topk(k, largest=False).values for q in x.split(step)]
+    return _criteria(torch.cat(near))
+
+
+def _criteria(distance: Tensor) -> Tensor:
+    """Those of the nearest distances [B, k]."""
+    first = distance[:, 0]
+    return torch.stack([first, first / distance[:, 1], first / distance[:, 1:].mean(1)], 1)
+
+
 def bank_loop(x: Tensor, rows: Tensor, t: Tensor, label: Tensor, labels: Tensor) -> Tensor:
     """A loop over the labels of the batch, each with its own bank; logits cut off at -1e4."""
     out = torch.empty_like(x)
@@ -62,10 +85,9 @@ def bank_loop(x: Tensor, rows: Tensor, t: Tensor, label: Tensor, labels: Tensor)
     return out
 
 
-def label_loop(x: Tensor, data: memokern.TrainingSet, sigma: float, label: Tensor) -> Tensor:
-    """One sweep over the rows of each query's label."""
-    return torch.cat([memokern.denoise(q[None], data.where(int(c)), sigma)
-                      for q, c in zip(x, label, strict=True)])  # fmt: skip
+def label_loop(x: Tensor, net: memokern.Denoiser, sigma: float, label: Tensor) -> Tensor:
+    """One sweep for each label, over its rows, which the denoiser keeps from the first call on."""
+    return torch.cat([net(q[None], sigma, int(c)) for q, c in zip(x, label, strict=True)])
 
 
 def condition_loop(
@@ -133,7 +155,7 @@ def of_a_batch(quick: bool) -> Iterator[Case]:
 
 
 def of_classes(quick: bool) -> Iterator[Case]:
-    """Banks of 256 latents for each class: a target, and samples of as many labels as queries."""
+    """Banks of 256 latents for each class."""
     torch.manual_seed(0)
     classes, per, latent = (4, 32, 256) if quick else (100, 256, 1024)
     count = 16 if quick else 64
@@ -173,19 +195,26 @@ def of_classes(quick: bool) -> Iterator[Case]:
         sweeps,
         (x_v.double() - torch.cat(means)) / late[:, None],
     )
-    data, noise = kept.data, torch.tensor([0.5]).double()
-    each = torch.arange(count) % classes
-    x = bank[each] + 0.5 * z
-    yield Case(
-        f"labels B={count} {classes} classes of {per} D={latent}",
-        lambda: memokern.posterior(x, data, 0.5, label=each).mean,
-        lambda: label_loop(x, data, 0.5, each),
-        lambda: memokern.denoise(x, data, 0.5),
-        torch.cat([
-            _truth(x[i : i + 1], bank[labels == each[i]], noise, torch.ones(1).double())
-            for i in range(count)
-        ]),
-    )  # fmt: skip
+
+
+def of_labels(b: int, classes: int, per: int, d: int) -> Case:
+    """As many labels as queries."""
+    torch.manual_seed(0)
+    label, sigma = torch.arange(b), 0.5
+    labels = torch.arange(classes * per) % classes
+    rows = torch.randn(classes * per, d)
+    net = memokern.Denoiser(memokern.TrainingSet(rows, labels=labels, check=False))
+    x = rows[:b] + sigma * torch.randn(b, d)
+    noise, one = torch.tensor([sigma]).double(), torch.ones(1).double()
+    kept = [net.data.of_label(int(c))[1] for c in label]
+    truth = [_truth(x[i : i + 1], rows[labels == i], noise, one) for i in range(b)]
+    return Case(
+        f"labels B={b} {classes} classes of {per} D={d}",
+        lambda: net(x, sigma, label),
+        lambda: label_loop(x, net, sigma, label),
+        lambda: torch.cat([memokern.denoise(x[i : i + 1], kept[i], sigma) for i in range(b)]),
+        torch.cat(truth),
+    )
 
 
 def of_conditions(quick: bool) -> Iterator[Case]:
@@ -212,11 +241,57 @@ def of_conditions(quick: bool) -> Iterator[Case]:
     )
 
 
+def of_densities(quick: bool) -> Iterator[Case]:
+    """A kernel density estimate, and criteria of memorisation from the 50 nearest rows."""
+    torch.manual_seed(0)
+    b, n, d = (32, 300, 8) if quick else (1024, 50_000, 16)
+    rows, h = torch.randn(n, d), 0.5
+    x = torch.randn(b, d)
+    data = memokern.TrainingSet(rows, check=False)
+    _ = data.sq_norms
+    wide = rows.double()
+    logs = [(q - wide).square().sum(1) / (-2 * h * h) for q in x.double()]
+    norm = math.log(n) + d * math.log(h * math.sqrt(2 * math.pi))
+    yield Case(
+        f"kde B={b} N={n} D={d}",
+        lambda: kde.log_density(x, data, h)[:, None],
+        lambda: kde_loop(x, rows, h),
+        lambda: memokern.posterior(x, data, h).log_z[:, None],
+        torch.stack([v.logsumexp(0) for v in logs])[:, None] - norm,
+    )
+    b, n, d, k = (16, 200, 48, 20) if quick else (256, 50_000, 3072, 50)
+    rows = torch.rand(n, d) * 2 - 1
+    # A third are copies with little noise, the others of their own.
+    x = torch.where(torch.arange(b)[:, None] % 3 == 0, rows[:b], torch.rand(b, d) * 2 - 1)
+    x = x + 0.05 * torch.randn(b, d)
+    data = memokern.TrainingSet(rows, check=False)
+    _ = data.sq_norms
+
+    def ours() -> Tensor:
+        found = memorization.report(x, data, k=k)
+        values = [found[name].value for name in ("collapse", "ratio", "neighbourhood")]
+        return torch.stack([v.double() for v in values], 1)
+
+    near = [torch.cat([(p.double() - q).square().sum(1) for p in rows.split(5000)]).sqrt()
+            for q in x.double()]  # fmt: skip
+    yield Case(
+        f"memorization B={b} N={n} D={d} k={k}",
+        ours,
+        lambda: memorisation_loop(x, rows, k),
+        lambda: memokern.nearest(x, data, k).distance,
+        _criteria(torch.stack([v.topk(k, largest=False).values for v in near])),
+    )
+
+
 def cases(quick: bool) -> Iterator[Case]:
     """Each is made when it is asked for, and gone with the next."""
     yield from of_a_batch(quick)
     yield from of_classes(quick)
+    # Small classes, of which calls cost more than rows, and larger ones.
+    for sizes in ((8, 20, 10, 16),) if quick else ((64, 100, 20, 64), (64, 100, 256, 1024)):
+        yield of_labels(*sizes)
     yield from of_conditions(quick)
+    yield from of_densities(quick)
 
 
 def measure(case: Case, clock: timing.Clock) -> dict[str, Any]:

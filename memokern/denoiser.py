@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from memokern import sweep, validate
-from memokern.conditional import Label, Wanted, groups
+from memokern.conditional import Label, Wanted, groups, may_list
 from memokern.data.stored import PER_ROW
 from memokern.data.training_set import TrainingSet
 from memokern.edm_network import EDMNetwork
 from memokern.processes import EDM, Process
 from memokern.regularizers import Prediction, Query, Regularizer
 from memokern.regularizers.joined import joined
-from memokern.regularizers.prediction import evaluate_each
+from memokern.regularizers.prediction import evaluate_each, weighting_of
 from memokern.sweep import NOTHING, Own
 from memokern.util.held import Held
 from memokern.util.torch_internals import traced
@@ -289,11 +289,13 @@ class Denoiser(EDMNetwork, nn.Module):
         batch = validate.batch_shape(x, self.data)
         asked = validate.checked(x, self.data, sigma, alpha, 1.0, bias)
         index = sweep.index_for(self.data, self.method)
-        found = groups(
-            self.data, batch, wanted, sweep.why_in_groups(asked, self.data, index) is None
-        )
-        if not found:
-            return self._evaluate(x, self.data, sigma, alpha, bias, certificate)
+        together = sweep.why_in_groups(asked, self.data, index) is None
+        weighting = weighting_of(self.regularizer, x, self.data, sigma, alpha, bias)
+        listable = may_list(asked, weighting, certificate)
+        found = groups(self.data, batch, wanted, together, listable)
+        if not found or found[0].own.lists is not None:
+            own = found[0].own if found else NOTHING
+            return self._evaluate(x, self.data, sigma, alpha, bias, certificate, own)
         flat = x.reshape(-1, *self._data.shape)
         sigmas, alphas = sigma.expand(batch).reshape(-1), alpha.expand(batch).reshape(-1)
         parts = []

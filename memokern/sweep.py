@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from memokern import ops
-from memokern.calls import Condition, Query, Rows, Sums, to_sums
+from memokern.calls import Condition, Query, RowLists, Rows, Sums, to_sums
 from memokern.data.parted import PartedSet
 from memokern.data.training_set import TrainingSet
 from memokern.index.index import Index
@@ -28,21 +28,27 @@ METHODS = ("auto", "dense", "pruned")
 
 class Own(NamedTuple):
     """What each of B queries asks for, beside its numbers, that the others do not: fields of a
-    :class:`.Query`."""
+    :class:`.Query`; or the rows that count for it, with the gaussian weighting."""
 
     condition: Condition | None = None
     leave_out: Tensor | None = None
+    lists: RowLists | None = None
 
     def __bool__(self) -> bool:
-        return self.condition is not None or self.leave_out is not None
+        return any(field is not None for field in self)
 
     def repeated(self, times: int) -> Own:
         """The same for so many copies of the queries, one after the other."""
-        condition, leave_out = self
+        condition, leave_out, lists = self
         if condition is not None:
             c, h, a = condition
             condition = Condition(c.repeat(times, 1), h.repeat(times), a.repeat(times, 1))
-        return Own(condition, None if leave_out is None else leave_out.repeat(times))
+        if lists is not None:
+            start, index = lists
+            count = (start[1:] - start[:-1]).repeat(times)
+            start = torch.cat([start[:1], count.cumsum(0)])
+            lists = RowLists(start, index.repeat(times))
+        return Own(condition, None if leave_out is None else leave_out.repeat(times), lists)
 
 
 NOTHING = Own()
@@ -79,7 +85,10 @@ def posterior(
     asked = checked(x, data, sigma, alpha, temperature, bias, weighting, precision)
     query, rows, batch = asked.query, asked.data.rows, asked.batch
     bounds, total = None, log_total(query.bias, rows.n)
-    if own:
+    if own.lists is not None:
+        sums = ops.posterior_listed(query, rows, own.lists)
+        total = _listed_total(query.bias, own.lists).reshape(batch)
+    elif own:
         query = query._replace(condition=own.condition, leave_out=own.leave_out)
         if own.condition is not None and isinstance(data, TrainingSet):
             rows = rows._replace(conditions=data.conditions)
@@ -98,7 +107,8 @@ def posterior(
         bounds = None if bounds is None else bounds.reshape(batch)
     if certificate and bounds is None:
         bounds = nothing_dropped(asked.sigma, rows.n)
-    return _result(x, rows, total, _shaped(x, asked, sums), bounds)
+    found = _result(x, rows, total, _shaped(x, asked, sums), bounds)
+    return found if own.lists is None else replace(found, n=_longest(own.lists))
 
 
 def _check_tol(tol: float | None) -> None:
@@ -184,6 +194,30 @@ def _own_total(query: Query, rows: Rows) -> Tensor:
     )  # fmt: skip
     zeros = one.new_zeros(1, 1).expand(rows.n, 1)
     return ops.posterior(nowhere, Rows(zeros, conditions=rows.conditions)).log_z
+
+
+def _listed_total(bias: Tensor | None, lists: RowLists) -> Tensor:
+    """log sum exp of the biases of each query's rows [B]."""
+    start, index = lists
+    count = start[1:] - start[:-1]
+    if bias is None:
+        return count.to(torch.float64).log()
+    each = torch.arange(len(count), device=start.device).repeat_interleave(count)
+    own = bias[index]
+    top = (
+        own.detach()
+        .new_full((len(count),), -torch.inf)
+        .scatter_reduce(0, each, own.detach(), "amax")
+    )
+    top = torch.where(torch.isneginf(top), 0.0, top)
+    power = (own - top[each]).exp()
+    mass = torch.zeros_like(top).index_add(0, each, power)
+    none = mass == 0  # whose derivative would be 0 / 0
+    return torch.where(none, -torch.inf, torch.where(none, 1.0, mass).log() + top)
+
+
+def _longest(lists: RowLists) -> int:
+    return int((lists.start[1:] - lists.start[:-1]).max())
 
 
 def _selects_rows(asked: Asked) -> bool:

@@ -272,7 +272,7 @@ def test_loops_are_checked_before_they_are_timed(monkeypatch):
     clock = timing.Clock(patience=0.0)
     found = [loops.measure(case, clock) for case in loops.cases(quick=True)]
     assert [entry["case"].split()[0] for entry in found] == [
-        "stable", "flow_matching", "stable_velocity", "labels", "conditions"
+        "stable", "flow_matching", "stable_velocity", "labels", "conditions", "kde", "memorization"
     ]  # fmt: skip
     assert all(entry["ratio"] > 0 for entry in found)
     case = next(loops.cases(quick=True))

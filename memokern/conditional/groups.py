@@ -12,6 +12,7 @@ from torch import Tensor
 
 from memokern import ops
 from memokern.calls import Condition, Rows, condition_bias, condition_squares
+from memokern.conditional.lists import of_labels
 from memokern.conditional.wanted import (
     EVERY_ROW,
     Wanted,
@@ -52,9 +53,16 @@ class Group(NamedTuple):
         return part if self.bias is None else part + self.bias
 
 
-def groups(data: TrainingSet, batch: Sequence[int], wanted: Wanted, together: bool) -> list[Group]:
+def groups(
+    data: TrainingSet,
+    batch: Sequence[int],
+    wanted: Wanted,
+    together: bool,
+    listable: bool = False,
+) -> list[Group]:
     """The queries of a flat batch by their label, in ascending order of that; within a label all
-    together, or by what else they ask for.
+    together, or by what else they ask for. Where they ask for labels alone, nearly as many as there
+    are queries, one group with a list of rows for each, if these are `listable`.
 
     A gradient for condition or bandwidth, and a transform or compiler, which has no values to
     compare, count as queries that all ask for something else.
@@ -73,6 +81,11 @@ def groups(data: TrainingSet, batch: Sequence[int], wanted: Wanted, together: bo
         isinstance(data, PartedSet) and parted.is_split(data)
     ):  # of which other ranks may have some
         return []
+    if listable and not apart and labels is not None and wanted.label_alone:
+        lists = of_labels(data, labels)
+        if lists is not None:
+            return [Group(torch.arange(b, device=data.device), data, slice(None), None,
+                          Own(lists=lists))]  # fmt: skip
     found = []
     for label, of_label in _by_label(data, b, labels):
         index: Tensor | slice = slice(None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
@@ -10,19 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memokern import ops, sweep
-from memokern.calls import RowLists
-from memokern.conditional.groups import Group, groups, rows_of
-from memokern.conditional.wanted import Label, Wanted, label_numbers
+from memokern import sweep
+from memokern.conditional.groups import Group, groups
+from memokern.conditional.wanted import Wanted
 from memokern.data.parted import PartedSet
 from memokern.data.training_set import TrainingSet
+from memokern.ops.flat import tensors
 from memokern.results import Certificate, Posterior
-from memokern.util.torch_internals import traced
-from memokern.validate import Asked, log_total
-
-# Queries per label up to which lists of rows are faster than a sweep for each label, and how many
-# rows may be listed together.
-LISTED, MOST_LISTED = 2, 1 << 24
+from memokern.util.torch_internals import traced, under_transform
+from memokern.validate import Asked
 
 
 def posterior(
@@ -43,17 +38,10 @@ def posterior(
             raise ValueError("leave_out has no gradient for rows: pass rows.detach()")
         data = TrainingSet(data, check=False)
     apart = isinstance(data, PartedSet)
-    if (
-        not apart
-        and wanted.label_alone
-        and asked.query.weighting == "gaussian"
-        and not options["certificate"]
-    ):
-        listed = by_lists(x, data, asked, wanted.label)
-        if listed is not None:
-            return listed
     batch = asked.batch
-    found = groups(data, batch, wanted, sweep.why_in_groups(asked, data, index) is None)
+    listable = may_list(asked, options["weighting"], options["certificate"])
+    together = sweep.why_in_groups(asked, data, index) is None
+    found = groups(data, batch, wanted, together, listable)
     s, a, t = asked.sigma, asked.alpha, asked.temperature
     if not found:  # no queries
         return sweep.posterior(x, data, s, a, t, bias, **options)
@@ -75,47 +63,12 @@ def posterior(
     return replace(joined(parts, torch.argsort(torch.cat(order)), batch), x=x)
 
 
-def by_lists(x: Tensor, data: TrainingSet, asked: Asked, label: Label) -> Posterior | None:
-    """The same for labels alone, by one sweep over a list of rows for each query, where there are
-    about as many labels as queries: a sweep for each label would take longer. None elsewhere."""
-    batch, query = asked.batch, asked.query
-    if math.prod(batch) < 2 or data.labels is None or traced(query.x):
-        return None
-    labels = label_numbers(label, batch, data.device, data.label_count)
-    if labels.dim() == 0:
-        return None
-    known, which = labels.reshape(-1).unique(return_inverse=True)
-    if len(which) > LISTED * len(known):
-        return None
-    chosen = [rows_of(data, one)[0] for one in known.tolist()]
-    lists = [torch.arange(data.n, device=x.device)[v] for v in chosen]
-    counts = torch.tensor([len(v) for v in lists], device=x.device)[which]
-    if int(counts.sum()) > MOST_LISTED:
-        return None
-    start = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    index = torch.cat([lists[i] for i in which.tolist()])
-    sums = ops.posterior_listed(query, asked.data.rows, RowLists(start, index))
-    totals = torch.stack(
-        [x.new_zeros((), dtype=torch.float64) + _total(query.bias, v) for v in lists]
-    )
-    columns: dict[str, Any] = {
-        name: v.reshape(x.shape if v.dim() == 2 else batch)
-        for name, v in zip(sums._fields, sums, strict=True)
-    }
-    return Posterior(
-        x=x,
-        sigma=asked.sigma,
-        alpha=asked.alpha,
-        temperature=asked.temperature,
-        n=int(counts.max()),
-        dim=asked.data.rows.dim,
-        log_weight_total=totals[which].reshape(batch),
-        **columns,
-    )
-
-
-def _total(bias: Tensor | None, rows: Tensor) -> Tensor | float:
-    return log_total(None if bias is None else bias[rows], len(rows))
+def may_list(asked: Asked, weighting: str, certificate: bool) -> bool:
+    """Whether queries may be answered by lists of rows, whose sums have one weighting, and which
+    neither a transform nor a compiler can make."""
+    every = tensors(asked.query, asked.data.rows)
+    hidden = under_transform(*every) or traced(*every)
+    return weighting == "gaussian" and not (certificate or hidden)
 
 
 def put_back(values: list[Tensor], back: Tensor, batch: Sequence[int], axis: int) -> Tensor:

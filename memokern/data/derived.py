@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from memokern.calls import Rows
-from memokern.data.storage import center, sq_norms
+from memokern.data.storage import Classes, center, sq_norms
 from memokern.index.checksum import AT_ONCE_BYTES, require_seal
 from memokern.index.index import REBUILD_HINT, Index, restored
 from memokern.util.held import Held
@@ -45,6 +45,7 @@ class Derived:
         self.plain = is_plain(rows)
         # The rows of labels that were asked for, and of which labels and weights they are.
         self.classes: dict[int, Any] = {}
+        self.class_order: Classes | None = None
         self.classes_of: Held | None = None
         self._version = version(rows)
         # The index and norms of a file, while their checksums and those of the rows are not known
@@ -78,7 +79,7 @@ class Derived:
         return rows is self.rows and (known is None or version(rows) in (known, None))
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "classes": {}, "classes_of": None}
+        return {**self.__dict__, "classes": {}, "class_order": None, "classes_of": None}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)

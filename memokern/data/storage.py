@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -181,6 +181,32 @@ def rows_of_label(labels: torch.Tensor, label: int | Sequence[int]) -> torch.Ten
         shown = f"{known[:20]}{' ...' if len(known) > 20 else ''}"
         raise ValueError(f"no row has the label {label}; the labels are {shown}")
     return mask
+
+
+class Classes(NamedTuple):
+    """Rows sorted by their labels: those with labels[k] are order[start[k] : start[k + 1]],
+    ascending.
+
+    labels: [C] ascending. order: [N] int64. start: [C + 1] int64.
+    """
+
+    labels: torch.Tensor
+    order: torch.Tensor
+    start: torch.Tensor
+
+
+def sorted_by_class(labels: torch.Tensor) -> Classes:
+    """Of labels [N].
+
+    Example:
+        >>> import torch
+        >>> from memokern.data.storage import sorted_by_class
+        >>> [part.tolist() for part in sorted_by_class(torch.tensor([7, 2, 7]))]
+        [[2, 7], [1, 0, 2], [0, 1, 3]]
+    """
+    known, counts = labels.unique(return_counts=True)
+    start = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return Classes(known, torch.argsort(labels, stable=True), start)
 
 
 def chunks(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -21,6 +21,7 @@ from memokern.data.derived import Derived
 from memokern.data.storage import (
     UINT8_SCALE,
     UINT8_SHIFT,
+    Classes,
     check_rows,
     checked_choice,
     checked_conditions,
@@ -28,6 +29,7 @@ from memokern.data.storage import (
     checked_log_weights,
     require_finite,
     rows_of_label,
+    sorted_by_class,
 )
 from memokern.data.stored import PER_ROW, StoredRows
 from memokern.index.build import Source, build
@@ -36,6 +38,7 @@ from memokern.util import checks
 from memokern.util.held import Held
 
 Same = TypeVar("Same", bound="TrainingSet")
+NO_LABELS = "this training set has no labels (integers): make it with labels="
 
 
 class TrainingSet(StoredRows):
@@ -304,16 +307,32 @@ class TrainingSet(StoredRows):
             183
         """
         if self.labels is None:
-            raise ValueError("this training set has no labels (integers): make it with labels=")
+            raise ValueError(NO_LABELS)
         return self.subset(rows_of_label(self.labels, label))
+
+    def _with_classes(self) -> Derived:
+        """What is kept of the rows, of their labels as they are now."""
+        known, mine = self._current(), {name: getattr(self, name) for name in PER_ROW}
+        if known.classes_of is None or known.classes_of.changed(mine):
+            known.classes, known.class_order, known.classes_of = {}, None, Held(mine)
+        return known
+
+    @torch.inference_mode(False)
+    def by_class(self) -> Classes:
+        """The rows sorted by their labels, which is kept for the next call. ValueError without
+        labels."""
+        known = self._with_classes()
+        if known.class_order is None:
+            if self.labels is None:
+                raise ValueError(NO_LABELS)
+            known.class_order = sorted_by_class(self.labels)
+        return known.class_order
 
     @torch.inference_mode(False)  # what is kept must serve calls that record a gradient
     def of_label(self, label: int) -> tuple[torch.Tensor, TrainingSet]:
         """Which rows have this label, [k] int64, and the set of these rows, which is kept for the
         next call. Errors: as :meth:`where`."""
-        known, mine = self._current(), {name: getattr(self, name) for name in PER_ROW}
-        if known.classes_of is None or known.classes_of.changed(mine):
-            known.classes, known.classes_of = {}, Held(mine)
+        known = self._with_classes()
         found: tuple[torch.Tensor, TrainingSet] | None = known.classes.get(label)
         if found is None or (found[1].index is None) != (known.index is None):
             chosen = self.where(label)

@@ -129,6 +129,20 @@ def evaluate(
     )  # fmt: skip
 
 
+def weighting_of(
+    regularizer: Regularizer | None,
+    x: Tensor,
+    data: Data,
+    sigma: PerQuery,
+    alpha: PerQuery,
+    bias: Tensor | None,
+) -> str:
+    """Which weighting the sweep of these queries will be asked for."""
+    if regularizer is None:
+        return "gaussian"
+    return regularizer.prepare(_query(x, data, sigma, alpha, bias), data).weighting
+
+
 def evaluate_each(
     x: Tensor,
     data: Data,

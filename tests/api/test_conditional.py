@@ -154,6 +154,61 @@ def test_many_labels_go_by_lists_with_gradients():
         torch.testing.assert_close(grad[i], alone.score[0])
 
 
+@pytest.mark.parametrize("reg", [
+    None, regularizers.Tikhonov(0.01), regularizers.GaussianSmoothing(0.1, 4),
+    regularizers.NoiseUnconditioned(),
+], ids=["none", "tikhonov", "smoothing", "log"])  # fmt: skip
+def test_denoisers_of_many_labels_go_by_lists(reg, backend, monkeypatch):
+    """One sweep over lists, where the weighting has them, and what each label alone gives."""
+    data, label = data_of(F32), torch.tensor([4, 0, 5, 1, 4, 6])
+    network, x = Denoiser(data, regularizer=reg), X.float()
+    each = [network.evaluate(x[i : i + 1], SIGMA[i : i + 1], int(label[i])) for i in range(B)]
+    seen, listed = [], ops.posterior_listed
+    monkeypatch.setattr(
+        ops, "posterior_listed", lambda q, *a: seen.append(len(q.x)) or listed(q, *a)
+    )
+    copies = 4 if isinstance(reg, regularizers.GaussianSmoothing) else 1
+    got = network.evaluate(x.reshape(2, 3, D), SIGMA.reshape(2, 3), label.reshape(2, 3))
+    assert seen == ([] if isinstance(reg, regularizers.NoiseUnconditioned) else [copies * B])
+    assert got.posterior.n == 9
+    for i, one in enumerate(each):
+        at = divmod(i, 3)
+        torch.testing.assert_close(got.x0[at], one.x0[0], rtol=1e-5, atol=1e-5)
+        if one.log_potential is not None:
+            want = one.log_potential[0].double()
+            torch.testing.assert_close(got.log_potential[at].double(), want, rtol=1e-5, atol=1e-5)
+        total = got.posterior.log_weight_total.reshape(copies, B)[:, i]
+        torch.testing.assert_close(total, one.posterior.log_weight_total.reshape(copies))
+
+
+def test_lists_of_labels_and_what_has_none(monkeypatch):
+    data, x = data_of(labels=LABELS - 1), X
+    with pytest.raises(ValueError, match="no row has the label 9"):
+        memokern.posterior(x, data, 0.5, label=torch.tensor([0, 1, 2, 3, 4, 9]))
+    label = torch.tensor([5, -1, 2, 3, 4, 0])  # here some rows have the label -1
+    got = memokern.posterior(x, data, 0.5, label=label)
+    one = memokern.posterior(x[1:2], data, 0.5, label=-1)
+    torch.testing.assert_close(got.mean[1], one.mean[0])
+    assert one.n == 9
+    whole = memokern.posterior(x, data_of(), 0.5, label=torch.tensor([5, -1, 2, 3, 4, 0]))
+    torch.testing.assert_close(whole.mean[1], memokern.posterior(x[1], data_of(), 0.5).mean)
+    # Rows without weight, a whole class of them, and weights that have a gradient.
+    none = LOG_WEIGHTS.clone()
+    none[LABELS == 3], none[3::11] = -math.inf, -math.inf
+    bias = torch.zeros(N, dtype=F64, requires_grad=True)
+    found = memokern.posterior(x, data_of(log_weights=none), 0.5, label=torch.arange(6), bias=bias)
+    (grad,) = torch.autograd.grad(found.log_density[[0, 1, 2, 4]].sum(), bias)
+    wanted = torch.zeros(N, dtype=F64)
+    for i in range(6):
+        total = found.log_weight_total[i]
+        torch.testing.assert_close(total, none[i == LABELS].logsumexp(0))
+        if i in (0, 1, 2, 4):
+            own = torch.where(i == LABELS, none, -math.inf)
+            logit = -(x[i] - ROWS).square().sum(1) / 2 / 0.5**2 + own
+            wanted += logit.softmax(0) - own.softmax(0)
+    torch.testing.assert_close(grad, wanted)
+
+
 def sweeps_of(monkeypatch, call):
     """How many queries each sweep over the rows had."""
     seen, sweep = [], ops.posterior
