@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from memokern import ops, validate
+from memokern import ops, sweep, validate
 from memokern.calls import Query, Rows, by_key
+from memokern.conditional import Label, Wanted, groups
 from memokern.data.parted import PartedSet
 from memokern.data.training_set import TrainingSet
 from memokern.strategies import parted
@@ -76,6 +78,10 @@ def row_weights(
     alpha: PerQuery = 1.0,
     temperature: PerQuery = 1.0,
     *,
+    label: Label = None,
+    condition: Tensor | None = None,
+    bandwidth: PerQuery | None = None,
+    leave_out: int | Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
     r"""The sum over all queries of each row's weight, sum_b w_bn, [N] float64: how often each row
@@ -83,6 +89,7 @@ def row_weights(
     queries.
 
     Args, Raises: as :func:`posterior`. At sigma = 0 the nearest row's weight is 1; ties share.
+        ValueError for label, condition or leave_out of rows that are apart (streamed, sharded).
 
     Numerics: as :func:`posterior`. Not differentiable.
 
@@ -94,10 +101,21 @@ def row_weights(
         >>> memokern.row_weights(torch.tensor([[0.0], [9.0]]), rows, 0.5)
         tensor([0.5000, 1.5000], dtype=torch.float64)
     """
-    asked = _checked(validate.computable(x).detach(), data, sigma, alpha, temperature, bias)
-    query, rows = asked.query.detach(), asked.data.rows.detach()
+    x = validate.computable(x).detach()
+    wanted = _wanted(data, label, condition, bandwidth, leave_out)
+    asked = _checked(x, data, sigma, alpha, temperature, bias)
     if isinstance(data, PartedSet):
-        return parted.row_weights(query, data, BLOCK)
+        return parted.row_weights(asked.query.detach(), data, BLOCK)
+    if wanted is None:
+        return _summed(asked.query.detach(), asked.data.rows.detach())
+    total = torch.zeros(asked.data.rows.n, dtype=torch.float64, device=x.device)
+    for _, chosen, query, rows in _groups(x, data, asked, wanted, bias):
+        total[chosen] += _summed(query, rows)
+    return total
+
+
+def _summed(query: Query, rows: Rows) -> Tensor:
+    """The sums of the weights [N]."""
     total = torch.zeros(rows.n, dtype=torch.float64, device=query.x.device)
     zero = query.sigma == 0
     for at in zero.nonzero()[:, 0].split(max(1, BLOCK // rows.n)):
@@ -111,6 +129,40 @@ def row_weights(
     return total
 
 
+def _wanted(data: TrainingSet | Tensor, *given: Any) -> Wanted | None:
+    """Which rows queries ask for: label, condition, bandwidth, leave_out."""
+    if all(v is None for v in given):
+        return None
+    if isinstance(data, PartedSet):
+        raise ValueError(
+            "label, condition and leave_out are not taken for what is found for each row where the"
+            " rows are apart (streamed or sharded): ask those rows alone (where, subset), or in"
+            " memory"
+        )
+    return Wanted(*given)
+
+
+def _groups(
+    x: Tensor, data: TrainingSet | Tensor, asked: Asked, wanted: Wanted, bias: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor | slice, Query, Rows]]:
+    """Queries that share a sweep: which, of which rows, and what is asked of them."""
+    if not isinstance(data, TrainingSet):
+        data = TrainingSet(data.detach(), check=False)
+    together = sweep.why_in_groups(asked, data, None) is None
+    flat = x.reshape(-1, *data.shape)
+    s, a, t = (v.detach().reshape(-1) for v in (asked.sigma, asked.alpha, asked.temperature))
+    bias = None if bias is None else bias.detach()
+    for group in groups(data, asked.batch, wanted, together):
+        at = group.at
+        part = checked(flat[at], group.data, s[at], a[at], t[at], group.total_bias(bias))
+        condition, leave_out, _ = group.own
+        rows = part.data.rows.detach()
+        if condition is not None:
+            rows = rows._replace(conditions=group.data.conditions)
+        query = part.query._replace(condition=condition, leave_out=leave_out).detach()
+        yield at, group.chosen, query, rows
+
+
 def draw(
     x: Tensor,
     data: TrainingSet | Tensor,
@@ -118,6 +170,10 @@ def draw(
     alpha: PerQuery = 1.0,
     temperature: PerQuery = 1.0,
     *,
+    label: Label = None,
+    condition: Tensor | None = None,
+    bandwidth: PerQuery | None = None,
+    leave_out: int | Tensor | None = None,
     bias: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
@@ -143,7 +199,9 @@ def draw(
         >>> memokern.draw(torch.full((4, 1), 4.9), rows, 0.1).tolist()
         [2, 2, 2, 2]
     """
-    asked = _checked(validate.computable(x).detach(), data, sigma, alpha, temperature, bias)
+    x = validate.computable(x).detach()
+    wanted = _wanted(data, label, condition, bandwidth, leave_out)
+    asked = _checked(x, data, sigma, alpha, temperature, bias)
     query, rows = asked.query.detach(), asked.data.rows.detach()
     if generator is not None and generator.device.type != "cpu":
         raise ValueError(f"expected a generator of the CPU, got one of {generator.device}")
@@ -151,6 +209,17 @@ def draw(
     u = 1 - u.to(query.x.device)  # above 0, so that no row without weight is drawn
     if isinstance(data, PartedSet):
         return parted.draw(query, data, u, max(16, math.isqrt(data.n))).reshape(asked.batch)
+    if wanted is None:
+        return _drawn(query, rows, u).reshape(asked.batch)
+    found = torch.empty(len(u), dtype=torch.int64, device=u.device)
+    for at, chosen, part, some in _groups(x, data, asked, wanted, bias):
+        every = torch.arange(rows.n, device=u.device)[chosen]
+        found[at] = every[_drawn(part, some, u[at])]
+    return found.reshape(asked.batch)
+
+
+def _drawn(query: Query, rows: Rows, u: Tensor) -> Tensor:
+    """A row [B] for each query, by its two numbers u [B, 2]."""
     size = max(16, math.isqrt(rows.n))
     found_of = Stack(query.sigma.new_empty(2, len(query.x)), -(-rows.n // size))
     for start in range(0, rows.n, size):
@@ -164,11 +233,18 @@ def draw(
         within = dense_weights(part, some).cumsum(1)
         place = (within < (u[at, 1] * within[:, -1])[:, None]).sum(1).clamp(max=some.n - 1)
         found[at] = k * size + place
-    return found.reshape(asked.batch)
+    return found
 
 
 def _stretch(query: Query, rows: Rows, at: slice) -> tuple[Query, Rows]:
     """A stretch of the rows, and the query of them."""
+    if query.leave_out is not None:
+        out = query.leave_out - at.start
+        query = query._replace(
+            leave_out=torch.where((out >= 0) & (out < at.stop - at.start), out, -1)
+        )
+    conditions = None if rows.conditions is None else rows.conditions[at]
+    rows = rows._replace(conditions=conditions)
     norms = None if rows.sq_norms is None else rows.sq_norms[at]
     bias = None if query.bias is None else query.bias[at]
     return query._replace(bias=bias), rows._replace(data=rows.data[at], sq_norms=norms)

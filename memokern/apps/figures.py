@@ -291,6 +291,12 @@ def training_points(axis: Axes, data: np.ndarray) -> None:
     axis.plot(*np.asarray(data).T, ".", color=BLACK, markersize=6, zorder=5, label="training point")
 
 
+def legend_below(figure: Figure, axis: Axes) -> None:
+    """What this axis' marks mean, in a line below all axes."""
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), handletextpad=0.4)
+
+
 def voronoi(axis: Axes, points: np.ndarray, color: str = GREY) -> None:
     """Draw the Voronoi diagram of points [N, 2], cut at the axis' limits, which must be set before.
 

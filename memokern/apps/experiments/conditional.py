@@ -216,7 +216,7 @@ def conclude_conditional(n: Numbers) -> list[str]:
 def _draw_inpainting(axis: Axes, n: Numbers, name: str) -> None:
     own = "halves of rows"
     for values, colour, label in (
-        ("n_eff", figures.BLUE, r"$n_{eff}$"),
+        ("n_eff", figures.BLUE, r"$n_\mathrm{eff}$"),
         ("trace", figures.VERMILION, r"tr Cov$_h$"),
     ):
         axis.loglog(n["bandwidths"], n[values], "o-", color=colour, label=label, markersize=3.5)
@@ -239,7 +239,7 @@ def draw_conditional(n: Numbers) -> Figure:
         plane, digits, law = axes[0, :3]
         guide = np.array([[h, *PUBLISHED[h]] for h in PUBLISHED]).T
         for values, published, colour, label in (
-            (n["n_eff"], guide[2], figures.BLUE, r"$n_{eff}$"),
+            (n["n_eff"], guide[2], figures.BLUE, r"$n_\mathrm{eff}$"),
             (n["trace"], guide[1], figures.VERMILION, r"tr Cov$_h$"),
         ):
             mean, spread = values.mean(0), values.std(0)
@@ -247,7 +247,8 @@ def draw_conditional(n: Numbers) -> Figure:
                            markersize=3.5)  # fmt: skip
             plane.plot(guide[0], published, "x", color=figures.BLACK, markersize=5,
                        label="published" if label.startswith("tr") else None)  # fmt: skip
-        plane.set(xscale="log", yscale="log", xlabel="bandwidth $h$", title="linear-Gaussian")
+        plane.set(xscale="log", yscale="log", xlabel="bandwidth $h$", title="linear-Gaussian",
+                  ylabel=r"$n_\mathrm{eff}$, tr Cov$_h$")  # fmt: skip
         plane.legend(fontsize=7)
         _draw_inpainting(digits, n["digits"], "digits")
         if n["images"]:

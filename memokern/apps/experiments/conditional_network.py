@@ -26,7 +26,7 @@ from memokern import processes, samplers
 from memokern.apps import figures
 from memokern.apps.experiments.base import Experiment, Numbers
 from memokern.apps.experiments.conditional import linear_gaussian
-from memokern.apps.experiments.networks import early, fit, levels, made, shown
+from memokern.apps.experiments.networks import early, fit, levels, made, one_thread, shown
 from memokern.training import MLP, LearnedDenoiser, Trainer, losses
 from memokern.training.losses import edm_weight
 
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SIGMA_DATA = 1.0
+LOSSES = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)  # marks of a logarithmic axis
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +125,7 @@ def effective_rows(nearest: Tensor) -> Tensor:
     return count * (count - 1) / same.clamp(min=1.0)
 
 
+@one_thread()
 def run_network_conditional(p: NetworkConditional) -> Numbers:
     """The measures along the training, and samples at one condition."""
     generator = torch.Generator().manual_seed(p.seed)
@@ -196,17 +198,20 @@ def draw_network_conditional(n: Numbers) -> Figure:
     conditions early, at the stop and in the end, and the conditions' own rows."""
     stop, epochs = early(n), n["epochs"]
     with figures.style():
-        figure, axes = figures.new(2.1 * figures.COLUMN, 4.9, 2, 3)
+        figure, axes = figures.new(2.1 * figures.COLUMN, 5.1, 2, 3)
         loss, variance, rows = axes[0]
         for axis, values, colour, label in (
             (loss, n["held_out"], figures.VERMILION, "held out"),
             (loss, n["loss"], figures.BLUE, "training"),
             (variance, n["variance"], figures.BLUE, "variance"),
             (variance, n["copies"], figures.VERMILION, "fraction of copies"),
-            (rows, n["n_eff"], figures.BLUE, r"$n_{eff}$"),
+            (rows, n["n_eff"], figures.BLUE, r"$n_\mathrm{eff}$"),
         ):
             axis.semilogx(epochs, values, "o-", color=colour, markersize=3, label=label)
         loss.set(yscale="log", title="loss; dotted: early stop")
+        whole = [*n["loss"], *n["held_out"]]
+        marks = [m for m in LOSSES if min(whole) <= m <= max(whole)]
+        loss.set_yticks(marks, [f"{m:g}" for m in marks])
         variance.axhline(n["law_variance"], color=figures.GREY, ls="--", lw=0.9,
                          label="variance of the law")  # fmt: skip
         top = max(*n["variance"], n["law_variance"])
@@ -221,14 +226,16 @@ def draw_network_conditional(n: Numbers) -> Figure:
             axis.legend(fontsize=7)
         low, high = n["data"].min(0) - 0.7, n["data"].max(0) + 0.7
         for axis, k in zip(axes[1], (0, stop, len(epochs) - 1), strict=True):
-            axis.plot(*n["data"].T, ".", color=figures.GREY, markersize=4)
-            for cloud, own, colour in zip(
-                n["samples"][k], n["data"][n["picked"]], figures.PALETTE, strict=False
-            ):
-                axis.plot(*cloud[:40].T, "o", color=colour, markersize=2.5, alpha=0.6, mew=0)
-                axis.plot(*own, "x", color=colour, markersize=8, mew=2, zorder=6)
+            axis.plot(*n["data"].T, ".", color=figures.GREY, markersize=4, label="row")
+            each = zip(n["samples"][k], n["data"][n["picked"]], figures.PALETTE, strict=False)
+            for i, (cloud, own, colour) in enumerate(each):
+                axis.plot(*cloud[:40].T, "o", color=colour, markersize=2.5, alpha=0.6, mew=0,
+                          label=None if i else "sample, coloured by its condition")  # fmt: skip
+                axis.plot(*own, "x", color=colour, markersize=8, mew=2, zorder=6,
+                          label=None if i else "row of that condition")  # fmt: skip
             axis.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), aspect="equal")
             axis.set(xlabel="$x_1$", ylabel="$x_2$", title=f"epoch {epochs[k]:.0f}")
+        figures.legend_below(figure, axis)
     return figure
 
 

@@ -18,7 +18,7 @@ from memokern import memorization, processes, samplers
 from memokern.apps import figures
 from memokern.apps.experiments import squares
 from memokern.apps.experiments.base import Experiment, Numbers
-from memokern.apps.experiments.networks import made, shown
+from memokern.apps.experiments.networks import made, one_thread, shown
 from memokern.training import LearnedDenoiser, Trainer, UNet, losses
 from memokern.training.losses import edm_weight
 from memokern.training.monitors import judged
@@ -51,6 +51,7 @@ class NetworkSquares:
     seed: int = 0
 
 
+@one_thread()
 def run_network_squares(p: NetworkSquares) -> Numbers:
     """The fraction of exact copies of each network along its training, and some samples."""
     data = memokern.TrainingSet(squares.images(p.size))
@@ -161,6 +162,6 @@ EXPERIMENTS = (
         run_network_squares,
         draw_network_squares,
         conclude_network_squares,
-        {"size": 32, "steps": 720, "evaluations": 9, "samples": 16},
+        {"size": 32, "depth": 2, "steps": 720, "evaluations": 6, "samples": 16},
     ),
 )

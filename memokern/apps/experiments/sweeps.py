@@ -133,7 +133,7 @@ def _draw(
     order = np.argsort(n["strengths"])
     strengths, fractions = np.asarray(n["strengths"])[order], np.asarray(n["fractions"])[order]
     with figures.style():
-        figure, axes = figures.new(2.1 * figures.COLUMN, 2.6, 1, 3)
+        figure, axes = figures.new(2.1 * figures.COLUMN, 2.85, 1, 3)
         axis = axes[0, 0]
         axis.semilogx(guide, curve, "--", color=figures.GREY, label=guide_label)
         axis.semilogx(strengths, fractions, "o-", color=figures.BLUE, label="measured")
@@ -150,9 +150,11 @@ def _draw(
                 ylabel="$x_2$",
             )
             figures.voronoi(axis, data)
-            axis.plot(*ends[:300].T, "o", color=figures.VERMILION, markersize=2.5, alpha=0.5, mew=0)
+            axis.plot(*ends[:300].T, "o", color=figures.VERMILION, markersize=2.5, alpha=0.5, mew=0,
+                      label="sample")  # fmt: skip
             figures.training_points(axis, data)
             axis.set_title(f"{symbol} = {n['strengths'][which]:.2g}")
+        figures.legend_below(figure, axis)
     return figure
 
 
