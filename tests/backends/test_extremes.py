@@ -104,3 +104,62 @@ def test_gradient_where_one_row_has_nearly_all_weight(backend: str) -> None:
     assert 1e-6 < 1 - float(oracle.weights(query, rows).max()) < 1e-4
     tol = 1e-4 if backend == "triton" else 1e-5  # Triton rounds the mean to float32
     assert (back.x.double() - want.x).norm() <= tol * want.x.norm()
+
+
+@every_backend
+@pytest.mark.parametrize("sigma", [1e-8, 1e-17])
+def test_what_has_all_weight_moves_nothing(backend: str, sigma: float) -> None:
+    """What rounding leaves of a gradient for the weights would be divided by sigma^2. The last
+    query hits a row."""
+    b, n, d = 3, 40, 5
+    data = normal(n, d, dtype=F32)
+    x = data[:b] + torch.tensor([0.3, 0.02, 0.0])[:, None]
+    query, rows = query_of(x, sigma, 1.0, 1.3, normal(n, seed=3)), Rows(data)
+    got = harness.posterior(backend, query, rows)
+    zero = torch.zeros(b, dtype=F64)
+    grads = BasicSums(normal(b, d, seed=4).float(), zero, zero, zero, normal(b, seed=5))
+    back = harness.backward(backend, query, rows, got, grads)
+    for name in ("x", "sigma", "alpha"):
+        assert getattr(back, name).abs().max() == 0, name
+    # log_z, mean_logit and mean_bias move, with the bias too: log_z is finite.
+    grads = BasicSums(torch.zeros(b, d), *(normal(b, seed=i) for i in (1, 2, 3)), zero)
+    back = harness.backward(backend, query, rows, got, grads)
+    want = oracle.gradients(query, rows, grads)
+    # Triton's kernels take such a noise for 0 where it moves the query.
+    for name in ("bias",) if backend == "triton" and sigma < 1e-8 else ("x", "bias"):
+        a, e = getattr(back, name), getattr(want, name)
+        assert (a.double() - e).abs().max() <= 1e-6 * e.abs().max(), name
+
+
+@every_backend
+@pytest.mark.parametrize("sigma", [0.0, 0.7])
+def test_a_row_that_is_no_number_leaves_nothing_known(backend: str, sigma: float) -> None:
+    data = normal(20, 3, dtype=F32)
+    data[4, 1] = math.nan
+    bias = normal(20, seed=3)
+    grads = BasicSums(normal(2, 3, seed=4).float(), *(normal(2, seed=i) for i in range(4)))
+    query, rows = query_of(data[:2] + 0.1, sigma, bias=bias), Rows(data)
+    got = harness.posterior(backend, query, rows)
+    assert all(bool(value.isnan().all()) for value in got)
+    back = harness.backward(backend, query, rows, got, grads)
+    assert bool(back.x.isnan().all()) and bool(back.bias.isnan().any())
+    assert bool(back.sigma.isnan().all()) and bool(back.temperature.isnan().all())
+
+
+@over(sized((3, 700, 9), (70, 300, 40), triton=((3, 100, 9),)), "b", "n", "d")
+@pytest.mark.parametrize("weighting", ["gaussian", "log"])
+def test_gradients_for_biases_do_not_see_what_these_have_in_common(
+    backend: str, b: int, n: int, d: int, weighting: str
+) -> None:
+    """A constant in all biases changes log_z alone. The mean that a backward pass is given is
+    rounded; a bias that is made of large numbers would multiply what is left of that."""
+    data = normal(n, d, dtype=F32) + 30
+    query = query_of(data[:b] + 0.3, 0.8, 1.0, 1.3, normal(n, seed=3))
+    query, rows = query._replace(weighting=weighting), Rows(data)
+    got = harness.posterior(backend, query, rows)
+    zero = torch.zeros(b, dtype=F64)
+    grads = BasicSums(normal(b, d, seed=4).float(), zero, zero, zero, normal(b, seed=5))
+    back = harness.backward(backend, query, rows, got, grads)
+    size = float((grads.mean.norm(dim=1) * got.mean.norm(dim=1)).sum())
+    # Triton's is as exact as a mean in float32.
+    assert abs(float(back.bias.sum())) <= {"triton": 1e-6}.get(backend, 1e-12) * size

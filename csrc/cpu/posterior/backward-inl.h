@@ -57,9 +57,11 @@ struct BackwardWork {
 };
 
 // Whether log_z is so large that the weights e^((l - log_z) / T) would be off by its rounding: such a query,
-// whose rows are 10^4 times its noise away or more, is left to the sums over a list of all rows.
+// whose rows are 10^4 times its noise away or more, is left to the sums over a list of all rows. So is one
+// whose noise the sweep takes for 0, but whose log_z is finite: it still moves with the query.
 template <class R>
 MK_INLINE bool is_far(const Query<R>& q, double log_z) {
+  if (q.mode == kZeroSigma) return q.sigma > 0 && log_z > -kInf && log_z < kInf;
   return q.mode == kSoftmax && log_z > -kInf &&
          __builtin_fabs(log_z) * q.inv_t > (sizeof(R) == 4 ? 1e9 : 1e6);
 }
@@ -122,6 +124,39 @@ static int backward_sweep(const Source<R>& src, const Queries& in, const Backwar
   return kDone;
 }
 
+// What the rounding of the mean leaves in the gradient for the biases that queries share, taken off it: off
+// [b] times the weight of each row, by the products of the rows with the queries alone. Its sum over the rows
+// is small, but what a bias is made of may be large. io.grads.log_z is -off, and the other gradients are 0.
+template <class R>
+static int remove_drift(const Source<R>& src, const Queries& in, const BackwardArgs& io, const Plan& pl,
+                        double b_max, int64_t b0, int64_t B, int64_t n0, int64_t n1, BackwardWork<R>& w) {
+  enum { W = Vec<R>::W };
+  bool any = false;
+  for (int64_t b = b0; b < b0 + B; b++) any |= io.grads.log_z[b] != 0;
+  if (!any) return kDone;
+  const Products<R> products = products_for(src, pl);
+  SweepWork<R>& f = w.fwd;
+  load_queries(src, in, pl, b0, B, f);
+  const TileContext<R> s = make_tile_context(src, pl, in.bias, b_max, f);
+  for (int64_t j = 0; j < pl.NT; j++) w.dot_g[j] = 0;
+  for (f.tile.n0 = n0; f.tile.n0 < n1; f.tile.n0 += pl.NT) {
+    if (f.pace.stopped(pl.NT * pl.D * B)) return kStopped;
+    Prefetch next = load_tile(products, src, pl, f.tile, n1);
+    load_bias(in.bias, f);
+    products.dots(src, pl, f.tile, f.x, 0, B, f.p, next);
+    for (int64_t b = 0; b < B; b++) {
+      if (b % W == 0)
+        load_own_bias(f, b, (int)imin(W, B - b),
+                      [&](int64_t i) { return io.sums.log_z[b0 + i] * f.q[i].inv_t + f.q[i].shared; });
+      if (io.grads.log_z[b0 + b] == 0) continue;
+      for (int64_t j = 0; j < f.tile.cnt; j++) w.dot[j] = f.p[j * pl.Ps + b];
+      backward_tile(s, io, f.q[b], b0 + b, 0, w.row, w.logit, w.dot, w.dot_g, w.near + b * pl.Dp, w.sums[b],
+                    w.grad_bias, {nullptr, f.own.part, nullptr});
+    }
+  }
+  return kDone;
+}
+
 // Adds what the other parts of query b found to what the first one did.
 template <class R>
 static void join_backward_parts(const Plan& pl, const Queries& in, BackwardWork<R>* work, int parts,
@@ -141,15 +176,17 @@ static void join_backward_parts(const Plan& pl, const Queries& in, BackwardWork<
   }
 }
 
-// From the sums over all rows to the gradients of query b, which is the block's query `row`.
+// From the sums over all rows to the gradients of query b, which is the block's query `row`. minus_off [B] or
+// null receives what remove_drift takes off.
 template <class R>
 static void backward_finish(const Source<R>& src, const Plan& pl, const Queries& in, const BackwardArgs& io,
-                            const BackwardWork<R>& w, int64_t row, int64_t b) {
+                            const BackwardWork<R>& w, int64_t row, int64_t b, double* minus_off) {
   const Query<R>& q = w.fwd.q[row];
   const BackwardSums& a = w.sums[row];
   R *acc = w.fwd.acc, *gx = (R*)io.out.x + b * pl.D;
   const R* near = w.near;
   const double lost = q.mode == kNotFinite ? __builtin_nan("") : 0, off = a.w > 0 ? a.drift / a.w : 0;
+  if (minus_off) minus_off[b] = has_gradient(q) ? -off : 0;
   if (w.grad_c)
     finish_condition_gradient(in.conditions, b, w.grad_c + 2 * row * in.conditions.k, a.qh - off * a.wh, off,
                               lost, io.out);

@@ -98,29 +98,49 @@ static int backward_typed(const Rows& rows, const Queries& in, const BackwardArg
   WorkSpaces<BackwardWork<R>> list(parts);
   if (!list.reserve(pl, in, rows.n)) return kNoMemory;
   BackwardWork<R>* work = list.items;
+  Arena drifts;
+  double *minus_off = nullptr, *zeros = nullptr;
+  // In double the drift is as small as what rounding does to the sums of the gradient itself.
+  if (io.out.bias && sizeof(R) == 4) {
+    if (!drifts.reserve(2 * Arena::bytes<double>(in.b))) return kNoMemory;
+    minus_off = drifts.take<double>(in.b);
+    zeros = drifts.take<double>(in.b);
+    memset((void*)zeros, 0, in.b * sizeof(double));
+  }
+  const BackwardArgs drift = {io.sums, {nullptr, minus_off, zeros, zeros, zeros}, io.out};
+  // Calls sweep(k, n0, n1, part) for the part's share of blocks k, or of the rows of one block.
+  const auto share = [&](int64_t i, int64_t k0, auto sweep) {
+    int status = kDone;
+    const int64_t first = by_queries ? blocks * i / parts : k0,
+                  last = by_queries ? blocks * (i + 1) / parts : k0 + 1;
+    const int64_t n0 = by_queries ? 0 : imin(rows.n, tiles * i / parts * pl.NT);
+    const int64_t n1 = by_queries ? rows.n : imin(rows.n, tiles * (i + 1) / parts * pl.NT);
+    for (int64_t k = first; k < last && !status; k++)
+      status |= sweep(k * pl.B, imin(pl.B, in.b - k * pl.B), n0, n1, work[i]);
+    return status;
+  };
+  const auto without_drift = [&](int64_t b0, int64_t B, int64_t n0, int64_t n1, BackwardWork<R>& w) {
+    return minus_off ? remove_drift(c.src, in, drift, pl, b_max, b0, B, n0, n1, w) : (int)kDone;
+  };
   int failed = 0;
   for (int64_t k0 = 0; k0 < blocks; k0 += by_queries ? blocks : 1) {
     failed = for_parts(threads, parts, [&](int64_t i, int) {
-      int status = kDone;
-      const int64_t first = by_queries ? blocks * i / parts : k0,
-                    last = by_queries ? blocks * (i + 1) / parts : k0 + 1;
-      for (int64_t k = first; k < last && !status; k++) {
-        const int64_t b0 = k * pl.B, B = imin(pl.B, in.b - b0);
-        const int64_t n0 = by_queries ? 0 : imin(rows.n, tiles * i / parts * pl.NT);
-        const int64_t n1 = by_queries ? rows.n : imin(rows.n, tiles * (i + 1) / parts * pl.NT);
-        status |= backward_sweep(c.src, in, io, pl, b_max, b0, B, n0, n1, work[i]);
-        if (!by_queries || status) continue;
-        for (int64_t b = 0; b < B; b++) backward_finish(c.src, pl, in, io, work[i], b, b0 + b);
-      }
-      return status;
+      return share(i, k0, [&](int64_t b0, int64_t B, int64_t n0, int64_t n1, BackwardWork<R>& w) {
+        const int status = backward_sweep(c.src, in, io, pl, b_max, b0, B, n0, n1, w);
+        if (!by_queries || status) return status;
+        for (int64_t b = 0; b < B; b++) backward_finish(c.src, pl, in, io, w, b, b0 + b, minus_off);
+        return without_drift(b0, B, n0, n1, w);
+      });
     });
     if (failed) return failed;
     if (by_queries) break;
     const int64_t b0 = k0 * pl.B, B = imin(pl.B, in.b - b0);
     for (int64_t b = 0; b < B; b++) {
       join_backward_parts(pl, in, work, parts, b);
-      backward_finish(c.src, pl, in, io, work[0], b, b0 + b);
+      backward_finish(c.src, pl, in, io, work[0], b, b0 + b, minus_off);
     }
+    failed = for_parts(threads, parts, [&](int64_t i, int) { return share(i, k0, without_drift); });
+    if (failed) return failed;
   }
   const TileContext<R> s = make_tile_context(c.src, pl, in.bias, b_max, work[0].fwd);
   Arena memory;

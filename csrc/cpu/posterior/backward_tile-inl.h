@@ -22,6 +22,7 @@ struct BackwardSums {
 };
 
 // A row by direct differences: |x - alpha y|^2, <x - alpha y, yc> and <g, y - mean> go to out, y to row.
+// Without g the last is 0.
 template <class R>
 static void exact_row(const Source<R>& src, const Query<R>& q, const double* mean, const double* g, int64_t n,
                       double* row, double* out) {
@@ -30,7 +31,7 @@ static void exact_row(const Source<R>& src, const Query<R>& q, const double* mea
   double xy = 0, gy = 0;
   for (int64_t d = 0; d < src.rows.d; d++) {
     xy += ((double)q.x[d] - q.alpha * row[d]) * (row[d] - src.center[d]);
-    gy += g[d] * (row[d] - mean[d]);
+    if (g) gy += g[d] * (row[d] - mean[d]);
   }
   out[1] = xy;
   out[2] = gy;
@@ -169,7 +170,8 @@ static void backward_tile(const TileContext<R>& s, const BackwardArgs& io, const
     }
     double l, lr, xy, gy;  // lr: l - b
     if (direct) {
-      exact_row(*s.src, q, io.sums.mean + b * s.D, io.grads.mean + b * s.D, s.tile->n0 + j, row, exact);
+      const double* g = io.grads.mean ? io.grads.mean + b * s.D : nullptr;
+      exact_row(*s.src, q, io.sums.mean + b * s.D, g, s.tile->n0 + j, row, exact);
       r2 = exact[0];
       xy = exact[1];
       gy = exact[2];

@@ -67,7 +67,7 @@ def _exponents(query: Query, rows: Rows, center: Tensor) -> _Exponents:
         reachable = torch.ones_like(r2, dtype=torch.bool)
         if query.bias is not None:
             reachable = reachable & ~torch.isneginf(query.bias)
-        nearest = torch.where(reachable, r2, torch.inf).amin(1, keepdim=True)
+        nearest, first = torch.where(reachable, r2, torch.inf).min(1, keepdim=True)
         if query.weighting == "gaussian":
             # sigma = 0, or so small that even the nearest row's logit overflows.
             at_zero = torch.zeros_like(nearest, dtype=torch.bool)
@@ -80,27 +80,36 @@ def _exponents(query: Query, rows: Rows, center: Tensor) -> _Exponents:
             key = (~limit).to(F64)
         # Written so that NaN has weight: of a query that is lost the gradients are NaN as well.
         weighs = reachable & (~limit | ~(r2 > nearest))
-        # Relative to the nearest row, since a bias is lost beside a large distance: r^2 less its
-        # own, or over it where the logit is a logarithm.
         known = torch.isfinite(nearest)
-        if query.weighting == "gaussian":
-            least = origin = torch.where(known, nearest, 0.0)
-            unit = torch.ones_like(nearest)
-        else:
-            least = torch.where(known & (nearest > 0), nearest, float(query.x.shape[1]))
-            origin, unit = torch.zeros_like(nearest), query.x.shape[1] / least
-        v = torch.where(
-            weighs, _exponent(query, (r2 - origin) * unit, query.bias, limit), -torch.inf
-        )
+    # Relative to the nearest row, since a bias is lost beside a large distance: r^2 less its own,
+    # or over it where the logit is a logarithm. Its own is 0, with derivative 0, so that what
+    # cancels in the derivatives of the others is not divided by sigma^2.
+    if query.weighting == "gaussian":
+        least = torch.where(known, r2.gather(1, first), 0.0)
+        own = torch.arange(r2.shape[1], device=r2.device) == first
+        relative = torch.where(own & known, 0.0, r2 - least)
+    else:
+        least = torch.where(known & (nearest > 0), nearest, float(query.x.shape[1]))
+        relative = r2 * (query.x.shape[1] / least)
+    with torch.no_grad():
+        v = torch.where(weighs, _exponent(query, relative, query.bias, limit), -torch.inf)
         m = v.amax(1, keepdim=True)
         weighs = weighs & ~(v - m <= _NOTHING)
         key = torch.where(weighs.any(1, keepdim=True), key, torch.inf)
     # What is not weighed is left out before it can become 0 times infinity in a derivative.
     bias = None if query.bias is None else torch.where(weighs, query.bias, 0.0)
-    v = _exponent(query, torch.where(weighs, (r2 - origin) * unit, 1.0), bias, limit)
-    base = _pull(query, least, limit | (least == 0))
+    v = _exponent(query, torch.where(weighs, relative, 1.0), bias, limit) + _lost(query, nearest)
+    base = _pull(query, least, limit)
     below = torch.where(weighs, v - m, 0.0)
     return _Exponents(key[:, 0], base[:, 0], m[:, 0], below, weighs)
+
+
+def _lost(query: Query, nearest: Tensor) -> Tensor:
+    """0 [B, 1], or NaN with such derivatives where the nearest row is not known, at sigma = 0
+    too."""
+    lost = torch.isnan(nearest)
+    each = query.x.sum(1) + query.sigma + query.alpha + query.temperature
+    return torch.where(lost, torch.nan, 0.0) * torch.where(lost, each[:, None], 0.0)
 
 
 def _exponent(query: Query, r2: Tensor, bias: Tensor | None, limit: Tensor) -> Tensor:

@@ -59,21 +59,28 @@ def _block_sums(query: Query, rows: Rows, lists: RowLists) -> Sums:
         if bias is not None:
             reachable = ~torch.isneginf(bias)
         nearest = -largest(torch.where(reachable, -r2, -torch.inf))
+        place = torch.arange(len(r2), device=r2.device)
+        hit = torch.where(reachable & (r2 == nearest[q]), place, len(r2))
+        first = torch.full_like(start[1:], len(r2)).scatter_reduce(0, q, hit, "amin")
         # sigma = 0, or so small that even the nearest row's logit overflows.
         width = torch.where(query.sigma == 0, 1.0, query.sigma)
         far = torch.isinf(nearest / width / width / query.temperature)
         limit = far | (query.sigma == 0)
         # Written so that NaN has weight: of a query that is lost the gradients are NaN as well.
         weighs = reachable & (~limit[q] | ~(r2 > nearest[q]))
-        least = torch.where(torch.isfinite(nearest), nearest, 0.0)
-        v = torch.where(weighs, exponent(r2 - least[q], bias, limit), -torch.inf)
+    # As in the dense sweep, relative to the nearest row, whose own is 0 with derivative 0.
+    known = torch.isfinite(nearest)
+    least = torch.cat([r2, r2.new_zeros(1)])[torch.where(known, first, len(r2))]
+    relative = torch.where(place == first[q], 0.0, r2 - least[q])
+    with torch.no_grad():
+        v = torch.where(weighs, exponent(relative, bias, limit), -torch.inf)
         m = largest(v)
         weighs = weighs & ~(v - m[q] <= _NOTHING)
         key = torch.where(torch.isneginf(m), torch.inf, torch.where(limit, nearest, 0.0))
     # What is not weighed is left out before it can become 0 times infinity in a derivative.
     kept = None if bias is None else torch.where(weighs, bias, 0.0)
-    v = exponent(torch.where(weighs, r2 - least[q], 1.0), kept, limit)
-    base = gaussian_logit(least, query.sigma, limit | (least == 0))
+    v = exponent(torch.where(weighs, relative, 1.0), kept, limit)
+    base = gaussian_logit(least, query.sigma, limit)
     below = torch.where(weighs, v - m[q], 0.0)
     power = torch.where(weighs, below.exp(), 0.0)
     s_bias = torch.zeros_like(power) if kept is None else power * kept

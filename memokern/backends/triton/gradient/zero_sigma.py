@@ -101,7 +101,8 @@ def tie_gradients_kernel(
         T, scale, shift = tl.load(temperature + to), tl.load(scale_shift), tl.load(scale_shift + 1)
         alphas = tl.zeros([BLOCK_N], tl.float64) + tl.load(alpha + to)
         o_x = tl.zeros([BLOCK_N], tl.int64) + to * D
-        finite = (mode == HARD) & (best == 0.0)
+        # At sigma = 0 where the query hits a row; at a sigma that is taken for 0 everywhere.
+        finite = (mode == HARD) & (tl.abs(tl.load(stats + to)) < inf)
         g_l = tl.where(finite, tl.load(grads + to), 0.0)
         g_e = tl.where(finite, tl.load(grads + B + to), 0.0)
         g_b, g_s = tl.load(grads + 2 * B + to), tl.load(grads + 3 * B + to)
