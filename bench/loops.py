@@ -259,7 +259,7 @@ def of_densities(quick: bool) -> Iterator[Case]:
         lambda: memokern.posterior(x, data, h).log_z[:, None],
         torch.stack([v.logsumexp(0) for v in logs])[:, None] - norm,
     )
-    b, n, d, k = (16, 200, 48, 20) if quick else (256, 50_000, 3072, 50)
+    b, n, d, k = (16, 200, 48, 20) if quick else (64, 50_000, 3072, 50)
     rows = torch.rand(n, d) * 2 - 1
     # A third are copies with little noise, the others of their own.
     x = torch.where(torch.arange(b)[:, None] % 3 == 0, rows[:b], torch.rand(b, d) * 2 - 1)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from memokern import TrainingSet
 from memokern.calls import BasicSums, Query, Rows, State, Sums, by_key, merge, to_sums
 from tests import compare, harness, oracle
 from tests.cases import F32, F64, U8, Case, normal, query_of
@@ -138,7 +139,8 @@ def test_a_row_that_is_no_number_leaves_nothing_known(backend: str, sigma: float
     data[4, 1] = math.nan
     bias = normal(20, seed=3)
     grads = BasicSums(normal(2, 3, seed=4).float(), *(normal(2, seed=i) for i in range(4)))
-    query, rows = query_of(data[:2] + 0.1, sigma, bias=bias), Rows(data)
+    query = query_of(data[:2] + 0.1, sigma, bias=bias)
+    rows = TrainingSet(data, check=False).as_rows()
     got = harness.posterior(backend, query, rows)
     assert all(bool(value.isnan().all()) for value in got)
     back = harness.backward(backend, query, rows, got, grads)

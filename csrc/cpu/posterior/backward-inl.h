@@ -186,7 +186,10 @@ static void backward_finish(const Source<R>& src, const Plan& pl, const Queries&
   R *acc = w.fwd.acc, *gx = (R*)io.out.x + b * pl.D;
   const R* near = w.near;
   const double lost = q.mode == kNotFinite ? __builtin_nan("") : 0, off = a.w > 0 ? a.drift / a.w : 0;
-  if (minus_off) minus_off[b] = has_gradient(q) ? -off : 0;
+  if (minus_off) {  // the mean of h, which is 0 but for rounding
+    const double shared = io.grads.log_z[b] + io.grads.mean_logit[b];
+    minus_off[b] = has_gradient(q) && a.w > 0 ? shared - a.q / a.w : 0;
+  }
   if (w.grad_c)
     finish_condition_gradient(in.conditions, b, w.grad_c + 2 * row * in.conditions.k, a.qh - off * a.wh, off,
                               lost, io.out);
