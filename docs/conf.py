@@ -22,10 +22,13 @@ extensions = [
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
     "sphinx_design",
+    "sphinx_click",
+    "sphinx_gallery.gen_gallery",
     "docstrings",
+    "pages",
     "repository",
 ]
-exclude_patterns = ["_extensions", "figures/*.py"]
+exclude_patterns = ["_extensions", "figures/*.py", "auto_gallery/*.ipynb", "auto_gallery/*.py.md5"]
 suppress_warnings = ["config.cache"]
 
 # Markdown, as the pages are written for people who read them in the repository too.
@@ -53,6 +56,23 @@ mathjax_path = mathjax_file.name
 mathjax3_config = {
     "svg": {"fontCache": "global", "scale": 0.92},
     "options": {"enableMenu": False},
+}
+
+# The scripts run once, and again when they change.
+sphinx_gallery_conf = {
+    "examples_dirs": str(HERE.parent / "examples"),
+    "gallery_dirs": "auto_gallery",
+    "filename_pattern": r"plot_\d",
+    "within_subsection_order": "FileNameSortKey",
+    "copyfile_regex": r"$^",
+    "download_all_examples": False,
+    "remove_config_comments": True,
+    "show_memory": False,
+    "min_reported_time": 0,
+    "image_srcset": [],
+    "thumbnail_size": (320, 224),
+    "abort_on_example_error": False,
+    "matplotlib_animations": False,
 }
 
 html_theme = "furo"

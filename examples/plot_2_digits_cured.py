@@ -38,7 +38,7 @@ name = "EmpiricalBayes(-28.5)"
 stopped = samples[name]
 levels = torch.logspace(-3, 2, 400, dtype=torch.float64)
 log_z = memokern.posterior(stopped[:, None].expand(-1, 400, -1, -1), data, levels).log_z
-level = levels[(log_z <= -28.5).sum(1) - 1].clamp(min=1e-3)
+level = levels[((log_z <= -28.5).sum(1) - 1).clamp(min=0)]
 samples[name] = memokern.denoise(stopped, data, level)
 
 # %%

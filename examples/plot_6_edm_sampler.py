@@ -10,6 +10,8 @@ deterministic sampler of Karras et al. (arXiv 2206.00364, algorithm 1), as their
 # ``net`` is what they load from a pickle. It answers ``net(x, sigma)`` with the denoised x, and
 # knows ``sigma_min``, ``sigma_max`` and ``round_sigma``.
 
+from itertools import pairwise
+
 import matplotlib.pyplot as plt
 import torch
 
@@ -30,7 +32,7 @@ def edm_sampler(net, latents, num_steps=18, sigma_min=0.002, sigma_max=80, rho=7
     t_steps = torch.cat([net.round_sigma(t_steps), torch.zeros_like(t_steps[:1])])
 
     x_next, seen = latents.to(torch.float64) * t_steps[0], []
-    for i, (t_cur, t_next) in enumerate(zip(t_steps[:-1], t_steps[1:], strict=True)):
+    for i, (t_cur, t_next) in enumerate(pairwise(t_steps)):
         x_cur = x_next
         denoised = net(x_cur, t_cur).to(torch.float64)
         seen.append(denoised)
@@ -52,7 +54,11 @@ print(f"{memorization.ratio(x, data).fraction:.0%} of the samples are copies")
 
 shown = range(3, 18, 2)
 figure, axes = plt.subplots(
-    len(x), len(shown), figsize=(7, 7), layout="constrained", subplot_kw={"xticks": [], "yticks": []}
+    len(x),
+    len(shown),
+    figsize=(7, 7),
+    layout="constrained",
+    subplot_kw={"xticks": [], "yticks": []},
 )
 for column, step in enumerate(shown):
     axes[0, column].set_title(f"{levels[step]:.2g}", fontsize=8)

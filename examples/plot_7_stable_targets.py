@@ -42,7 +42,9 @@ axis.legend()
 plt.show()
 
 at = min(range(len(sigmas)), key=lambda i: abs(sigmas[i] - 3))
-print(f"at sigma {sigmas[at]:.1f}: " + ", ".join(f"{size}: {error[size][at]:.2f}" for size in sizes))
+print(
+    f"at sigma {sigmas[at]:.1f}: " + ", ".join(f"{size}: {error[size][at]:.2f}" for size in sizes)
+)
 
 # %%
 # At small noise nothing is to be gained: only the own row has weight, and all targets agree. At

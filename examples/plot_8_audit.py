@@ -27,8 +27,8 @@ samples = torch.cat([copies, unseen, blends])
 
 found = memorization.report(samples, data, tol=1.0, level=0.0, merge_radius=0.5)
 for name, result in found.items():
-    parts = [result.memorized[i : i + 8].sum().item() for i in (0, 8, 16)]
-    print(f"{name:14s} {result.fraction:4.0%}   copies {parts[0]}, unseen {parts[1]}, blends {parts[2]}")
+    parts = [part.sum().item() for part in result.memorized.split(8)]
+    print(f"{name:14s} {result.fraction:4.0%}: {parts} of 8 copies, 8 unseen, 8 blends")
 
 # %%
 # Each sample above its nearest training image; red, what the ratio of distances calls a copy.

@@ -5,6 +5,7 @@ import importlib
 import pkgutil
 import re
 import shlex
+import textwrap
 from pathlib import Path
 
 import click.testing
@@ -42,7 +43,8 @@ def test_public_names_have_an_example(name):
 
 def readme_blocks(language, page="README.md"):
     text = (ROOT / page).read_text()
-    return re.findall(rf"```{language}\n(.*?)```", text, re.S)
+    blocks = re.findall(rf"```{language}\n(.*?)```", text, re.S)
+    return [textwrap.dedent(block) for block in blocks]
 
 
 def test_readme_python_runs(tmp_path, monkeypatch):
@@ -81,7 +83,16 @@ def test_examples_of_pages_run(page, tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("page", ["README.md", "docs/command-line.md"])
+def test_messages_of_the_faq_are_those_of_the_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    session = "".join(readme_blocks("pycon", "docs/faq.md"))
+    assert session.count("Traceback") > 10
+    test = doctest.DocTestParser().get_doctest(session, {}, "docs/faq.md", None, 0)
+    assert doctest.DocTestRunner(optionflags=FLAGS).run(test).failed == 0
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("page", ["README.md", "docs/command-line.md", "docs/tasks/sample.md"])
 def test_commands_of_pages_run(page, tmp_path, monkeypatch):
     """Each `memokern ...` line of a page, in an empty folder, in the page's order."""
     monkeypatch.chdir(tmp_path)

@@ -24,7 +24,7 @@ SYMBOLS |= {
 SYMBOLS |= {name: f"\\{name}" for name in ("log", "exp", "max", "min", "cos", "sin", "tan", "ln")}
 ROMAN = "atan bias Cov div hypot logsumexp mean median noise path score softmax tr value"
 SYMBOLS |= {name: rf"\operatorname{{{name}}}" for name in ROMAN.split()}
-LONG = {("sigma", "data"), ("s", "target")}
+LONG = {("sigma", "data"), ("s", "target"), ("Z", "kept"), ("Z", "dropped")}
 # English too: they make no formula, and none begins with one.
 WORDS = {"inf", "value", "noise", "path", "bias"}
 FUNCTIONS = {"log", "exp", "cos", "sin", "tan", "ln", "div", "tr", "sum"}
@@ -35,7 +35,7 @@ BINARY = {"=", "<=", ">=", "<", ">", "!=", "+", "/", "->", "~", "^", "_"}
 
 TOKEN = re.compile(
     r"""(?P<space>[ \t\n]+)
-      | (?P<number>\d+(?:\.\d+)?(?:e-?\d+)?(?![A-Za-z_]{2}|\.\d))
+      | (?P<number>\d+(?:\.\d+)?(?:e[-+]?\d+)?(?![A-Za-z_]{2}|\.\d))
       | (?P<expect>E(?:_\w+)?\[[^\]\n]*\])
       | (?P<integral>integral\ of\b)
       | (?P<index>(?<=[)}|])_[A-Za-z0-9]+)
@@ -45,6 +45,10 @@ TOKEN = re.compile(
     """,
     re.VERBOSE,
 )
+
+# Words that are no symbols, whole: what follows a hyphen or an apostrophe belongs to them.
+SKIPPED = re.compile(r"[\w.]+(?:[-/']\w+)*|\W")
+HYPHENATED = re.compile(r"(?<![A-Za-z])[A-Za-z]{2,}(?:-[A-Za-z]+)+")
 
 
 def word(text: str) -> str | None:
@@ -91,8 +95,10 @@ def latex(text: str) -> str:
             out += symbol
         elif kind == "expect":
             head, _, body = token.partition("[")
-            inside = r" \mid ".join(latex(part.strip()) for part in body[:-1].split("|"))
+            inside = r" \mid ".join(latex(part.strip()) for part in re.split(r"\s\|\s", body[:-1]))
             out += r"\mathbb{E}" + head[1:] + "[" + inside + "]"
+        elif kind == "number":
+            out += power_of_ten(token)
         elif kind == "integral":
             out += r"\int "
         elif kind == "index":
@@ -115,6 +121,14 @@ def latex(text: str) -> str:
     return re.sub(r"\\sqrt\(((?:[^()]|\([^()]*\))*)\)", r"\\sqrt{\1}", out)
 
 
+def power_of_ten(number: str) -> str:
+    """TeX of a number, 2e-6 as 2 times a power of ten."""
+    digits, _, power = number.partition("e")
+    if not power:
+        return number
+    return ("" if digits == "1" else rf"{digits} \cdot ") + f"10^{{{int(power)}}}"
+
+
 def needs_space(before: str, after: str) -> bool:
     """Between two factors of a product, so that sum w l is not read as one word."""
     return bool(re.search(r"[\w})']$", before) and re.match(r"\w", after))
@@ -125,7 +139,7 @@ def spans(text: str) -> list[tuple[int, int]]:
     runs: list[list[re.Match[str]]] = [[]]
     place = 0
     while place < len(text):
-        found = TOKEN.match(text, place)
+        found = None if HYPHENATED.match(text, place) else TOKEN.match(text, place)
         good = found is not None and found[0] != ""
         if good and found is not None and found.lastgroup == "word":
             good = word(found[0]) is not None and not new_clause(text, found, runs[-1])
@@ -137,7 +151,7 @@ def spans(text: str) -> list[tuple[int, int]]:
             place = found.end()
             continue
         runs.append([])
-        skipped = re.compile(r"[\w.]+(?:[-/]\w+)*|\W").match(text, place)
+        skipped = SKIPPED.match(text, place)
         place = skipped.end() if skipped else place + 1
     return [s for run in runs for s in whole(run)]
 
@@ -172,6 +186,8 @@ def whole(run: list[re.Match[str]]) -> list[tuple[int, int]]:
         if first and token[0] in WORDS:
             return bool(re.match(r"\s+\w", token.string[token.end() :]))
         ends = BINARY if first else BINARY | {"-"}
+        if first and token[0] == "-" and re.search(r"\w\s*$", token.string[: token.start()]):
+            return True  # what it is subtracted from is no symbol
         return token.lastgroup in ("space", "comma") or token[0] in ends | {"..", "..."}
 
     while run and (hangs(run[0], True) or run[0][0] == "'"):

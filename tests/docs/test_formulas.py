@@ -10,6 +10,7 @@ sys.path.insert(0, str(ROOT / "docs" / "_extensions"))
 
 import docstrings  # noqa: E402
 import formulas  # noqa: E402
+import pages  # noqa: E402
 
 
 def in_dollars(text):
@@ -64,3 +65,18 @@ def test_docstrings_keep_code_roles_and_arguments():
         "",
         r"        - a \|b\|",
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("so t_n <= tau, `t_n`.", "so $t_{n} \\le \\tau$, `t_n`."),
+        ("| a | \\|x\\|^2 + 1 |", "| a | $\\lvert x\\rvert ^{2} + 1$ |"),
+        ("```python\nx = y + 1\n```\n", "```python\nx = y + 1\n```\n"),
+        ("    pip install .\n    x = y", "    pip install .\n    x = y"),
+        ("x:\n\n    x = y\n", "x:\n\n$$\n\\begin{gathered} x = y \\end{gathered}\n$$\n"),
+        ("[x = y](a_b.md) log-sum-exp", "[x = y](a_b.md) log-sum-exp"),
+    ],
+)
+def test_pages_are_set_but_for_code_and_links(text, expected):
+    assert pages.rewrite(text) == expected
