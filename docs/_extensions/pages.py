@@ -6,6 +6,7 @@ Sentences, table cells, and indented blocks of which every line is a formula. Co
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 from formulas import latex, replaced
 
@@ -56,7 +57,7 @@ def rewrite(text: str) -> str:
 
 
 def source_read(app, docname, source):
-    if SET.fullmatch(docname) and app.env.doc2path(docname).endswith(".md"):
+    if SET.fullmatch(docname) and Path(app.env.doc2path(docname)).suffix == ".md":
         source[0] = rewrite(source[0])
 
 
