@@ -230,21 +230,22 @@ def compared(n: int, dim: int, b: int, cores: float) -> str:
         "| processes | threads | rows each | measured | predicted | sweep | gather | reduce |",
         "|" + " --- |" * 8,
     ]
-    runs = [(1, 1), (1, 2), (2, 1), (4, 1)]
-    every = [measure(n, dim, b, ranks, threads) for ranks, threads in runs]
-    one, threaded, two, _ = every
+    # Strong scaling, then weak: twice the rows for two.
+    runs = [(1, 1, n), (1, 2, n), (2, 1, n), (4, 1, n), (1, 2, 2 * n), (2, 1, 2 * n)]
+    every = [measure(rows, dim, b, ranks, threads) for ranks, threads, rows in runs]
+    one, threaded, two = every[:3]
     # Others may use the machine: as many cores are here as a second thread is worth.
     cores = min(cores, max(1.0, one["sweep"] / threaded["sweep"]))
     wire = 2 * b * dim * 4 / max(two["reduce"] - 2 * two["gather"], 1e-4)
     alone = Machine("here", 4 * b * n * dim / one["sweep"], 1e18, wire, two["gather"])
-    for (ranks, threads), found in zip(runs, every, strict=True):
+    for (ranks, threads, rows), found in zip(runs, every, strict=True):
         sharers = max(1.0, ranks / cores) / min(threads, cores)
-        told = simulate(replace(alone, sharers=sharers), ranks, Problem(n, dim, 4, b))["total"]
+        told = simulate(replace(alone, sharers=sharers), ranks, Problem(rows, dim, 4, b))["total"]
         numbers = [
             f"{1e3 * v:.4g} ms"
             for v in (found["call"], told, *(found[k] for k in ("sweep", "gather", "reduce")))
         ]
-        lines.append(f"| {ranks} | {threads} | {n // ranks} | " + " | ".join(numbers) + " |")
+        lines.append(f"| {ranks} | {threads} | {rows // ranks} | " + " | ".join(numbers) + " |")
     return "\n".join(lines)
 
 

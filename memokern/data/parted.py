@@ -40,6 +40,10 @@ class PartedSet(TrainingSet):
         """Number of features D of a row."""
         return math.prod(self.shape)
 
+    def most(self, count: int) -> int:
+        """The largest of such numbers, where each rank has its own queries."""
+        return count
+
     def refuse(self, what: str, instead: str) -> Any:
         """RuntimeError for what needs all rows in this process."""
         raise RuntimeError(f"{what} needs all rows in one process, and these are apart: {instead}")

@@ -186,6 +186,12 @@ class ShardedSet(PartedSet):
         picked = torch.arange(self.n, device=self.device)[item]
         return self.gather(picked)
 
+    def most(self, count: int) -> int:
+        """The largest of the ranks' numbers, where queries are split."""
+        if self.queries != "split":
+            return count
+        return int(self.ranks.gather(torch.tensor([count]), "count").max())
+
     def label_count(self) -> int:
         """1 more than the largest label of any rank."""
         return max(0, *(v + 1 for v in self.known_labels)) if self.known_labels else 0

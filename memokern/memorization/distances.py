@@ -78,7 +78,10 @@ def neighbours(
     wanted = k if own is None else min(k + 1, data.n)
 
     def parts() -> Iterator[functional.Nearest]:
-        for chunk in tqdm(samples.split(CHUNK), desc="nearest rows", disable=not progress):
+        # Rows that are read from a disk are read once for all samples; ranks make the same calls,
+        # however many samples each has.
+        size = max(1, len(samples)) if isinstance(data, PartedSet) else CHUNK
+        for chunk in tqdm(samples.split(size), desc="nearest rows", disable=not progress):
             yield functional.nearest(chunk, data, wanted, method=method)
 
     found = list(parts())
@@ -105,7 +108,8 @@ def beyond(distance: Tensor, index: Tensor, data: TrainingSet, radius: float) ->
     samples, k = distance.shape
     found = distance[:, -1].clone()
     step = max(1, COMPARED // (k * data.dim))
-    for start in range(0, samples, step):
+    # Ranks gather together, as often as the one with the most samples.
+    for start in range(0, data.most(samples) if isinstance(data, PartedSet) else samples, step):
         some = slice(start, start + step)
         rows = data.gather(index[some]).flatten(2).double()
         apart = (rows - rows[:, :1]).square().sum(-1).sqrt() > radius

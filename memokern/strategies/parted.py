@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from memokern import ops
 from memokern.calls import Query, Rows, State, Sums, by_key, rescaled, to_sums
@@ -26,6 +27,8 @@ T = TypeVar("T")
 
 def together(data: PartedSet, operation: str, check: Callable[[], T]) -> T:
     """What `check` gives; where it raises on one rank, the others raise in the same call."""
+    if is_compiling() and isinstance(data, ShardedSet):  # whose messages no graph can hold
+        raise RuntimeError(sharded.UNTRANSFORMED)
     try:
         return check()
     except Exception as error:
@@ -77,7 +80,8 @@ def state(query: Query, data: PartedSet, how: How, operation: str = "posterior")
     """The state of queries over all rows; the query's bias is that of the rows here."""
     if isinstance(data, ShardedSet):
         how = how._replace(radius=data.radius)
-        asked = sharded.ask(operation, query, data, method=how.method, tol=how.tol)
+        told = {"method": how.method, "tol": how.tol, "certificate": how.dropped is not None}
+        asked = sharded.ask(operation, query, data, **told)
         return sharded.state(query, data, asked, lambda part: _of_part(part, data, how))
     return _here(query, data, how)
 

@@ -31,16 +31,17 @@ from memokern.util.version import VERSION
 
 # Queries that are swept, and exchanged, together.
 BLOCK = 256
+UNTRANSFORMED = (
+    "rows on several ranks have no torch.func transform, forward mode or compiled graph: use"
+    " backward() or torch.autograd.grad, uncompiled"
+)
 SUMS = slice(2, 6)  # s, s_v, s_bias, s_sq of a State
 
 
 def ask(operation: str, query: Query, data: ShardedSet, **more: Any) -> tuple[Asked, Layout]:
     """Tells the other ranks of the call. With split queries also waits for how many each has."""
     if under_transform(*tensors(query, data.as_rows())) or traced(query.x):
-        error = RuntimeError(
-            "rows on several ranks have no torch.func transform, forward mode or compiled graph:"
-            " use backward() or torch.autograd.grad, uncompiled"
-        )
+        error = RuntimeError(UNTRANSFORMED)
         data.ranks.refuse(operation, error)
         raise error
     split = data.queries == "split"

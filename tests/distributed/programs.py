@@ -15,6 +15,7 @@ from memokern.distributed import shard
 from memokern.index import build as index_build
 from memokern.index import unfinished
 from memokern.index.basis import Cosine
+from memokern.memorization import distances
 
 NUMBERS = ("mean", "residual", "log_z", "mean_logit", "mean_bias", "weight_sq", "log_density")
 
@@ -271,6 +272,10 @@ def split_asked(group: Any, counts: list[int]) -> dict[str, Tensor]:
         mine = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
         x, label, leave_out, c, h, index = (v[mine] for v in (x, label, leave_out, c, h, index))
     out = {"gather": data.gather(index).double()}
+    if min(counts):
+        with mock.patch.object(distances, "COMPARED", 640):  # one sample at a time
+            out["merged"] = memorization.merged_ratio(x, data, 0.5, k=10).value
+        out["ratio"] = memorization.ratio(x, data).value
     smooth = Denoiser(data, regularizer=regularizers.GaussianSmoothing(0.1))
     for name, asked in {
         "label": {"label": label},

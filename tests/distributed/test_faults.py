@@ -13,6 +13,8 @@ from tests.distributed.pool import Pool, Raised
 SAYS = {
     "x": "x differs", "shape": "x differs", "type": "x differs", "sigma": "sigma differs",
     "weighting": "weighting differs", "gradient": "gradients differs", "bias": "bias differs",
+    "label": "label differs", "leave_out": "leave_out differs", "condition": "condition differs",
+    "bandwidth": "bandwidth differs", "certificate": "certificate differs", "tol": "tol differs",
 }  # fmt: skip
 
 
@@ -23,6 +25,20 @@ def test_a_call_that_differs(pool, name):
         assert kind == "ValueError"
         assert SAYS[name] in said and "rank 1" in said
         assert fares  # the ranks can go on
+
+
+@pytest.mark.parametrize("name", ["vmap", "jvp"])
+def test_a_transform_on_one_rank_is_refused_on_all(pool, name):
+    for kind, said, fares in pool.run(2, faults.disagreeing, name):
+        assert kind == "RuntimeError" and "no torch.func transform" in said, (kind, said)
+        assert fares
+
+
+@pytest.mark.long
+def test_a_compiled_call_is_refused(pool):
+    for kind, said, fares in pool.run(2, faults.compiled):
+        assert kind in ("RuntimeError", "Unsupported") and "no torch.func transform" in said
+        assert fares
 
 
 @pytest.mark.parametrize("where", ["arguments", "sweep", "operation", "version"])
