@@ -1,55 +1,84 @@
-"""A file that is larger than the memory that a process may have: streamed, indexed, audited.
+"""Files that are larger than the memory that a process may have: made, streamed, audited.
 
-    python -m tools.stream_file --gb 12 --limit-gb 2              # makes a file, and removes it
-    python -m tools.stream_file --file rows.npy --audit 10000     # one that is there
+    python -m tools.stream_file make rows.npy --gb 12 --samples samples.npy --count 10000
+    python -m tools.stream_file limit --gb 2 -- python -m memokern memorization samples.npy rows.npy
+    python -m tools.stream_file limit --gb 2 -- python -m tools.stream_file stream rows.npy
 
-The work is done in a process of its own in a memory control group of that limit (as root,
-with cgroup 1 or 2), in which pages that were read of the file count too. Where no group can be
-made, start it under `systemd-run --scope -p MemoryMax=2G`; the peak is measured in any case.
+`limit` runs a command in a memory control group of its own (as root, cgroup 1 or 2), in which the
+pages that were read of a file count too, and tells how long it took, on the clock and of the cores,
+and what it had in memory.
+Where no group can be made, nothing is limited, and it says so: `systemd-run --scope -p
+MemoryMax=2G` makes one.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
+import resource
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import torch
 
+import memokern
+
+# A group's folder, and the files of its limit and its peak; what it calls memory that is no file's.
 GROUPS = (
-    (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.max_usage_in_bytes"),
-    (Path("/sys/fs/cgroup"), "memory.max", "memory.peak"),
+    (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.max_usage_in_bytes", "rss"),
+    (Path("/sys/fs/cgroup"), "memory.max", "memory.peak", "anon"),
 )
-BLOCK = 20_000  # rows that are made together
+BLOCK = 10_000  # images that are made together
 
 
-def make(path: Path, n: int, dim: int) -> None:
-    """Images of a kind, of real pages: 48 levels spread over the features, and noise."""
-    rng = np.random.default_rng(0)
-    head = np.lib.format.open_memmap(path, "w+", np.uint8, (n, dim))
-    offset = head.offset
-    del head
-    with open(path, "r+b") as file:
-        file.seek(offset)
-        for start in range(0, n, BLOCK):
-            count = min(BLOCK, n - start)
-            coarse = rng.integers(0, 16, (count, 48), dtype=np.uint8) * 15
-            noise = np.frombuffer(rng.bytes(count * dim), np.uint8).reshape(count, dim) >> 4
-            file.write((noise + np.repeat(coarse, -(-dim // 48), axis=1)[:, :dim]).tobytes())
+# --- make ---------------------------------------------------------------------------------------
+
+
+def images(n: int, side: int, generator: torch.Generator) -> torch.Tensor:
+    """[n, 3, side, side] uint8 as hard to tell apart as CIFAR-10's: spectrum, contrast and colours
+    were chosen so that as many rows are left of 10,000, at each level of an index, as of those."""
+    at = torch.arange(side, dtype=torch.float32)
+    waves = torch.cos((at[:, None] + 0.5) * at * torch.pi / side)
+    frequency = (at[:, None].square() + at.square() + 1).sqrt() ** 1.2
+    frequency[0, 0] = 2.0
+    colours = torch.tensor([[0.9, 0.3, 0.1], [0.9, -0.1, -0.3], [0.9, -0.2, 0.2]])
+    coefficients = torch.randn(n, 3, side * side, generator=generator)
+    coefficients = (colours @ coefficients).reshape(n, 3, side, side) / frequency
+    contrast = 32 * (0.4 * torch.randn(n, 1, 1, 1, generator=generator)).exp()
+    return (128 + contrast * (waves @ coefficients @ waves.T)).clamp_(0, 255).to(torch.uint8)
+
+
+def make(path: Path, n: int, side: int, samples: Path | None, count: int) -> None:
+    """A file of n images, and one of samples, of which every other one is a row and a little noise:
+    what a sampler gives that memorises half the time."""
+    generator = torch.Generator().manual_seed(0)
+    head = np.lib.format.open_memmap(path, "w+", np.uint8, (n, 3, side, side))
+    for start in range(0, n, BLOCK):
+        head[start : start + BLOCK] = images(min(BLOCK, n - start), side, generator).numpy()
+        head.flush()
+    if samples is None:
+        return
+    values = images(count, side, generator) / 127.5 - 1
+    copied = np.linspace(0, n - 1, -(-count // 2)).astype(np.int64)
+    values[::2] = torch.from_numpy(head[copied]) / 127.5 - 1
+    values[::2] += 0.02 * torch.randn(values[::2].shape, generator=generator)
+    np.save(samples, values.numpy())
+
+
+# --- limit --------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def group(limit: int) -> Iterator[tuple[Path, str] | None]:
-    """A control group of this limit, and where it tells its peak; None where none can be made."""
-    for root, limit_name, peak in GROUPS:
+def group(limit: int) -> Iterator[tuple[Path, str, str] | None]:
+    """A control group of this limit, its file of the peak, and the name of its own memory; None
+    where none can be made."""
+    for root, limit_name, peak, own in GROUPS:
         folder = root / f"memokern-{os.getpid()}"
         if not (root / "cgroup.procs").exists():
             continue
@@ -61,7 +90,7 @@ def group(limit: int) -> Iterator[tuple[Path, str] | None]:
                 folder.rmdir()
             continue
         try:
-            yield folder, peak
+            yield folder, peak, own
         finally:
             with contextlib.suppress(OSError):
                 folder.rmdir()
@@ -69,117 +98,106 @@ def group(limit: int) -> Iterator[tuple[Path, str] | None]:
     yield None
 
 
-def limited(command: list[str], limit: int) -> tuple[int, int | None]:
-    """Runs the command with this much memory: its exit status, and the group's peak."""
+def limited(command: list[str], limit: int) -> tuple[int, dict[str, float]]:
+    """Runs the command with this much memory: its exit status, its seconds, and in gigabytes the
+    most that it had at a time, with the file's pages and without."""
+    began = time.monotonic()
+
+    def took() -> dict[str, float]:
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return {"seconds": time.monotonic() - began, "of cores": used.ru_utime + used.ru_stime}
+
     with group(limit) as made:
         if made is None:
-            print("no control group could be made: nothing limits the memory here")
-            return subprocess.run(command, check=False).returncode, None
-        folder, peak = made
+            print("no control group could be made: nothing limits the memory", file=sys.stderr)
+            return subprocess.run(command, check=False).returncode, took()
+        folder, peak, own = made
+        most, ended = [0], threading.Event()
 
-        def enter() -> None:
-            (folder / "cgroup.procs").write_text(str(os.getpid()))
+        def watch() -> None:
+            while not ended.wait(0.05):
+                lines = dict(line.split() for line in (folder / "memory.stat").open())
+                most[0] = max(most[0], int(lines[own]))
 
-        status = subprocess.run(command, check=False, preexec_fn=enter).returncode
-        most = int((folder / peak).read_text()) if (folder / peak).exists() else None
-        return status, most
-
-
-class Peak:
-    """The most memory of this process's own (not the file's pages) while it watches."""
-
-    def __init__(self) -> None:
-        self.own = self.pages = 0
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def _watch(self) -> None:
-        while not self._stop.wait(0.02):
-            with open("/proc/self/status") as status:
-                lines = dict(line.split(":", 1) for line in status)
-            self.own = max(self.own, 1024 * int(lines["RssAnon"].split()[0]))
-            self.pages = max(self.pages, 1024 * int(lines["RssFile"].split()[0]))
-
-    def __enter__(self) -> Peak:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        # The shell enters the group, and becomes the command.
+        entered = ["sh", "-c", f'echo $$ > {folder}/cgroup.procs; exec "$@"', "sh", *command]
+        try:
+            status = subprocess.run(entered, check=False).returncode
+        finally:
+            ended.set()
+            watcher.join()
+        found = {**took(), "GB of its own": most[0] / 1e9}
+        with contextlib.suppress(OSError):  # of an older system
+            found["GB with pages"] = int((folder / peak).read_text()) / 1e9
+        return status, found
 
 
-def work(path: str, queries: int, audit: int, rows: int, index: bool) -> None:
-    """What the limited process does: prints the seconds of each step, and its peak, as JSON."""
-    import torch
+# --- stream -------------------------------------------------------------------------------------
 
-    import memokern
 
-    found: dict[str, object] = {"threads": torch.get_num_threads()}
+def stream(path: str, queries: int, index: bool) -> dict[str, float]:
+    """Seconds of what is asked of the rows of a file, whose answers are checked."""
+    found: dict[str, float] = {}
 
     def timed(name: str, call):
         start = time.perf_counter()
         value = call()
-        found[name] = round(time.perf_counter() - start, 3)
+        found[name] = time.perf_counter() - start
         return value
 
-    with Peak() as peak:
-        data = memokern.StreamedSet(path, progress=False)
-        if rows and rows < data.n:
-            data = data.subset(slice(0, rows))
-        found |= {"rows": data.n, "dim": data.dim, "gigabytes": data.n * data.dim / 1e9}
-        found["before, own bytes"] = peak.own
-        picked = torch.linspace(0, data.n - 1, max(queries, audit)).long()
-        x = data.gather(picked)
-        x += 0.05 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
-        timed("norms", lambda: data.center)
-        if queries:
-            p = timed("posterior", lambda: memokern.posterior(x[:queries], data, 5.0))
-            near = timed("nearest", lambda: memokern.nearest(x[:queries], data, 2))
-            assert bool(torch.isfinite(p.mean).all())
-            assert torch.equal(near.index[:, 0], picked[:queries])
-        if index:
-            timed("index", lambda: data.build_index("pca", dims=(32, 64)))
-            found["index bytes"] = data.index.nbytes
-            p = timed("pruned", lambda: memokern.posterior(x[:16], data, 0.2, method="pruned"))
-            assert bool((p.ess < 1 + 1e-6).all())
-        if audit:
-            found["queries"] = audit
-            ratio = timed("audit", lambda: memokern.memorization.ratio(x[:audit], data))
-            found["memorised"] = float(ratio.fraction)
-    found |= {"peak, own bytes": peak.own, "peak, file pages": peak.pages}
-    print(json.dumps(found))
+    data = memokern.StreamedSet(path, progress=False)
+    picked = torch.linspace(0, data.n - 1, queries).long()
+    x = data.gather(picked)
+    x += 0.05 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    timed("norms", lambda: data.center)
+    p = timed("posterior", lambda: memokern.posterior(x, data, 5.0))
+    assert bool(torch.isfinite(p.mean).all())
+    near = timed("nearest", lambda: memokern.nearest(x, data, 2))
+    assert torch.equal(near.index[:, 0], picked)
+    if index:
+        timed("index", lambda: data.build_index(dims=(32, 64)))
+        p = timed("pruned", lambda: memokern.posterior(x, data, 0.2, method="pruned"))
+        assert bool((p.ess < 1 + 1e-6).all())
+        found["index, GB"] = data.index.nbytes / 1e9
+    return found
+
+
+def said(found: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.3g}" for name, value in found.items())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--file", help="a .npy of rows; else one is made, and removed")
-    parser.add_argument("--gb", type=float, default=12.0, help="of the file that is made")
-    parser.add_argument("--dim", type=int, default=3072, help="of the file that is made")
-    parser.add_argument("--limit-gb", type=float, default=2.0, help="memory that is allowed")
-    parser.add_argument("--queries", type=int, default=64, help="of a posterior, and of nearest")
-    parser.add_argument("--audit", type=int, default=0, help="queries of a memorisation audit")
-    parser.add_argument("--rows", type=int, default=0, help="only so many rows of the file")
-    parser.add_argument("--index", action="store_true", help="build an index too")
-    parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
+    does = parser.add_subparsers(dest="does", required=True)
+    one = does.add_parser("make", help="images, as a .npy")
+    one.add_argument("path", type=Path)
+    one.add_argument("--gb", type=float, default=12.0)
+    one.add_argument("--side", type=int, default=32, help="pixels of an image's side")
+    one.add_argument("--samples", type=Path, help="a .npy of samples to look for, too")
+    one.add_argument("--count", type=int, default=10_000, help="how many samples")
+    one = does.add_parser("limit", help="a command with so much memory")
+    one.add_argument("--gb", type=float, default=2.0)
+    one.add_argument("command", nargs=argparse.REMAINDER)
+    one = does.add_parser("stream", help="posterior and nearest of a file's rows")
+    one.add_argument("path")
+    one.add_argument("--queries", type=int, default=64)
+    one.add_argument("--index", action="store_true", help="build an index too")
     given = parser.parse_args()
-    if given.work:
-        work(given.file, given.queries, given.audit, given.rows, given.index)
-        return
-    with tempfile.TemporaryDirectory(dir=".") as folder:
-        path = given.file
-        if path is None:
-            path = str(Path(folder) / "rows.npy")
-            make(Path(path), int(given.gb * 1e9 / given.dim), given.dim)
-        command = [sys.executable, "-m", "tools.stream_file", "--work", "--file", path]
-        for name in ("queries", "audit", "rows"):
-            command += [f"--{name}", str(getattr(given, name))]
-        command += ["--index"] if given.index else []
-        status, most = limited(command, int(given.limit_gb * 1e9))
-        print(f"exit status {status}; peak of the group {most} bytes, the file's pages with it")
-    sys.exit(status)
+    if given.does == "make":
+        n = int(given.gb * 1e9 / (3 * given.side**2))
+        make(given.path, n, given.side, given.samples, given.count)
+        print(f"{n} images in {given.path}")
+    elif given.does == "stream":
+        print(f"seconds: {said(stream(given.path, given.queries, given.index))}")
+    else:
+        command = given.command[given.command[:1] == ["--"] :]
+        status, found = limited(command, int(given.gb * 1e9))
+        print(f"exit status {status}; {said(found)}", file=sys.stderr)
+        sys.exit(status)
 
 
 if __name__ == "__main__":
