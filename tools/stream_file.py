@@ -59,16 +59,23 @@ def make(path: Path, n: int, side: int, samples: Path | None, count: int) -> Non
     what a sampler gives that memorises half the time."""
     generator = torch.Generator().manual_seed(0)
     head = np.lib.format.open_memmap(path, "w+", np.uint8, (n, 3, side, side))
+    values = images(count, side, generator) / 127.5 - 1
+    copied = np.linspace(0, n - 1, -(-count // 2)).astype(np.int64)
     for start in range(0, n, BLOCK):
         head[start : start + BLOCK] = images(min(BLOCK, n - start), side, generator).numpy()
         head.flush()
-    if samples is None:
-        return
-    values = images(count, side, generator) / 127.5 - 1
-    copied = np.linspace(0, n - 1, -(-count // 2)).astype(np.int64)
-    values[::2] = torch.from_numpy(head[copied]) / 127.5 - 1
-    values[::2] += 0.02 * torch.randn(values[::2].shape, generator=generator)
-    np.save(samples, values.numpy())
+    if samples is not None:
+        values[::2] = torch.from_numpy(head[copied]) / 127.5 - 1
+        values[::2] += 0.02 * torch.randn(values[::2].shape, generator=generator)
+        np.save(samples, values.numpy())
+    del head
+    forget_pages(path)
+
+
+def forget_pages(path: str | Path) -> None:
+    """Takes a file out of the system's memory, so that who reads it next has it in theirs."""
+    with open(path, "rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 # --- limit --------------------------------------------------------------------------------------

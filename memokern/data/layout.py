@@ -4,13 +4,13 @@ compared with the rows as they are."""
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from memokern.util import checks
+from memokern.util.warned import warn
 
 # chw: as they come, [N, *shape]. hwc: images [N, H, W, C], which become [N, C, H, W].
 LAYOUTS = ("chw", "hwc")
@@ -103,12 +103,10 @@ def warn_of_other_range(samples: Tensor, rows: Tensor) -> None:
         [float(v) for v in torch.stack(part.aminmax())] for part in (samples, rows)
     )
     if _other_unit(samples, rows, (low, high), (least, most)):
-        warnings.warn(
+        warn(
             f"the samples lie in [{low:.4g}, {high:.4g}], the data in [{least:.4g}, {most:.4g}]: "
             "these cannot be the same units, so that nothing will look memorised; convert the "
-            "samples, or give the data their scale and shift",
-            UserWarning,
-            stacklevel=4,
+            "samples, or give the data their scale and shift"
         )
 
 

@@ -24,7 +24,6 @@ class Mapped:
 
     def __init__(self, rows: Tensor, step: int, start: int = 0) -> None:
         self.rows, self.step, self.n, self.start = rows, step, len(rows), start
-        self._file = is_file(rows)
 
     def by(self, step: int, start: int = 0) -> Mapped:
         """The same rows, otherwise cut."""
@@ -32,11 +31,13 @@ class Mapped:
 
     def fill(self, free: Callable[[], Tensor], ready: Callable[[Chunk], None]) -> None:
         """Reads all rows into buffers that are free, and hands each on when it is full."""
+        # Asked anew: a copy of the rows lies in memory, where what is forgotten is lost.
+        file = is_file(self.rows)
         for first in range(self.start, self.n, self.step):
             part = self.rows[first : first + self.step]
             buffer = free()[: len(part)]
             buffer.copy_(part)
-            if self._file:
+            if file:
                 forget(part)
             ready((first, buffer))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -258,6 +258,14 @@ class ShardedSet(PartedSet):
         return self._remade(
             TrainingSet(rows, scale=scale, shift=shift, name=self.name, check=False, **own)
         )
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> ShardedSet:
+        """As a TrainingSet's, of this rank's rows."""
+        like = self.part
+        if like is None:  # what they would be like
+            one = _blank(self.rows).reshape((1, *self.shape))
+            like = TrainingSet(one, scale=self.scale, shift=self.shift, check=False)
+        return ShardedSet(like.each(function), self.n_here, self.ranks, self.queries)
 
     def to(self, device: torch.device | str) -> ShardedSet:
         """The same set with this rank's rows on another device."""

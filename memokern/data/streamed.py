@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -291,6 +292,14 @@ class StreamedSet(PartedSet):
 
     # --- other sets -----------------------------------------------------------------------------
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> StreamedSet:
+        """A copy whose rows are those of the same file, which stay there."""
+        if self._mapped is not None:
+            memo[id(self._mapped.rows)] = self._mapped.rows
+        memo[id(self)] = copied = self.__class__.__new__(self.__class__)
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
     @property
     def in_file(self) -> bool:
         """Whether the rows are in a file, where each can be read by itself."""
@@ -324,6 +333,19 @@ class StreamedSet(PartedSet):
         if (scale, shift) != (self.scale, self.shift) or rows.dtype != self.rows.dtype:
             self.refuse("a change of all rows", "change the file")
         return self
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> StreamedSet:
+        """As a TrainingSet's; it is made anew in each pass."""
+
+        def made() -> Iterator[Tensor]:
+            for _, rows in self.raw_chunks():
+                yield function(self.dequantize(rows)).reshape(len(rows), *self.shape)
+
+        size = self._source.step * self.dim
+        return StreamedSet(
+            made, chunk_bytes=size, device=self._device, progress=self._progress, check=False,
+            scale=1.0, shift=0.0,
+        )  # fmt: skip
 
     def to(self, device: torch.device | str) -> StreamedSet:
         """The same rows, swept on another device."""

@@ -7,7 +7,7 @@ the kernels apply. A data set on disk stays there, memory-mapped.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -27,6 +27,7 @@ from memokern.data.storage import (
     checked_conditions,
     checked_labels,
     checked_log_weights,
+    chunks,
     require_finite,
     rows_of_label,
     sorted_by_class,
@@ -237,7 +238,8 @@ class TrainingSet(StoredRows):
                 of a sharded set has a folder of its own in it, which the same ranks find again.
 
         Raises: ValueError for D <= 16, for rows that do not suit the basis, for unknown choices;
-            RuntimeError where another process builds in the folder.
+            RuntimeError where another process builds in the folder; OSError where its disk has no
+            room for the index, before it is computed.
 
         Warns: of flat rows that have the size of images, for which dct is much faster.
 
@@ -292,6 +294,13 @@ class TrainingSet(StoredRows):
     def renewed(self, rows: torch.Tensor, scale: float, shift: float, **own: Any) -> TrainingSet:
         """A set of these rows, and what each of them has, in this one's place."""
         return TrainingSet(rows, **own, scale=scale, shift=shift, name=self.name, check=False)
+
+    def each(self, function: Callable[[torch.Tensor], torch.Tensor]) -> TrainingSet:
+        """A set of what a function of rows' values [n, D] makes of them, [n, D] in the same shape,
+        with scale 1 and shift 0."""
+        made = torch.cat([function(self.dequantize(part)) for part in chunks(self.rows)])
+        rows = made.reshape(len(made), *self.shape)
+        return TrainingSet(rows, scale=1.0, shift=0.0, name=self.name, check=False)
 
     def adopt(self, derived: Derived) -> None:
         """Takes what was computed of these very rows elsewhere."""

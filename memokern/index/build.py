@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -28,6 +27,7 @@ from memokern.index.index import STORAGES, VERSION, Index, evenly_spaced_rows, f
 from memokern.index.projection import U64, band_indicator, band_norms, rounded_up
 from memokern.index.unfinished import unfinished
 from memokern.util import checks
+from memokern.util.warned import warn
 
 BASES = ("auto", "pca", "dct")
 # How many coordinates the levels use unless the caller says so.
@@ -223,11 +223,9 @@ def _kind(basis: str, shape: Sequence[int], dim: int) -> type[Cosine] | type[Pri
         elif dim <= PCA_DIM:
             basis = "pca"
             if flat is not None:
-                warnings.warn(
+                warn(
                     f"flat rows of {dim} features take basis 'pca'; if they are images, an index "
-                    f"is built some ten times faster for a training set made with shape={flat}",
-                    UserWarning,
-                    stacklevel=4,
+                    f"is built some ten times faster for a training set made with shape={flat}"
                 )
         else:
             raise ValueError(

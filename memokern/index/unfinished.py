@@ -40,7 +40,8 @@ class Unfinished:
 
     Attributes: done: how many rows are projected. arrays: [N, .] by name, as they are in the files.
 
-    Raises: RuntimeError where another process builds in the folder.
+    Raises: RuntimeError where another process builds in the folder; OSError for a disk without room
+        for the arrays, before any row is projected.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Unfinished:
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = self._locked()
         known = self._known()
+        self._same = known is not None  # as an earlier build's
         if known is None:
             for entry in folder.iterdir():
                 if entry.name in (STATE, BASIS) or entry.suffix == ".rows":
@@ -94,15 +96,15 @@ class Unfinished:
         if not path.exists() or path.stat().st_size != size:
             self.done = 0
             with open(path, "wb") as file:
-                file.truncate(size)
+                _reserve(file.fileno(), size, path)
         mapped = np.memmap(path, dtype=kind, mode="r+", shape=shape)
         self._maps.append(mapped)
         return torch.from_numpy(mapped)
 
     def basis(self) -> dict[str, Tensor] | None:
         """What an earlier build fitted, or None."""
-        with contextlib.suppress(OSError, safetensors.SafetensorError):
-            if self._known() is not None:
+        if self._same:
+            with contextlib.suppress(OSError, safetensors.SafetensorError):
                 return safetensors.torch.load_file(self.folder / BASIS)
         self.done = 0
         return None
@@ -142,6 +144,20 @@ def unfinished(
         yield found
     finally:
         found.close()
+
+
+def _reserve(file: int, size: int, path: Path) -> None:
+    """Gives a file this size on the disk: where it has no room, to write to a mapping of the file
+    would end the process."""
+    reserve = getattr(os, "posix_fallocate", None)
+    try:
+        if reserve is None:
+            os.ftruncate(file, size)
+        else:
+            reserve(file, 0, size)
+    except OSError as error:
+        why = f"{error.strerror} for {size / 1e9:.3g} GB of an index"
+        raise OSError(error.errno, why, str(path)) from error
 
 
 def remove(folder: str | os.PathLike[str]) -> None:

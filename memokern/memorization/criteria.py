@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memokern.data.storage import chunks
 from memokern.data.training_set import TrainingSet
 from memokern.memorization.distances import (
     beyond,
@@ -246,12 +245,9 @@ def exact_match(
     if not np.isfinite(threshold):
         raise ValueError(f"expected a finite threshold, got {threshold}")
     samples, data = checked(samples, data, layout)
-    bits = torch.cat(
-        [(data.dequantize(chunk) > threshold).to(torch.uint8) for chunk in chunks(data.rows)]
-    )
+    binary = data.each(lambda values: (values > threshold).to(torch.uint8))
     # A comparison turns NaN into a number. NaN is put back, so that such a sample matches nothing.
     sample_bits = (samples > threshold).to(samples.dtype).masked_fill_(samples.isnan(), torch.nan)
-    binary = data.renewed(bits.reshape(len(bits), *data.shape), 1.0, 0.0)
     own = own_rows(own, samples, data)
     distance, index = neighbours(sample_bits, binary, 1, "dense", progress, own)
     differing = distance[:, 0].square().round()

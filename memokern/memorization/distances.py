@@ -16,6 +16,7 @@ from memokern.data.parted import PartedSet
 from memokern.data.storage import checked_index
 from memokern.data.training_set import TrainingSet
 from memokern.index.index import evenly_spaced_rows
+from memokern.strategies import parted
 
 # One search for nearest rows takes this many samples, after which the progress bar moves.
 CHUNK = 1024
@@ -30,9 +31,20 @@ def checked(
     data: TrainingSet | torch.Tensor,
     layout: str | None,
 ) -> tuple[torch.Tensor, TrainingSet]:
-    """Samples and data as the search takes them, checked."""
+    """Samples and data as the search takes them, checked; of rows on several ranks by all."""
     if not isinstance(data, TrainingSet):
         data = TrainingSet(data)
+    found = data
+    if isinstance(data, PartedSet):
+        samples = parted.together(data, "samples", lambda: _arranged(samples, found, layout))
+    else:
+        samples = _arranged(samples, data, layout)
+    some = evenly_spaced_rows(data.n, layouts.RANGE_ROWS).to(data.device)
+    layouts.warn_of_other_range(samples, data.gather(some).flatten(1))
+    return samples, data
+
+
+def _arranged(samples: Tensor | np.ndarray, data: TrainingSet, layout: str | None) -> Tensor:
     if isinstance(samples, np.ndarray):
         samples = files.as_tensor(samples, "samples")
     if not isinstance(samples, torch.Tensor):
@@ -47,10 +59,7 @@ def checked(
     if len(samples) == 0:
         raise ValueError("expected at least one sample, got none")
     double = samples.dtype == torch.float64
-    samples = samples.detach().to(data.device, torch.float64 if double else torch.float32)
-    some = evenly_spaced_rows(data.n, layouts.RANGE_ROWS).to(data.device)
-    layouts.warn_of_other_range(samples, data.gather(some).flatten(1))
-    return samples, data
+    return samples.detach().to(data.device, torch.float64 if double else torch.float32)
 
 
 def own_rows(own: Tensor | None, samples: Tensor, data: TrainingSet) -> Tensor | None:

@@ -146,6 +146,11 @@ def state(query: Query, data: TrainingSet, how: How) -> State:
     rows = data.as_rows()
     if isinstance(data, StreamedSet):
         source = data
+        if under_transform(*tensors(query, rows)):
+            raise RuntimeError(
+                "rows that are read chunk by chunk have no forward mode and no torch.func transform"
+                " but vmap: use backward() or torch.autograd.grad"
+            )
 
         def dense(query: Query) -> State:
             return streamed.state(query, source)

@@ -16,7 +16,6 @@ What was dropped is bounded by the :class:`.Certificate`. Proofs: ``docs/pruning
 from __future__ import annotations
 
 import math
-import warnings
 
 import torch
 from torch import Tensor
@@ -30,6 +29,7 @@ from memokern.ops.flat import tensors
 from memokern.strategies.certificate import Certificate, certify, nothing_dropped
 from memokern.strategies.costs import Costs
 from memokern.util.torch_internals import undispatched
+from memokern.util.warned import warn
 
 # The weight that may be dropped: what it moves the mean by, at most 2 eps times the radius of the
 # data, is then below what the sweep's own rounding promises (1e-5 of the mean in float32) or, in
@@ -54,12 +54,10 @@ def warn_of_gradients(**numbers: object) -> None:
     if torch.is_grad_enabled():
         for name, value in numbers.items():
             if isinstance(value, torch.Tensor) and value.requires_grad:
-                warnings.warn(
+                warn(
                     f"{name} requires a gradient, and the data's index is used: what dropped rows"
                     " add to it is left out, which certificate and tol do not bound;"
-                    " method='dense' has the whole gradient",
-                    UserWarning,
-                    stacklevel=4,
+                    " method='dense' has the whole gradient"
                 )
                 return
 

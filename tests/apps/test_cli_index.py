@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 from unittest import mock
@@ -64,6 +65,18 @@ def test_a_build_that_was_killed_goes_on(indexed, tmp_path, monkeypatch) -> None
     assert list(tmp_path.iterdir()) == [path]
     mine, plain = (TrainingSet.load(p).index for p in (path, indexed))
     assert torch.equal(mine.fine, plain.fine) and torch.equal(mine.coarse, plain.coarse)
+
+
+def test_a_full_disk_is_told_before_anything_is_computed(tmp_path, monkeypatch) -> None:
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with mock.patch.object(Cosine, "coordinates", side_effect=AssertionError("in vain")):
+        done = call("index", "digits", "--output", tmp_path / "d.safetensors", "--resume")
+    assert done.exit_code == 1 and len(done.stderr.splitlines()) == 1
+    assert f"--resume: cannot write {tmp_path}/d.safetensors.partial" in done.stderr
+    assert "No space left on device for " in done.stderr and "DATA" not in done.stderr
 
 
 @pytest.mark.parametrize("label", [[], ["--label", 4]])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from memokern import TrainingSet, memorization
+from memokern import StreamedSet, TrainingSet, memorization
 from memokern.index.basis import image_shape
 from tests.apps.cli_calls import call
 
@@ -147,8 +147,10 @@ def test_the_command_shows_the_warning_in_one_line(tmp_path) -> None:
 
 def test_flat_images_are_told_the_shape_to_give() -> None:
     rows = torch.rand(20, 784)
-    with pytest.warns(UserWarning, match=r"shape=\(28, 28\)"):
-        TrainingSet(rows).build_index()
+    for made in (TrainingSet(rows), StreamedSet(rows.split(8))):
+        with pytest.warns(UserWarning, match=r"shape=\(28, 28\)") as caught:
+            made.build_index()
+        assert [w.filename for w in caught] == [__file__]
     with pytest.raises(ValueError, match=r"shape=\(3, 64, 64\)"):
         TrainingSet(torch.rand(2, 3 * 64 * 64)).build_index()
     with warnings.catch_warnings():

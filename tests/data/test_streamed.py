@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import threading
 
@@ -17,6 +18,7 @@ from memokern.index import build as index_build
 from memokern.index import unfinished
 from memokern.index.basis import Cosine
 from memokern.index.build import Source, build
+from memokern.util.mapped import is_file
 from tests.distributed import programs
 
 ROW = 5 * 4
@@ -239,6 +241,59 @@ def test_a_build_that_was_stopped_goes_on(tmp_path, monkeypatch, source):
     made().build_index(resume=folder, dims=(8, 16))
     assert source == "file" or sum(projected) >= 1797
     images[5, 3, 3] -= 1
+
+
+@pytest.mark.parametrize("source", ["file", "function"])
+def test_a_copy_has_the_rows_of_the_same_source(tmp_path, source):
+    rows, x = programs.problem(n=4000)  # some pages of a file
+    data = StreamedSet(sources(tmp_path, rows)[source], chunk_bytes=500 * ROW)
+    again = copy.deepcopy(Denoiser(data)).data
+    expected = memokern.posterior(x, rows, 0.5).mean
+    for _ in range(2):
+        torch.testing.assert_close(memokern.posterior(x, again, 0.5).mean, expected)
+    assert source != "file" or again.file("a test").rows is data.file("a test").rows
+    # Rows of a file that were copied to memory lie there, and stay as they are.
+    some = data.subset(torch.arange(0, 4000, 2)) if source == "file" else data
+    held = copy.deepcopy(some.file("a test")) if source == "file" else None
+    if held is not None:
+        assert not is_file(held.rows)
+        before = held.rows.clone()
+        memokern.posterior(x, StreamedSet(held, chunk_bytes=500 * ROW), 0.5)
+        assert torch.equal(held.rows, before)
+
+
+@pytest.mark.parametrize("source", ["file", "list", "function", "loader"])
+def test_images_are_compared_after_thresholding(tmp_path, source):
+    rows, x = programs.problem()
+    data = StreamedSet(sources(tmp_path, rows)[source], chunk_bytes=7 * ROW)
+    for own in (None, torch.arange(len(x))):
+        found, expected = (memorization.exact_match(x, d, 0.1, own=own) for d in (data, rows))
+        assert torch.equal(found.value, expected.value) and torch.equal(found.index, expected.index)
+
+
+@pytest.mark.parametrize("shown", [True, False, None])
+def test_a_pass_shows_how_far_it_is(capsys, shown):
+    rows, x = programs.problem()
+    memokern.posterior(x, StreamedSet(rows.split(4), progress=shown), 0.5)
+    said = capsys.readouterr().err
+    assert ("sweeping rows: 100%" in said and "37/37" in said) if shown else not said
+
+
+def test_transforms():
+    rows, x = programs.problem()
+    data = StreamedSet(rows.split(4))
+
+    def mean(x):
+        return memokern.posterior(x, data, 0.5).mean
+
+    found = torch.func.vmap(mean)(x[:, None])[:, 0]
+    torch.testing.assert_close(found, memokern.posterior(x, rows, 0.5).mean)
+    for call in (
+        lambda: torch.func.grad(lambda x: mean(x).sum())(x),
+        lambda: torch.func.jvp(mean, (x,), (x,)),
+    ):
+        with pytest.raises(RuntimeError, match=r"no torch\.func transform but vmap"):
+            call()
 
 
 def test_errors(tmp_path):

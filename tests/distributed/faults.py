@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 import memokern
+from memokern import memorization
 from memokern.distributed import shard
 from memokern.strategies import sharded
 from tests.distributed.programs import problem
@@ -91,6 +92,17 @@ def compiled(group: Any) -> list[Any]:
         said = ["nothing", ""]
     again = memokern.posterior(x, data, 0.5).mean
     return [*said, bool(torch.allclose(again, memokern.posterior(x, rows, 0.5).mean, atol=1e-5))]
+
+
+def no_samples(group: Any) -> list[str]:
+    """What a metric says where one of the ranks has no samples."""
+    rows, x = problem()
+    data = shard(rows, group, queries="split")
+    try:
+        memorization.ratio(x[: 0 if dist.get_rank() == 1 else 3], data)
+    except Exception as error:
+        return [type(error).__name__, str(error)]
+    return ["nothing", ""]
 
 
 def raising(group: Any, where: str) -> list[Any]:

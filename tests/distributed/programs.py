@@ -161,6 +161,8 @@ def apart(group: Any, counts: list[int]) -> dict[str, Tensor]:
     z = x.clone().requires_grad_()
     memokern.nearest(z, data, 3).distance.sum().backward()
     draws = memokern.draw(x, data, 1.0, generator=torch.Generator().manual_seed(2))
+    exact = memorization.exact_match(x, data, 0.1)
+    out |= {"exact": exact.value, "exact row": exact.index}
     return out | {"gradient": y.grad, "of nearest": z.grad, "draw": draws}
 
 
@@ -239,7 +241,9 @@ def streamed(group: Any, folder: str) -> dict[str, Tensor]:
     (gradient,) = torch.autograd.grad(p.mean.sin().sum() + p.entropy.sum(), y)
     near = memokern.nearest(x, data, 8)
     draws = memokern.draw(x, data, 1.0, generator=torch.Generator().manual_seed(2))
-    return numbers(p) | {"gradient": gradient, "row": near.index, "draw": draws}
+    exact = memorization.exact_match(x, data, 0.1)
+    found = {"gradient": gradient, "row": near.index, "draw": draws}
+    return numbers(p) | found | {"exact": exact.value, "exact row": exact.index}
 
 
 def certified(group: Any, method: str) -> dict[str, Tensor]:

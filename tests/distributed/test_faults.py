@@ -41,6 +41,12 @@ def test_a_compiled_call_is_refused(pool):
         assert fares
 
 
+def test_a_rank_without_samples(pool):
+    for rank, (kind, said) in enumerate(pool.run(3, faults.no_samples)):
+        assert kind == ("ValueError" if rank == 1 else "RuntimeError")
+        assert "expected at least one sample, got none" in said
+
+
 @pytest.mark.parametrize("where", ["arguments", "sweep", "operation", "version"])
 def test_a_rank_that_raises(pool, where):
     found = pool.run(3, faults.raising, where)

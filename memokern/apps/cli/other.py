@@ -196,7 +196,9 @@ def index(
     training = ranks.shared(training)
     started = time.perf_counter()
     kept = output.with_name(f"{output.name}.partial") if resume else None
-    with common.wrong_input("DATA"):
+    # Only what is kept is written so far.
+    kinds = () if kept is None else (OSError,)
+    with common.wrong_input("DATA"), common.failure(f"--resume: cannot write {kept}", kinds):
         training.build_index(basis, progress=None if ranks.progress() else False, resume=kept)
     elapsed = time.perf_counter() - started
     with common.failure(
