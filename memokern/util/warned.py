@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 import warnings
 
+from torch.compiler import is_compiling
+
 # Whose frames are not the user's: PyTorch's decorators lie between ours.
 OURS = ("memokern", "torch", "contextlib")
 
@@ -21,6 +23,9 @@ def warn(message: str, category: type[Warning] = UserWarning) -> None:
         >>> str(caught[0].message), caught[0].category.__name__
         ('rows are flat', 'UserWarning')
     """
+    if is_compiling():  # frames are not to be had in a graph
+        warnings.warn(message, category, stacklevel=2)
+        return
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and _is_ours(str(frame.f_globals.get("__name__", ""))):
         frame, level = frame.f_back, level + 1
