@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ GROUP = (4, 64)
 # is as fast. CIFAR-10, N = 9,000: with what goes before, lists of 3 to 5 % of the rows.
 MOST_ASKED, MOST_KEPT, FEWEST = 1 / 1000, 1 / 32, 16
 ELEMENTS = 1 << 22  # of a temporary
+LISTED = 1 << 23  # rows that the lists of queries hold at a time, of 24 bytes each
 # A scan keeps rows within 2 sigma^2 log(N / eps) of the best distance; sigma is made to fit.
 EPS = 0.5
 # What a squared distance from the index may be off by, as a share of the rows' mean square: a scan
@@ -62,19 +64,47 @@ def nearest(
             return every(x)
     if b == 0:
         return every(x)
+    parts: list[Found] = []
+    far = []
+    # Each query of a part may have a list as long as that.
+    for some in torch.arange(b, device=x.device).split(max(FEWEST, LISTED // most_listed)):
+        found, left = _by_lists(x[some], rows, index, k, most_listed, costs is not None)
+        parts += [Found(some[v.at], v.sq, v.row) for v in found]
+        far.append(some[left])
+    rest = torch.cat(far)
+    if len(rest):
+        parts.append(Found(rest, *every(x[rest])))
+    at, sq, row = (torch.cat(v) for v in zip(*parts, strict=True))
+    back = torch.argsort(at)
+    return sq[back], row[back]
+
+
+class Found(NamedTuple):
+    """at: which queries; sq, row: the squared distances and numbers of their k nearest rows."""
+
+    at: Tensor
+    sq: Tensor
+    row: Tensor
+
+
+def _by_lists(
+    x: Tensor, rows: Rows, index: Index, k: int, most_listed: int, choosy: bool
+) -> tuple[list[Found], Tensor]:
+    """What is found from lists of rows, and the queries that are left for a sweep. choosy: where
+    that takes many of them, it takes all."""
     with torch.no_grad():
-        p = index.project(x, torch.ones(b, dtype=torch.float64, device=x.device))
+        p = index.project(x, torch.ones(len(x), dtype=torch.float64, device=x.device))
         likely = _likely(p, index, k)
         sq = _guess(p, rows, index, likely)
         left = torch.isfinite(p.margin)
-    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    parts = []
     rest = [(~left).nonzero()[:, 0]]
     at = left.nonzero()[:, 0]
     for _ in range(2):
         with torch.no_grad():
             lists, beyond = _within(x[at], rows, index, p, at, sq, most_listed)
         known = ~torch.isnan(beyond)
-        if not known.any() or (costs is not None and 4 * known.sum() < 3 * len(known)):
+        if not known.any() or (choosy and 4 * known.sum() < 3 * len(known)):
             break  # a sweep for many costs little more for all
         rest.append(at[~known])
         at, beyond = at[known], beyond[known]
@@ -82,14 +112,10 @@ def nearest(
         lists = lists._replace(start=_starts(lists.start.diff()[known]))
         found, row = _by_groups(x[at], rows, k, lists, likely[at])
         done = found[:, -1].detach() < beyond
-        parts.append((at[done], found[done], row[done]))
+        parts.append(Found(at[done], found[done], row[done]))
         sq[at] = found.detach()
         at = at[~done]
-    far = torch.cat([*rest, at])
-    if len(far):
-        parts.append((far, *every(x[far])))
-    back = torch.argsort(torch.cat([part[0] for part in parts]))
-    return torch.cat([part[1] for part in parts])[back], torch.cat([p[2] for p in parts])[back]
+    return parts, torch.cat([*rest, at])
 
 
 def _among(x: Tensor, rows: Rows, k: int, some: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -99,6 +99,31 @@ def test_few_rows_of_many_are_evaluated(monkeypatch, k, sigma):
     assert sum(evaluated) < 20 * data.n
 
 
+def test_lists_have_so_many_rows_at_a_time(monkeypatch):
+    data = images().build_index()
+    x = data[:50].double() + 0.3 * normal(50, 3, 16, 16, seed=3)
+    x[7], x[30, 0] = torch.nan, torch.inf
+    want = memokern.nearest(x, data, 2, method="dense")
+    scan, sweep, counts, swept = pruned_nearest.scan_index, pruned_nearest._among, [], []
+
+    def counted(query, *rest):
+        counts.append(len(query.x))
+        return scan(query, *rest)
+
+    def noted(x, rows, k, some):
+        swept.extend([len(x)] if some is None else [])
+        return sweep(x, rows, k, some)
+
+    monkeypatch.setattr(pruned_nearest, "LISTED", 20 * data.n)
+    monkeypatch.setattr(pruned_nearest, "scan_index", counted)
+    monkeypatch.setattr(pruned_nearest, "_among", noted)
+    got = memokern.nearest(x, data, 2, method="pruned")
+    assert torch.equal(got.index, want.index)
+    assert torch.equal(got.distance.nan_to_num(-1.0), want.distance.nan_to_num(-1.0))
+    assert max(counts) <= 20 and len(counts) >= 3
+    assert swept == [2]  # all that are left in one sweep
+
+
 def test_queries_that_are_not_finite_have_no_distance_and_leave_the_others_alone():
     data = images(100).build_index()
     x = data[:12].float() + 0.1
