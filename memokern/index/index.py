@@ -31,6 +31,7 @@ from memokern.index.projection import Projected, Projector
 from memokern.util.text import byte_size
 
 VERSION = 3
+AT_ONCE = 1 << 14  # rows that are summed together
 # What to do with an index that cannot be used.
 REBUILD_HINT = "load with index=False, then build_index() anew"
 STORAGES = {"float16": torch.float16, "float32": torch.float32}
@@ -113,7 +114,9 @@ class Index:
     def mean_square(self) -> float:
         """About the mean of |y - center|^2, which is half the mean squared distance of two rows."""
         held = self.coarse[:, :-1]  # k0 coordinates, and norms of bands that have all the others
-        return float(torch.linalg.vector_norm(held, dtype=torch.float64)) ** 2 / max(1, self.n)
+        # Part by part: their copy in float64 would be as large as half an index.
+        parts = (part.to(torch.float64).square().sum() for part in held.split(AT_ONCE))
+        return float(sum(parts, torch.zeros((), device=self.device))) / max(1, self.n)
 
     @property
     def nbytes(self) -> int:

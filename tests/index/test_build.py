@@ -111,6 +111,11 @@ def test_building_makes_nothing_larger_than_a_chunk(monkeypatch, dtype, basis):
     # The index is 1000 x 12 numbers at most, the directions 192 x 192; the rows are 192,000.
     assert largest.elements <= max(1000 * (4 + data.index.bands + 1), 192 * 192)
     assert data.index.coarse.shape == whole.coarse.shape
+    monkeypatch.setattr("memokern.index.index.AT_ONCE", 7)
+    with Largest(rows) as largest:
+        mean_square = data.index.mean_square
+    assert largest.elements <= 7 * (4 + data.index.bands)
+    assert mean_square == pytest.approx(whole.mean_square)
 
 
 def test_pieces_make_the_same_index(monkeypatch):
