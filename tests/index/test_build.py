@@ -112,7 +112,7 @@ def test_building_makes_nothing_larger_than_a_chunk(monkeypatch, dtype, basis):
     assert largest.elements <= max(1000 * (4 + data.index.bands + 1), 192 * 192)
     assert data.index.coarse.shape == whole.coarse.shape
     monkeypatch.setattr("memokern.index.index.AT_ONCE", 7)
-    with Largest(rows) as largest:
+    with Largest(data.index.coarse) as largest:
         mean_square = data.index.mean_square
     assert largest.elements <= 7 * (4 + data.index.bands)
     assert mean_square == pytest.approx(whole.mean_square)
