@@ -276,7 +276,7 @@ def test_a_pass_shows_how_far_it_is(capsys, shown):
     rows, x = programs.problem()
     memokern.posterior(x, StreamedSet(rows.split(4), progress=shown), 0.5)
     said = capsys.readouterr().err
-    assert ("sweeping rows: 100%" in said and "37/37" in said) if shown else not said
+    assert ("sweeping rows: " in said and "/37 " in said) if shown else not said
 
 
 def test_transforms():
