@@ -123,7 +123,8 @@ def limited(command: list[str], limit: int) -> tuple[int, dict[str, float]]:
 
         def watch() -> None:
             while not ended.wait(0.05):
-                lines = dict(line.split() for line in (folder / "memory.stat").open())
+                said = (folder / "memory.stat").read_text()
+                lines = dict(line.split() for line in said.splitlines())
                 most[0] = max(most[0], int(lines[own]))
 
         watcher = threading.Thread(target=watch, daemon=True)

@@ -341,10 +341,9 @@ class StreamedSet(PartedSet):
             for _, rows in self.raw_chunks():
                 yield function(self.dequantize(rows)).reshape(len(rows), *self.shape)
 
-        size = self._source.step * self.dim
         return StreamedSet(
-            made, chunk_bytes=size, device=self._device, progress=self._progress, check=False,
-            scale=1.0, shift=0.0,
+            made, chunk_bytes=self._source.step * self.dim, device=self._device,
+            progress=self._progress, check=False, scale=1.0, shift=0.0,
         )  # fmt: skip
 
     def to(self, device: torch.device | str) -> StreamedSet:

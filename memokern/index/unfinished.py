@@ -53,10 +53,17 @@ class Unfinished:
         self.folder, self.done, self._identity = folder, 0, json.loads(json.dumps(identity))
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = self._locked()
+        try:
+            self._begin(arrays)
+        except BaseException:
+            self.close()
+            raise
+
+    def _begin(self, arrays: Mapping[str, tuple[tuple[int, int], torch.dtype]]) -> None:
         known = self._known()
         self._same = known is not None  # as an earlier build's
         if known is None:
-            for entry in folder.iterdir():
+            for entry in self.folder.iterdir():
                 if entry.name in (STATE, BASIS) or entry.suffix == ".rows":
                     entry.unlink()
         else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import inspect
 import warnings
 
 from torch.compiler import is_compiling
@@ -26,8 +26,8 @@ def warn(message: str, category: type[Warning] = UserWarning) -> None:
     if is_compiling():  # frames are not to be had in a graph
         warnings.warn(message, category, stacklevel=2)
         return
-    frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and _is_ours(str(frame.f_globals.get("__name__", ""))):
+    frame, level = inspect.currentframe(), 1
+    while frame is not None and _is_ours(str(frame.f_globals.get("__name__", ""))):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, category, stacklevel=level)
 
