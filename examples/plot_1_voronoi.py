@@ -19,7 +19,7 @@ from memokern import Denoiser, samplers
 rows = torch.rand(15, 2, generator=torch.Generator().manual_seed(4)) * 3 - 1.5
 line = torch.linspace(-2, 2, 160)
 plane = torch.stack(torch.meshgrid(line, line, indexing="xy"), dim=-1)  # [160, 160, 2]
-colours = plt.get_cmap("tab20")(torch.arange(15) / 14)[:, :3]
+colours = plt.get_cmap("tab20")((torch.arange(15) / 14).numpy())[:, :3]
 
 figure, axes = plt.subplots(1, 3, figsize=(9, 3.2), layout="constrained", sharey=True)
 for axis, sigma in zip(axes, (0.6, 0.25, 0.05), strict=True):
@@ -28,8 +28,8 @@ for axis, sigma in zip(axes, (0.6, 0.25, 0.05), strict=True):
     coarse = plane[8::16, 8::16]
     s = memokern.score(coarse, rows, sigma)
     s = s / s.norm(dim=-1, keepdim=True)
-    axis.quiver(coarse[..., 0], coarse[..., 1], s[..., 0], s[..., 1], color="0.25", width=0.005)
-    axis.scatter(*rows.T, s=18, c="white", edgecolors="black", zorder=3)
+    axis.quiver(*coarse.numpy().T, *s.numpy().T, color="0.25", width=0.005)
+    axis.scatter(*rows.numpy().T, s=18, c="white", edgecolors="black", zorder=3)
     axis.set(title=f"sigma = {sigma}", xlim=(-2, 2), ylim=(-2, 2), xticks=[], yticks=[])
 
 # %%
@@ -41,8 +41,8 @@ distance, _ = memokern.nearest(found.x, rows)
 print(f"largest distance of an end to a training point: {distance.max().item():.1e}")
 
 figure, axis = plt.subplots(figsize=(4.2, 4.2), layout="constrained")
-for path in found.trajectory.transpose(0, 1):
+for path in found.trajectory.transpose(0, 1).numpy():
     axis.plot(*path.T, color="tab:blue", linewidth=0.6, alpha=0.6)
-axis.scatter(*rows.T, s=22, c="white", edgecolors="black", zorder=3)
+axis.scatter(*rows.numpy().T, s=22, c="white", edgecolors="black", zorder=3)
 axis.set(title="60 samples, from noise to data", xlim=(-3, 3), ylim=(-3, 3), xticks=[], yticks=[])
 plt.show()

@@ -53,7 +53,7 @@ for i, (name, x) in enumerate(samples.items()):
     print(f"{name}: {found.fraction:.0%} copies")
     for j in range(12):
         for axis, image in ((axes[2 * i, j], x[j]), (axes[2 * i + 1, j], data[found.index[j]])):
-            axis.imshow(image, cmap="gray", vmin=-1, vmax=1)
+            axis.imshow(image.numpy(), cmap="gray", vmin=-1, vmax=1)
         for side in axes[2 * i, j].spines.values():
             side.set(color="tab:red", linewidth=2.5, visible=bool(found.memorized[j]))
     axes[2 * i, 0].set_ylabel(name.partition("(")[0], fontsize=8)

@@ -52,7 +52,7 @@ left.plot(step, fraction, marker="o", markersize=3)
 left.set(xlabel="step", ylabel="copies", ylim=(-0.03, 1.03), title="memorised fraction")
 for axis, run, title in ((middle, early, "after 200 steps"), (right, trainer, "after 1500 steps")):
     x = samplers.ode(run.result(), 400, seed=1).x
-    axis.scatter(*x.T, s=4, alpha=0.5)
-    axis.scatter(*rows.T, s=26, c="white", edgecolors="black")
+    axis.scatter(*x.numpy().T, s=4, alpha=0.5)
+    axis.scatter(*rows.numpy().T, s=26, c="white", edgecolors="black")
     axis.set(title=title, xlim=(-1.6, 1.6), ylim=(-1.6, 1.6), aspect="equal")
 plt.show()

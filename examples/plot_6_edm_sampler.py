@@ -63,6 +63,6 @@ figure, axes = plt.subplots(
 for column, step in enumerate(shown):
     axes[0, column].set_title(f"{levels[step]:.2g}", fontsize=8)
     for row in range(len(x)):
-        axes[row, column].imshow(seen[step][row, 0], cmap="gray", vmin=-1, vmax=1)
+        axes[row, column].imshow(seen[step][row, 0].numpy(), cmap="gray", vmin=-1, vmax=1)
 figure.suptitle("denoised digits, by noise level", fontsize=10)
 plt.show()

@@ -38,7 +38,7 @@ for size in sizes:
     name = f"stable, {size} reference rows" if size else "plain: the sample's own row"
     axis.loglog(sigmas, [max(e, 1e-6) for e in error[size]], marker="o", markersize=3, label=name)
 axis.set(xlabel="sigma", ylabel="E |target - posterior mean|²", ylim=(1e-3, 100))
-axis.legend()
+axis.legend(loc="lower right", fontsize=8)
 plt.show()
 
 at = min(range(len(sigmas)), key=lambda i: abs(sigmas[i] - 3))

@@ -39,8 +39,8 @@ figure, axes = plt.subplots(
 )
 for i, (sample, row) in enumerate(zip(samples, ratio.index, strict=True)):
     above, below = axes[2 * (i // 8), i % 8], axes[2 * (i // 8) + 1, i % 8]
-    above.imshow(sample, cmap="gray", vmin=-1, vmax=1)
-    below.imshow(data[row], cmap="gray", vmin=-1, vmax=1)
+    above.imshow(sample.numpy(), cmap="gray", vmin=-1, vmax=1)
+    below.imshow(data[row].numpy(), cmap="gray", vmin=-1, vmax=1)
     for side in above.spines.values():
         side.set(color="tab:red", linewidth=2.5, visible=bool(ratio.memorized[i]))
 for i, name in enumerate(("copies", "unseen", "blends")):
@@ -51,7 +51,7 @@ for i, name in enumerate(("copies", "unseen", "blends")):
 
 figure, axis = plt.subplots(figsize=(6, 2.6), layout="constrained")
 for name, part in zip(("copies", "unseen", "blends"), ratio.value.split(8), strict=True):
-    axis.scatter(part, [name] * 8, s=24)
+    axis.scatter(part.numpy(), [name] * 8, s=24)
 axis.axvline(ratio.threshold, color="black", linestyle="--")
 axis.set(xlabel="distance to the nearest row / to the second nearest", xlim=(0, 1))
 plt.show()
