@@ -24,7 +24,7 @@ colours = plt.get_cmap("tab20")((torch.arange(15) / 14).numpy())[:, :3]
 figure, axes = plt.subplots(1, 3, figsize=(9, 3.2), layout="constrained", sharey=True)
 for axis, sigma in zip(axes, (0.6, 0.25, 0.05), strict=True):
     w = memokern.weights(plane, rows, sigma).float()  # [160, 160, 15]
-    axis.imshow(w.numpy() @ colours, extent=(-2, 2, -2, 2), origin="lower")
+    axis.imshow((w.numpy() @ colours).clip(0, 1), extent=(-2, 2, -2, 2), origin="lower")
     coarse = plane[8::16, 8::16]
     s = memokern.score(coarse, rows, sigma)
     s = s / s.norm(dim=-1, keepdim=True)
