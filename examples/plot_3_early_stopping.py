@@ -33,7 +33,7 @@ def train(steps):
         rows,
         batch_size=128,
         lr=3e-3,
-        metrics={"memorised": memorised(rows, 128, criterion=near)},
+        metrics={"memorised": memorised(rows, 128, criterion=near, steps=10)},
     )
     return trainer, trainer.fit(steps, every=100)
 

@@ -3,7 +3,7 @@ Where conditional samples end
 =============================
 
 A conditional model that minimises its loss exactly ends on a training row too. Which one is a
-matter of probability, and the law is known: row n with
+matter of probability, and the law is known: row n with ::
 
     p_n in proportion to exp(-|c - c_n|^2 / (2 h^2)),
 
