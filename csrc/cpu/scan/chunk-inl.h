@@ -49,6 +49,10 @@ static int64_t pairs_left(const ScanTask& t, int64_t cnt) {
   enum { W = Vec<float>::W };
   Vec<float>::I sum = {};
   int64_t total = 0;
+  if (t.Bp == 1) {
+    for (int64_t j = 0; j < cnt; j++) total += !(t.p[j] < t.least[0]);
+    return total;
+  }
   for (int64_t j = 0; j < cnt; j++)
     for (int64_t i = 0; i < t.Bp; i += W) sum += load(t.p + j * t.Bp + i) < load(t.least + i);
   for (int i = 0; i < W; i++) total += sum[i];
@@ -116,7 +120,9 @@ static void list_rows(ScanTask& t, int64_t n0, int64_t cnt, float* scratch) {
   bool full = false;
   uint64_t live = 0;  // lanes without a query, or of one given up, list nothing: not even a NaN
   for (int64_t i = 0; i < t.B; i++) live |= (uint64_t)(t.least[i] < (float)kInf) << i;
-  for (int64_t j = 0; j < cnt; j++) {
+  for (int64_t j = 0; t.Bp == 1 && live && j < cnt; j++)
+    if (!(t.p[j] < t.least[0])) full |= !t.lists[t.order[0]].push((uint32_t)(n0 + j), t.p[j]);
+  for (int64_t j = 0; t.Bp > 1 && j < cnt; j++) {
     const float* to = t.p + j * t.Bp;
     uint64_t bits = 0;
     for (int64_t i = 0; i < t.Bp; i += W)
@@ -157,8 +163,8 @@ static void scan_chunks(ScanTask& t, int64_t c0, int64_t c1, uint8_t* level, flo
     level_zero(t, n0, cnt);
     int64_t left = pairs_left(t, cnt), l = 0;
     // For the whole chunk a level of K numbers costs K / 4 cycles for each query and row, and the tile; row
-    // by row it costs about 128 + K.
-    for (; l < s.last_level; l++) {
+    // by row it costs about 128 + K, which for one query alone is always less than a vector of queries.
+    for (; l < s.last_level && t.Bp > 1; l++) {
       const int64_t K = ScanTask::depth(s, l + 1);
       if (left * (224 + K) < cnt * K * (t.Bp + 8) / 5) break;
       further_level(t, l + 1, n0, cnt);

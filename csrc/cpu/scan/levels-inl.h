@@ -69,6 +69,54 @@ static void scan_block(const float* y, int64_t stride, int64_t k0, int64_t K, co
   }
 }
 
+// Sums of the lanes of W vectors: lane i of the result is that of v[i]. Halves of two are joined until a
+// vector has a sum in each lane.
+MK_INLINE Vec<float>::T lane_sums(Vec<float>::T* v) {
+  enum { W = Vec<float>::W };
+  Vec<float>::I low, high;
+#pragma GCC unroll 4
+  for (int half = W / 2; half > 0; half /= 2) {
+#pragma GCC unroll 16
+    for (int e = 0; e < W; e++) {
+      low[e] = e & half ? (e ^ half) + W : e;
+      high[e] = e & half ? e + W : e ^ half;
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < half; i++) v[i] = vpick(v[i], v[i + half], low) + vpick(v[i], v[i + half], high);
+  }
+  return v[0];
+}
+
+// Level 0 of W rows against one query, which scan_block would compute for as many queries as a vector has
+// lanes: here the lanes are coordinates of a row, then rows. x [2][round_up(K, W)] has the k0 coordinates
+// that count fully and zeros, then the bands behind as many zeros. What lies in a row's vector beyond K is
+// cut off. Returns the bounds; `guess` receives the guesses.
+MK_INLINE Vec<float>::T scan_rows(const float* y, int64_t stride, int64_t k0, int64_t K, const float* x,
+                                  Vec<float>::T base, Vec<float>::T& guess) {
+  enum { W = Vec<float>::W };
+  typedef Vec<float>::T F;
+  typedef Vec<float>::I I;
+  const int64_t padded = round_up(K, (int64_t)W), last = padded - W, first_band = k0 / W * W;
+  I used;
+#pragma GCC unroll 16
+  for (int e = 0; e < W; e++) used[e] = last + e < K ? -1 : 0;
+  F full[W], bands[W];
+#pragma GCC unroll 16
+  for (int i = 0; i < W; i++) {
+    const float* row = y + i * stride;
+    const F tail = (F)((I)load(row + last) & used);
+    full[i] = last < k0 ? tail * load(x + last) : F{};
+    bands[i] = tail * load(x + padded + last);
+    for (int64_t k = 0; k < k0 && k < last; k += W) full[i] += load(row + k) * load(x + k);
+    for (int64_t k = first_band; k < last; k += W) bands[i] += load(row + k) * load(x + padded + k);
+  }
+  const F known = base + lane_sums(full);
+  if (k0 == K) return guess = known;
+  const F rest = lane_sums(bands);
+  guess = known + kBandsInGuess * rest;
+  return known + rest;
+}
+
 // <p, x> over `count` stored coordinates: what a level adds to a product.
 template <class S>
 static float segment(const S* p, const float* x, int64_t count) {

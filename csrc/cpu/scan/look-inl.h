@@ -10,7 +10,6 @@ namespace MEMOKERN_ISA_NS {
 static void look_norms(const float* coarse, int64_t stride, int64_t K, int64_t cnt, float* h) {
   enum { W = Vec<float>::W };
   typedef Vec<float>::T F;
-  typedef Vec<float>::I I;
   int64_t j = 0;
   for (; K % W == 0 && j + W <= cnt; j += W) {
     F v[W];
@@ -20,19 +19,7 @@ static void look_norms(const float* coarse, int64_t stride, int64_t K, int64_t c
       v[i] = load(c) * load(c);
       for (int64_t k = W; k < K; k += W) v[i] += load(c + k) * load(c + k);
     }
-    // The sums of W vectors: halves of two are joined until a vector has a sum in each lane.
-    I low, high;
-#pragma GCC unroll 4
-    for (int half = W / 2; half > 0; half /= 2) {
-#pragma GCC unroll 16
-      for (int e = 0; e < W; e++) {
-        low[e] = e & half ? (e ^ half) + W : e;
-        high[e] = e & half ? e + W : e ^ half;
-      }
-#pragma GCC unroll 8
-      for (int i = 0; i < half; i++) v[i] = vpick(v[i], v[i + half], low) + vpick(v[i], v[i + half], high);
-    }
-    store(h + j, v[0] * -0.5f);
+    store(h + j, lane_sums(v) * -0.5f);
   }
   for (; j < cnt; j++) {
     const float* c = coarse + j * stride;

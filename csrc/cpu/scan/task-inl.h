@@ -10,8 +10,9 @@ struct ScanTask {
   enum { W = Vec<float>::W, NR = 2 * W };
   const ScanCall* s;
   const int64_t* order;  // [B] its queries
-  int64_t B, Bp;         // how many; padded to whole vectors
+  int64_t B, Bp;         // how many; padded to whole vectors, but for one alone
   float* x0;             // the queries at level 0, packed as at() says
+  float* x_one;          // [2][round_up(K, W)] one alone, as scan_rows takes it
   float* z;              // [Bp][k0] their coordinates there, one query after the other
   float* x_look;         // the same at the first look
   float* x_further;      // and at all further levels,
@@ -24,7 +25,7 @@ struct ScanTask {
   float* best;           // [Bp] the largest guess in a chunk,
   int32_t* where;        // [Bp] and the block of rows that it came from
   float* top;            // [Bp] the largest guess so far
-  float* last_rows;      // [ROW_UNIT][stride] the last block of rows, filled up
+  float* last_rows;      // [ROW_UNIT][stride] and a vector more: the last block of rows, filled up
   List* lists;           // [b] of its part of the rows
   Arena arena;
   Pace pace;
@@ -48,14 +49,15 @@ struct ScanTask {
       all += depth(*s, l);
     }
     const int64_t L = s->lanes;
-    if (!arena.reserve(Arena::bytes<float>(s->stride * L) + Arena::bytes<float>(s->k0 * L) +
-                       Arena::bytes<float>(LOOK_COORDINATES * L) + Arena::bytes<float>(all * L) +
-                       Arena::bytes<float>(s->NT * L) + Arena::bytes<float>(SCAN_TILE_ROWS * deepest) +
-                       2 * Arena::bytes<float>(s->NT) + 6 * Arena::bytes<float>(L) +
-                       Arena::bytes<float>(ROW_UNIT * s->stride) + Arena::bytes<int32_t>(L) +
-                       Arena::bytes<float*>(s->last_level + 1)))
+    if (!arena.reserve(Arena::bytes<float>(s->stride * L) + Arena::bytes<float>(2 * s->stride + 2 * W) +
+                       Arena::bytes<float>(s->k0 * L) + Arena::bytes<float>(LOOK_COORDINATES * L) +
+                       Arena::bytes<float>(all * L) + Arena::bytes<float>(s->NT * L) +
+                       Arena::bytes<float>(SCAN_TILE_ROWS * deepest) + 2 * Arena::bytes<float>(s->NT) +
+                       6 * Arena::bytes<float>(L) + Arena::bytes<float>(ROW_UNIT * s->stride + W) +
+                       Arena::bytes<int32_t>(L) + Arena::bytes<float*>(s->last_level + 1)))
       return false;
     x0 = arena.take<float>(s->stride * L);
+    x_one = arena.take_raw<float>(2 * s->stride + 2 * W);
     x_look = arena.take<float>(LOOK_COORDINATES * L);
     x_further = arena.take_raw<float>(all * L);  // queries_of_level fills it
     z = arena.take<float>(s->k0 * L);
@@ -68,7 +70,7 @@ struct ScanTask {
     least = arena.take<float>(L);
     best = arena.take<float>(L);
     top = arena.take<float>(L);
-    last_rows = arena.take<float>(ROW_UNIT * s->stride);
+    last_rows = arena.take<float>(ROW_UNIT * s->stride + W);
     where = arena.take<int32_t>(L);
     x_level = arena.take<float*>(s->last_level + 1);
     return true;
@@ -83,7 +85,7 @@ struct ScanTask {
   __attribute__((noinline)) void load_block(int64_t block, List* to) {
     order = s->order + s->begin[block];
     B = s->begin[block + 1] - s->begin[block];
-    Bp = round_up(B, (int64_t)W);
+    Bp = B == 1 ? 1 : round_up(B, (int64_t)W);
     lists = to;
     const int64_t K0 = s->k0 + s->bands;
     memset((void*)x0, 0, s->stride * s->lanes * sizeof(float));
@@ -107,6 +109,7 @@ struct ScanTask {
   // bounds come p_row after those of the row before.
   __attribute__((noinline)) void bound_rows(const float* coarse, int64_t cnt, const float* x, int64_t k0,
                                             int64_t K, int64_t p_row) {
+    if (Bp == 1) return bound_rows_of_one(coarse, cnt, x, k0, K, p_row);
     const int64_t row = s->stride;
     for (int64_t i = 0; i < Bp; i++) best[i] = (float)-kInf;
     for (int64_t j = 0; j < cnt; j += ROW_UNIT) {
@@ -139,6 +142,54 @@ struct ScanTask {
         }
       }
     }
+  }
+
+ private:
+  // The same for one query, W rows at a time; `where` is the row of the largest guess itself.
+  void bound_rows_of_one(const float* coarse, int64_t cnt, const float* x, int64_t k0, int64_t K,
+                         int64_t p_row) {
+    typedef Vec<float>::T F;
+    typedef Vec<float>::I I;
+    const int64_t row = s->stride, padded = round_up(K, (int64_t)W);
+    memset((void*)x_one, 0, 2 * padded * sizeof(float));
+    memcpy((void*)x_one, x, k0 * sizeof(float));
+    memcpy((void*)(x_one + padded + k0), x + k0, (K - k0) * sizeof(float));
+    F largest = splat<float>((float)-kInf), guess;
+    I at = {};
+    for (int64_t j = 0; j < cnt; j += W) {
+      const float* rows = coarse + j * row;
+      const int64_t n = imin(W, cnt - j);
+      F base = {};
+      // The last rows, filled up with copies: their vectors may reach beyond the end.
+      if ((j + W - 1) * row + padded > cnt * row) {
+        for (int64_t i = 0; i < W; i++) {
+          const int64_t from = imin(j + i, cnt - 1);
+          memcpy((void*)(last_rows + i * row), coarse + from * row, row * sizeof(float));
+          base[i] = h[from] * a2[0] + (s->no_bias ? 0 : bias[from] * s2[0]);
+        }
+        rows = last_rows;
+      } else {
+        base = load(h + j) * a2[0];
+        if (!s->no_bias) base += load(bias + j) * s2[0];
+      }
+      const char *next = (const char*)(coarse + (j + W) * row),
+                 *stop = (const char*)(coarse + imin(j + 2 * W, cnt) * row);
+      for (; next < stop; next += 64) __builtin_prefetch(next);
+      const F bounds = scan_rows(rows, row, k0, K, x_one, base, guess);
+      if (p_row && n == W)
+        store(p + j, bounds);
+      else if (p_row)
+        for (int64_t i = 0; i < n; i++) p[j + i] = bounds[i];
+      const I more = guess > largest;
+      largest = vmax(guess, largest);
+      at = (at & ~more) | (((int32_t)j - (I){}) & more);
+    }
+    best[0] = (float)-kInf;
+    for (int i = 0; i < W; i++)
+      if (largest[i] > best[0]) {
+        best[0] = largest[i];
+        where[0] = (int32_t)imin(at[i] + i, cnt - 1);
+      }
   }
 };
 

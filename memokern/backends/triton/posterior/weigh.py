@@ -274,8 +274,9 @@ def variant(rows: torch.dtype, size: int, weighting: str) -> Variant:
             "IS_LOG": weighting == "log", "STRIPS": STRIPS, "WIDTH": size // STRIPS,
             "BLOCK_D": 32 if rows == torch.uint8 and size == 2048 else 64,
         },
-        # With four warps the kernel of float32 rows would spill, with more features that of bytes.
-        num_warps=max(warps(size), 8 if rows == torch.float32 else 4),
+        # With four warps the kernels spill: of float32 rows, and with Triton 3.8.0 the others too;
+        # with more features that of bytes does.
+        num_warps=max(warps(size), 8),
         registers=registers(size),
         aligned=("products", "sq_norms", "bias", "table", "x", "rows", "pulls", "scale_shift",
                  "n", "D", "stride_n"),
