@@ -106,8 +106,7 @@ def broadcastable(name: str, value: PerQuery, batch: Sequence[int], device: torc
     if isinstance(value, Tensor):
         tensor = value.to(device, torch.float64)
     elif isinstance(value, np.ndarray):
-        found = torch.as_tensor(value) if is_compiling() else as_given(value, name)
-        tensor = found.to(device, torch.float64)
+        tensor = as_given(value, name).to(device, torch.float64)
     elif isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"expected {name} as a number or a tensor, got {type(value).__name__}")
     elif is_compiling():
