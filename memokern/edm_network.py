@@ -42,7 +42,8 @@ class EDMNetwork:
     @property
     def sigma_max(self) -> float:
         """The level at which the process starts."""
-        return float(self.process.sigma(torch.tensor(self.process.t_noise, dtype=torch.float64)))
+        start = torch.tensor(self.process.t_noise, dtype=torch.float64, device="cpu")
+        return float(self.process.sigma(start))
 
     def round_sigma(self, sigma: float | Tensor) -> Tensor:
         """sigma as a tensor, not rounded, because every level is possible."""

@@ -105,6 +105,9 @@ def posterior(
     float32, half-precision or uint8 rows accumulate in float32, anything float64 in float64; the
     numbers per query are float64. A query with NaN or inf gives NaN and leaves the others alone; so
     does a float64 query whose squared norm overflows (1e154).
+    Rows at exactly equal distances share by their bias. Where q = (\|x - y\| / sigma)^2 is between
+    1e12 and 1e30, the compiled CPU kernels know it only to about 1e-16 q, so that from some 1e16 on
+    such rows share equally; beyond 1e30 sigma counts as 0, and the bias as it does there.
 
     Gradients: for x, sigma, alpha, temperature, bias (twice) and floating-point rows given as a
     tensor (once); forward mode and torch.func.grad, jvp work too, through the slower reference.
@@ -242,7 +245,8 @@ def nearest(x: Tensor, data: TrainingSet | Tensor, k: int = 1, *, method: str = 
     Returns:
         distance [\*batch, k] float64 (not squared), ascending; index [\*batch, k] int64. Ties go to
         the lower index; a query with NaN has NaN distances. Differentiable in x, at a row itself
-        with derivative 0.
+        with derivative 0. A squared distance that overflows float64 (from 1e154 on) is infinite, or
+        with the compiled kernels NaN.
 
     Raises: TypeError, ValueError as :func:`posterior`; ValueError for k out of range.
 

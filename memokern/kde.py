@@ -11,10 +11,12 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from memokern import functional, validate
 from memokern.calls.state import State, empty_state
 from memokern.data.parted import PartedSet
+from memokern.data.storage import as_given
 from memokern.data.training_set import TrainingSet
 from memokern.partial import PosteriorState, merge, posterior_state
 from memokern.results import Posterior
@@ -103,7 +105,9 @@ def score(
 
 
 def _require_positive(bandwidth: PerQuery) -> None:
-    value = torch.as_tensor(bandwidth)
+    if is_compiling():  # as sigma is trusted there: a branch on its value would split the graph
+        return
+    value = as_given(bandwidth, "bandwidth")
     if not bool((value > 0).all()):
         raise ValueError(f"expected bandwidth > 0, got {float(value.min())}")
 
@@ -179,7 +183,7 @@ def _within_blocks(
         y = rows.values(block)
         square = (flat[block, None] - y).square().sum(-1)
         own = torch.eye(len(y), dtype=torch.bool, device=x.device)
-        b = torch.zeros(len(y)).to(square) if weights is None else weights[block]
+        b = square.new_zeros(len(y)) if weights is None else weights[block]
         width = h[block, None]
         v = (-square / 2 / width / width + b).masked_fill(own, -torch.inf)
         m = v.detach().amax(1)

@@ -207,7 +207,7 @@ class _Flow:
         self.ends = [math.log(math.tan(math.atan2(s, a) / 2)) for a, s in self.levels]
 
     def _level(self, t: float) -> tuple[float, float]:
-        time = torch.tensor(t, dtype=torch.float64)
+        time = torch.tensor(t, dtype=torch.float64, device="cpu")
         return float(self.process.alpha(time)), float(self.process.sigma(time))
 
     def _time(self, s: float) -> float:

@@ -14,7 +14,7 @@ from torch.compiler import is_compiling
 
 from memokern.calls import WEIGHTINGS, Query, Rows
 from memokern.data.parted import PartedSet
-from memokern.data.storage import UINT8_SCALE, UINT8_SHIFT, check_rows
+from memokern.data.storage import UINT8_SCALE, UINT8_SHIFT, as_given, check_rows
 from memokern.data.training_set import TrainingSet
 from memokern.util import env
 from memokern.util.torch_internals import is_plain, traced
@@ -106,7 +106,7 @@ def broadcastable(name: str, value: PerQuery, batch: Sequence[int], device: torc
     if isinstance(value, Tensor):
         tensor = value.to(device, torch.float64)
     elif isinstance(value, np.ndarray):
-        tensor = torch.as_tensor(value).to(device, torch.float64)
+        tensor = as_given(value, name).to(device, torch.float64)
     elif isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"expected {name} as a number or a tensor, got {type(value).__name__}")
     elif is_compiling():

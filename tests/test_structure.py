@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,24 @@ def test_the_native_sources_keep_the_rules():
     assert native
     broken = rules.wrong_includes(native)
     assert not broken, "\n".join(broken)
+
+
+def test_the_source_archive_has_every_source():
+    """A wheel is built, and tests are run, from what MANIFEST.in takes."""
+    root = PACKAGE.parent
+    if not (root / "MANIFEST.in").is_file():
+        pytest.skip("the sources are not beside the installed package")
+    lines = [line.split() for line in (root / "MANIFEST.in").read_text().splitlines()]
+    taken = {words[1]: words[2:] for words in lines if words[:1] == ["recursive-include"]}
+    missing = [
+        str(file.relative_to(root))
+        for folder in ("csrc", "tests", "tools", "bench", "examples")
+        for file in (root / folder).rglob("*")
+        if file.is_file()
+        and "__pycache__" not in file.parts
+        and not any(fnmatch(file.name, pattern) for pattern in taken[folder])
+    ]
+    assert not missing, missing
 
 
 # --- each rule sees what breaks it --------------------------------------------------------------

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from memokern.data.storage import as_given
 from memokern.data.training_set import TrainingSet
 from memokern.util.torch_internals import traced
 from memokern.validate import PerQuery, broadcastable
@@ -46,7 +47,7 @@ def label_numbers(
     """
     if isinstance(label, list | tuple):
         label = [EVERY_ROW if v is None else v for v in label]
-    labels = torch.as_tensor(label, device=device)
+    labels = as_given(label, "label").to(device)
     if labels.is_floating_point() and labels.shape == (*batch, count() or -1):
         total = labels.sum(-1)
         if not bool(((labels == 0) | (labels == 1)).all()) or bool((total > 1).any()):
@@ -84,7 +85,7 @@ def checked_condition(
     if bandwidth is None:
         raise ValueError("condition needs a bandwidth >= 0, in the units of the conditions")
     k = data.conditions.shape[1]
-    c = torch.as_tensor(condition, device=data.device)
+    c = as_given(condition, "condition").to(data.device)
     if c.is_complex() or c.dtype == torch.bool:
         raise TypeError(f"expected condition as real numbers, got {c.dtype}")
     c = c.to(torch.float64)
@@ -96,7 +97,7 @@ def checked_condition(
         if c.shape != (k,):
             raise ValueError(
                 f"expected condition [{k}] or one per query {[*batch, k]}, got"
-                f" {list(torch.as_tensor(condition).shape)}"
+                f" {list(as_given(condition, 'condition').shape)}"
             )
         c = c.expand(*batch, k)
     c = c.reshape(*batch, math.prod(c.shape[len(batch) :]))
@@ -118,7 +119,7 @@ def checked_left_out(
     """The number of the row that each query leaves out [B] int64, -1 for none."""
     if leave_out is None:
         return None
-    found = torch.as_tensor(leave_out, device=data.device)
+    found = as_given(leave_out, "leave_out").to(data.device)
     if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
         raise TypeError(f"expected leave_out as row numbers (integers), got {found.dtype}")
     if found.dim() and tuple(found.shape) != tuple(batch):

@@ -62,7 +62,8 @@ def read_folder(path: str | os.PathLike[str]) -> tuple[torch.Tensor, torch.Tenso
     ):
         pixels, kind = _read(file)
         if rows is None:
-            rows, first = torch.empty((len(found), *pixels.shape), dtype=torch.uint8), kind
+            shape = (len(found), *pixels.shape)
+            rows, first = torch.empty(shape, dtype=torch.uint8, device="cpu"), kind
         if kind != first:
             raise ValueError(
                 f"expected all pictures to be alike: {str(found[0])!r} is {first}, "
@@ -70,7 +71,7 @@ def read_folder(path: str | os.PathLike[str]) -> tuple[torch.Tensor, torch.Tenso
             )
         rows[i] = torch.from_numpy(pixels)
     assert rows is not None  # there is a picture
-    return rows, None if labels is None else torch.tensor(labels)
+    return rows, None if labels is None else torch.tensor(labels, device="cpu")
 
 
 def names(path: str | os.PathLike[str]) -> list[str]:

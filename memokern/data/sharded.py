@@ -81,7 +81,8 @@ class ShardedSet(PartedSet):
         most = max(int(facts["_known"]) for facts in found)
         self.known_labels: list[int] = []
         if most:
-            padded = torch.tensor((known + known[:1] * most)[:most] or [-(2**62)] * most)
+            numbers = (known + known[:1] * most)[:most] or [-(2**62)] * most
+            padded = torch.tensor(numbers, device="cpu")
             every = self.ranks.gather(padded, "shard").unique().tolist()
             self.known_labels = [v for v in every if v != -(2**62)]
         self._of_label: dict[int, tuple[Tensor, TrainingSet]] = {}
@@ -94,7 +95,8 @@ class ShardedSet(PartedSet):
         if index is not None:
             off = index.center.to(torch.float64) - self.center64
             reach = (index.y_max + float(off.norm())) * (1 + 2.0**-40)
-        mine = torch.tensor([reach, float(index is None and self.n_here > 0)], dtype=torch.float64)
+        lacks = float(index is None and self.n_here > 0)
+        mine = torch.tensor([reach, lacks], dtype=torch.float64, device="cpu")
         most, missing = self.ranks.gather(mine, "index").amax(0).tolist()
         self.radius: float | None = None if missing else most
 

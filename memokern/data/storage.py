@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.compiler import is_compiling
 
 from memokern.calls.values import dequantized
 from memokern.data import files, sources
@@ -41,7 +42,7 @@ def check_rows(rows: torch.Tensor) -> None:
 def as_given(value: Any, what: str) -> torch.Tensor:
     """A tensor of the caller's numbers: of an array of any strides and byte order, a list or a
     number, which are read on the CPU, whatever torch.device() context this is called in."""
-    if isinstance(value, np.ndarray):
+    if isinstance(value, np.ndarray) and not is_compiling():
         return files.as_tensor(value, what)
     return value if isinstance(value, torch.Tensor) else torch.as_tensor(value, device="cpu")
 

@@ -282,7 +282,7 @@ class StreamedSet(PartedSet):
         """As a TrainingSet's."""
         if isinstance(item, int) and not -self.n <= item < self.n:
             raise IndexError(f"row {item} of {self.n}")
-        return self.gather(torch.arange(self.n)[item])
+        return self.gather(torch.arange(self.n, device="cpu")[item])
 
     def __repr__(self) -> str:
         kind = str(self.rows.dtype).removeprefix("torch.")

@@ -97,7 +97,7 @@ class Unfinished:
     def _array(self, name: str, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         path = self.folder / f"{name}.rows"
         if 0 in shape:  # which no file can be mapped for
-            return torch.empty(shape, dtype=dtype)
+            return torch.empty(shape, dtype=dtype, device="cpu")
         kind = np.dtype(str(dtype).removeprefix("torch."))
         size = shape[0] * shape[1] * kind.itemsize
         if not path.exists() or path.stat().st_size != size:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from memokern import validate
 from memokern.conditional import EVERY_ROW, Label
+from memokern.data.storage import as_given
 from memokern.data.training_set import TrainingSet
 from memokern.denoiser import Denoiser
 from memokern.processes import EDM, Process
@@ -175,7 +176,7 @@ class Adapter(nn.Module):
         """The denoiser's label for a client's."""
         if self.null is None or isinstance(label, list | tuple) or label is None:
             return label
-        numbers = torch.as_tensor(label)
+        numbers = as_given(label, "label")
         if numbers.is_floating_point():  # one-hot
             return label
         return torch.where(numbers == self.null, EVERY_ROW, numbers)

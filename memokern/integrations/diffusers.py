@@ -39,7 +39,7 @@ def _same(process: Process, other: Process) -> bool:
     """Whether two processes have the same levels."""
     if type(process) is not type(other) or process.t_noise != other.t_noise:
         return False
-    t = torch.linspace(other.t_data, other.t_noise, 1 + 2 * 1000, dtype=torch.float64)
+    t = torch.linspace(other.t_data, other.t_noise, 1 + 2 * 1000, dtype=torch.float64, device="cpu")
     return torch.equal(process.alpha(t), other.alpha(t)) and torch.equal(
         process.sigma(t), other.sigma(t)
     )

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from memokern.data.storage import as_given
 from memokern.processes.base import RHO, Process, RatioGrid, level_of
 from memokern.util import checks
 
@@ -49,7 +50,7 @@ class DDPM(RatioGrid):
             betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64, device="cpu")
             values = torch.cumprod(1 - betas, 0)
         else:
-            values = torch.as_tensor(alphas_cumprod).detach().to("cpu", torch.float64)
+            values = as_given(alphas_cumprod, "alphas_cumprod").detach().to("cpu", torch.float64)
         if values.dim() != 1 or len(values) == 0:
             raise ValueError(f"expected alphas_cumprod [T], got {tuple(values.shape)}")
         whole = torch.cat([values.new_ones(1), values])

@@ -68,7 +68,7 @@ class ClosedEnd:
         added = [
             b.detach().to("cpu", torch.float64) for b in (bias, data.log_weights) if b is not None
         ]
-        total = sum(added) if added else torch.zeros(1, dtype=torch.float64)
+        total = sum(added) if added else torch.zeros(1, dtype=torch.float64, device="cpu")
         assert isinstance(total, Tensor)
         finite = total[torch.isfinite(total)]
         self.spread = float(finite.max() - finite.min()) if len(finite) else math.inf
@@ -78,7 +78,7 @@ class ClosedEnd:
             if any(type(part).prepare is not Regularizer.prepare for part in parts):
                 self.possible = False
                 return
-        level = torch.tensor(self.process.t_noise, dtype=torch.float64)
+        level = torch.tensor(self.process.t_noise, dtype=torch.float64, device="cpu")
         gate = self._gate(self.process.sigma(level), self.process.alpha(level))
         self.possible = gate is not None
         # Whether the flow ends at the row itself.

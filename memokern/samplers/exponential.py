@@ -159,7 +159,9 @@ def exponential(
             reached.append(level_of(run.process, run.process.t_data))
             run.x = held(*run.evaluate(run.x, end.t), reached[-1])
             run.keep()
-    return run.samples(torch.tensor([level.t for level in reached], dtype=torch.float64))
+    return run.samples(
+        torch.tensor([level.t for level in reached], dtype=torch.float64, device="cpu")
+    )
 
 
 @dataclass(frozen=True)

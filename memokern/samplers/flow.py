@@ -164,7 +164,9 @@ def ode(
                 ahead = scale * run.x + (to.sigma - scale * now.sigma) / 2 * (eps + eps_ahead)
             run.x = ahead
             run.keep()
-    return run.samples(torch.tensor([level.t for level in levels], dtype=torch.float64))
+    return run.samples(
+        torch.tensor([level.t for level in levels], dtype=torch.float64, device="cpu")
+    )
 
 
 def _churn(run: Run, now: Level, gain: float, scale: float) -> Level:
@@ -206,7 +208,9 @@ def _rk45(
         return level_of(process, process.time_of_ratio(math.tan(angle)))
 
     def physical(state: object, level: Level) -> Tensor:
-        flat = torch.as_tensor(state, dtype=torch.float64) * math.hypot(level.alpha, level.sigma)
+        flat = torch.as_tensor(state, dtype=torch.float64, device="cpu") * math.hypot(
+            level.alpha, level.sigma
+        )
         return flat.reshape(shape).to(device, kind)
 
     with torch.no_grad(), tqdm(disable=not progress, desc="rk45", unit="evaluation") as bar:
@@ -247,4 +251,6 @@ def _rk45(
             levels, states = [*levels, end], [*states, run.x]
     if run.record is not None:
         run.record = states
-    return run.samples(torch.tensor([level.t for level in levels], dtype=torch.float64))
+    return run.samples(
+        torch.tensor([level.t for level in levels], dtype=torch.float64, device="cpu")
+    )

@@ -254,7 +254,7 @@ def _chunks(data: TrainingSet, weights: Tensor | None) -> Iterator[tuple[Tensor,
     most = max(1, FIT_ELEMENTS // data.dim)
     if weights is None:
         chosen = evenly_spaced_rows(data.n, most)
-        weight = torch.full((len(chosen),), 1 / len(chosen), dtype=torch.float64)
+        weight = torch.full((len(chosen),), 1 / len(chosen), dtype=torch.float64, device="cpu")
     else:
         weight, chosen = weights.to("cpu", torch.float64).topk(min(most, data.n))
         weight = weight / weight.sum()

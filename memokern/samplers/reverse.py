@@ -66,7 +66,7 @@ def sde(
             elif not now.signal:
                 run.x = to.alpha * x0 + to.sigma * run.noise()
             else:
-                time = torch.tensor(now.t, dtype=torch.float64)
+                time = torch.tensor(now.t, dtype=torch.float64, device="cpu")
                 dt = to.t - now.t
                 # score = -eps / sigma. |dt|, because g belongs to the noising, whichever way t
                 # runs.
@@ -75,4 +75,6 @@ def sde(
                 run.x = (1 + drift) * run.x - (variance / now.sigma) * eps
                 run.x = run.x + math.sqrt(variance) * run.noise()
             run.keep()
-    return run.samples(torch.tensor([level.t for level in levels], dtype=torch.float64))
+    return run.samples(
+        torch.tensor([level.t for level in levels], dtype=torch.float64, device="cpu")
+    )

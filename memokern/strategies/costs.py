@@ -47,8 +47,8 @@ def _sample(
     """Sweeps of synthetic rows of so many numbers, and lists of them, timed."""
     b, n, count = 64, max(64, elements // dim), 64
     g = torch.Generator().manual_seed(0)
-    rows = (torch.rand(n, dim, generator=g) * 255).to(rows_dtype).to(device)
-    x = torch.rand(b, dim, generator=g).to(device, dtype)
+    rows = (torch.rand(n, dim, generator=g, device="cpu") * 255).to(rows_dtype).to(device)
+    x = torch.rand(b, dim, generator=g, device="cpu").to(device, dtype)
     ones = torch.ones(b, dtype=torch.float64, device=device)
     # As where pruning is worth a thought: few rows have weight. |x - y|^2 is spread by some 20,000
     # sqrt(D), and sigma^2 is a hundredth of it.
@@ -56,7 +56,7 @@ def _sample(
     one = many.take(torch.zeros(1, dtype=torch.int64, device=device))
     norms = torch.linalg.vector_norm(rows.to(torch.float64), dim=1).square()
     data = Rows(rows, center=ones.new_zeros(dim), sq_norms=norms)
-    listed = torch.randint(n, (b * count,), generator=g).sort().values.to(device)
+    listed = torch.randint(n, (b * count,), generator=g, device="cpu").sort().values.to(device)
     start = torch.arange(0, b * count + 1, count, device=device)
     wait = _waiting(device)
     dense_one = _seconds(lambda: ops.posterior(one, data), wait)

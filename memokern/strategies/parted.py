@@ -312,10 +312,10 @@ def _all_pieces(data: PartedSet, own: list[int], mine: Tensor) -> tuple[Tensor, 
     device = mine.device
     if not isinstance(data, ShardedSet):
         return torch.tensor(own, device=device), mine[0], mine[1]
-    counts = data.ranks.gather(torch.tensor([len(own)]), "draw")[:, 0].tolist()
+    counts = data.ranks.gather(torch.tensor([len(own)], device="cpu"), "draw")[:, 0].tolist()
     most = max(counts)
-    firsts = torch.zeros(most, dtype=torch.int64)
-    firsts[: len(own)] = torch.tensor(own, dtype=torch.int64)
+    firsts = torch.zeros(most, dtype=torch.int64, device="cpu")
+    firsts[: len(own)] = torch.tensor(own, dtype=torch.int64, device="cpu")
     starts = data.ranks.gather(firsts, "draw")
     padded = torch.nn.functional.pad(mine, (0, most - mine.shape[2]))
     every = data.ranks.gather(padded, "draw")

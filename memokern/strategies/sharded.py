@@ -74,7 +74,7 @@ def layout_of(data: ShardedSet, count: int, operation: str) -> Layout:
     split."""
     if data.queries != "split":
         return Layout(data.ranks, operation)
-    counts = data.ranks.gather(torch.tensor([count]), operation)[:, 0].tolist()
+    counts = data.ranks.gather(torch.tensor([count], device="cpu"), operation)[:, 0].tolist()
     return Layout(data.ranks, operation, tuple(counts))
 
 

@@ -109,7 +109,7 @@ def small_posterior(call: Small) -> tuple[Tensor, ...]:
     mean_bias, weight_sq."""
     x = call.x
     batch = x.shape[: x.dim() - len(call.shape)]
-    columns = torch.empty((7, *batch), dtype=torch.float64)
+    columns = torch.empty((7, *batch), dtype=torch.float64, device="cpu")
     mean, residual = torch.empty_like(x), torch.empty_like(x)
     call.run(x, call.rows, call.numbers, call.log_weights, mean, residual, columns)
     return mean, residual, *columns.unbind()

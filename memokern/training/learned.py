@@ -109,7 +109,7 @@ class LearnedDenoiser(EDMNetwork, nn.Module):
         self.output = validate.one_of("output", output, OUTPUTS)
         self.prediction = validate.one_of("prediction", prediction, PREDICTIONS)
         self.sigma_data = checks.number("sigma_data", sigma_data, 0.0, strict=True)
-        start = torch.tensor(process.t_noise, dtype=torch.float64)
+        start = torch.tensor(process.t_noise, dtype=torch.float64, device="cpu")
         if float(process.alpha(start)) == 0 and output in ("eps", "score", "edm"):
             raise ValueError(
                 f"alpha is 0 where {process!r} starts, and {output!r} gives no x0 there: let the"

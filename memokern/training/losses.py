@@ -39,9 +39,9 @@ def draw_times(process: Process, count: int, generator: torch.Generator | None =
     """
     if isinstance(process, EDM):
         mean, std = EDM_LEVELS
-        normal = torch.randn(count, generator=generator, dtype=torch.float64)
+        normal = torch.randn(count, generator=generator, dtype=torch.float64, device="cpu")
         return torch.exp(mean + std * normal).clamp(process.sigma_min, process.sigma_max)
-    share = torch.rand(count, generator=generator, dtype=torch.float64)
+    share = torch.rand(count, generator=generator, dtype=torch.float64, device="cpu")
     first = float(process.time_of_sigma(process.sigma_min))
     return first + share * (process.t_noise - first)
 
@@ -177,7 +177,7 @@ class Denoising(Loss):
     def draw_reference(self, generator: torch.Generator | None) -> Tensor | None:
         if self.reference is None:
             return None
-        drawn = torch.randint(0, self.reference.n, (self.size,), generator=generator)
+        drawn = torch.randint(0, self.reference.n, (self.size,), generator=generator, device="cpu")
         return self.reference.gather(drawn.to(self.reference.device))
 
     def at(

@@ -106,7 +106,9 @@ class Trainer:
         self.history, self.step, self.stopped = History(), 0, False
         self.seed = checks.integer("seed", seed, 0)
         self.generator = torch.Generator().manual_seed(self.seed)
-        self.order = torch.empty(0, dtype=torch.int64)  # rows that this pass has still to take
+        self.order = torch.empty(
+            0, dtype=torch.int64, device="cpu"
+        )  # rows that this pass has still to take
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             self.rng = torch.get_rng_state()  # of what the network draws
@@ -124,7 +126,7 @@ class Trainer:
     def _batch(self) -> tuple[Tensor, Tensor | None]:
         """The next rows, and their labels."""
         while len(self.order) < self.batch_size:
-            fresh = torch.randperm(self.data.n, generator=self.generator)
+            fresh = torch.randperm(self.data.n, generator=self.generator, device="cpu")
             self.order = torch.cat([self.order, fresh])
         taken, self.order = self.order[: self.batch_size], self.order[self.batch_size :]
         return self._at(self.data, taken)
@@ -223,7 +225,9 @@ class Trainer:
         rows = self._rows(data)
         generator = torch.Generator().manual_seed(self.seed + 1)
         total = 0.0
-        for index in torch.arange(rows.n).repeat(repeats).split(max(self.batch_size, 256)):
+        for index in (
+            torch.arange(rows.n, device="cpu").repeat(repeats).split(max(self.batch_size, 256))
+        ):
             y, label = self._at(rows, index)
             total += float(self.loss(self.averaged, y, generator, label)) * len(index)
         return total / (rows.n * repeats)

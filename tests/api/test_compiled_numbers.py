@@ -7,7 +7,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 import memokern
-from memokern import Denoiser, TrainingSet, processes, regularizers
+from memokern import Denoiser, TrainingSet, kde, processes, regularizers
 from memokern.denoiser import PREDICTIONS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -71,6 +71,7 @@ FUNCTIONS = {
     "log_density": lambda x, d, a, b: memokern.log_density(x, d, a, b),
     "weights": lambda x, d, a, b: memokern.weights(x, d, a, b, a + 0.5),
     "velocity": lambda x, d, a, b: memokern.posterior(x, d, a, b).velocity(b, -a),
+    "kde": lambda x, d, a, b: kde.score(x, d, a) + kde.log_density(x, d, b)[:, None],
     "state": lambda x, d, a, b: memokern.posterior_state(x, d, a, b).posterior().mean,
     "evaluate": lambda x, d, a, b: regularizers.evaluate(
         x, d, a, b, regularizer=REGULARIZERS["tikhonov"]

@@ -38,6 +38,8 @@ def test_pictures_come_in_the_order_of_their_names(tmp_path) -> None:
     assert data.rows[:, 0].tolist() == [120, 160, 80, 40, 0]
     plain = torch.arange(60, dtype=torch.uint8).reshape(4, 5, 3).permute(2, 0, 1)
     assert torch.equal(data.rows[4].reshape(3, 4, 5), plain)
+    with torch.device("meta"):  # which stands for an accelerator
+        assert torch.equal(TrainingSet(tmp_path).rows, data.rows)
     assert data[4].amin() == -1  # pixels are in [-1, 1]
 
 

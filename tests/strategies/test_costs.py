@@ -75,6 +75,13 @@ def test_costs_are_measured_once_and_positive():
     assert costs.dense(2, 10, 32) > costs.dense(1, 10, 32) > 0
 
 
+def test_costs_are_measured_on_the_datas_device():
+    """meta stands for an accelerator: nothing on it can be mixed with what is on the CPU."""
+    with torch.device("meta"):
+        costs = costs_module._sample("cpu", torch.float32, torch.float32, 32, 1 << 12)
+    assert costs.row >= 0 and costs.call > 0
+
+
 def test_a_device_is_waited_for_while_costs_are_measured(monkeypatch):
     """A call on a GPU returns before its work is done."""
     waited, clock = [], iter(range(100))
