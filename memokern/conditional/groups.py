@@ -239,7 +239,7 @@ def _places(row: Tensor, index: Tensor | slice, data: TrainingSet) -> Tensor:
     if isinstance(index, Tensor):
         if n == 0:
             return torch.full_like(row, -1)
-        place = torch.searchsorted(index, row).clamp(max=n - 1)
+        place = torch.searchsorted(index, row.contiguous()).clamp(max=n - 1)
         place = torch.where(index[place] == row, place, -1)
     if (
         data.n == 1

@@ -26,7 +26,7 @@ def of_labels(data: TrainingSet, labels: Tensor) -> RowLists | None:
     if distinct < 2 or len(labels) > LISTED * distinct:
         return None
     known, order, first = data.by_class()
-    place = torch.searchsorted(known, labels).clamp(max=len(known) - 1)
+    place = torch.searchsorted(known, labels.contiguous()).clamp(max=len(known) - 1)
     found = known[place] == labels
     if not bool(found.all()):
         missed = int(labels[~found][0])

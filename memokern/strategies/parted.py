@@ -71,7 +71,7 @@ def numbers_within(
     place = data.local_numbers(layout.gathered([rows])[0])
     found = torch.zeros_like(place)
     if len(index):
-        at = torch.searchsorted(index, place).clamp(max=len(index) - 1)
+        at = torch.searchsorted(index, place.contiguous()).clamp(max=len(index) - 1)
         found = torch.where((index[at] == place) & (place >= 0), at + chosen.first + 1, 0)
     return data.ranks.sum([found], "leave_out")[0][layout.own] - 1
 
