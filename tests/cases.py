@@ -28,10 +28,13 @@ TAILS = (1, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63)
 # Of features, where cheap: one column, one block and one more, many.
 WIDTHS = (2, 64, 257, 3072)
 
+# Whose kernels run on an interpreter or an emulator, step by step.
+EMULATED = ("triton", "cuda")
+
 
 def row_types(backend: str) -> tuple[torch.dtype, ...]:
     """Those that the backend has kernels for, with float32 queries."""
-    return ROW_TYPES[1:] if backend == "triton" else ROW_TYPES
+    return ROW_TYPES[1:] if backend in EMULATED else ROW_TYPES
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -399,6 +402,9 @@ def nearest(backend: str) -> Table:
     shapes = ((1, 1, 0.0), (33, 7, 0.0), (300, 40, 0.0), (300, 40, 500.0))
     if backend == "triton":
         queries = [(1, t, F32) for t in row_types(backend)] + [(17, F32, F32), (17, U8, F32)]
+    elif backend == "cuda":
+        shapes = (*shapes[:2], (700, 40, 500.0), (129, 300, 0.0))
+        queries = [(b, t, F32) for t in row_types(backend) for b in (1, 7)]
     else:
         shapes = (*shapes[:2], (700, 40, 0.0), (700, 40, 500.0), (129, 300, 0.0))
         queries = [(b, t, F32) for t in ROW_TYPES for b in (1, 7, 40)]
@@ -432,7 +438,7 @@ def random_lists(n: int, b: int, seed: int) -> RowLists:
 def listed(backend: str) -> Table:
     """As for the gradients, with long rows too."""
     shapes = ((1, 3, 0.5, 1.0), (9, 33, 2.0, -0.6), (2, 700, 0.05, 0.0))
-    if backend != "triton":
+    if backend not in EMULATED:
         shapes = (*shapes, (4, 33, 2.0, 0.6), (40, 17, 1.0, -0.8), (9, 530, 3.0, 1.0))
     cases = [
         Case(b, 150, d, t, F64 if t == F64 else F32, sigma, alpha, 1.3, bias)

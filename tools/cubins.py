@@ -30,7 +30,6 @@ from typing import Any
 from memokern.backends.cuda import variants as listing
 from memokern.backends.cuda.core import compiler, machine, sources
 from memokern.backends.cuda.core.variant import Variant
-from memokern.backends.cuda.posterior import variants as posterior
 from memokern.util import writing
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,7 +55,7 @@ class Resources:
 
 def shared_of(variant: Variant) -> int:
     """Dynamic shared memory of a block."""
-    return posterior.shared_of(variant)
+    return listing.shared_of(variant)
 
 
 # --- compiling ----------------------------------------------------------------------------------
@@ -258,7 +257,8 @@ def page(rows: list[dict[str, Any]], variants: list[Variant], by: str) -> str:
         "Every kernel that a launcher can ask for, compiled ahead of time: registers of a thread"
         " (r), shared memory of a block (K: KiB). None has local memory, so none spills. Kernels of"
         " the sweep have tensor-core products (HMMA) in their machine code, and, where rows are"
-        " aligned (bulk=1), copies by the machine (UBLKCP). rows: 1 float32, 2 bfloat16, 3 float16,"
+        " aligned (bulk=1), copies by the machine (UBLKCP); that of few features has exponentials"
+        " by the special-function unit (MUFU.EX2). rows: 1 float32, 2 bfloat16, 3 float16,"
         " 4 uint8. Written by `make cubins`; no GPU was there. –: not for this target.",
         "",
         f"{by}, kernels {digest(variants)}.",

@@ -152,6 +152,16 @@ def prepared_lists(lists: RowLists, b: int) -> RowLists:
     return RowLists(start, shaped("index", lists.index, (lists.index.numel(),), torch.int64))
 
 
+def check_lists(lists: RowLists, n: int) -> None:
+    """ValueError unless the lists are lists of n rows. Waits for the device that they are on."""
+    start, index = lists
+    m = len(index)
+    good = (start[0] == 0) & (start[-1] == m) & (start.diff() >= 0).all()
+    good &= ((index >= 0) & (index < n)).all()
+    if not bool(good):
+        raise ValueError(f"start must go from 0 to {m} without falling, and index lie in [0, {n})")
+
+
 def prepared_bounds(bounds: LogitBounds, b: int, rows: Rows) -> LogitBounds:
     """The bounds, contiguous; ValueError unless they fit b queries and the rows, and each other."""
     dims, bands = bounds.dims, bands_of(bounds)

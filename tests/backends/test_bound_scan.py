@@ -58,6 +58,7 @@ def scan(
 SHAPES = {
     "reference": [(1, 20, 3), (50, 40, 1), (130, 33, 17)],
     "cpu": [(1, 20, 3), (50, 40, 1), (777, 33, 65), (1300, 48, 17), (1024, 40, 2)],
+    "cuda": [(1, 20, 3), (50, 40, 1), (300, 33, 33)],
 }
 
 
@@ -68,7 +69,8 @@ def promises(kernels: str):
         for i, sigma in enumerate((1e-3, 0.1, 0.5, 1.0, 3.0, 1e3)):
             alpha, temperature = (1.0, 0.4, 0.0, -0.7)[(i + seed) % 4], (1.0, 0.3, 4.0)[i % 3]
             for biased in (False, True):
-                levels.append((sigma, alpha, temperature, F64 if i % 2 else F32, biased))
+                dtype = F64 if i % 2 and kernels != "cuda" else F32
+                levels.append((sigma, alpha, temperature, dtype, biased))
         yield seed, shape, levels
 
 

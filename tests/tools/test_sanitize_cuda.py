@@ -17,14 +17,15 @@ pytestmark = [
 
 
 class Fault(NamedTuple):
-    """In a file of csrc/cuda, what is right and what is wrong; the build that finds it, and a word
-    of what it says."""
+    """In a file of csrc/cuda, what is right and what is wrong; the build that finds it, a word of
+    what it says, and the program that is run."""
 
     file: str
     right: str
     wrong: str
     build: str
     word: str
+    main: str = "sanitize"
 
 
 PLANTED = {
@@ -76,6 +77,46 @@ PLANTED = {
         "address",
         "use-after-poison",
     ),
+    "a list that is overwritten before all have read it": Fault(
+        "scan/scan_settle.cu",
+        "    block_sync();  // all have read, and know",
+        "    // all have read, and know",
+        "thread",
+        "data race",
+        "sanitize_lists",
+    ),
+    "coordinates beyond the tile": Fault(
+        "scan/scan_bounds.cu",
+        "next_array<float>(next, kTileRows * kRowPitch)",
+        "next_array<float>(next, kTileRows * kRowPitch - 1)",
+        "address",
+        "use-after-poison",
+        "sanitize_lists",
+    ),
+    "neighbours that take places while others read them": Fault(
+        "nearest/neighbours.h",
+        "  block_sync();\n  MK_UNROLL\n  for (int j = 0; j < kEach; j++)\n    if (rank",
+        "  MK_UNROLL\n  for (int j = 0; j < kEach; j++)\n    if (rank",
+        "thread",
+        "data race",
+        "sanitize_lists",
+    ),
+    "sums of a block that the next ones overwrite": Fault(
+        "common/block.h",
+        "sum += shared[w];\n  block_sync();",
+        "sum += shared[w];",
+        "thread",
+        "data race",
+        "sanitize_lists",
+    ),
+    "a row that does not exist": Fault(
+        "listed/listed_pairs.cu",
+        "const i64 b = query_of(p, i), n = p.index[i];",
+        "const i64 b = query_of(p, i), n = p.index[i + 1];",
+        "address",
+        "heap-buffer-overflow",
+        "sanitize_lists",
+    ),
 }
 
 
@@ -95,8 +136,7 @@ def test_planted_faults_are_found(
     text = path.read_text()
     assert text.count(fault.right) == 1
     path.write_text(text.replace(fault.right, fault.wrong))
-    status = sanitize_cuda.main(
-        ["--only", fault.build, "--every", "10", "--source", str(tree), "--out", str(tmp_path)]
-    )
+    asked = ["--only", fault.build, "--main", fault.main, "--every", "10"]
+    status = sanitize_cuda.main([*asked, "--source", str(tree), "--out", str(tmp_path)])
     assert status == 1
     assert fault.word in capfd.readouterr().err

@@ -320,6 +320,10 @@ ASKED = {
     "posterior": ("posterior",),
     "state": ("posterior_state",),
     "gradients": ("posterior", "posterior_backward"),
+    "nearest": ("nearest",),
+    "listed": ("posterior_listed",),
+    "listed gradients": ("posterior_listed", "posterior_listed_backward"),
+    "bound_scan": ("bound_scan",),
 }
 
 

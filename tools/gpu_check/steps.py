@@ -107,6 +107,14 @@ def cuda_smoke() -> list[Smoke]:
         Smoke("posterior", U8, 30, 20_003, 3072),
         Smoke("posterior", U8, 2, 20_003, 12_288),
         Smoke("posterior", U8, 2, 700_003, 3072, sigma=1.0, layout="far"),
+        *(Smoke("posterior", t, 4099, 5003, d) for t in TYPES for d in (2, 7)),
+        *(Smoke("posterior", F32, 300, 1030, 2, sigma=s) for s in (0.0, 1e-3)),
+        Smoke("posterior", F32, 300, 1030, 3, "log"),
+        *(Smoke("nearest", t, b, 20_003, 784) for t in TYPES for b in (1, 4)),
+        *(Smoke("listed", t, 19, 3001, 300) for t in TYPES),
+        *(Smoke("listed gradients", t, 5, 1030, 100) for t in TYPES),
+        *(Smoke("bound_scan", t, 40, 20_003, 300) for t in TYPES),
+        Smoke("nearest", U8, 2, 700_003, 3072, layout="far"),
     ]  # fmt: skip
     return [case._replace(backend="cuda") for case in cases]
 
@@ -144,6 +152,12 @@ def smoke() -> list[Smoke]:
         Smoke("nearest", F32, 100, 5000, 2),
         Smoke("posterior", U8, 2, 700_003, 3072, sigma=1.0, layout="far"),
         Smoke("nearest", U8, 2, 700_003, 3072, layout="far"),
+    ]
+    # Where the CUDA kernels run they are asked first, and Triton's are to be seen as well.
+    kinds = [("nearest", 4, 3001, 784), ("listed", 19, 3001, 300), ("bound_scan", 19, 3001, 300)]
+    kinds += [("listed gradients", 5, 1030, 100), ("posterior", 4099, 3001, 2)]
+    cases += [
+        Smoke(operation, t, *size, backend="triton") for operation, *size in kinds for t in TYPES
     ]
     return cases
 

@@ -38,6 +38,42 @@ const Entry entries[] = {
     MK_ENTRY(memokern_gradient_bias, GradientParams, 1, kBiasThreads, 0),
 #elif defined(MK_IS_FINISH_GRADIENT)
     MK_ENTRY(memokern_gradient_finish, GradientParams, 1, kGradientThreads, 512),
+#elif defined(MK_IS_SCAN_BEGIN)
+    MK_ENTRY(memokern_scan_begin, ScanParams, 1, kBeginThreads, 0),
+#elif defined(MK_IS_SCAN_BOUNDS)
+    MK_ENTRY(memokern_scan_bounds, ScanParams, 1, kScanThreads, bounds_shared_bytes()),
+#elif defined(MK_IS_SCAN_SETTLE)
+    MK_ENTRY(memokern_scan_settle_first, ScanParams, 1, kScanThreads, settle_shared_bytes()),
+    MK_ENTRY(memokern_scan_settle_next, ScanParams, 1, kScanThreads, settle_shared_bytes()),
+#elif defined(MK_IS_SCAN_LIST)
+    MK_ENTRY(memokern_scan_count, ScanParams, 1, kScanThreads, list_shared_bytes()),
+    MK_ENTRY(memokern_scan_list, ScanParams, 1, kScanThreads, list_shared_bytes()),
+#elif defined(MK_IS_SCAN_REFINE)
+    MK_ENTRY(memokern_scan_refine, ScanParams, 1, kScanThreads, 0),
+#elif defined(MK_IS_SCAN_END)
+    MK_ENTRY(memokern_scan_end, ScanParams, 1, kScanThreads, end_shared_bytes()),
+    MK_ENTRY(memokern_scan_gather, ScanParams, 1, kScanThreads, end_shared_bytes()),
+#elif defined(MK_IS_LISTED_PAIRS)
+    MK_ENTRY(memokern_listed_pairs, ListedParams, 1, kListThreads, 0),
+#elif defined(MK_IS_LISTED_WEIGHTS)
+    MK_ENTRY(memokern_listed_weights, ListedParams, 1, kListThreads, listed_shared_bytes()),
+    MK_ENTRY(memokern_listed_factors, ListedParams, 1, kListThreads, listed_shared_bytes()),
+#elif defined(MK_IS_LISTED_SUM)
+    MK_ENTRY(memokern_listed_sum, ListedParams, 1, kListThreads, 0),
+#elif defined(MK_IS_LISTED_FINISH)
+    MK_ENTRY(memokern_listed_finish, ListedParams, 1, kListThreads, 0),
+#elif defined(MK_IS_NEAREST_ABOUT)
+    MK_ENTRY(memokern_nearest_about, NearestParams, 1, kNearThreads, about_shared_bytes()),
+#elif defined(MK_IS_NEAREST_BOUND)
+    MK_ENTRY(memokern_nearest_bound, NearestParams, 1, kNearThreads, bound_shared_bytes()),
+#elif defined(MK_IS_NEAREST_EXACT)
+    MK_ENTRY(memokern_nearest_exact, NearestParams, 1, kNearThreads, exact_shared_bytes()),
+    MK_ENTRY(memokern_nearest_join, NearestParams, 1, kNearThreads, exact_shared_bytes()),
+#elif defined(MK_IS_PLANE_SWEEP)
+    MK_ENTRY(memokern_plane_sweep, PlaneParams, 1, kPlaneThreads, plane_shared_bytes()),
+#elif defined(MK_IS_PLANE_FINISH)
+    MK_ENTRY(memokern_plane_state, PlaneParams, 1, kPlaneFinishThreads, 0),
+    MK_ENTRY(memokern_plane_sums, PlaneParams, 1, kPlaneFinishThreads, 0),
 #elif defined(MK_IS_FAULTS)
     MK_FAULT_ENTRIES
 #endif

@@ -1,8 +1,9 @@
 """The CUDA kernels, in C++: NVIDIA's GPUs that have clusters of thread blocks.
 
 What Triton has no words for: a row that is wider than a block's registers goes through device
-memory once, into the shared memory of a cluster, and a sweep is three launches. The kernels'
-sources are compiled on their first use, by NVRTC, and kept on disk.
+memory once, into the shared memory of a cluster, and a sweep is three launches; and rows are
+selected in lists whose length the host does not know. The kernels' sources are compiled on their
+first use, by NVRTC, and kept on disk.
 """
 
 from __future__ import annotations
@@ -11,13 +12,26 @@ import functools
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from memokern.backends.cuda.core import cache, compiler, driver, machine, sources
 from memokern.backends.cuda.core.variant import ROW_CODES
-from memokern.backends.protocol import Backend, Call
-from memokern.calls import BasicSums, Gradients, Query, Rows, State, Sums
+from memokern.backends.protocol import Backend, Call, captured
+from memokern.calls import (
+    BasicSums,
+    Gradients,
+    LogitBounds,
+    Query,
+    RowLists,
+    Rows,
+    Scan,
+    State,
+    Sums,
+)
 
-_OPERATIONS = ("posterior", "posterior_state", "posterior_backward")
+# Those for wide rows, which a cluster holds, and those for rows of any width.
+_SWEEPS = ("posterior", "posterior_state", "posterior_backward")
+_OPERATIONS = (*_SWEEPS, "bound_scan", "posterior_listed", "posterior_listed_backward", "nearest")
 
 
 class Cuda(Backend):
@@ -67,6 +81,12 @@ class Cuda(Backend):
         arch = machine.of(device).arch
         if int(arch.strip("sm_a")) not in compiler.architectures():
             return f"NVRTC {compiler.version()} does not compile for {arch}: a newer one does"
+        if operation == "nearest":
+            from memokern.backends.cuda.nearest import costs
+
+            return costs.refuses(call.b, call.n, call.dim, call.k, call.rows, machine.of(device))
+        if operation not in _SWEEPS:
+            return captured(operation, call)
         from memokern.backends.cuda.posterior import planner
 
         backward = operation == "posterior_backward"
@@ -74,8 +94,9 @@ class Cuda(Backend):
 
     def detail(self) -> str:
         return (
-            f"NVRTC {compiler.version()}, {torch.cuda.get_device_name()}; posterior and its"
-            " gradients for queries, of rows of more than 256 features; all else goes to Triton"
+            f"NVRTC {compiler.version()}, {torch.cuda.get_device_name()}; sweeps over rows of more"
+            " than 256 features, and of up to 8 for many queries; scans, lists and neighbours; all"
+            " else goes to Triton"
         )
 
     def posterior_state(self, query: Query, rows: Rows) -> State:
@@ -94,6 +115,28 @@ class Cuda(Backend):
         from memokern.backends.cuda.gradient import launch
 
         return launch.posterior_backward(query, rows, sums, grads)
+
+    def nearest(self, x: Tensor, rows: Rows, k: int) -> tuple[Tensor, Tensor]:
+        from memokern.backends.cuda.nearest import launch
+
+        return launch.nearest(x, rows, k)
+
+    def bound_scan(self, query: Query, rows: Rows, bounds: LogitBounds) -> Scan:
+        from memokern.backends.cuda.scan import launch
+
+        return launch.bound_scan(query, rows, bounds)
+
+    def posterior_listed(self, query: Query, rows: Rows, lists: RowLists) -> Sums:
+        from memokern.backends.cuda.listed import launch
+
+        return launch.posterior_listed(query, rows, lists)
+
+    def posterior_listed_backward(
+        self, query: Query, rows: Rows, lists: RowLists, sums: BasicSums, grads: BasicSums
+    ) -> Gradients:
+        from memokern.backends.cuda.listed import launch
+
+        return launch.posterior_listed_backward(query, rows, lists, grads)
 
 
 def facts() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The structs that kernels take, field by field as csrc/cuda/common/abi.h has them. Every field has
+"""The structs that kernels take, field by field as csrc/cuda/*/abi.h have them. Every field has
 8 bytes; a test holds both to the same names in the same order."""
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ STATE_ROWS = 7
 # Rows of the table of gradients, and of a part's sums in the backward sweep.
 GRADIENT_TABLE_ROWS = 2
 GRADIENT_ROWS = 8
+# Rows of what is known of a list.
+LISTED_ROWS = 8
 WORD = 8
 
 _KINDS = {"*": ctypes.c_void_p, ".": ctypes.c_double, "#": ctypes.c_int64}
@@ -68,6 +70,48 @@ class NormsParams(ctypes.Structure):
     """Of sweep/norms.cu."""
 
     _fields_ = _fields("rows* center* sq_norms* scale. shift. n# d# stride#")
+
+
+class ScanParams(ctypes.Structure):
+    """Of all of scan/."""
+
+    _fields_ = _fields(
+        "rows* sq_norms* bias* x* sigma* alpha* temperature* coarse* fine* z* norms* margin* sq*"
+        " largest* scaled* reach* best* least* bound* guess* place* chunk* index* left* count*"
+        " level* threshold* start* out* scale. shift. span. b# n# d# stride# k0# bands#"
+        " fine_width# most_listed# parts# k1# k2# b1# b2# first#"
+    )
+
+
+class ListedParams(ctypes.Structure):
+    """Of all of listed/."""
+
+    _fields_ = _fields(
+        "rows* bias* x* sigma* alpha* temperature* start* index* r2* weight* known* part* mean*"
+        " residual* log_z* mean_logit* mean_bias* weight_sq* grad_mean* grad_log_z*"
+        " grad_mean_logit* grad_mean_bias* grad_weight_sq* gy* xy* factor* pair_bias* grad_x*"
+        " grad_sigma* grad_alpha* grad_temperature* scale. shift. b# n# d# stride# m# parts#"
+        " backward#"
+    )
+
+
+class NearestParams(ctypes.Structure):
+    """Of all of nearest/."""
+
+    _fields_ = _fields(
+        "rows* x* about* least* most* part_distance* part_index* distance* index* scale. shift. b#"
+        " n# d# stride# k# parts#"
+    )
+
+
+class PlaneParams(ctypes.Structure):
+    """Of all of plane/."""
+
+    _fields_ = _fields(
+        "rows* bias* x* sigma* alpha* temperature* center* largest* part* residual* key* m* s*"
+        " s_v* s_bias* s_sq* sum* mean* log_z* mean_logit* mean_bias* weight_sq* scale. shift. b#"
+        " n# d# stride# parts# log# features#"
+    )
 
 
 def filled(kind: type[ctypes.Structure], **values: Tensor | float | int | None) -> Any:

@@ -37,6 +37,42 @@ ARGUMENTS = {
         ),
         abi.GradientParams,
     ),
+    **dict.fromkeys(
+        (
+            "memokern_scan_begin",
+            "memokern_scan_bounds",
+            "memokern_scan_settle_first",
+            "memokern_scan_settle_next",
+            "memokern_scan_count",
+            "memokern_scan_list",
+            "memokern_scan_refine",
+            "memokern_scan_end",
+            "memokern_scan_gather",
+        ),
+        abi.ScanParams,
+    ),
+    **dict.fromkeys(
+        (
+            "memokern_listed_pairs",
+            "memokern_listed_weights",
+            "memokern_listed_factors",
+            "memokern_listed_sum",
+            "memokern_listed_finish",
+        ),
+        abi.ListedParams,
+    ),
+    **dict.fromkeys(
+        (
+            "memokern_nearest_about",
+            "memokern_nearest_bound",
+            "memokern_nearest_exact",
+            "memokern_nearest_join",
+        ),
+        abi.NearestParams,
+    ),
+    **dict.fromkeys(
+        ("memokern_plane_sweep", "memokern_plane_state", "memokern_plane_sums"), abi.PlaneParams
+    ),
 }
 
 

@@ -34,7 +34,8 @@ class Variant(NamedTuple):
 @functools.cache
 def _fields(struct: str) -> list[str]:
     """The names of a struct's fields, each of 8 bytes, in their order, and what type they have."""
-    text = (cuda_emulator.ROOT / "cuda" / "common" / "abi.h").read_text()
+    headers = sorted((cuda_emulator.ROOT / "cuda").glob("*/abi.h"))
+    text = "".join(header.read_text() for header in headers)
     found = re.search(rf"struct {struct} {{(.*?)\n}};", text, re.DOTALL)
     assert found, struct
     out = []

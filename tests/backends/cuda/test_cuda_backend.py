@@ -3,41 +3,22 @@ to the emulator, against the definition."""
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Iterator
-
 import pytest
 import torch
 
 from memokern.backends.cuda import BACKEND
 from memokern.backends.cuda.core import variant as variants
-from memokern.backends.cuda.posterior.variants import shared_of
+from memokern.backends.cuda.variants import shared_of
 from memokern.calls import merge, to_sums
 from memokern.calls.state import by_key
-from tests import cases, compare, cuda_emulator, harness, oracle
-from tests.backends.cuda.fake_driver import Driver, Launch, installed
+from tests import cases, compare, cuda_emulator, oracle
+from tests.backends.cuda.fake_driver import Driver
 from tests.cases import BF16, F16, F32, U8, Case
 
 pytestmark = pytest.mark.skipif(
     cuda_emulator.missing() is not None, reason=str(cuda_emulator.missing())
 )
 D = 272
-
-
-def _emulate(launch: Launch) -> None:
-    assert launch.variant is not None
-    library = cuda_emulator.library(launch.variant.program, dict(launch.variant.macros))
-    assert launch.shared == shared_of(launch.variant)
-    argument = ctypes.addressof(launch.argument)
-    done = library.memokern_emulate(launch.entry.encode(), argument, *launch.grid, 0)
-    assert done == 0, launch
-
-
-@pytest.fixture
-def emulated() -> Iterator[Driver]:
-    with installed() as fake, harness.poisoned():
-        fake.run = _emulate
-        yield fake
 
 
 ROWS = [U8, *(pytest.param(t, marks=pytest.mark.long) for t in (F32, BF16, F16))]

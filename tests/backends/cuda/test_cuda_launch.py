@@ -15,6 +15,7 @@ import torch
 from memokern.backends.cuda import BACKEND, abi
 from memokern.backends.cuda.core import cache, driver, sources
 from memokern.backends.cuda.core.variant import Variant
+from memokern.backends.cuda.plane import variants as plane
 from memokern.backends.cuda.posterior import launch, planner
 from memokern.backends.cuda.posterior.tiles import shared_bytes
 from memokern.calls import BasicSums, Query, Rows, State, Sums
@@ -306,9 +307,9 @@ def test_types_are_refused() -> None:
 # --- the structs ------------------------------------------------------------------------------
 
 STRUCTS = [abi.QueriesParams, abi.SweepParams, abi.FinishParams, abi.GradientParams,
-           abi.NormsParams]  # fmt: skip
-HEADER = sources.folder() / "common" / "abi.h"
-needs_header = pytest.mark.skipif(not HEADER.exists(), reason="the kernels are not here yet")
+           abi.NormsParams, abi.ScanParams, abi.ListedParams,
+           abi.NearestParams, abi.PlaneParams]  # fmt: skip
+HEADERS = "".join(p.read_text() for p in sorted(sources.folder().glob("*/abi.h")))
 
 
 def declared(text: str, name: str) -> list[tuple[str, type]]:
@@ -327,22 +328,20 @@ def declared(text: str, name: str) -> list[tuple[str, type]]:
     return fields
 
 
-@needs_header
 @pytest.mark.parametrize("struct", STRUCTS, ids=lambda s: s.__name__)
 def test_structs_are_those_of_the_kernels(struct: type[ctypes.Structure]) -> None:
-    assert declared(HEADER.read_text(), struct.__name__) == struct._fields_
+    assert declared(HEADERS, struct.__name__) == struct._fields_
     assert ctypes.sizeof(struct) == abi.WORD * len(struct._fields_)
 
 
-@needs_header
 def test_rows_of_tables_are_those_of_the_kernels() -> None:
-    text = HEADER.read_text()
     for name, last, count in (
         ("TableRow", "kTable", abi.TABLE_ROWS), ("StateRow", "kState", abi.STATE_ROWS),
         ("GradientTableRow", "kGradientTable", abi.GRADIENT_TABLE_ROWS),
+        ("ListedRow", "kListed", abi.LISTED_ROWS), ("PlaneRow", "kPlaneSums", plane.SUMS),
         ("GradientRow", "kGradientSums", abi.GRADIENT_ROWS - 1),  # and whether there are near rows
     ):  # fmt: skip
-        words = re.search(rf"enum {name} : int {{(.*?)}};", text, re.DOTALL)
+        words = re.search(rf"enum {name} : int {{(.*?)}};", HEADERS, re.DOTALL)
         assert words is not None
         assert [w.strip() for w in words[1].split(",")].index(last) == count
 

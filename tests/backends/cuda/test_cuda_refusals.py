@@ -18,6 +18,9 @@ from tests.cases import ROW_TYPES
 
 F32, F64, U8 = torch.float32, torch.float64, torch.uint8
 
+SWEEPS = ("posterior", "posterior_state", "posterior_backward")
+TAKEN = (*SWEEPS, "bound_scan", "posterior_listed", "posterior_listed_backward", "nearest")
+
 
 @pytest.fixture
 def here() -> Iterator[pytest.MonkeyPatch]:
@@ -53,7 +56,7 @@ def test_exactly_these_calls_are_refused(here) -> None:
             words = f"these are on {device}"
         elif transform:
             words = "no torch.func transforms and no forward mode"
-        elif operation not in ("posterior", "posterior_state", "posterior_backward"):
+        elif operation not in TAKEN:
             words = f"it has no kernel for {operation}"
         elif own_bias:
             words = "differ from query to query"
@@ -67,7 +70,7 @@ def test_exactly_these_calls_are_refused(here) -> None:
 def test_rows_that_are_too_narrow_or_too_wide(here) -> None:
     for rows in (F32, torch.bfloat16, torch.float16, U8):
         most = planner.widest(rows)
-        for dim, words in ((1, "more than 256"), (256, "more than 256"), (257, None),
+        for dim, words in ((9, "more than 256"), (256, "more than 256"), (257, None),
                            (most, None), (most + 1, f"at most {most:,} features"),
                            (200_000, "a cluster holds at most")):  # fmt: skip
             reason = BACKEND.refusal("posterior", usual(rows=rows, dim=dim))
@@ -79,10 +82,43 @@ def test_rows_that_are_too_narrow_or_too_wide(here) -> None:
         assert f"at most {most:,} features" in reason and most < planner.widest(rows) + 1
 
 
+def test_few_features_are_for_many_queries(here) -> None:
+    for operation, b, dim in itertools.product(SWEEPS, (1, 255, 256, 4096), (1, 2, 8, 9)):
+        reason = BACKEND.refusal(operation, usual(b=b, dim=dim))
+        if operation == "posterior_backward" or dim == 9:
+            assert f"for more than 256 features, and there are {dim}" in reason
+        elif b < 256:
+            assert reason == f"its sweep of {dim} features is for 256 queries and more, not {b}"
+        else:
+            assert reason is None
+
+
 def test_many_queries_go_where_they_are_faster_by_count(here) -> None:
     assert BACKEND.refusal("posterior", usual(b=16)) is None
     reason = BACKEND.refusal("posterior", usual(b=4096))
     assert reason.startswith("by count, 4096 queries on 50,000 rows are faster in chunks of rows")
+
+
+def test_what_needs_no_cluster_takes_rows_of_any_width(here) -> None:
+    for operation, dim in itertools.product(TAKEN[3:], (1, 256, 3072, 200_000)):
+        assert BACKEND.refusal(operation, usual(dim=dim)) is None
+
+
+def test_neighbours_that_others_find_sooner(here) -> None:
+    for rows, few in ((U8, 4), (torch.float16, 4), (F32, 12)):
+        for b in (1, few):
+            assert BACKEND.refusal("nearest", usual(b=b, k=64, rows=rows)) is None
+        reason = BACKEND.refusal("nearest", usual(b=256, k=1, rows=rows))
+        assert reason.startswith("by count, 256 queries on 50,000 rows are faster by products")
+    assert "at most 64 neighbours, and 65" in BACKEND.refusal("nearest", usual(k=65))
+
+
+def test_a_scan_cannot_be_captured(here) -> None:
+    here.setattr(protocol, "_captures", lambda: True)
+    for operation in TAKEN:
+        reason = BACKEND.refusal(operation, usual())
+        words = "cannot be captured in a CUDA graph" if operation == "bound_scan" else None
+        assert (words in reason) if words else reason is None
 
 
 def test_an_architecture_that_is_not_known(here) -> None:

@@ -3,20 +3,15 @@ both architectures, and they run from end to end on the emulator."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
-from memokern.backends.cuda import Cuda
 from memokern.backends.cuda.core.machine import Machine
+from memokern.backends.cuda.nearest import costs
 from memokern.backends.cuda.posterior import planner
 from tests import cuda_emulator
 from tests.backends.cuda.fake_driver import Driver
-from tests.backends.cuda.test_cuda_backend import emulated
 from tools.gpu_check import page, smoke, steps
-
-__all__ = ["emulated"]  # a fixture
 
 CASES = steps.cuda_smoke()
 H200 = Machine("sm_90a", 132, 227 << 10, 50 << 20)
@@ -28,8 +23,11 @@ def test_the_planner_takes_them(machine: Machine) -> None:
     for case in CASES:
         rows = getattr(torch, case.rows)
         for name in smoke.ASKED[case.operation]:
-            backward = name == "posterior_backward"
-            reason = planner.refuses(case.b, case.n, case.d, rows, machine, backward)
+            backward, reason = name == "posterior_backward", None
+            if name == "nearest":
+                reason = costs.refuses(case.b, case.n, case.d, smoke.K, rows, machine)
+            elif "listed" not in name and name != "bound_scan":
+                reason = planner.refuses(case.b, case.n, case.d, rows, machine, backward)
             assert reason is None, (case.name, reason)
 
 
@@ -43,14 +41,6 @@ def test_where_they_do_not_run_they_say_why(monkeypatch: pytest.MonkeyPatch) -> 
     assert smoke.skipped(case._replace(backend=""), torch.device("cpu")) is None
 
 
-@pytest.fixture
-def taken(emulated: Driver, monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
-    """Calls on the CPU go to the emulator."""
-    monkeypatch.setattr(Cuda, "unavailable", lambda self: None)
-    monkeypatch.setattr(Cuda, "refuses", lambda self, operation, call: None)
-    yield emulated
-
-
 @pytest.mark.skipif(cuda_emulator.missing() is not None, reason=str(cuda_emulator.missing()))
 @pytest.mark.long
 @pytest.mark.parametrize("operation", [*smoke.ASKED])
@@ -62,4 +52,6 @@ def test_one_of_each_is_right_on_the_emulator(taken: Driver, operation: str) -> 
     assert found.ratio <= 1, found
     entries = {launch.entry for launch in taken.launches}
     assert ("memokern_gradient" in entries) == (operation == "gradients")
-    assert "memokern_sweep" in entries
+    of = {"nearest": "nearest_about", "bound_scan": "scan_bounds", "listed": "listed_pairs"}
+    words = of.get(operation.split()[0], "sweep")
+    assert f"memokern_{words}" in entries

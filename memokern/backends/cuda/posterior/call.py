@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from memokern.backends.cuda import abi
-from memokern.backends.cuda.core import driver, machine
-from memokern.backends.cuda.core.machine import Machine
-from memokern.backends.cuda.core.variant import ROW_CODES, Variant
+from memokern.backends.cuda.core import driver
+from memokern.backends.cuda.core.call import DeviceCall, check_types, stride_of
 from memokern.backends.cuda.posterior import planner, variants
 from memokern.backends.cuda.posterior.tiles import Tile, shared_bytes, terms_of
 from memokern.calls import Query, Rows
-from memokern.calls.checks import check_fit, check_rows, contiguous64, name_of, prepared
+from memokern.calls.checks import check_fit, contiguous64, prepared
 from memokern.calls.stored import sample_center, sharp
 
 _F32, _F64 = torch.float32, torch.float64
@@ -30,40 +29,21 @@ class Plan(NamedTuple):
     clusters: int
 
 
-class SweepCall:
+class SweepCall(DeviceCall):
     """The queries and rows of a call as the kernels take them."""
 
     def __init__(self, query: Query, rows: Rows) -> None:
         check_fit(query.x, rows.data)
-        check_rows(rows)
-        if query.x.dtype != _F32 or rows.data.dtype not in ROW_CODES:
-            known = ", ".join(name_of(t) for t in ROW_CODES)
-            raise TypeError(
-                f"the CUDA kernels take float32 queries and rows of {known}, not"
-                f" {name_of(query.x.dtype)} and {name_of(rows.data.dtype)}"
-            )
+        check_types(query.x, rows)
+        super().__init__(query.x.device)
         self.query, self.rows = prepared(query, rows), sharp(rows)
-        self.device, data = query.x.device, self.rows.data
-        self.machine: Machine = machine.of(self.device)
-        self.stride = data.stride(0) if data.shape[0] > 1 else data.shape[1]
+        self.stride = stride_of(self.rows.data)
         if self.rows.center is not None and self.rows.sq_norms is not None:
             self.center = contiguous64(self.rows.center)
             self.sq_norms = contiguous64(self.rows.sq_norms)
         else:
             self.center = sample_center(self.rows)
             self.sq_norms = self._norms()
-
-    def new(self, *shape: int, dtype: torch.dtype = _F32) -> Tensor:
-        """Memory on the device, of PyTorch's allocator."""
-        return torch.empty(shape, dtype=dtype, device=self.device)
-
-    def launch(
-        self, variant: Variant, entry: str, grid: tuple[int, int], argument: ctypes.Structure,
-        shared: int = 0,
-    ) -> None:  # fmt: skip
-        """Run a kernel of the variant on the current stream."""
-        found = driver.kernel(variant, entry, self.machine.arch, self.device)
-        driver.launch(found, grid, shared, argument, self.device)
 
     def _norms(self) -> Tensor:
         """|y - center|^2 [N] float64."""

@@ -1,7 +1,8 @@
 """The launches of the dense sweep: three for each block of queries, on one stream.
 
 The first splits the queries into terms and makes their table. The second sweeps: each cluster goes
-through its share of the tiles of rows and leaves a part. The third joins the parts.
+through its share of the tiles of rows and leaves a part. The third joins the parts. Rows of few
+features have a sweep of their own (:mod:`memokern.backends.cuda.plane`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 from memokern.backends.cuda import abi
+from memokern.backends.cuda.plane import launch as plane
+from memokern.backends.cuda.plane.variants import takes
 from memokern.backends.cuda.posterior import variants
 from memokern.backends.cuda.posterior.call import SweepCall, space_of, split_queries, sweep
 from memokern.calls import Query, Rows, State, Sums
@@ -44,6 +47,9 @@ def _sweep(call: SweepCall, entry: str, out: dict[str, Tensor]) -> None:
     query, rows = call.query, call.rows
     b, d = query.x.shape
     if b == 0:
+        return
+    if takes(b, d):
+        plane.sweep(call, int(entry == "memokern_finish_sums"), out)
         return
     plan = call.planned()
     tile, q, space = plan.tile, plan.tile.queries, space_of(call, plan)

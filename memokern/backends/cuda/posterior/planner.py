@@ -8,6 +8,7 @@ import itertools
 import torch
 
 from memokern.backends.cuda.core.machine import KNOWN, Machine
+from memokern.backends.cuda.plane.variants import LEAST_QUERIES, takes
 from memokern.backends.cuda.posterior import costs
 from memokern.backends.cuda.posterior.tiles import (
     BACKWARD_QUERIES,
@@ -99,6 +100,10 @@ def refuses(
     b: int, n: int, d: int, rows: torch.dtype, machine: Machine, backward: bool = False
 ) -> str | None:
     """Why another backend should sweep, in one line, or None."""
+    if not backward and takes(b, d):
+        return None
+    if not backward and takes(LEAST_QUERIES, d):
+        return f"its sweep of {d} features is for {LEAST_QUERIES} queries and more, not {b}"
     if d < NARROWEST:
         return f"its sweep is for more than {NARROWEST - 1} features, and there are {d}"
     most = widest(rows, backward)

@@ -12,7 +12,7 @@ from memokern.backends.triton.core.query_table import HARD, LOST, SOFT
 from memokern.backends.triton.core.rows import stride_of
 from memokern.backends.triton.listed import kernels
 from memokern.calls import BasicSums, Gradients, Query, RowLists, Rows, Sums
-from memokern.calls.checks import check_selectable, prepared, prepared_lists
+from memokern.calls.checks import check_lists, check_selectable, prepared, prepared_lists
 from memokern.util.torch_internals import capturing
 
 _F64 = torch.float64
@@ -98,12 +98,7 @@ class _Lists:
             raise ValueError(f"a call can list at most {MOST_PAIRS:,} rows in all, not {m:,}")
         if capturing(self.device):
             return
-        good = (self.start[0] == 0) & (self.start[-1] == m) & (self.start.diff() >= 0).all()
-        good &= ((self.index >= 0) & (self.index < n)).all()
-        if not bool(good):
-            raise ValueError(
-                f"start must go from 0 to {m} without falling, and index lie in [0, {n})"
-            )
+        check_lists(RowLists(self.start, self.index), n)
 
     def pairs(self, grad_mean: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """r^2, <g, y>, <x - alpha y, y> [M] of the listed pairs; the last two with grad_mean

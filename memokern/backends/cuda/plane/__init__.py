@@ -1,0 +1,1 @@
+"""The dense sweep over rows of few features, of many queries."""

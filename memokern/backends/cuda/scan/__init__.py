@@ -1,0 +1,1 @@
+"""Which rows can matter to a query."""
