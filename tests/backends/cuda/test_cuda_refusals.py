@@ -28,6 +28,7 @@ def here() -> Iterator[pytest.MonkeyPatch]:
     with installed(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: True)
         patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+        patch.setattr(protocol, "_captures", lambda: False)
         patch.setattr(compiler, "missing", lambda: None)
         patch.setattr(sources, "missing", lambda: None)
         patch.setattr(compiler, "version", lambda: "13.0")
