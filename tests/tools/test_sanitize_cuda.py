@@ -72,10 +72,17 @@ PLANTED = {
     ),
     "an array of shared memory that is too short": Fault(
         "sweep/variant.h",
-        "take<float>(next, kSplits * kVectors * kPartPitch)",
-        "take<float>(next, kSplits * kVectors * kPartPitch - 16)",
+        "next_array<float>(next, kSplits * kVectors * kPartPitch)",
+        "next_array<float>(next, kSplits * kVectors * kPartPitch - 16)",
         "address",
         "use-after-poison",
+    ),
+    "lanes that are left out where all come together": Fault(
+        "sweep/queries.cu",
+        "shared[i * kQueryWarps + warp] = all[i]",
+        "shared[i * kQueryWarps + warp_index()] = all[i]",
+        "plain",
+        "no thread can go on",
     ),
     "a list that is overwritten before all have read it": Fault(
         "scan/scan_settle.cu",

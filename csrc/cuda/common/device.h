@@ -24,7 +24,8 @@ enum { kGap = 0 };  // bytes between the arrays of shared memory; the emulator w
 // --- where a thread is ------------------------------------------------------------------------------------
 MK_DEVICE int thread_index() { return threadIdx.x; }
 MK_DEVICE int lane_index() { return threadIdx.x & 31; }
-// The same in all lanes, which the compiler cannot know.
+// The same in all lanes, which the compiler cannot know. All lanes come together: never where some are left
+// out.
 MK_DEVICE int warp_index() { return __shfl_sync(~0u, threadIdx.x >> 5, 0); }
 MK_DEVICE int block_x() { return blockIdx.x; }
 MK_DEVICE int block_y() { return blockIdx.y; }

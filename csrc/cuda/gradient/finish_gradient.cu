@@ -50,7 +50,8 @@ MK_PLAIN_KERNEL(kGradientThreads) memokern_gradient_finish(MK_PARAMS(GradientPar
     }
   }
   along = warp_sum(along);
-  if (lane_index() == 0) shared[warp_index()] = along;
+  const int warp = warp_index();
+  if (lane_index() == 0) shared[warp] = along;
   block_sync();
   if (thread_index() != 0) return;
   along = 0;

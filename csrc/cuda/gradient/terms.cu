@@ -18,8 +18,9 @@ MK_PLAIN_KERNEL(kQueryThreads) memokern_gradient_terms(MK_PARAMS(GradientParams,
       top = fmax(top, fabs(g));
     }
     const double all[2] = {warp_sum(rest), warp_max(top)};
+    const int warp = warp_index();
     if (lane_index() == 0)
-      for (int i = 0; i < 2; i++) shared[i * kQueryWarps + warp_index()] = all[i];
+      for (int i = 0; i < 2; i++) shared[i * kQueryWarps + warp] = all[i];
     block_sync();
     rest = top = 0;
     for (int w = 0; w < kQueryWarps; w++) {

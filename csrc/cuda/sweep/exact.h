@@ -25,6 +25,7 @@ MK_DEVICE void finish_parts(const Shared& s, int count) {
 // row, because pairs are few as a rule, and one warp would wait for memory many times over.
 template <class Params>
 MK_DEVICE void evaluate_marked(const Params& p, const Shared& s, i64 n0) {
+  const int warp = warp_index();
   int count = 0;
   for (int own = 0; own < kOwned; own++) {
     const i64 b = cluster_rank() + own * kCluster;
@@ -37,7 +38,7 @@ MK_DEVICE void evaluate_marked(const Params& p, const Shared& s, i64 n0) {
         MK_UNROLL
         for (int k = 0; k < kExact; k++) {
           const double part = warp_sum(sum[k]);
-          if (lane_index() == 0) s.distance[(count * kExact + k) * kWarps + warp_index()] = part;
+          if (lane_index() == 0) s.distance[(count * kExact + k) * kWarps + warp] = part;
         }
         if (thread_index() == 0) s.pair[count] = own * kRows + j;
         if (++count == kPairs) {

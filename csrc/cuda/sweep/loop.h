@@ -7,6 +7,7 @@
 //     wait          owners add up the parts of the cluster, weigh, and hand weights to every block
 //     arrive, wait
 #pragma once
+#include "common/copies.h"
 #include "sweep/exact.h"
 #include "sweep/fetch.h"
 #include "sweep/mark.h"
@@ -31,6 +32,7 @@ MK_DEVICE void prepare(const Params& p, const Shared& s, const Tiles& tiles) {
   // Features that do not exist are never written again.
   if (tiles.width < kFeatures)
     for (int i = thread; i < kStages * kRows * kRowPitch / 4; i += kThreads) ((u32*)s.rows)[i] = 0;
+  if (kBulk) copy_fence();
   for (int own = thread; own < kOwned; own += kThreads) {
     const i64 b = cluster_rank() + own * kCluster;
     if (b < p.b) load_query(p, s.owned[own], b);

@@ -44,8 +44,9 @@ MK_DEVICE QuerySums query_sums(const QueriesParams& p, i64 b, double alpha, doub
     s.top = fmax(s.top, fabs(xc));
   }
   const double all[5] = {warp_sum(s.xx), warp_sum(s.xo), warp_sum(s.oo), warp_sum(s.cc), warp_max(s.top)};
+  const int warp = warp_index();
   if (lane_index() == 0)
-    for (int i = 0; i < 5; i++) shared[i * kQueryWarps + warp_index()] = all[i];
+    for (int i = 0; i < 5; i++) shared[i * kQueryWarps + warp] = all[i];
   block_sync();
   QuerySums t = {0, 0, 0, 0, 0};
   for (int w = 0; w < kQueryWarps; w++) {

@@ -1,5 +1,6 @@
 // What a variant of the sweep is compiled for, from the macros that the host gives, and its shared memory.
 #pragma once
+#include "common/arrays.h"
 #include "common/rows.h"
 
 #ifndef MK_ROWS
@@ -87,8 +88,6 @@ struct alignas(16) OwnedBy<true> : Asked {
 typedef OwnedBy<kGradient> Owned;
 static_assert(sizeof(Owned) == (kGradient ? 272 : 160), "the host counts these bytes");
 
-MK_DEVICE constexpr i64 padded(i64 bytes) { return (bytes + 127) / 128 * 128 + kGap; }
-
 // Shared memory, array by array.
 struct Shared {
   u64* full;         // [kStages] a tile has come
@@ -105,36 +104,28 @@ struct Shared {
 };
 
 MK_DEVICE constexpr i64 shared_bytes() {
-  return padded(8 * kStages) + padded(2ll * Numbers::kTerms * kVectors * kTermPitch) +
-         padded((i64)kStages * kRows * kRowPitch) + padded(4ll * kSplits * kVectors * kPartPitch) +
-         padded(8ll * kQueries * kWeightPitch) + padded(8ll * kQueries) +
-         padded(4ll * kLogits * kOwned * kRows) + padded(8ll * kExact * kOwned * kRows) +
-         padded((i64)sizeof(Owned) * kOwned) + padded(8ll * kPairs * kExact * kWarps) + padded(4ll * kPairs);
-}
-
-template <class T>
-MK_DEVICE T* take(u8*& next, i64 count) {
-  T* const p = (T*)next;
-  const i64 bytes = count * (i64)sizeof(T);
-  next += padded(bytes);
-  guard((u8*)p + bytes, padded(bytes) - bytes);
-  return p;
+  return array_bytes(8 * kStages) + array_bytes(2ll * Numbers::kTerms * kVectors * kTermPitch) +
+         array_bytes((i64)kStages * kRows * kRowPitch) + array_bytes(4ll * kSplits * kVectors * kPartPitch) +
+         array_bytes(8ll * kQueries * kWeightPitch) + array_bytes(8ll * kQueries) +
+         array_bytes(4ll * kLogits * kOwned * kRows) + array_bytes(8ll * kExact * kOwned * kRows) +
+         array_bytes((i64)sizeof(Owned) * kOwned) + array_bytes(8ll * kPairs * kExact * kWarps) +
+         array_bytes(4ll * kPairs);
 }
 
 MK_DEVICE Shared shared_arrays() {
   u8* next = shared_memory();
   Shared s;
-  s.full = take<u64>(next, kStages);
-  s.terms = take<u16>(next, Numbers::kTerms * kVectors * kTermPitch);
-  s.rows = take<u8>(next, (i64)kStages * kRows * kRowPitch);
-  s.part = take<float>(next, kSplits * kVectors * kPartPitch);
-  s.weights = take<u16>(next, 4 * kQueries * kWeightPitch);
-  s.factor = take<float>(next, 2 * kQueries);
-  s.logit = take<float>(next, kLogits * kOwned * kRows);
-  s.exact = take<double>(next, kExact * kOwned * kRows);
-  s.owned = take<Owned>(next, kOwned);
-  s.distance = take<double>(next, kPairs * kExact * kWarps);
-  s.pair = take<int>(next, kPairs);
+  s.full = next_array<u64>(next, kStages);
+  s.terms = next_array<u16>(next, Numbers::kTerms * kVectors * kTermPitch);
+  s.rows = next_array<u8>(next, (i64)kStages * kRows * kRowPitch);
+  s.part = next_array<float>(next, kSplits * kVectors * kPartPitch);
+  s.weights = next_array<u16>(next, 4 * kQueries * kWeightPitch);
+  s.factor = next_array<float>(next, 2 * kQueries);
+  s.logit = next_array<float>(next, kLogits * kOwned * kRows);
+  s.exact = next_array<double>(next, kExact * kOwned * kRows);
+  s.owned = next_array<Owned>(next, kOwned);
+  s.distance = next_array<double>(next, kPairs * kExact * kWarps);
+  s.pair = next_array<int>(next, kPairs);
   return s;
 }
 

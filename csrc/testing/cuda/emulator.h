@@ -36,7 +36,7 @@ struct Place {
 #define MK_AT const char *file = __builtin_FILE(), int line = __builtin_LINE()
 
 // What lanes do together. Those of a warp must agree.
-enum Together { kSync, kBallot, kXor4, kXor8, kMmaHalf, kMmaBrain, kLoadA };
+enum Together { kSync, kIndex, kBallot, kXor4, kXor8, kMmaHalf, kMmaBrain, kLoadA };
 
 // The runtime is compiled without ThreadSanitizer, which must see kernels only.
 int thread_index();
@@ -83,7 +83,6 @@ enum { kGap = 128 };
 
 inline int thread_index() { return emulator::thread_index(); }
 inline int lane_index() { return emulator::thread_index() & 31; }
-inline int warp_index() { return emulator::thread_index() >> 5; }
 inline int block_x() { return emulator::block_x(); }
 inline int block_y() { return emulator::block_y(); }
 inline u32 cluster_rank() { return emulator::rank(); }
@@ -92,6 +91,10 @@ inline u32 cluster_count() { return emulator::clusters(); }
 inline u8* shared_memory() { return emulator::shared_memory(); }
 inline void guard(const u8* p, i64 bytes) { emulator::guard(p, bytes); }
 
+inline int warp_index(MK_AT) {
+  emulator::exchange(emulator::kIndex, "", 1, MK_HERE);
+  return emulator::thread_index() >> 5;
+}
 inline void block_sync(MK_AT) { emulator::block_sync(MK_HERE); }
 inline bool block_any(bool v, MK_AT) { return emulator::block_any(v, MK_HERE); }
 inline void warp_sync(MK_AT) { emulator::exchange(emulator::kSync, "", 1, MK_HERE); }
