@@ -68,7 +68,7 @@ sphinx_gallery_conf = {
     "download_all_examples": False,
     "remove_config_comments": True,
     "show_memory": False,
-    "write_computation_times": False,  # that page loads scripts from elsewhere; each example has its time
+    "write_computation_times": False,  # that page loads scripts from elsewhere
     "min_reported_time": 0,
     "image_srcset": [],
     "thumbnail_size": (320, 224),
