@@ -129,8 +129,11 @@ def test_the_steps_are_in_order_of_importance() -> None:
     few = steps.plan(rehearsed=True, only="nearest uint8")
     assert [s.name for s in few.smoke] == [
         "smoke: nearest uint8 B=5 N=70 D=270",
+        "smoke: nearest uint8 B=1 N=70 D=270 by cuda",
+        "smoke: nearest uint8 B=4 N=70 D=270 by cuda",
         "smoke: nearest uint8 B=1 N=70 D=270",
         "smoke: nearest uint8 B=2 N=70 D=270 far",
+        "smoke: nearest uint8 B=4 N=70 D=270 by triton",
     ]
 
 
