@@ -77,6 +77,16 @@ static P params_of(const Problem& q, const Given& a) {
   p.d = p.stride = q.d;
   return p;
 }
+// And with what those are given that weigh rows.
+template <class P>
+static P weighed_params_of(const Problem& q, const Given& a) {
+  P p = params_of<P>(q, a);
+  p.bias = a.bias.data();
+  p.sigma = a.sigma.data();
+  p.alpha = a.alpha.data();
+  p.temperature = a.temperature.data();
+  return p;
+}
 template <class P, void (*kKernel)(const P&)>
 static void go(const P& p, i64 blocks, int threads, i64 shared, unsigned seed) {
   emulator::launch(emulator::body<P, kKernel>, &p, (int)blocks, 1, 1, threads, shared, seed);
@@ -133,11 +143,7 @@ static bool lists_are_right(const Problem& q, const Given& a) {
   auto grad_sigma = log_z, grad_alpha = log_z, grad_temperature = log_z;
   std::vector<double> grad_mean, zero(q.b, 0.0), grad_log_z(q.b, 0.7);
   for (i64 i = 0; i < q.b * q.d; i++) grad_mean.push_back(normal(random));
-  ListedParams p = params_of<ListedParams>(q, a);
-  p.bias = a.bias.data();
-  p.sigma = a.sigma.data();
-  p.alpha = a.alpha.data();
-  p.temperature = a.temperature.data();
+  ListedParams p = weighed_params_of<ListedParams>(q, a);
   p.start = start.data();
   p.index = index.data();
   p.r2 = r2.data();
@@ -252,12 +258,8 @@ static bool scan_is_right(const Problem& q, const Given& a) {
   auto place = nothing<u32>(q.b * tiles * 2), chunk = nothing<u32>(q.b * chunks);
   auto index = nothing<u32>(q.b * q.n);
   auto count = nothing<i64>(q.b), level = count, start = nothing<i64>(q.b + 1);
-  ScanParams p = params_of<ScanParams>(q, a);
+  ScanParams p = weighed_params_of<ScanParams>(q, a);
   p.sq_norms = sq_norms.data();
-  p.bias = a.bias.data();
-  p.sigma = a.sigma.data();
-  p.alpha = a.alpha.data();
-  p.temperature = a.temperature.data();
   p.coarse = coarse.data();
   p.fine = fine.data();
   p.z = z.data();
@@ -334,11 +336,7 @@ static bool plane_is_right(double sigma) {
     largest[0] = std::fmax(largest[0], sq);
     if (a.bias[n] > -INFINITY) largest[2] = std::fmax(largest[2], std::fabs(a.bias[n]));
   }
-  PlaneParams p = params_of<PlaneParams>(q, a);
-  p.bias = a.bias.data();
-  p.sigma = a.sigma.data();
-  p.alpha = a.alpha.data();
-  p.temperature = a.temperature.data();
+  PlaneParams p = weighed_params_of<PlaneParams>(q, a);
   p.center = center.data();
   p.largest = largest.data();
   p.part = part.data();
