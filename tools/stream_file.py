@@ -108,11 +108,16 @@ def group(limit: int) -> Iterator[tuple[Path, str, str] | None]:
 def limited(command: list[str], limit: int) -> tuple[int, dict[str, float]]:
     """Runs the command with this much memory: its exit status, its seconds, and in gigabytes the
     most that it had at a time, with the file's pages and without."""
-    began = time.monotonic()
+
+    def of_cores() -> float:
+        """Of all processes that this one has started so far."""
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return used.ru_utime + used.ru_stime
+
+    began, before = time.monotonic(), of_cores()
 
     def took() -> dict[str, float]:
-        used = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return {"seconds": time.monotonic() - began, "of cores": used.ru_utime + used.ru_stime}
+        return {"seconds": time.monotonic() - began, "of cores": of_cores() - before}
 
     with group(limit) as made:
         if made is None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import memokern
+import tests
 from tools import hub_kernels
 
 
@@ -82,7 +83,8 @@ def test_kernels_loads_it_beside_the_package(hub) -> None:
 
 
 INTERPRETED = """
-import sys, pathlib, kernels, torch
+import sys, pathlib, kernels, torch, triton_interpreter
+triton_interpreter.install()
 hub = kernels.get_local_kernel(pathlib.Path(sys.argv[1]))
 x, rows = torch.randn(4, 6), torch.randn(40, 6)
 assert hub.explain(x, rows, 0.5).runs == "triton"
@@ -95,10 +97,13 @@ print("interpreted")
 
 
 @pytest.mark.long
-def test_its_triton_kernels_run_in_the_interpreter(hub) -> None:
+def test_its_triton_kernels_run_in_the_interpreter(hub, tmp_path) -> None:
     pytest.importorskip("kernels")
     pytest.importorskip("triton")
-    told = {"TRITON_INTERPRET": "1", "MEMOKERN_BACKEND": "triton", "PYTHONPATH": ""}
+    # The tests' interpreter, without the package that lies beside them.
+    exact = Path(tests.__file__).parent / "triton_interpreter.py"
+    (tmp_path / exact.name).symlink_to(exact)
+    told = {"TRITON_INTERPRET": "1", "MEMOKERN_BACKEND": "triton", "PYTHONPATH": str(tmp_path)}
     ran = subprocess.run(
         [sys.executable, "-c", INTERPRETED, str(hub)],
         capture_output=True, text=True, cwd=hub, env=os.environ | told, timeout=300,

@@ -95,7 +95,7 @@ PLANTED = {
     "coordinates beyond the tile": Fault(
         "scan/scan_bounds.cu",
         "next_array<float>(next, kTileRows * kRowPitch)",
-        "next_array<float>(next, kTileRows * kRowPitch - 1)",
+        "next_array<float>(next, kTileRows * kRowPitch - 2)",
         "address",
         "use-after-poison",
         "sanitize_lists",

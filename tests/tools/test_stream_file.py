@@ -20,9 +20,11 @@ def test_rows_and_samples_of_which_half_are_rows(tmp_path):
 
 
 def test_a_command_says_what_it_took(capfd):
-    took = "import sys; x = bytes(range(256)) * 200_000; sys.exit(len(x) % 255)"
+    took = "import sys; x = bytes(range(256)) * 200_000; sum(range(10**7)); sys.exit(len(x) % 255)"
     status, found = stream_file.limited([sys.executable, "-c", took], 1 << 30)
     assert status == 51_200_000 % 255 and 0 < found["of cores"] < 60 and found["seconds"] > 0
+    _, next_one = stream_file.limited([sys.executable, "-c", ""], 1 << 30)
+    assert 0 < next_one["of cores"] < found["of cores"]  # of this command, not of both
     if "GB of its own" in found:  # where a control group can be made
         assert found.get("GB with pages", 1) > 0.05
     else:

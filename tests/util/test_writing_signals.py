@@ -15,9 +15,11 @@ from tests.apps.cli_calls import settings
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 
+# nohup, under which tests may run too, has its processes ignore SIGHUP: so do we then.
 WRITE = """
-import sys, time
+import signal, sys, time
 from memokern.util.writing import atomic
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 with atomic(sys.argv[1]) as temporary:
     temporary.write_text("half")
     print("up", flush=True)
