@@ -34,8 +34,9 @@ proof of the end, are memokern's.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -180,7 +181,8 @@ class _Flow:
     """The state of the solver.
 
     x [A, *shape] are the samples whose end is not known, of the numbers at [A]; nodes their last
-    evaluations.
+    evaluations. As long as there is a Gaussian the state is kept in its coordinates, z [A, K]
+    float64 of x - alpha m at a level, and x is made of it where it is asked for.
     """
 
     def __init__(
@@ -189,12 +191,19 @@ class _Flow:
         self.run, self.closed, self.end = run, closed, end
         self.gaussian: Gaussian | None = gaussian
         self.share = self.size = 0.0
-        # The state last taken to the Gaussian's coordinates, and those: a step asks for them twice.
-        self.known: tuple[Tensor | None, Tensor] = (None, run.x)
-        self.x = run.x
+        self._x: Tensor | None = run.x
+        self.z: Tensor | None = None
+        self.kind = torch.promote_types(run.x.dtype, torch.float32)
         self.at = torch.arange(len(run.x), device=run.x.device)
         self.nodes: list[Node] = []
         self.ended: list[_Ended] = []
+
+    @property
+    def x(self) -> Tensor:
+        if self._x is None:
+            assert self.z is not None
+            self._x = self._values(self.z, self.nodes[-1].level)
+        return self._x
 
     @property
     def done(self) -> bool:
@@ -216,14 +225,13 @@ class _Flow:
             jump = sum(high) - 1
             if jump < 0:
                 break
-            x, node = self._advance(now, rest[jump])
-            size = self._size(node)
+            state, node, size = self._advance(now, rest[jump])
             if size <= 1.5 * share:
-                self._accept(x, node, size)
+                self._accept(state, node, size)
                 return jump
             # |r| / |D - m| grows like p.
             aim = rest[jump].sigma / rest[jump].alpha * size / share
-        self.gaussian = None
+        self._leave_gaussian()
         return None
 
     def step(self, now: Level, to: Level) -> None:
@@ -232,40 +240,50 @@ class _Flow:
         if self.gaussian is not None and to.sigma > 0:
             longer = to.alpha / to.sigma * now.sigma / now.alpha
             if self.size * longer > 2 * self.share:
-                self.gaussian = None
+                self._leave_gaussian()
         run.phase = "gaussian" if self.gaussian is not None else "middle"
         if to.sigma == 0 or (not self.nodes and self.gaussian is None):
             found = run.predict(self.x, now.t, self.at)
             if to.sigma == 0 or not now.signal:
-                self.x = held(found.x0, found.eps, to)
+                self._x = held(found.x0, found.eps, to)
                 return
             self.nodes.append(Node(now, self.x, found.x0))
-        x, node = self._advance(now, to)
-        self._accept(x, node, math.inf if self.gaussian is None else self._size(node))
+        self._accept(*self._advance(now, to))
 
-    def _advance(self, now: Level, to: Level) -> tuple[Tensor, Node]:
-        """The state at the next level, and the evaluation that it rests on."""
-        run = self.run
-        run.phase = "middle" if self.gaussian is None else "gaussian"
-        order = ORDER
-        if self.gaussian is None:
-            ahead = math.log(to.alpha / to.sigma * now.sigma / now.alpha)
-            order -= sum(ahead > long for long in LONG)
-        method = self._by_data if self.gaussian is None else self._by_gaussian
-        x = method(now, to, self.nodes[-order:], order)
-        found = run.predict(x, to.t, self.at)
-        node = Node(to, x, found.x0)
-        if self.gaussian is not None:
-            node = replace(node, rest=self._rest(node))
-        self.found = found
-        return method(now, to, [*self.nodes[-order:], node], order + 1), node
+    def _advance(self, now: Level, to: Level) -> tuple[Tensor, Node, float]:
+        """The state at the next level, as it is kept; the evaluation that it rests on; and how
+        large the rest of the Gaussian is there."""
+        run, g = self.run, self.gaussian
+        if g is not None:
+            run.phase = "gaussian"
+            old = self.nodes[-ORDER:]
+            predict, correct = self._steps_of_gaussian(now, to, [n.p for n in old])
+            rests = [n.rest for n in old if n.rest is not None]
+            z = predict(rests)
+            x = self._values(z, to)
+            self.found = run.predict(x, to.t, self.at)
+            rest, size = self._rest(z, self.found.x0, to)
+            return correct([*rests, rest]), Node(to, x, self.found.x0, rest), size
+        run.phase = "middle"
+        ahead = math.log(to.alpha / to.sigma * now.sigma / now.alpha)
+        order = ORDER - sum(ahead > long for long in LONG)
+        x = self._by_data(now, to, self.nodes[-order:])
+        self.found = run.predict(x, to.t, self.at)
+        node = Node(to, x, self.found.x0)
+        return self._by_data(now, to, [*self.nodes[-order:], node]), node, math.inf
 
-    def _accept(self, x: Tensor, node: Node, size: float) -> None:
-        """Ends a step: x is the state, and the samples whose end is proven are put aside."""
-        self.x, self.size = x, size
+    def _leave_gaussian(self) -> None:
+        if self.z is not None:
+            self._x, self.z = self.x, None
+        self.gaussian = None
+
+    def _accept(self, state: Tensor, node: Node, size: float) -> None:
+        """Ends a step with this state; the samples whose end is proven are put aside."""
+        self._x, self.z = (state, None) if self.gaussian is None else (None, state)
+        self.size = size
         self.nodes = [*self.nodes[1 - ORDER :], node]
         if size > self.share:
-            self.gaussian = None
+            self._leave_gaussian()
         if self.closed is None:
             return
         proven = self.closed.proven(self.found)
@@ -277,35 +295,42 @@ class _Flow:
         here, left = proven.nonzero()[:, 0], (~proven).nonzero()[:, 0]
         mean = self.found.posterior.mean
         self.ended.append(_Ended(self.at[here], node.level, node.x[here], mean[here], exact[here]))
-        self.at, self.x = self.at[left], self.x[left]
+        self.at = self.at[left]
+        self._x = None if self._x is None else self._x[left]
+        self.z = None if self.z is None else self.z[left]
         self.nodes = [part.take(left) for part in self.nodes]
         if self.gaussian is not None:
             self.gaussian = self.gaussian.take(left)
 
-    def _size(self, node: Node) -> float:
-        """The mean |r| over the mean |D - m|."""
-        assert self.gaussian is not None
-        with torch.no_grad():
-            far = node.x0.flatten(1).to(torch.float64) - self.gaussian.mean
-            r = self._rest(node)
-            sizes = [float(torch.linalg.vector_norm(v, dim=1).mean()) for v in (r, far)]
-        return sizes[0] / sizes[1] if sizes[1] > 0 else 0.0
+    # --- in the Gaussian's coordinates --------------------------------------------------------
 
-    def _rest(self, node: Node) -> Tensor:
-        """r = D - D_g at an evaluation, in the Gaussian's coordinates [A, K]."""
+    # The change of coordinates is made in the samples' type: what it rounds is not added up, since
+    # z is kept in float64.
+
+    def _values(self, z: Tensor, level: Level) -> Tensor:
+        """x at a level."""
         g = self.gaussian
         assert g is not None
-        if node.rest is not None:
-            return node.rest
-        alpha, p = node.level.alpha, node.p
-        u = g.transform.coordinates(node.x.flatten(1).to(torch.float64) / alpha - g.mean)
-        d = g.transform.coordinates(node.x0.flatten(1).to(torch.float64) - g.mean)
-        scaled = g.variances * p**2
-        return d - scaled / (1 + scaled) * u
+        x = level.alpha * g.mean + g.transform.values(z.to(self.kind))
+        return x.to(self.run.x.dtype).reshape(-1, *self.run.x.shape[1:])
 
-    def _by_gaussian(self, now: Level, to: Level, nodes: Sequence[Node], order: int) -> Tensor:
-        """The step in the Gaussian's coordinates, through so many values of r, with that at p = 0
-        among them if there are fewer."""
+    def _rest(self, z: Tensor, x0: Tensor, level: Level) -> tuple[Tensor, float]:
+        """r = D - D_g [A, K] where D = x0, and the mean |r| over the mean |D - m|."""
+        g = self.gaussian
+        assert g is not None
+        far = x0.flatten(1).to(self.kind) - g.mean.to(self.kind)
+        d = g.transform.coordinates(far).to(torch.float64)
+        scaled = g.variances * (level.alpha / level.sigma) ** 2
+        r = d - scaled / (1 + scaled) / level.alpha * z
+        with torch.no_grad():  # the coordinates are orthonormal
+            sizes = [float(torch.linalg.vector_norm(v, dim=1).mean()) for v in (r, d)]
+        return r, sizes[0] / sizes[1] if sizes[1] > 0 else 0.0
+
+    def _steps_of_gaussian(
+        self, now: Level, to: Level, places: list[float]
+    ) -> list[Callable[[list[Tensor]], Tensor]]:
+        """The step from what r is at these p, and the one that knows it at the next level too: z
+        there. As long as there are few, r = 0 at p = 0 is one of them."""
         g = self.gaussian
         assert g is not None
         lam = g.variances
@@ -313,13 +338,11 @@ class _Flow:
         def spread(level: Level) -> Tensor:
             return (level.alpha**2 * lam + level.sigma**2).sqrt()
 
-        if self.known[0] is not self.x:
-            x = self.x.flatten(1).to(torch.float64) - now.alpha * g.mean
-            self.known = (self.x, g.transform.coordinates(x))
-        v = self.known[1] / spread(now)
-        places, rests = [n.p for n in nodes], [self._rest(n) for n in nodes]
-        if len(nodes) < order:
-            places, rests = [0.0, *places], [torch.zeros_like(v), *rests]
+        if self.z is None:
+            self.z = g.transform.coordinates(
+                self.x.flatten(1).to(torch.float64) - now.alpha * g.mean
+            )
+        v, stretch = self.z / spread(now), spread(to)
         top = g.top
         ends = now.alpha / now.sigma, to.alpha / to.sigma
         if top > 0:
@@ -329,18 +352,23 @@ class _Flow:
         else:
             p = (ends[0] + ends[1]) / 2 + (ends[1] - ends[0]) / 2 * _NODES
             weight = _WEIGHTS * (ends[1] - ends[0]) / 2
-        through = lagrange([q**2 for q in places], p**2) * weight  # [nodes, points]
-        points = torch.from_numpy(p).to(lam.device)
-        kernel = (1 + lam[..., None] * points.square()).rsqrt()
-        integrals = kernel @ torch.from_numpy(through).to(lam.device).T  # [..., K, nodes]
-        for i, r in enumerate(rests):
-            v = v + integrals[..., i] * r
-        out = to.alpha * g.mean + g.transform.values(spread(to) * v)
-        return out.to(self.x.dtype).reshape(self.x.shape)
+        free = [] if len(places) == ORDER else [0.0]
+        all_known = ([*free, *places], [*free, *places, ends[1]])
+        through = [lagrange([q**2 for q in known], p**2)[len(free) :] for known in all_known]
+        squares = torch.from_numpy(p**2).to(lam.device)
+        kernel = (1 + lam[..., None] * squares).rsqrt()  # [..., K, points]
+        weights = torch.from_numpy(np.concatenate(through) * weight).to(lam.device)
+        integrals = (kernel @ weights.T).movedim(-1, 0).contiguous()  # [values of r, ..., K]
 
-    def _by_data(self, now: Level, to: Level, nodes: Sequence[Node], order: int) -> Tensor:
+        def stepped(by: Tensor, rests: list[Tensor]) -> Tensor:
+            return stretch * sum((a * r for a, r in zip(by, rests, strict=True)), v)
+
+        return [partial(stepped, by) for by in integrals.split([len(places), len(places) + 1])]
+
+    # --- of the data --------------------------------------------------------------------------
+
+    def _by_data(self, now: Level, to: Level, nodes: Sequence[Node]) -> Tensor:
         """The step that integrates D, through its values."""
-        nodes = nodes[-order:]
         p = [level.alpha / level.sigma for level in (now, to)]
         length = math.log(p[1] / p[0])
         at = length / 2 * (1 + _NODES)
