@@ -356,9 +356,11 @@ class _Flow:
         all_known = ([*free, *places], [*free, *places, ends[1]])
         through = [lagrange([q**2 for q in known], p**2)[len(free) :] for known in all_known]
         squares = torch.from_numpy(p**2).to(lam.device)
-        kernel = (1 + lam[..., None] * squares).rsqrt()  # [..., K, points]
+        kernel = (1 + g.table[..., None] * squares).rsqrt()  # [..., K, points]
         weights = torch.from_numpy(np.concatenate(through) * weight).to(lam.device)
         integrals = (kernel @ weights.T).movedim(-1, 0).contiguous()  # [values of r, ..., K]
+        if g.of is not None:
+            integrals = integrals[:, g.of]
 
         def stepped(by: Tensor, rests: list[Tensor]) -> Tensor:
             return stretch * sum((a * r for a, r in zip(by, rests, strict=True)), v)

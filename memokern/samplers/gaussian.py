@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -114,7 +114,9 @@ class Gaussian:
             along the coordinates of `transform`.
 
     Args:
-        transform: by default the coordinates are the features themselves.
+        mean, variances: these. transform: by default the coordinates are the features themselves.
+        of: [S] int64, where samples share a few: which of the means [C, D] and variances [C, K]
+            each of them has.
 
     Source: the flow of a Gaussian is in arXiv 2206.00364, appendix B; its use for whole
     trajectories in Wang & Vastola, arXiv 2311.10892.
@@ -127,7 +129,13 @@ class Gaussian:
         (torch.Size([64]), torch.Size([64]))
     """
 
-    def __init__(self, mean: Tensor, variances: Tensor, transform: Transform | None = None) -> None:
+    def __init__(
+        self,
+        mean: Tensor,
+        variances: Tensor,
+        transform: Transform | None = None,
+        of: Tensor | None = None,
+    ) -> None:
         for name, value in (("mean", mean), ("variances", variances)):
             if not isinstance(value, Tensor):
                 raise TypeError(f"expected {name} as a tensor, got {type(value).__name__}")
@@ -139,7 +147,11 @@ class Gaussian:
             )
         if not bool(((variances >= 0) & torch.isfinite(variances)).all()):
             raise ValueError("expected finite variances >= 0")
-        self.mean, self.variances = mean.to(torch.float64), variances.to(torch.float64)
+        self.of = of
+        # Before they are those of each sample.
+        self.means, self.table = mean.to(torch.float64), variances.to(torch.float64)
+        self.mean = self.means if of is None else self.means[of]
+        self.variances = self.table if of is None else self.table[of]
 
     @classmethod
     def fit(cls, data: TrainingSet | Tensor, weights: Tensor | None = None) -> Gaussian:
@@ -174,27 +186,46 @@ class Gaussian:
 
     def take(self, at: Tensor) -> Gaussian:
         """The same for some of the samples."""
+        if self.of is not None:
+            return Gaussian(self.means, self.table, self.transform, self.of[at])
         if self.mean.dim() == 1:
             return self
         return Gaussian(self.mean[at], self.variances[at], self.transform)
 
     def to(self, device: torch.device) -> Gaussian:
         """The same on a device."""
-        return Gaussian(self.mean.to(device), self.variances.to(device), self.transform)
+        of = None if self.of is None else self.of.to(device)
+        return Gaussian(self.means.to(device), self.table.to(device), self.transform, of)
 
 
-_known: weakref.WeakKeyDictionary[TrainingSet, tuple[object, Gaussian]] = (
-    weakref.WeakKeyDictionary()
-)
+class _Kept:
+    """The Gaussians of training sets, kept as long as their rows stay as they are."""
+
+    def __init__(self) -> None:
+        self._known: weakref.WeakKeyDictionary[TrainingSet, tuple[object, Gaussian]] = (
+            weakref.WeakKeyDictionary()
+        )
+
+    def of(self, data: TrainingSet, given: object, fit: Callable[[], Gaussian]) -> Gaussian:
+        """That of a set, for what is given beside its rows."""
+        state = (version(data.rows), given)
+        known = self._known.get(data)
+        if known is None or known[0] != state:
+            known = self._known[data] = (state, fit())
+        return known[1]
+
+
+_sets, _classes = _Kept(), _Kept()
 
 
 def of_rows(data: TrainingSet) -> Gaussian:
-    """The Gaussian of a training set, which is kept as long as its rows stay as they are."""
-    state = (version(data.rows), data.index is None)
-    known = _known.get(data)
-    if known is None or known[0] != state:
-        known = _known[data] = (state, Gaussian.fit(data))
-    return known[1]
+    """The Gaussian of a training set."""
+    return _sets.of(data, data.index is None, lambda: Gaussian.fit(data))
+
+
+def _of_class(rows: TrainingSet, basis: Transform) -> Gaussian:
+    """That of some rows in the basis of all."""
+    return _classes.of(rows, basis, lambda: Gaussian(*_moments(rows, basis, None)[:2], basis))
 
 
 def of_samples(data: TrainingSet, label: Label, bias: Tensor | None, count: int) -> Gaussian:
@@ -212,15 +243,13 @@ def of_samples(data: TrainingSet, label: Label, bias: Tensor | None, count: int)
     if len(known) == 1:
         one = int(known[0])
         return everywhere if one == EVERY_ROW and whole else of_rows(data.of_label(one)[1])
-    means, variances = [], []
-    for one in known.tolist():
-        found = everywhere
-        if not (one == EVERY_ROW and whole):
-            part = data.of_label(one)[1]
-            found = Gaussian(*_moments(part, everywhere.transform, None)[:2], everywhere.transform)
-        means.append(found.mean)
-        variances.append(found.variances)
-    return Gaussian(torch.stack(means)[which], torch.stack(variances)[which], everywhere.transform)
+    basis = everywhere.transform
+    found = [
+        everywhere if one == EVERY_ROW and whole else _of_class(data.of_label(one)[1], basis)
+        for one in known.tolist()
+    ]
+    means, variances = [g.mean for g in found], [g.variances for g in found]
+    return Gaussian(torch.stack(means), torch.stack(variances), basis, which)
 
 
 def _transform(data: TrainingSet) -> Transform:

@@ -11,6 +11,7 @@ import memokern
 from memokern import Denoiser, Given, TrainingSet, processes, regularizers, samplers
 from memokern.processes import EDM
 from memokern.samplers import Gaussian
+from memokern.samplers import gaussian as gaussian_module
 from memokern.samplers.base import level_of
 from memokern.samplers.closed_end import ClosedEnd
 from memokern.samplers.gaussian import of_samples
@@ -77,6 +78,30 @@ def test_interpolation_is_exact_for_polynomials():
 
 
 # --- the Gaussian ---------------------------------------------------------------------------------
+
+
+def test_samples_that_share_a_few_gaussians_are_as_with_their_own():
+    means, variances = normal(2, 3), normal(2, 3, seed=1).square()
+    of = torch.tensor([0, 1, 1, 0, 1])
+    shared = Gaussian(means, variances, of=of)
+    own = Gaussian(means[of], variances[of])
+    denoiser = Denoiser(normal(40, 3, seed=2), regularizer=regularizers.SmoothedBank(0.3))
+    start = 80 * normal(5, 3, seed=3)
+    found = [run(denoiser, start, 12, gaussian=g).x for g in (shared, own)]
+    assert torch.equal(*found)
+    assert torch.equal(shared.take(torch.tensor([4, 0])).mean, means[[1, 0]])
+
+
+def test_moments_of_a_class_are_found_once_and_anew_for_new_rows(monkeypatch):
+    fits = []
+    moments = gaussian_module._moments
+    monkeypatch.setattr(gaussian_module, "_moments", lambda *a: fits.append(a[0]) or moments(*a))
+    data = TrainingSet(shaped((6,)), labels=torch.arange(300) % 3)
+    label = torch.tensor([0, 2, 0])
+    first, second = (of_samples(data, label, None, 3) for _ in range(2))
+    assert len(fits) == 3 and torch.equal(first.mean, second.mean)  # of all rows and two classes
+    data.rows.mul_(2)
+    assert torch.equal(of_samples(data, label, None, 3).mean, 2 * first.mean)
 
 
 @pytest.mark.parametrize("name", ["edm", "ve", "vp", "flow-matching", "cosine"])
