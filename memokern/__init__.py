@@ -9,6 +9,10 @@ torch.Size([4, 8, 8])
 
 from __future__ import annotations
 
+import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING
+
 from memokern.by_row import draw, row_weights, weights
 from memokern.data.streamed import StreamedSet
 from memokern.data.training_set import TrainingSet
@@ -30,6 +34,11 @@ from memokern.strategies.certificate import Certificate
 from memokern.util.version import VERSION
 
 __version__ = VERSION
+# What is imported when it is first asked for, as memokern.samplers: most programs need few of them.
+_MODULES = (
+    "distributed", "integrations", "kde", "likelihood", "memorization", "processes",
+    "regularizers", "samplers", "training",
+)  # fmt: skip
 __all__ = [
     "Certificate",
     "Denoiser",
@@ -52,3 +61,15 @@ __all__ = [
     "score",
     "weights",
 ]
+
+
+if not TYPE_CHECKING:  # which knows what there is, and would take any name for a module
+
+    def __getattr__(name: str) -> ModuleType:
+        if name in _MODULES:
+            return importlib.import_module(f"{__name__}.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})

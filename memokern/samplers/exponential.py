@@ -34,9 +34,8 @@ proof of the end, are memokern's.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -49,7 +48,8 @@ from memokern.given import Given
 from memokern.samplers.base import Denoises, Level, Run, Samples, held, level_of, levels_of
 from memokern.samplers.closed_end import ClosedEnd
 from memokern.samplers.gaussian import Gaussian, of_samples
-from memokern.samplers.interpolation import lagrange
+from memokern.samplers.gaussian_part import GaussianPart
+from memokern.samplers.interpolation import NODES, WEIGHTS, lagrange
 
 # Levels of the process's grid for one step asked for: as exact as Heun's method with so many steps.
 LEVELS = 4 / 3
@@ -62,7 +62,6 @@ TRIALS = 3
 # How many values are kept; and the log of the step in p above which fewer are trusted.
 ORDER = 3
 LONG = (0.7, 1.4)
-_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(48)
 
 
 @dataclass(frozen=True)
@@ -133,9 +132,11 @@ def exponential(
     first, end = levels[0], levels[-1]
     reached = [first]
     with run.gradients(), tqdm(levels[1:], disable=not progress, desc="exponential") as bar:
-        flow = _Flow(run, gaussian, ClosedEnd(run.denoiser, run.bias) if finish else None, end)
-        rest = levels[1:]
-        jump = flow.leave_noise(first, rest, min(MOST, SHARE * (STEPS / steps) ** POWER))
+        flow = _Flow(run, ClosedEnd(run.denoiser, run.bias) if finish else None, end)
+        rest, jump = levels[1:], None
+        if gaussian is not None:
+            share = min(MOST, SHARE * (STEPS / steps) ** POWER)
+            jump = flow.leave_noise(gaussian, first, rest, share)
         if jump is not None:
             reached.append(rest[jump])
             rest = rest[jump + 1 :]
@@ -181,19 +182,15 @@ class _Flow:
     """The state of the solver.
 
     x [A, *shape] are the samples whose end is not known, of the numbers at [A]; nodes their last
-    evaluations. As long as there is a Gaussian the state is kept in its coordinates, z [A, K]
-    float64 of x - alpha m at a level, and x is made of it where it is asked for.
+    evaluations. In the Gaussian part the state is kept in the Gaussian's coordinates, and x is made
+    of it where it is asked for.
     """
 
-    def __init__(
-        self, run: Run, gaussian: Gaussian | None, closed: ClosedEnd | None, end: Level
-    ) -> None:
+    def __init__(self, run: Run, closed: ClosedEnd | None, end: Level) -> None:
         self.run, self.closed, self.end = run, closed, end
-        self.gaussian: Gaussian | None = gaussian
+        self.gaussian: GaussianPart | None = None
         self.share = self.size = 0.0
         self._x: Tensor | None = run.x
-        self.z: Tensor | None = None
-        self.kind = torch.promote_types(run.x.dtype, torch.float32)
         self.at = torch.arange(len(run.x), device=run.x.device)
         self.nodes: list[Node] = []
         self.ended: list[_Ended] = []
@@ -201,8 +198,8 @@ class _Flow:
     @property
     def x(self) -> Tensor:
         if self._x is None:
-            assert self.z is not None
-            self._x = self._values(self.z, self.nodes[-1].level)
+            assert self.gaussian is not None
+            self._x = self.gaussian.values(self.gaussian.z, self.nodes[-1].level)
         return self._x
 
     @property
@@ -212,12 +209,12 @@ class _Flow:
 
     # --- steps --------------------------------------------------------------------------------
 
-    def leave_noise(self, now: Level, rest: Sequence[Level], share: float) -> int | None:
+    def leave_noise(
+        self, gaussian: Gaussian, now: Level, rest: Sequence[Level], share: float
+    ) -> int | None:
         """The first step, to the lowest of these levels where the rest of the Gaussian is small;
         which of them it is. None, and no step, where there is none."""
-        self.share, gaussian = share, self.gaussian
-        if gaussian is None:
-            return None
+        self.share, self.gaussian = share, GaussianPart(gaussian, self.x, now)
         aim = EXPECTED * gaussian.top / share
         highest = now.sigma / now.alpha if now.alpha > 0 else math.inf
         for _ in range(TRIALS):
@@ -257,12 +254,12 @@ class _Flow:
         if g is not None:
             run.phase = "gaussian"
             old = self.nodes[-ORDER:]
-            predict, correct = self._steps_of_gaussian(now, to, [n.p for n in old])
+            predict, correct = g.steps(now, to, [n.p for n in old], ORDER)
             rests = [n.rest for n in old if n.rest is not None]
             z = predict(rests)
-            x = self._values(z, to)
+            x = g.values(z, to)
             self.found = run.predict(x, to.t, self.at)
-            rest, size = self._rest(z, self.found.x0, to)
+            rest, size = g.rest(z, self.found.x0, to)
             return correct([*rests, rest]), Node(to, x, self.found.x0, rest), size
         run.phase = "middle"
         ahead = math.log(to.alpha / to.sigma * now.sigma / now.alpha)
@@ -273,15 +270,15 @@ class _Flow:
         return self._by_data(now, to, [*self.nodes[-order:], node]), node, math.inf
 
     def _leave_gaussian(self) -> None:
-        if self.z is not None:
-            self._x, self.z = self.x, None
-        self.gaussian = None
+        self._x, self.gaussian = self.x, None
 
     def _accept(self, state: Tensor, node: Node, size: float) -> None:
         """Ends a step with this state; the samples whose end is proven are put aside."""
-        self._x, self.z = (state, None) if self.gaussian is None else (None, state)
-        self.size = size
-        self.nodes = [*self.nodes[1 - ORDER :], node]
+        self.nodes, self.size = [*self.nodes[1 - ORDER :], node], size
+        if self.gaussian is None:
+            self._x = state
+        else:
+            self._x, self.gaussian.z = None, state
         if size > self.share:
             self._leave_gaussian()
         if self.closed is None:
@@ -297,86 +294,18 @@ class _Flow:
         self.ended.append(_Ended(self.at[here], node.level, node.x[here], mean[here], exact[here]))
         self.at = self.at[left]
         self._x = None if self._x is None else self._x[left]
-        self.z = None if self.z is None else self.z[left]
         self.nodes = [part.take(left) for part in self.nodes]
         if self.gaussian is not None:
-            self.gaussian = self.gaussian.take(left)
-
-    # --- in the Gaussian's coordinates --------------------------------------------------------
-
-    # The change of coordinates is made in the samples' type: what it rounds is not added up, since
-    # z is kept in float64.
-
-    def _values(self, z: Tensor, level: Level) -> Tensor:
-        """x at a level."""
-        g = self.gaussian
-        assert g is not None
-        x = level.alpha * g.mean + g.transform.values(z.to(self.kind))
-        return x.to(self.run.x.dtype).reshape(-1, *self.run.x.shape[1:])
-
-    def _rest(self, z: Tensor, x0: Tensor, level: Level) -> tuple[Tensor, float]:
-        """r = D - D_g [A, K] where D = x0, and the mean |r| over the mean |D - m|."""
-        g = self.gaussian
-        assert g is not None
-        far = x0.flatten(1).to(self.kind) - g.mean.to(self.kind)
-        d = g.transform.coordinates(far).to(torch.float64)
-        scaled = g.variances * (level.alpha / level.sigma) ** 2
-        r = d - scaled / (1 + scaled) / level.alpha * z
-        with torch.no_grad():  # the coordinates are orthonormal
-            sizes = [float(torch.linalg.vector_norm(v, dim=1).mean()) for v in (r, d)]
-        return r, sizes[0] / sizes[1] if sizes[1] > 0 else 0.0
-
-    def _steps_of_gaussian(
-        self, now: Level, to: Level, places: list[float]
-    ) -> list[Callable[[list[Tensor]], Tensor]]:
-        """The step from what r is at these p, and the one that knows it at the next level too: z
-        there. As long as there are few, r = 0 at p = 0 is one of them."""
-        g = self.gaussian
-        assert g is not None
-        lam = g.variances
-
-        def spread(level: Level) -> Tensor:
-            return (level.alpha**2 * lam + level.sigma**2).sqrt()
-
-        if self.z is None:
-            self.z = g.transform.coordinates(
-                self.x.flatten(1).to(torch.float64) - now.alpha * g.mean
-            )
-        v, stretch = self.z / spread(now), spread(to)
-        top = g.top
-        ends = now.alpha / now.sigma, to.alpha / to.sigma
-        if top > 0:
-            first, last = (math.asinh(top * p) for p in ends)
-            at = (first + last) / 2 + (last - first) / 2 * _NODES
-            p, weight = np.sinh(at) / top, _WEIGHTS * (last - first) / 2 * np.cosh(at) / top
-        else:
-            p = (ends[0] + ends[1]) / 2 + (ends[1] - ends[0]) / 2 * _NODES
-            weight = _WEIGHTS * (ends[1] - ends[0]) / 2
-        free = [] if len(places) == ORDER else [0.0]
-        all_known = ([*free, *places], [*free, *places, ends[1]])
-        through = [lagrange([q**2 for q in known], p**2)[len(free) :] for known in all_known]
-        squares = torch.from_numpy(p**2).to(lam.device)
-        kernel = (1 + g.table[..., None] * squares).rsqrt()  # [..., K, points]
-        weights = torch.from_numpy(np.concatenate(through) * weight).to(lam.device)
-        integrals = (kernel @ weights.T).movedim(-1, 0).contiguous()  # [values of r, ..., K]
-        if g.of is not None:
-            integrals = integrals[:, g.of]
-
-        def stepped(by: Tensor, rests: list[Tensor]) -> Tensor:
-            return stretch * sum((a * r for a, r in zip(by, rests, strict=True)), v)
-
-        return [partial(stepped, by) for by in integrals.split([len(places), len(places) + 1])]
-
-    # --- of the data --------------------------------------------------------------------------
+            self.gaussian.take(left)
 
     def _by_data(self, now: Level, to: Level, nodes: Sequence[Node]) -> Tensor:
         """The step that integrates D, through its values."""
         p = [level.alpha / level.sigma for level in (now, to)]
         length = math.log(p[1] / p[0])
-        at = length / 2 * (1 + _NODES)
+        at = length / 2 * (1 + NODES)
         grown = np.exp(at)  # p over that of now
         through = lagrange([math.log(n.p / p[0]) for n in nodes], at)
-        integrals = through @ (_WEIGHTS * grown) * (length / 2) / math.expm1(length)
+        integrals = through @ (WEIGHTS * grown) * (length / 2) / math.expm1(length)
         mean = sum(float(a) * n.x0 for a, n in zip(integrals, nodes, strict=True))
         assert isinstance(mean, Tensor)
         return to.alpha * mean + (to.sigma / now.sigma) * (self.x - now.alpha * mean)
