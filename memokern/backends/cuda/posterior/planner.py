@@ -31,8 +31,17 @@ def can_share(rows: torch.dtype, tile: Tile) -> bool:
     """Whether two blocks on a multiprocessor, with half the registers each, do not spill. Those do
     not hold both products of the backward sweep; nor, by the assembler's word, what a block of a
     cluster of 16 reads of the others' products where rows are float16, or rows and queries many."""
-    most = 0 if rows == torch.float16 else 1024
+    most = {torch.float16: 0, torch.bfloat16: 512}.get(rows, 1024)
     return not tile.backward and (tile.cluster < 16 or tile.rows * tile.queries <= most)
+
+
+def has_registers(rows: torch.dtype, tile: Tile) -> bool:
+    """Whether a block does not spill: beside the most sums that registers hold the assembler has no
+    place for the three terms of a query that bfloat16 rows need."""
+    if tile.resident > 1 and not can_share(rows, tile):
+        return False
+    wide = rows == torch.bfloat16 and tile.features > 384 and tile.queries > 16
+    return holds_sums(tile.features, tile.queries, tile.resident) and not wide
 
 
 @functools.cache
@@ -49,8 +58,7 @@ def tile_of(
     sizes = itertools.product(ROWS, STAGES, RESIDENT)
     fitting = [
         tile for tile in (Tile(cluster, features, queries, *s, backward) for s in sizes)
-        if holds_sums(features, queries, tile.resident)
-        and (tile.resident == 1 or can_share(rows, tile))
+        if has_registers(rows, tile)
         and shared_bytes(rows, tile) <= room(shared, tile.resident)
     ]  # fmt: skip
     return min(fitting, key=lambda t: costs.row_seconds(rows, t), default=None)
