@@ -96,8 +96,11 @@ def test_messages_of_the_faq_are_those_of_the_code(tmp_path, monkeypatch):
     assert doctest.DocTestRunner(optionflags=FLAGS).run(test).failed == 0
 
 
+COMMAND_PAGES = ["README.md", "docs/command-line.md", "docs/tasks/sample.md"]
+
+
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("page", ["README.md", "docs/command-line.md", "docs/tasks/sample.md"])
+@pytest.mark.parametrize("page", COMMAND_PAGES)
 def test_commands_of_pages_run(page, tmp_path, monkeypatch):
     """Each `memokern ...` line of a page, in an empty folder, in the page's order."""
     monkeypatch.chdir(tmp_path)
@@ -107,6 +110,28 @@ def test_commands_of_pages_run(page, tmp_path, monkeypatch):
     for command in commands:
         result = click.testing.CliRunner().invoke(main, command[1:])
         assert result.exit_code == 0, (command, result.output)
+
+
+# The pages whose blocks in a language are run by the tests above, and docs/integrations.md by
+# tests/integrations/test_page.py. What cannot be run, such as a make target, is indented.
+RUN = {
+    "python": {"README.md", "docs/integrations.md", *(f"docs/{page}.md" for page in PAGES)},
+    "pycon": {"docs/faq.md"},
+    "sh": set(COMMAND_PAGES),
+}
+
+
+def test_every_block_of_code_is_run_by_a_test():
+    fenced = re.compile(r"^( *)```([^\n]*)\n.*?^\1```$", re.S | re.M)
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "csrc").rglob("*.md")]
+    blocks = [
+        (language, str(page.relative_to(ROOT)))
+        for page in pages
+        for _, language in fenced.findall(page.read_text())
+        if not language.startswith("{")  # a directive of the site
+    ]
+    assert len(blocks) > 50
+    assert [block for block in blocks if block[1] not in RUN.get(block[0], ())] == []
 
 
 def test_readme_make_targets_exist():
