@@ -176,6 +176,8 @@ def _existing(path: str | os.PathLike[str] | Pinned) -> Pinned:
     if isinstance(path, Pinned):
         return path
     path = Path(path)
+    if not path.suffix and not path.exists():  # it may have been meant as a folder
+        raise FileNotFoundError(f"no such file or folder: {str(path)!r}")
     if path.suffix.lower() not in FORMATS:
         hint = (
             ": memokern never loads pickles, which can run code; "

@@ -38,6 +38,7 @@ def _files(folder) -> None:
 WRONG = r"""
 frobnicate => No such command 'frobnicate'
 sample --frob => No such option
+sample --data photographs => --data: no such file or folder: 'photographs'
 sample --data missing.npy => --data: no such file: 'missing.npy'
 sample --data notes.txt => --data: expected a file ending in .npy
 sample --data broken.npz => --data: 'broken.npz'
