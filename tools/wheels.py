@@ -21,9 +21,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import venv
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -130,16 +129,26 @@ def missing(names: Sequence[str]) -> list[str]:
     return lacks + [f"{name} should not be in it" for name in names if re.search(UNWANTED, name)]
 
 
+def interpreter(wheel: Path) -> str:
+    """The interpreter of this machine that a wheel is for; FileNotFoundError if there is none."""
+    tag = re.search(r"-cp3(\d+)-", wheel.name)
+    name = f"python3.{tag[1]}" if tag else wheel.name
+    for python in pythons():
+        if Path(python).name == name:
+            return python
+    raise FileNotFoundError(f"no {name} here, which {wheel.name} is for")
+
+
 def install(wheel: Path, work: Path, beside: Sequence[str] = ()) -> None:
-    """Installs a wheel in a new environment, beside other requirements such as a torch==2.13.0, and
-    runs the README there where no compiler is."""
-    venv.create(work, with_pip=True)
-    run([work / "bin" / "python", "-m", "pip", "install", "-q", *beside, wheel])
-    bare: Mapping[str, str] = {"PATH": str(work / "bin"), "PYTHONPATH": ""}
-    python = work / "bin" / "python"
-    with tempfile.TemporaryDirectory() as elsewhere:
-        given = [str(python), str(Path(__file__)), "--quick-start", str(ROOT / "README.md")]
-        subprocess.run(given, check=True, cwd=elsewhere, env={**os.environ, **bare})
+    """Installs a wheel in a new environment, beside other requirements such as a torch==2.13.0,
+    and runs the README and the demo there. No compiler is in reach of any of it."""
+    run([interpreter(wheel), "-m", "venv", work])
+    alone = {"PATH": str(work / "bin"), "PYTHONPATH": ""}
+    own = work / "bin" / "python"
+    run([own, "-m", "pip", "install", "-q", *beside, f"{wheel}[plot]"], **alone)
+    with tempfile.TemporaryDirectory() as out:
+        run([own, Path(__file__), "--quick-start", ROOT / "README.md"], **alone)
+        run([work / "bin" / "memokern", "demo", "--out", out], **alone)
 
 
 # The compiled module needs no PyTorch.

@@ -52,6 +52,23 @@ def test_another_processor_is_compiled_for_by_its_compiler() -> None:
     assert told["CXX"] == "aarch64-linux-gnu-g++"
 
 
+def test_a_wheel_is_tried_where_no_compiler_is(tmp_path, monkeypatch) -> None:
+    version = f"{sys.version_info[0]}{sys.version_info[1]}"
+    monkeypatch.setattr(wheels, "pythons", lambda: [f"/usr/bin/python3.{version[1:]}"])
+    calls = []
+    monkeypatch.setattr(wheels, "run", lambda command, **told: calls.append((command, told)))
+    wheel = tmp_path / f"memokern-0.1.0-cp{version}-cp{version}-manylinux_2_28_x86_64.whl"
+    wheels.install(wheel, tmp_path, ["torch==2.13.0"])
+    assert calls[0][0][0] == f"/usr/bin/python3.{version[1:]}"
+    said = [" ".join(map(str, command)) for command, _ in calls[1:]]
+    assert len(said) == 3 and f"torch==2.13.0 {wheel}[plot]" in said[0]
+    assert "--quick-start" in said[1] and "memokern demo" in said[2]
+    for _, told in calls[1:]:
+        assert told["PATH"] == str(tmp_path / "bin") and told["PYTHONPATH"] == ""
+    with pytest.raises(FileNotFoundError, match=r"no python3\.99 here"):
+        wheels.install(tmp_path / "memokern-0.1.0-cp399-cp399-linux_x86_64.whl", tmp_path)
+
+
 def _requirements(block: str) -> set[str]:
     return {entry.replace(" ", "") for entry in re.findall(r'"([^"]+)"', block)}
 
