@@ -81,6 +81,7 @@ def criteria(found: Mapping[str, Memorization], title: str | None = None) -> Fig
                       label=["memorised", "new"])  # fmt: skip
             axis.axvline(one.threshold, color=figures.GREY, lw=0.9, ls="--")
             axis.set(xlabel=STATISTICS.get(name, name), xlim=(0, top))
+            axis.locator_params("x", nbins=4)  # 0.0025, 0.0050, ... would run into one another
             axis.set_title(f"{name}: {one.fraction:.1%}")
         for row in axes:
             row[0].set_ylabel("samples")

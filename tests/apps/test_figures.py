@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 
 import matplotlib
 import numpy as np
 import pytest
+import torch
 
-from memokern.apps import figures
+from memokern import TrainingSet, memorization
+from memokern.apps import curves, figures
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -84,6 +87,21 @@ def test_scatter_separates_memorised_samples() -> None:
     assert len(new.get_xdata()) == 2 and len(old.get_xdata()) == 1
     with pytest.raises(ValueError, match="expected points"):
         figures.scatter(np.zeros((2, 3)), samples, np.zeros(2, bool))
+
+
+@pytest.mark.parametrize("away", [0.0, 1.0, 4e4])
+def test_numbers_along_the_axis_of_a_histogram_do_not_meet(away) -> None:
+    rows = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+    found = memorization.report(rows[:9] + away, TrainingSet(rows), level=0.0)
+    for name in ("collapse", "ratio", "exact"):
+        figure = curves.criteria({name: found[name]})
+        with figures.style():
+            figure.draw_without_rendering()
+            numbers = [n for n in figure.axes[0].get_xticklabels() if n.get_text()]
+            boxes = [number.get_window_extent() for number in numbers]
+        assert len(boxes) > 1
+        gap = 3 / 72 * figure.dpi  # three points
+        assert all(left.x1 + gap < right.x0 for left, right in itertools.pairwise(boxes)), name
 
 
 def test_voronoi_edges_are_equally_far_from_their_two_nearest_points() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import importlib.resources
 import json
 import re
 from html.parser import HTMLParser
@@ -80,6 +81,16 @@ def test_the_page_is_one_file_and_shows_what_was_measured(folders) -> None:
     before = text
     again = call("memorization", "samples", "rows", "--report", "r.html", "--force")
     assert again.exit_code == 0 and (folders / "r.html").read_text() == before
+
+
+def test_what_the_style_is_for_is_there() -> None:
+    """A class that no element has is a colour that nobody sees."""
+    text = (importlib.resources.files("memokern.apps") / "report.html.j2").read_text("utf-8")
+    style, body = text.split("</style>")
+    styled = set(re.findall(r"\.([a-z]+)(?=[ .,:{])", style.split("<style>")[1]))
+    classes = " ".join(re.findall(r'class="([^"]*)"', body))
+    there = set(re.sub(r"\{%.*?%\}", " ", classes).split())
+    assert styled == there
 
 
 def test_a_picture_holds_the_pixels() -> None:
