@@ -107,6 +107,7 @@ docs: $(VENV)/.docs-installed
 
 gallery: $(VENV)/.docs-installed
 	$(SPHINX) -b html -D sphinx_gallery_conf.run_stale_examples=True docs $(SITE) $(ARGS)
+	@grep "Total running time" docs/auto_gallery/*.rst
 
 bench: $(VENV)/.dev-installed
 	$(BIN)/python -m bench $(ARGS)

@@ -44,5 +44,5 @@ figure, axis = plt.subplots(figsize=(4.2, 4.2), layout="constrained")
 for path in found.trajectory.transpose(0, 1).numpy():
     axis.plot(*path.T, color="tab:blue", linewidth=0.6, alpha=0.6)
 axis.scatter(*rows.numpy().T, s=22, c="white", edgecolors="black", zorder=3)
-axis.set(title="60 samples, from noise to data", xlim=(-3, 3), ylim=(-3, 3), xticks=[], yticks=[])
+axis.set(xlim=(-3, 3), ylim=(-3, 3), xticks=[], yticks=[], title="60 samples, from noise to data")
 plt.show()

@@ -3,7 +3,7 @@ Early stopping
 ==============
 
 A network learns first what many rows share and then the rows themselves. We watch a small one on
-twelve points of the plane, and stop it before it copies.
+six points of the plane, and stop it before it copies.
 """
 
 # %%
@@ -15,9 +15,9 @@ import torch
 from memokern import memorization, processes, samplers
 from memokern.training import MLP, LearnedDenoiser, Trainer, losses, memorised
 
-angle = torch.arange(12) * 2 * torch.pi / 12
+angle = torch.arange(6) * 2 * torch.pi / 6
 torch.set_num_threads(1)  # such small networks gain nothing from more
-rows = torch.stack([angle.cos(), angle.sin()], dim=1)  # twelve points of the unit circle
+rows = torch.stack([angle.cos(), angle.sin()], dim=1)  # six points of the unit circle
 
 
 def near(samples, data):
@@ -26,7 +26,8 @@ def near(samples, data):
 
 def train(steps):
     torch.manual_seed(0)  # the weights that the network starts with
-    model = LearnedDenoiser(MLP((2,), width=128), processes.VP(), output="eps", sigma_data=0.7)
+    network = MLP((2,), width=128)
+    model = LearnedDenoiser(network, processes.VP(), output="eps", sigma_data=0.7)
     trainer = Trainer(
         model,
         losses.Denoising("eps"),
@@ -50,9 +51,9 @@ early, _ = train(200)
 figure, (left, middle, right) = plt.subplots(1, 3, figsize=(9, 3.1), layout="constrained")
 left.plot(step, fraction, marker="o", markersize=3)
 left.set(xlabel="step", ylabel="copies", ylim=(-0.03, 1.03), title="memorised fraction")
-for axis, run, title in ((middle, early, "after 200 steps"), (right, trainer, "after 1500 steps")):
+for axis, run in ((middle, early), (right, trainer)):
     x = samplers.ode(run.result(), 400, seed=1).x
     axis.scatter(*x.numpy().T, s=4, alpha=0.5)
     axis.scatter(*rows.numpy().T, s=26, c="white", edgecolors="black")
-    axis.set(title=title, xlim=(-1.6, 1.6), ylim=(-1.6, 1.6), aspect="equal")
+    axis.set(title=f"after {run.step} steps", xlim=(-1.6, 1.6), ylim=(-1.6, 1.6), aspect="equal")
 plt.show()

@@ -1,13 +1,12 @@
-"""
+r"""
 Where conditional samples end
 =============================
 
 A conditional model that minimises its loss exactly ends on a training row too. Which one is a
-matter of probability, and the law is known: row n with ::
+matter of probability, and the law is known: with :math:`c` the condition that was asked for,
+:math:`c_n` the row's, and :math:`h` the bandwidth, row :math:`n` has
 
-    p_n in proportion to exp(-|c - c_n|^2 / (2 h^2)),
-
-c the condition that was asked for, c_n the row's, h the bandwidth.
+.. math:: p_n \propto \exp\left(-|c - c_n|^2 / (2 h^2)\right).
 """
 
 # %%

@@ -1,11 +1,13 @@
 """Checks a built site: every link inside of it leads to a file and a place that are there, every
-picture too, nothing is loaded from elsewhere. Links to elsewhere are listed, and not followed.
+picture too, nothing is loaded from elsewhere, and no markup is left as text. Links to elsewhere are
+listed, and not followed.
 
 python -m tools.check_site build/site
 """
 
 from __future__ import annotations
 
+import re
 import sys
 from collections import Counter
 from html.parser import HTMLParser
@@ -14,17 +16,25 @@ from urllib.parse import unquote, urlsplit
 
 LOADS = {("img", "src"), ("script", "src"), ("link", "href"), ("source", "src"), ("object", "data")}
 
+# What is shown as it is written; and what a reader should not see anywhere else: the beginning of a
+# directive, or a role.
+VERBATIM = {"pre", "code", "script", "style", "title"}
+MARKUP = re.compile(r"\.\. [a-z][\w:-]*::|:[a-z]+:`|\{[a-z][a-z:]*\}`|^```", re.MULTILINE)
+
 
 class Page(HTMLParser):
-    """What a page refers to, and the names of its places."""
+    """What a page refers to, the names of its places, and markup that is left in its text."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
         self.links: list[tuple[str, str]] = []
         self.places: set[str] = set()
+        self.left: list[str] = []
+        self._verbatim = 0
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._verbatim += tag in VERBATIM
         for name, value in attrs:
             if value is None:
                 continue
@@ -32,6 +42,13 @@ class Page(HTMLParser):
                 self.places.add(value)
             elif (tag, name) == ("a", "href") or (tag, name) in LOADS:
                 self.links.append((tag, value))
+
+    def handle_endtag(self, tag: str) -> None:
+        self._verbatim -= tag in VERBATIM
+
+    def handle_data(self, data: str) -> None:
+        if not self._verbatim:
+            self.left += MARKUP.findall(data)
 
 
 def check(site: Path) -> tuple[list[str], Counter[str]]:
@@ -43,6 +60,7 @@ def check(site: Path) -> tuple[list[str], Counter[str]]:
     elsewhere: Counter[str] = Counter()
     for path, page in pages.items():
         name = path.relative_to(site.resolve())
+        faults += [f"{name}: markup left as text: {left}" for left in dict.fromkeys(page.left)]
         for tag, link in page.links:
             parts = urlsplit(link)
             if parts.scheme == "data":

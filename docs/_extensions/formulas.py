@@ -22,8 +22,11 @@ SYMBOLS |= {
     "sqrt": r"\sqrt",
 }
 SYMBOLS |= {name: f"\\{name}" for name in ("log", "exp", "max", "min", "cos", "sin", "tan", "ln")}
-ROMAN = "atan bias Cov div hypot logsumexp mean median noise path score softmax tr value"
+ROMAN = "atan Cov div hypot logsumexp softmax tr"
 SYMBOLS |= {name: rf"\operatorname{{{name}}}" for name in ROMAN.split()}
+# Values, not functions: what is subtracted from them keeps its distance.
+NAMED = "bias mean median noise path score value"
+SYMBOLS |= {name: rf"\mathrm{{{name}}}" for name in NAMED.split()}
 LONG = {("sigma", "data"), ("s", "target"), ("Z", "kept"), ("Z", "dropped")}
 # English too: they make no formula, and none begins with one.
 WORDS = {"inf", "value", "noise", "path", "bias"}
@@ -56,15 +59,17 @@ def word(text: str) -> str | None:
     if text in SYMBOLS:
         return SYMBOLS[text]
     name, _, index = text.partition("_")
-    if re.fullmatch(r"[A-Za-z]\d", name):
-        return f"{name[0]}_{name[1]}" if not index else None
+    if numbered := re.fullmatch(r"([A-Za-z])(\d)(\d?)", name):
+        letter, one, two = numbered.groups()
+        number = f"{{{one}{two}}}" if two else one
+        return f"{letter}_{number}" if not index else None
     # x_t, but of two letters only differentials and products such as dx, xc, dk
     base = SYMBOLS.get(name) or (name if re.fullmatch(r"[A-Za-z]|d[a-zA-Z]|xc|yc", name) else None)
     if base is None or not index:
         return base
     index = index.strip("{}")
     # Longer ones are names of the code, as mean_error and t_noise.
-    if len(index) > (2 if name in ROMAN.split() else 3) and (name, index) not in LONG:
+    if len(index) > (2 if name in f"{ROMAN} {NAMED}".split() else 3) and (name, index) not in LONG:
         return None
     if name == "log" or (base.startswith("d") and len(name) == 2):
         return None
@@ -192,7 +197,7 @@ def whole(run: list[re.Match[str]]) -> list[tuple[int, int]]:
 
     while run and (hangs(run[0], True) or run[0][0] == "'"):
         run = run[1:]
-    while run and hangs(run[-1], False):
+    while run and hangs(run[-1], False) and not goes_on(run):
         run = run[:-1]
     # A bracket without its other one belongs to the sentence.
     open_at: list[int] = []
@@ -218,6 +223,12 @@ def whole(run: list[re.Match[str]]) -> list[tuple[int, int]]:
     if texts.count("|") % 2 or texts.count(r"\|") % 2:
         return []
     return [(run[0].start(), run[-1].end())] if run and says_something(run) else []
+
+
+def goes_on(run: list[re.Match[str]]) -> bool:
+    """Whether a run ends as `d1 <= d2 <= ...`."""
+    texts = [t[0] for t in run if t.lastgroup != "space"]
+    return run[-1][0] == "..." and len(texts) > 2 and texts[-2] in {"<=", ">=", "<", ">"}
 
 
 def says_something(run: list[re.Match[str]]) -> bool:

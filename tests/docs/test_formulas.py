@@ -27,6 +27,9 @@ def in_dollars(text):
         ("(see |x_b| <= 1)", r"(see $\lvert x_{b}\rvert \le 1$)"),
         ("<x, y> <= 2", r"$\langle x, y\rangle \le 2$"),
         ("i = 0..n-1, and", r"$i = 0\ldots n-1$, and"),
+        ("With d1 <= d2 <= ... the", r"With $d_1 \le d_2 \le \ldots$ the"),
+        ("0.5 mean(d2 ... d50) < 1", r"$0.5\, \mathrm{mean}(d_2 \ldots d_{50}) < 1$"),
+        ("alpha mean - x = 0", r"$\alpha\, \mathrm{mean} - x = 0$"),
         ("At sigma = 0 eps is 0", r"At $\sigma = 0$ eps is 0"),
     ],
 )

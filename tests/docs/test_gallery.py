@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import re
 import runpy
 import time
 from pathlib import Path
@@ -48,7 +49,7 @@ def test_a_script_is_a_page(path):
 
 @pytest.mark.long
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.stem)
-def test_a_script_runs(path, tmp_path, monkeypatch):
+def test_a_script_runs(path, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     matplotlib.use("agg")
     began = time.process_time()
@@ -59,5 +60,7 @@ def test_a_script_runs(path, tmp_path, monkeypatch):
         assert plt.get_fignums()
     finally:
         plt.close("all")
+    said = capsys.readouterr().out  # what it counted or measured is there
+    assert not re.search(r"\b(nan|inf|None)\b", said)
     print(f"{path.stem}: {time.process_time() - began:.1f} s of the processor")
     assert not list(tmp_path.iterdir())

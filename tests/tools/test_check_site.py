@@ -21,3 +21,15 @@ def test_links_places_and_pictures(tmp_path):
     ]
     assert elsewhere == {"https://cdn.example/x.js": 1, "https://example.org": 1}
     assert check(tmp_path / "nothing")[0]
+
+
+def test_markup_is_code_or_a_fault(tmp_path):
+    (tmp_path / "a.html").write_text(
+        "<p>.. program:: memokern .. rubric:: Usage</p><p>{py:class}`x`</p><p>12:00: a</p>"
+        "<pre>.. code-block:: shell</pre><code>:math:`x`</code><p>see :doc:`b`, ...</p>"
+    )
+    faults, _ = check(tmp_path)
+    assert faults == [
+        f"a.html: markup left as text: {left}"
+        for left in (".. program::", ".. rubric::", "{py:class}`", ":doc:`")
+    ]
