@@ -15,7 +15,8 @@ class Commands(SphinxDirective):
     def run(self):
         from memokern.apps.cli import main
 
-        whole = click.Context(main, info_name="memokern", terminal_width=COLUMNS)
+        settings = main.context_settings | {"terminal_width": COLUMNS}
+        whole = click.Context(main, info_name="memokern", **settings)
         sections = []
         for name in main.list_commands(whole):
             context = click.Context(main.commands[name], info_name=name, parent=whole)

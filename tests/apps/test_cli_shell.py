@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import shutil
 import subprocess
@@ -28,7 +29,8 @@ def test_the_help_of_a_command_has_all_options_once_and_an_example(name) -> None
             assert len(found) == 1, (option, found)
         assert isinstance(param, click.Argument) or param.help, param.name
     assert f"Examples:\n  memokern {name}" in done.output
-    assert "RANGE" not in done.output
+    assert "RANGE" not in done.output and not re.search(r"\d{10}", done.output)
+    assert ("\nTraining:\n" in done.output) == (name == "train")
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -45,6 +46,8 @@ CODES = [
     ("130", "Interrupted. Files are written whole or not at all."),
 ]
 EXAMPLE = "Example: "
+# A bound that click adds to a description, and that nobody's number comes near to.
+UNREACHED = re.compile(r";? ?0<=x<=\d{10,}")
 
 
 class Command(click.Command):
@@ -93,13 +96,15 @@ class Command(click.Command):
         places = {name: title for title, names in SECTIONS.items() for name in names}
         if not any(p.name == "lr" for p in self.params):  # it does not train
             places |= {"steps": "How it is computed", "resume": "Output"}
+            places["samples"] = "What is sampled or learned"
         found: dict[str, list[tuple[str, str]]] = {
             title: [] for title in (*[t for t in SECTIONS if t not in LAST], "Options", "Output")
         }
         for param in self.get_params(context):
             record = param.get_help_record(context)
             if record is not None and record[1]:
-                found[places.get(param.name or "", "Options")].append(record)
+                described = UNREACHED.sub("", record[1])
+                found[places.get(param.name or "", "Options")].append((record[0], described))
         others = found.pop("Options")
         found["Output" if found["Output"] else "Options"] = found["Output"] + others
         return [(title, records) for title, records in found.items() if records]
