@@ -227,7 +227,8 @@ def main() -> None:
         if not asked.check:
             build(folder, asked.python or pythons(), asked.arm)
         wrong = check(folder)
-        sys.exit("\n".join(wrong))
+        if wrong:  # an empty message would be a failure as well
+            sys.exit("\n".join(wrong))
 
 
 if __name__ == "__main__":

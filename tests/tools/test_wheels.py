@@ -46,6 +46,15 @@ def test_a_wheel_that_is_too_large_or_not_repaired_is_refused(
     assert wheels.check(tmp_path / "none") == [f"{tmp_path / 'none'}: no wheels"]
 
 
+def test_the_exit_code_says_whether_something_is_wrong(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["wheels", "--check", str(tmp_path)])
+    monkeypatch.setattr(wheels, "check", lambda folder: [])
+    wheels.main()
+    monkeypatch.setattr(wheels, "check", lambda folder: [f"{folder}: no wheels"])
+    with pytest.raises(SystemExit, match="no wheels"):
+        wheels.main()
+
+
 def test_another_processor_is_compiled_for_by_its_compiler() -> None:
     told = wheels.cross(sys.executable)
     version = f"{sys.version_info[0]}{sys.version_info[1]}"
