@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 from docutils import nodes
 from sphinx.util.docutils import SphinxDirective
@@ -13,8 +15,11 @@ class Commands(SphinxDirective):
     """A section for each command, in the order of `memokern --help`."""
 
     def run(self):
-        from memokern.apps.cli import main
+        from memokern.apps import cli
 
+        for path in [Path(__file__), *Path(cli.__file__).parent.glob("*.py")]:
+            self.env.note_dependency(str(path))  # the page is made anew when help changes
+        main = cli.main
         settings = main.context_settings | {"terminal_width": COLUMNS}
         whole = click.Context(main, info_name="memokern", **settings)
         sections = []
