@@ -34,7 +34,8 @@ class ShardedSet(PartedSet):
     Attributes:
         rows: [n_here, D], this rank's. n: the number of all rows. n_here: that of this rank's.
             first: the number of its first row.
-        ranks: who the others are. queries: "replicated" or "split".
+        ranks: who the others are. queries: "replicated" or "split". streams: whether a rank reads
+            its rows chunk by chunk.
         labels, conditions, log_weights: of this rank's rows; others: as a TrainingSet's.
 
     Raises: RuntimeError where another rank dies, raises or is late, ValueError where one was asked
@@ -72,7 +73,10 @@ class ShardedSet(PartedSet):
             "labels": self.labels is not None, "queries": self.queries,
             "log_weights": self.log_weights is not None,
         }  # fmt: skip
-        found = self.ranks.agree("shard", {**alike, "_n": self.n_here, "_known": len(known)})
+        streams = isinstance(self.part, PartedSet)
+        own = {"_n": self.n_here, "_known": len(known), "_streams": streams}
+        found = self.ranks.agree("shard", {**alike, **own})
+        self.streams = any(facts["_streams"] for facts in found)
         counts = [int(facts["_n"]) for facts in found]
         self.counts, self.whole_n = counts, sum(counts)
         self.first = sum(counts[: self.ranks.rank])

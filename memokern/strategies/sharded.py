@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from memokern.calls import Query, State, by_key, joint_key, rescaled
-from memokern.data.parted import PartedSet
 from memokern.data.sharded import ShardedSet
 from memokern.ops.flat import tensors
 from memokern.strategies.exchange import Collect, Layout, joined
@@ -101,8 +100,8 @@ def state(query: Query, data: ShardedSet, asked: tuple[Asked, Layout], local: De
     every = collected(query, data, layout)
     b = len(every.x)
     blocks: list[_Block] = []
-    # Rows that are read from a file are read once for all queries.
-    size = max(b, 1) if isinstance(data.part, PartedSet) else BLOCK
+    # Rows that are read from a file are read once for all queries; all ranks have as many blocks.
+    size = max(b, 1) if data.streams else BLOCK
     starts = range(0, max(b, 1), size)
     try:
         for i, start in enumerate(starts):

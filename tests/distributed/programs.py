@@ -6,6 +6,7 @@ import contextlib
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -244,6 +245,17 @@ def streamed(group: Any, folder: str) -> dict[str, Tensor]:
     exact = memorization.exact_match(x, data, 0.1)
     found = {"gradient": gradient, "row": near.index, "draw": draws}
     return numbers(p) | found | {"exact": exact.value, "exact row": exact.index}
+
+
+def streamed_here_and_there(group: Any, folder: str) -> dict[str, Tensor]:
+    """More queries than are exchanged together, of which a rank without rows sees as many."""
+    rows, _ = problem()
+    rows, x = rows[:2], rows.repeat(9, 1)
+    if group == "one":
+        return numbers(memokern.posterior(x, rows, 0.8))
+    path = f"{folder}/{torch.distributed.get_rank()}.npy"
+    np.save(path, rows.numpy())
+    return numbers(memokern.posterior(x, shard(path, group, stream=True), 0.8))
 
 
 def certified(group: Any, method: str) -> dict[str, Tensor]:

@@ -85,3 +85,9 @@ def test_ranks_that_stream(pool, tmp_path):
     np.save(tmp_path / "rows.npy", rows.numpy())
     expected = programs.streamed("one", "")
     same(pool.run(3, programs.streamed, str(tmp_path)), expected, 1e-5)
+
+
+def test_a_rank_without_rows_beside_ranks_that_stream(pool, tmp_path):
+    expected = programs.streamed_here_and_there("one", "")
+    found = pool.run(3, programs.streamed_here_and_there, str(tmp_path))
+    same(found, expected, 1e-5)
