@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from memokern.data import files
-from memokern.util.mapped import forget, is_file
+from memokern.util.mapped import ask, forget, is_file
 
 # One is filled while the other is used.
 BUFFERS = 2
@@ -33,9 +33,13 @@ class Mapped:
         """Reads all rows into buffers that are free, and hands each on when it is full."""
         # Asked anew: a copy of the rows lies in memory, where what is forgotten is lost.
         file = is_file(self.rows)
+        if file:
+            ask(self.rows[self.start : self.start + self.step])
         for first in range(self.start, self.n, self.step):
             part = self.rows[first : first + self.step]
             buffer = free()[: len(part)]
+            if file:  # the disk has something to do while this one is copied, and swept
+                ask(self.rows[first + self.step : first + 2 * self.step])
             buffer.copy_(part)
             if file:
                 forget(part)

@@ -270,11 +270,11 @@ def sq_norms(rows: torch.Tensor, scale: float, shift: float, center: torch.Tenso
     return norms
 
 
-def require_finite(rows: torch.Tensor) -> None:
-    """ValueError that names the first row of [N, D] with NaN or inf, if there is one."""
+def require_finite(rows: torch.Tensor, start: int = 0) -> None:
+    """ValueError that names the first row of [N, D] with NaN or inf, if there is one. start: the
+    number of the first row here."""
     if rows.is_meta or not rows.dtype.is_floating_point:
         return
-    start = 0
     for chunk in chunks(rows):
         # The minimum and maximum are NaN where a value is, so that one pass without a temporary
         # decides.

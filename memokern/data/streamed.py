@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -23,7 +24,7 @@ from memokern.data.training_set import TrainingSet
 from memokern.index.build import Source, build
 from memokern.index.checksum import Checksum
 from memokern.index.index import Index, evenly_spaced_rows, fingerprint_of, fingerprint_rows
-from memokern.util import checks
+from memokern.util import checks, mapped
 from memokern.util.tensor_file import Stream
 
 CHUNK_BYTES = 64 << 20
@@ -169,17 +170,17 @@ class StreamedSet(PartedSet):
             # One tensor from the start: small ones that stay, made between large ones that go,
             # would leave holes as large as the file in the heap.
             norms = torch.empty(self._rows_known(), dtype=torch.float64, device=self._device)
-            mapped = self._mapped
-            if mapped is not None and mapped.index is not None:
+            held = self._mapped
+            if held is not None and held.index is not None:
                 # The index is for these very numbers, and its checksums are those of the rows.
-                self._center = mapped.index.center.to(self._device)
-                self._norms = mapped.sq_norms.to(self._device)
+                self._center = held.index.center.to(self._device)
+                self._norms = held.sq_norms.to(self._device)
                 return
-            center = None if mapped is None else self._middle(mapped.rows)
+            center = None if held is None else self._middle(held.rows)
             n = 0
             for first, rows in self.raw_chunks("reading rows"):
                 if self._check:
-                    require_finite(rows)
+                    require_finite(rows, first)
                 if center is None:
                     center = self._values(rows[: max(1, ELEMENTS // rows.shape[1])]).mean(0)
                     center = center.to(self.compute_dtype)
@@ -195,7 +196,7 @@ class StreamedSet(PartedSet):
     def _middle(self, rows: Tensor) -> Tensor:
         """A point amid the rows of a file, from some of them, spaced evenly."""
         most = max(1, min(MIDDLE_ROWS, self._source.step))
-        some = rows.index_select(0, evenly_spaced_rows(len(rows), most))
+        some = mapped.take(rows, evenly_spaced_rows(len(rows), most))
         return center(some, self.scale, self.shift, self.compute_dtype).to(self._device)
 
     def _values(self, rows: Tensor) -> Tensor:
@@ -271,12 +272,17 @@ class StreamedSet(PartedSet):
     def stored(self, index: Tensor) -> Tensor:
         """The rows with these numbers [k] as they are stored, [k, D]; see :meth:`gather`."""
         if self._mapped is not None:
-            return self._mapped.rows.index_select(0, index.cpu()).to(self._device)
+            return mapped.take(self._mapped.rows, index).to(self._device)
         taken = self.rows.new_empty((len(index), self.dim))
         for first, rows in self.raw_chunks():
             here = (index >= first) & (index < first + len(rows))
             taken[here] = rows[index[here] - first]
         return taken
+
+    def some_rows(self) -> contextlib.AbstractContextManager[None]:
+        """While it is open, what is used of a file's rows is read, and nothing around it."""
+        held = self._mapped
+        return contextlib.nullcontext() if held is None else mapped.at_random(held.rows)
 
     def __getitem__(self, item: int | slice | Tensor) -> Tensor:
         """As a TrainingSet's."""
@@ -311,10 +317,10 @@ class StreamedSet(PartedSet):
             raise RuntimeError(f"{what} needs rows in any order: write them to a .npy file first")
         return self._mapped
 
-    def _with(self, mapped: TrainingSet) -> StreamedSet:
+    def _with(self, held: TrainingSet) -> StreamedSet:
         row = self.rows.element_size() * self.dim
         return StreamedSet(
-            mapped, chunk_bytes=self._source.step * row, device=self._device,
+            held, chunk_bytes=self._source.step * row, device=self._device,
             progress=self._progress, check=self._check and self._norms is None,
         )  # fmt: skip
 

@@ -4,6 +4,7 @@ chunk by chunk, or in one sweep over memory."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -69,9 +70,11 @@ def state_by_index(
     how: How,
     dense: Dense,
     listed: Listed = ops.posterior_listed,
+    looking: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> State:
     """The state of all rows, of which an index may prove most to weigh nothing. dense: sweeps over
-    all of them; listed: over lists of them."""
+    all of them; listed: over lists of them. looking: open while the bounds are used, for which some
+    rows are evaluated."""
     every, none = tensors(query, rows), Dropped.none(query.sigma, rows.n)
     if (
         index is None
@@ -88,7 +91,8 @@ def state_by_index(
         radius = index.y_max if how.radius is None else how.radius
         eps = min(eps, how.tol / (2 * radius)) if radius > 0 else eps
     measured = costs.costs_of(query.x, rows.data) if how.method == "auto" else None
-    chosen = pruned.choose(query, rows, index, eps, measured)
+    with looking():
+        chosen = pruned.choose(query, rows, index, eps, measured)
     if chosen is None:
         how.note(none)
         return dense(query)
@@ -158,7 +162,7 @@ def state(query: Query, data: TrainingSet, how: How) -> State:
         def listed(query: Query, rows: Rows, lists: RowLists) -> Sums:
             return streamed.listed(query, rows, lists, source)
 
-        return state_by_index(query, rows, data.index, how, dense, listed)
+        return state_by_index(query, rows, data.index, how, dense, listed, data.some_rows)
     if query.condition is not None:
         rows = rows._replace(conditions=data.conditions)
     return state_by_index(

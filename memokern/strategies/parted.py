@@ -155,18 +155,21 @@ def _nearest_here(
 ) -> tuple[Tensor, Tensor]:
     assert data is not None
     rows, index = data.as_rows(), None if method == "dense" else data.index
-    if isinstance(data, StreamedSet) and not data.in_file:
-        index = None  # rows that are found by a pass over all cost as much as a sweep
-
-    def every(x: Tensor) -> tuple[Tensor, Tensor]:
-        if isinstance(data, StreamedSet):
-            return streamed.nearest(x, data, k)
-        return ops.nearest(x, rows, k)
-
+    if not isinstance(data, StreamedSet):
+        if index is None:
+            return ops.nearest(x, rows, k)
+        measured = costs.costs_of(x, rows.data) if method == "auto" else None
+        return pruned_nearest.nearest(x, rows, index, k, measured)
+    source = data
     if index is None:
-        return every(x)
+        return streamed.nearest(x, source, k)
     measured = costs.costs_of(x, rows.data) if method == "auto" else None
-    return pruned_nearest.nearest(x, rows, index, k, measured, every)
+    if not source.in_file or streamed.reads_most(x, source, k, index):
+        return streamed.nearest(x, source, k, index, measured)
+    reading = pruned_nearest.Reading(source.stored, source.some_rows)
+    return pruned_nearest.nearest(
+        x, rows, index, k, measured, lambda x: streamed.nearest(x, source, k), reading
+    )
 
 
 def nearest_conditions(c: Tensor, data: PartedSet) -> tuple[Tensor, Tensor]:

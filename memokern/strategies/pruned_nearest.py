@@ -13,6 +13,8 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -32,12 +34,37 @@ GROUP = (4, 64)
 # is as fast. CIFAR-10, N = 9,000: with what goes before, lists of 3 to 5 % of the rows.
 MOST_ASKED, MOST_KEPT, FEWEST = 1 / 1000, 1 / 32, 16
 ELEMENTS = 1 << 22  # of a temporary
+COPIED_BYTES = 1 << 26  # of rows that are listed, at a time
 LISTED = 1 << 23  # rows that the lists of queries hold at a time, of 24 bytes each
 # A scan keeps rows within 2 sigma^2 log(N / eps) of the best distance; sigma is made to fit.
 EPS = 0.5
+# The squared distances [B, k] of the nearest rows, ascending, and their numbers.
+Neighbours = tuple[Tensor, Tensor]
 # What a squared distance from the index may be off by, as a share of the rows' mean square: a scan
 # that does not reach far enough is repeated, one that reaches too far lists more.
 OFF = 1 / 64
+
+
+class Reading(NamedTuple):
+    """How rows are come by. stored: those with some numbers [k], as they are stored [k, D].
+    looking: open while a scan evaluates some of them where they lie."""
+
+    stored: Callable[[Tensor], Tensor]
+    looking: Callable[[], AbstractContextManager[None]] = nullcontext
+
+
+@dataclass(frozen=True)
+class Search:
+    """What is searched, and how. most_listed: rows of a query's list. choosy: where a sweep takes
+    many queries, it takes all. off: what a squared distance from the index may be off by."""
+
+    rows: Rows
+    index: Index
+    k: int
+    most_listed: int
+    choosy: bool
+    off: float
+    reading: Reading
 
 
 def nearest(
@@ -46,29 +73,84 @@ def nearest(
     index: Index,
     k: int,
     costs: Costs | None = None,
-    every: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
-) -> tuple[Tensor, Tensor]:
+    every: Callable[[Tensor], Neighbours] | None = None,
+    reading: Reading | None = None,
+) -> Neighbours:
     """`ops.nearest` of queries x [B, D]: the same rows, ties and distances.
 
     With costs, queries that would keep too many rows are swept densely, as are all where a sweep
     takes no time or k is large; without, all that can be pruned are. Queries that are not finite
     are always swept. every: how queries are swept over all rows; None for `ops.nearest`.
     """
+    search = _search(rows, index, k, costs, reading)
     if every is None:
-        every = functools.partial(_among, rows=rows, k=k, some=None)
-    n, dim, b = rows.n, rows.dim, len(x)
-    most_listed = n
-    if costs is not None:
-        most_listed = int(n * MOST_KEPT)
-        if b < FEWEST or k > n * MOST_ASKED or costs.dense(b, n, dim) < 8 * costs.call:
-            return every(x)
-    if b == 0:
+        every = functools.partial(ops.nearest, rows=rows, k=k)
+    if not _pays(len(x), rows, k, costs):
         return every(x)
+    return _searched(x, lambda some: project(x[some], index), search, every)
+
+
+def nearest_in_chunk(
+    x: Tensor,
+    p: Projected,
+    chunk: tuple[int, Rows],
+    index: Index,
+    k: int,
+    costs: Costs | None,
+    known: Tensor | None,
+) -> Neighbours:
+    """The same of a chunk of the rows that an index is of, in memory, for queries that were
+    projected. Instead of rows that lie beyond known [B], squared, others may be given, for k as
+    near as that were found among other rows."""
+    first, rows = chunk
+    if not _pays(len(x), rows, k, costs):
+        return ops.nearest(x, rows, k)
+    part = index.take(slice(first, first + rows.n), index.fingerprint)
+    search = replace(_search(rows, index, k, costs, None), index=part)
+    return _searched(
+        x, lambda some: Projected(*(v[some] for v in p)), search,
+        functools.partial(ops.nearest, rows=rows, k=k), known,
+    )  # fmt: skip
+
+
+def project(x: Tensor, index: Index) -> Projected:
+    """The coordinates of queries whose alpha is 1."""
+    with torch.no_grad():
+        return index.project(x, torch.ones(len(x), dtype=torch.float64, device=x.device))
+
+
+def _pays(b: int, rows: Rows, k: int, costs: Costs | None) -> bool:
+    """Whether any of b queries may be better off with a list."""
+    if b == 0 or costs is None:
+        return b > 0
+    few = b < FEWEST or k > rows.n * MOST_ASKED
+    return not (few or costs.dense(b, rows.n, rows.dim) < 8 * costs.call)
+
+
+def _search(
+    rows: Rows, index: Index, k: int, costs: Costs | None, reading: Reading | None
+) -> Search:
+    if reading is None:
+        reading = Reading(lambda some: rows.data.index_select(0, some))
+    most_listed = rows.n if costs is None else max(1, int(rows.n * MOST_KEPT))
+    off = OFF * index.mean_square
+    return Search(rows, index, k, most_listed, costs is not None, off, reading)
+
+
+def _searched(
+    x: Tensor,
+    projected: Callable[[Tensor], Projected],
+    search: Search,
+    every: Callable[[Tensor], Neighbours],
+    known: Tensor | None = None,
+) -> Neighbours:
     parts: list[Found] = []
     far = []
     # Each query of a part may have a list as long as that.
-    for some in torch.arange(b, device=x.device).split(max(FEWEST, LISTED // most_listed)):
-        found, left = _by_lists(x[some], rows, index, k, most_listed, costs is not None)
+    step = max(FEWEST, LISTED // search.most_listed)
+    for some in torch.arange(len(x), device=x.device).split(step):
+        reach = None if known is None else known[some]
+        found, left = _by_lists(x[some], projected(some), search, reach)
         parts += [Found(some[v.at], v.sq, v.row) for v in found]
         far.append(some[left])
     rest = torch.cat(far)
@@ -88,44 +170,61 @@ class Found(NamedTuple):
 
 
 def _by_lists(
-    x: Tensor, rows: Rows, index: Index, k: int, most_listed: int, choosy: bool
+    x: Tensor, p: Projected, search: Search, known: Tensor | None
 ) -> tuple[list[Found], Tensor]:
-    """What is found from lists of rows, and the queries that are left for a sweep. choosy: where
-    that takes many of them, it takes all."""
+    """What is found from lists of rows, and the queries that are left for a sweep. known: as of
+    :func:`nearest_in_chunk`."""
     with torch.no_grad():
-        p = index.project(x, torch.ones(len(x), dtype=torch.float64, device=x.device))
-        likely = _likely(p, index, k)
-        sq = _guess(p, rows, index, likely)
+        likely = _likely(p, search.index, search.k)
+        assert search.rows.sq_norms is not None  # a TrainingSet has them
+        sq = _guess(p, search.index, search.rows.sq_norms, likely)
         left = torch.isfinite(p.margin)
     parts = []
     rest = [(~left).nonzero()[:, 0]]
     at = left.nonzero()[:, 0]
     for _ in range(2):
-        with torch.no_grad():
-            lists, beyond = _within(x[at], rows, index, p, at, sq, most_listed)
-        known = ~torch.isnan(beyond)
-        if not known.any() or (choosy and 4 * known.sum() < 3 * len(known)):
+        # As far as the last of the k rows, and no further than others are known to be.
+        reach = sq[at, -1] if known is None else torch.minimum(sq[at, -1], known[at])
+        with torch.no_grad(), search.reading.looking():
+            lists, beyond = _within(x[at], search, p, at, reach - sq[at, 0])
+        found_out = ~torch.isnan(beyond)
+        few = 4 * found_out.sum() < 3 * len(found_out)
+        if not found_out.any() or (search.choosy and few):
             break  # a sweep for many costs little more for all
-        rest.append(at[~known])
-        at, beyond = at[known], beyond[known]
+        rest.append(at[~found_out])
+        at, beyond = at[found_out], beyond[found_out]
         # The lists that are not known are empty.
-        lists = lists._replace(start=_starts(lists.start.diff()[known]))
-        found, row = _by_groups(x[at], rows, k, lists, likely[at])
-        done = found[:, -1].detach() < beyond
+        lists = lists._replace(start=_starts(lists.start.diff()[found_out]))
+        found, row = _by_groups(x[at], search, lists, likely[at])
+        reach = found[:, -1].detach()
+        done = (reach if known is None else torch.minimum(reach, known[at])) < beyond
         parts.append(Found(at[done], found[done], row[done]))
         sq[at] = found.detach()
         at = at[~done]
     return parts, torch.cat([*rest, at])
 
 
-def _among(x: Tensor, rows: Rows, k: int, some: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`ops.nearest` among some rows, ascending; None: all."""
-    if some is None:
-        return ops.nearest(x, rows, k)
-    assert rows.sq_norms is not None  # a TrainingSet has them
-    part = rows._replace(data=rows.data.index_select(0, some), sq_norms=rows.sq_norms[some])
-    sq, at = ops.nearest(x, part, k)
-    return sq, some[at]
+def _among(x: Tensor, search: Search, some: Tensor) -> Neighbours:
+    """`ops.nearest` among some rows, ascending, of which few are in memory at a time."""
+    rows, k = search.rows, search.k
+    assert rows.sq_norms is not None
+    step = max(k, COPIED_BYTES // (rows.dim * rows.data.element_size()))
+    best: Neighbours | None = None
+    for part in some.split(step):
+        few = rows._replace(data=search.reading.stored(part), sq_norms=rows.sq_norms[part])
+        sq, at = ops.nearest(x, few, min(k, len(part)))
+        best = merged(best, (sq, part[at]), k)
+    assert best is not None
+    return best
+
+
+def merged(best: Neighbours | None, more: Neighbours, k: int) -> Neighbours:
+    """The k nearest of those among some rows and among rows behind these; ties to the first."""
+    if best is None:
+        return more
+    sq, row = torch.cat([best[0], more[0]], 1), torch.cat([best[1], more[1]], 1)
+    sq, order = sq.sort(dim=1, stable=True)
+    return sq[:, :k], row.gather(1, order[:, :k])
 
 
 def _starts(count: Tensor) -> Tensor:
@@ -133,9 +232,7 @@ def _starts(count: Tensor) -> Tensor:
     return torch.cat([count.new_zeros(1), count.cumsum(0)])
 
 
-def _by_groups(
-    x: Tensor, rows: Rows, k: int, lists: RowLists, likely: Tensor
-) -> tuple[Tensor, Tensor]:
+def _by_groups(x: Tensor, search: Search, lists: RowLists, likely: Tensor) -> Neighbours:
     """The k nearest of the rows listed and the likely ones of each query's group: no fewer."""
     offsets, listed = lists.start.tolist(), lists.index
     parts = []
@@ -144,7 +241,7 @@ def _by_groups(
     for first in range(0, len(x), step):
         last = min(first + step, len(x))
         some = torch.cat([listed[offsets[first] : offsets[last]], likely[first:last].reshape(-1)])
-        parts.append(_among(x[first:last], rows, k, torch.unique(some)))
+        parts.append(_among(x[first:last], search, torch.unique(some)))
     return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
 
@@ -168,34 +265,33 @@ def _likely(p: Projected, index: Index, k: int) -> Tensor:
     return best[1]
 
 
-def _guess(p: Projected, rows: Rows, index: Index, likely: Tensor) -> Tensor:
+def _guess(p: Projected, index: Index, sq_norms: Tensor, likely: Tensor) -> Tensor:
     """[B, k] squared distances of these rows, ascending, as if what the index lacks were
     orthogonal."""
     k0, last = index.dims[0], index.dims[-1]
-    assert rows.sq_norms is not None
     parts = []
     step = max(1, ELEMENTS // (likely.shape[1] * last))
     for z, at in zip(p.z.split(step), likely.split(step), strict=True):
         near = (index.coarse[at][..., :k0] * z[:, None, :k0]).sum(2)
         parts.append(near + (index.fine[at] * z[:, None, k0:last]).sum(2))
-    sq = p.sq[:, None] + rows.sq_norms[likely] - 2 * torch.cat(parts)
+    sq = p.sq[:, None] + sq_norms[likely] - 2 * torch.cat(parts)
     return sq.clamp(min=0.0).sort(dim=1).values
 
 
 def _within(
-    x: Tensor, rows: Rows, index: Index, p: Projected, at: Tensor, sq: Tensor, most_listed: int
+    x: Tensor, search: Search, p: Projected, at: Tensor, further: Tensor
 ) -> tuple[RowLists, Tensor]:
     """Lists of rows, and [B] what every row that is not listed has as its squared distance at
     least, as `ops.nearest` computes it; NaN where there were too many.
 
-    Beyond the nearest row, the lists reach as much further as sq [., k] says of the last.
+    The lists reach further [.] than the nearest row, in squared distance.
     """
-    sq = sq[at]
-    window = sq[:, -1] - sq[:, 0] + OFF * index.mean_square
+    rows, index = search.rows, search.index
+    window = further.clamp(min=0.0) + search.off
     sigma = (window / (2 * math.log(rows.n / EPS))).sqrt()
     one = torch.ones_like(sigma)
     mine = Projected(*(v[at] for v in p))
-    scan = scan_index(Query(x, sigma, one, one), rows, index, mine, EPS, most_listed)
+    scan = scan_index(Query(x, sigma, one, one), rows, index, mine, EPS, search.most_listed)
     # t = -r^2 / (2 sigma^2) <= threshold. What is computed of r^2 is less by the rounding of the
     # sum of squares (and of threshold and sigma) and of each difference x - y, |y| <= |x| + r.
     least = -2 * sigma.square() * scan.threshold
@@ -203,3 +299,22 @@ def _within(
     off = 4 * unit * (torch.linalg.vector_norm(x, dim=1, dtype=torch.float64) + 2 * least.sqrt())
     beyond = least * (1 - unit * (rows.dim + 32)) - 2 * least.sqrt() * off
     return scan.lists, torch.where(scan.level > 0, beyond, torch.nan)
+
+
+def share_within(p: Projected, index: Index, sq_norms: Tensor, some: Tensor, k: int) -> Tensor:
+    """[B] the share of these rows that may lie as near as the k-th nearest row of all: about."""
+    k0 = index.dims[0]
+    norms = sq_norms[some]
+    reach = _guess(p, index, sq_norms, _likely(p, index, k))[:, -1]
+    z = torch.cat([index.coarse[some, :k0], index.fine[some].to(torch.float32)], 1)
+    near = z.double().square().sum(1)
+    rest = (norms - near).clamp(min=0.0).sqrt()
+    parts = []
+    for at in torch.arange(len(p.z), device=p.z.device).split(max(1, ELEMENTS // len(some))):
+        mine = p.z[at]
+        own = mine.double().square().sum(1)
+        # Those beyond the index's coordinates point the same way at best.
+        least = own[:, None] + near - 2 * (mine @ z.T).double()
+        least += ((p.sq[at] - own).clamp(min=0.0).sqrt()[:, None] - rest).square()
+        parts.append((least <= reach[at, None]).double().mean(1))
+    return torch.cat(parts)

@@ -12,7 +12,21 @@ from torch.autograd.function import once_differentiable
 from memokern import ops
 from memokern.calls import Condition, Query, RowLists, Rows, State, Sums, by_key, merge, rescaled
 from memokern.data.streamed import StreamedSet
+from memokern.index.index import Index, evenly_spaced_rows
+from memokern.strategies.costs import Costs
+from memokern.strategies.pruned_nearest import (
+    Neighbours,
+    merged,
+    nearest_in_chunk,
+    project,
+    share_within,
+)
 
+# Rows of a file that are listed are copied up to so many bytes; beyond, used where they are mapped.
+KEPT_BYTES = 1 << 28
+# Queries and rows that show how many rows a query may read, and which share of a file all queries
+# together may read here and there: a disk that reads in order is several times as fast.
+SAMPLE_QUERIES, SAMPLE_ROWS, MOST_READ = 64, 4096, 1 / 4
 # Of a query, those that can have a gradient, as arguments of :class:`_Streamed`.
 GIVEN = ("x", "sigma", "alpha", "temperature", "bias", "c", "h")
 
@@ -51,11 +65,12 @@ def _forward(query: Query, data: StreamedSet) -> State:
 
 
 def listed(query: Query, rows: Rows, lists: RowLists, data: StreamedSet) -> Sums:
-    """The sums over lists of rows: of a file's, each is read where it is; of others one pass finds
-    them, and they stay in memory for this call."""
-    if data.in_file:
-        return ops.posterior_listed(query, rows, lists)
+    """The sums over lists of rows. The rows are read, of a file those alone and many at a time, and
+    stay in memory for this call and its gradient; of a file only while they are few."""
     some, place = lists.index.unique(return_inverse=True)
+    if data.in_file and len(some) * rows.dim * rows.data.element_size() > KEPT_BYTES:
+        with data.some_rows():
+            return ops.posterior_listed(query, rows, lists)
     bias = None if query.bias is None else query.bias[some]
     few = rows._replace(data=data.stored(some), center=data.center64, sq_norms=data.sq_norms[some])
     return ops.posterior_listed(query._replace(bias=bias), few, lists._replace(index=place))
@@ -115,21 +130,39 @@ def _with(query: Query, leaves: dict[str, Tensor]) -> Query:
     return query._replace(**plain, condition=condition)
 
 
-def nearest(x: Tensor, data: StreamedSet, k: int) -> tuple[Tensor, Tensor]:
-    """The k smallest squared distances [B, k] and the rows, in one pass; ties to the lower row."""
-    sq: Tensor | None = None
-    row: Tensor | None = None
+def nearest(
+    x: Tensor, data: StreamedSet, k: int, index: Index | None = None, costs: Costs | None = None
+) -> Neighbours:
+    """The k smallest squared distances [B, k] and the rows, in one pass; ties to the lower row.
+    Given an index, of each chunk only the rows that it cannot exclude, as
+    :func:`.pruned_nearest.nearest` has it."""
+    best: Neighbours | None = None
     with torch.no_grad():
+        x_only = x.detach()
+        p = None if index is None else project(x_only, index)
         for first, rows in data.chunks():
-            found, at = ops.nearest(x.detach(), rows, min(k, rows.n))
-            at = at + first
-            if sq is not None and row is not None:
-                found, at = torch.cat([sq, found], 1), torch.cat([row, at], 1)
-                found, order = found.sort(dim=1, stable=True)
-                found, at = found[:, :k], at.gather(1, order[:, :k])
-            sq, row = found, at
-    assert sq is not None and row is not None
-    return with_gradient(x, data, sq, row), row
+            few = min(k, rows.n)
+            if index is None or p is None:
+                sq, at = ops.nearest(x_only, rows, few)
+            else:
+                known = best[0][:, -1] if best is not None and best[0].shape[1] == k else None
+                sq, at = nearest_in_chunk(x_only, p, (first, rows), index, few, costs, known)
+            best = merged(best, (sq, at + first), k)
+    assert best is not None
+    return with_gradient(x, data, *best), best[1]
+
+
+def reads_most(x: Tensor, data: StreamedSet, k: int, index: Index) -> bool:
+    """Whether these queries, each with its own rows of a file, would read as much as a pass over
+    all: what some queries and some rows show."""
+    b = len(x)
+    with torch.no_grad():
+        asked = x.detach()[evenly_spaced_rows(b, SAMPLE_QUERIES).to(x.device)]
+        some = evenly_spaced_rows(data.n, SAMPLE_ROWS).to(x.device)
+        share = share_within(project(asked, index), index, data.sq_norms, some, k)
+        # A share that the sample does not show may be half a row of it.
+        share = share.clamp(min=0.5 / len(some))
+        return b > 0 and float(share.mean()) * b > MOST_READ
 
 
 def with_gradient(x: Tensor, data: StreamedSet, sq: Tensor, row: Tensor) -> Tensor:

@@ -20,6 +20,8 @@ from memokern.index.basis import Cosine
 from memokern.index.build import Source, build
 from memokern.util.mapped import is_file
 from tests.distributed import programs
+from tests.resident import forget_file, pages_in_memory
+from tools import stream_file
 
 ROW = 5 * 4
 
@@ -119,6 +121,43 @@ def test_an_index_reads_rows_that_matter(tmp_path):
     found, expected = (memokern.posterior(x, d, sigma) for d in (data, digits))
     torch.testing.assert_close(found.mean, expected.mean, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found.log_z, expected.log_z)
+
+
+@pytest.mark.parametrize("source", ["file", "list"])
+def test_a_row_that_is_no_number_is_named(tmp_path, source):
+    rows, _ = programs.problem()
+    rows[30, 2] = torch.nan
+    with pytest.raises(ValueError, match="in row 30"):
+        _ = StreamedSet(sources(tmp_path, rows)[source], chunk_bytes=7 * ROW).center
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.uint8])
+def test_a_query_at_small_noise_reads_the_pages_of_few_rows(tmp_path, kind):
+    """Pages, as the disk gives them, and not what the system would read around each."""
+    pixels = stream_file.images(4000, 16, torch.Generator().manual_seed(0))
+    rows = pixels if kind == torch.uint8 else pixels / 127.5 - 1
+    path = tmp_path / "rows.npy"
+    np.save(path, rows.numpy())
+    data = StreamedSet(path).build_index()
+    mapped = data.file("a test").rows
+    picked = torch.tensor([5, 1234, 3999])
+    x = data.gather(picked) + 0.02 * torch.randn(3, 3, 16, 16)
+    memokern.posterior(x, data, 0.1, method="pruned")  # whatever is measured once
+    calls = {
+        "posterior": lambda: memokern.posterior(x, data, 0.1, method="pruned").mean,
+        "gradient": lambda: torch.autograd.grad(
+            memokern.posterior(x.requires_grad_(), data, 0.1, method="pruned").mean.sum(), x
+        ),
+        "nearest": lambda: memokern.nearest(x.detach(), data, 1, method="pruned"),
+        "rows": lambda: data[picked],
+    }
+    for name, call in calls.items():
+        forget_file(path, mapped)
+        call()
+        # The rows kept, and for each query those that are evaluated on the way; on two pages at
+        # most. Around one page the system would read 32 (its default).
+        read = pages_in_memory(mapped)
+        assert len(picked) <= read <= len(picked) * 16 * 2, name
 
 
 @pytest.mark.parametrize("source", ["file", "chunks"])

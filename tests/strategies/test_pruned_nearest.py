@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import memokern
-from memokern import TrainingSet
+from memokern import TrainingSet, ops
 from memokern.strategies import pruned_nearest
 from memokern.strategies.costs import Costs
 from tests import oracle
@@ -74,6 +74,24 @@ def test_the_nearest_rows_are_those_of_all_distances(problem):
     assert torch.equal(dense.index, index) and torch.equal(dense.distance, distance)
 
 
+@given(problem=problems(), size=st.integers(1, 40))
+@settings(max_examples=100, deadline=None, derandomize=True)
+@pytest.mark.long_on("reference")
+def test_chunk_after_chunk_finds_them_too(problem, size):
+    data, x, k = problem
+    rows, p, best = data.as_rows(), pruned_nearest.project(x, data.index), None
+    for first in range(0, rows.n, size):
+        here = slice(first, first + size)
+        part = rows._replace(data=rows.data[here], sq_norms=rows.sq_norms[here])
+        known = best[0][:, -1] if best is not None and best[0].shape[1] == k else None
+        sq, at = pruned_nearest.nearest_in_chunk(
+            x, p, (first, part), data.index, min(k, part.n), None, known
+        )
+        best = pruned_nearest.merged(best, (sq, at + first), k)
+    dense = memokern.nearest(x, data, k, method="dense")
+    assert torch.equal(best[1], dense.index) and torch.equal(best[0].sqrt(), dense.distance)
+
+
 def images(n=400, seed=0):
     smooth = normal(n, 3, 4, 4, seed=seed).repeat_interleave(4, 2).repeat_interleave(4, 3)
     values = 40 * smooth + 8 * normal(n, 3, 16, 16, seed=seed + 1) + 128
@@ -87,13 +105,13 @@ def test_few_rows_of_many_are_evaluated(monkeypatch, k, sigma):
     x = data[:20].double() + sigma * normal(20, 3, 16, 16, seed=3)
     want = memokern.nearest(x, data, k, method="dense")
     evaluated = []
-    among = pruned_nearest._among
+    among = ops.nearest
 
-    def counted(x, rows, k, some):
-        evaluated.append(len(x) * (data.n if some is None else len(some)))
-        return among(x, rows, k, some)
+    def counted(x, rows, k):
+        evaluated.append(len(x) * rows.n)
+        return among(x, rows, k)
 
-    monkeypatch.setattr(pruned_nearest, "_among", counted)
+    monkeypatch.setattr(ops, "nearest", counted)
     got = memokern.nearest(x, data, k, method="pruned")
     assert torch.equal(got.index, want.index) and torch.equal(got.distance, want.distance)
     assert sum(evaluated) < 20 * data.n
