@@ -6,6 +6,7 @@ in bands, what rounding did to the stored coordinates, and a margin for the prod
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -79,6 +80,15 @@ class PlainIndex:
         self.sq_norms = yc.square().sum(1)
         self.y_max = yc.norm(dim=1).max().item() * (1 + 1e-6)
         self.n, self.mean_square = n, self.sq_norms.mean().item()
+
+    fingerprint = "plain"
+
+    def take(self, rows: slice, fingerprint: str) -> PlainIndex:
+        """The index of some of the rows."""
+        part = copy.copy(self)
+        part.coarse, part.fine = self.coarse[rows].contiguous(), self.fine[rows].contiguous()
+        part.n, part.fingerprint = len(part.coarse), fingerprint
+        return part
 
     def _turned(self, centred: Tensor) -> Tensor:
         return centred if self._axes is None else centred @ self._axes

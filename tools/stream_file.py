@@ -6,7 +6,7 @@
 
 `limit` runs a command in a memory control group of its own (as root, cgroup 1 or 2), in which the
 pages that were read of a file count too, and tells how long it took, on the clock and of the cores,
-and what it had in memory.
+how much it read from the disk, and what it had in memory.
 Where no group can be made, nothing is limited, and it says so: `systemd-run --scope -p
 MemoryMax=2G` makes one.
 """
@@ -54,18 +54,28 @@ def images(n: int, side: int, generator: torch.Generator) -> torch.Tensor:
     return (128 + contrast * (waves @ coefficients @ waves.T)).clamp_(0, 255).to(torch.uint8)
 
 
-def make(path: Path, n: int, side: int, samples: Path | None, count: int) -> None:
+def make(
+    path: Path, n: int, side: int, samples: Path | None, count: int, floats: bool = False
+) -> None:
     """A file of n images, and one of samples, of which every other one is a row and a little noise:
-    what a sampler gives that memorises half the time."""
+    what a sampler gives that memorises half the time. floats: float32 in [-1, 1], for bytes."""
     generator = torch.Generator().manual_seed(0)
-    head = np.lib.format.open_memmap(path, "w+", np.uint8, (n, 3, side, side))
-    values = images(count, side, generator) / 127.5 - 1
+    head = np.lib.format.open_memmap(
+        path, "w+", np.float32 if floats else np.uint8, (n, 3, side, side)
+    )
+
+    def scaled(pixels: torch.Tensor) -> torch.Tensor:
+        return pixels / 127.5 - 1
+
+    values = scaled(images(count, side, generator))
     copied = np.linspace(0, n - 1, -(-count // 2)).astype(np.int64)
     for start in range(0, n, BLOCK):
-        head[start : start + BLOCK] = images(min(BLOCK, n - start), side, generator).numpy()
+        made = images(min(BLOCK, n - start), side, generator)
+        head[start : start + BLOCK] = (scaled(made) if floats else made).numpy()
         head.flush()
     if samples is not None:
-        values[::2] = torch.from_numpy(head[copied]) / 127.5 - 1
+        found = torch.from_numpy(head[copied])
+        values[::2] = found if floats else scaled(found)
         values[::2] += 0.02 * torch.randn(values[::2].shape, generator=generator)
         np.save(samples, values.numpy())
     del head
@@ -109,15 +119,20 @@ def limited(command: list[str], limit: int) -> tuple[int, dict[str, float]]:
     """Runs the command with this much memory: its exit status, its seconds, and in gigabytes the
     most that it had at a time, with the file's pages and without."""
 
-    def of_cores() -> float:
-        """Of all processes that this one has started so far."""
-        used = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return used.ru_utime + used.ru_stime
+    def used() -> tuple[float, float]:
+        """Of all processes that were started here so far: seconds of cores, gigabytes read."""
+        found = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return found.ru_utime + found.ru_stime, 512 * found.ru_inblock / 1e9
 
-    began, before = time.monotonic(), of_cores()
+    began, before = time.monotonic(), used()
 
     def took() -> dict[str, float]:
-        return {"seconds": time.monotonic() - began, "of cores": of_cores() - before}
+        now = used()
+        return {
+            "seconds": time.monotonic() - began,
+            "of cores": now[0] - before[0],
+            "GB read": now[1] - before[1],
+        }
 
     with group(limit) as made:
         if made is None:
@@ -190,6 +205,7 @@ def main() -> None:
     one.add_argument("path", type=Path)
     one.add_argument("--gb", type=float, default=12.0)
     one.add_argument("--side", type=int, default=32, help="pixels of an image's side")
+    one.add_argument("--floats", action="store_true", help="float32 in [-1, 1], not bytes")
     one.add_argument("--samples", type=Path, help="a .npy of samples to look for, too")
     one.add_argument("--count", type=int, default=10_000, help="how many samples")
     one = does.add_parser("limit", help="a command with so much memory")
@@ -201,8 +217,8 @@ def main() -> None:
     one.add_argument("--index", action="store_true", help="build an index too")
     given = parser.parse_args()
     if given.does == "make":
-        n = int(given.gb * 1e9 / (3 * given.side**2))
-        make(given.path, n, given.side, given.samples, given.count)
+        n = int(given.gb * 1e9 / (3 * given.side**2 * (4 if given.floats else 1)))
+        make(given.path, n, given.side, given.samples, given.count, given.floats)
         print(f"{n} images in {given.path}")
     elif given.does == "stream":
         print(f"seconds: {said(stream(given.path, given.queries, given.index))}")

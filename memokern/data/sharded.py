@@ -33,9 +33,8 @@ class ShardedSet(PartedSet):
 
     Attributes:
         rows: [n_here, D], this rank's. n: the number of all rows. n_here: that of this rank's.
-            first: the number of its first row.
-        ranks: who the others are. queries: "replicated" or "split". streams: whether a rank reads
-            its rows chunk by chunk.
+            first: the number of its first row. streams: whether any rank reads rows in chunks.
+        ranks: who the others are. queries: "replicated" or "split".
         labels, conditions, log_weights: of this rank's rows; others: as a TrainingSet's.
 
     Raises: RuntimeError where another rank dies, raises or is late, ValueError where one was asked
@@ -71,15 +70,13 @@ class ShardedSet(PartedSet):
             "rows": f"{str(self.rows.dtype).removeprefix('torch.')} {list(self.shape)}",
             "scale": repr(self.scale), "shift": repr(self.shift), "conditions": conditions,
             "labels": self.labels is not None, "queries": self.queries,
-            "log_weights": self.log_weights is not None,
+            "log_weights": self.log_weights is not None, "_n": self.n_here, "_known": len(known),
+            "_streams": isinstance(self.part, PartedSet),
         }  # fmt: skip
-        streams = isinstance(self.part, PartedSet)
-        own = {"_n": self.n_here, "_known": len(known), "_streams": streams}
-        found = self.ranks.agree("shard", {**alike, **own})
+        found = self.ranks.agree("shard", alike)
         self.streams = any(facts["_streams"] for facts in found)
-        counts = [int(facts["_n"]) for facts in found]
-        self.counts, self.whole_n = counts, sum(counts)
-        self.first = sum(counts[: self.ranks.rank])
+        self.counts = counts = [int(facts["_n"]) for facts in found]
+        self.whole_n, self.first = sum(counts), sum(counts[: self.ranks.rank])
         if self.whole_n == 0:
             raise ValueError("no rank has a row")
         most = max(int(facts["_known"]) for facts in found)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -278,11 +277,6 @@ class StreamedSet(PartedSet):
             here = (index >= first) & (index < first + len(rows))
             taken[here] = rows[index[here] - first]
         return taken
-
-    def some_rows(self) -> contextlib.AbstractContextManager[None]:
-        """While it is open, what is used of a file's rows is read, and nothing around it."""
-        held = self._mapped
-        return contextlib.nullcontext() if held is None else mapped.at_random(held.rows)
 
     def __getitem__(self, item: int | slice | Tensor) -> Tensor:
         """As a TrainingSet's."""

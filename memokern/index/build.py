@@ -246,13 +246,36 @@ def _kind(basis: str, shape: Sequence[int], dim: int) -> type[Cosine] | type[Pri
     return Cosine if basis == "dct" else Principal
 
 
+def default_levels(dim: int) -> list[int]:
+    """How many coordinates the levels use unless the caller says so.
+
+    Example:
+        >>> from memokern.index.build import default_levels
+        >>> default_levels(64), default_levels(3072)
+        ([32, 64], [32, 64, 128, 256, 512])
+    """
+    if dim <= DEFAULT_DIMS[0]:
+        return [dim // 2, dim]
+    levels = [k for k in DEFAULT_DIMS if k < dim]
+    return levels if len(levels) == len(DEFAULT_DIMS) else [*levels, dim]
+
+
+def bytes_per_row(levels: Sequence[int], dim: int) -> int:
+    """What an index with these levels keeps of a row of so many features, with float16.
+
+    Example:
+        >>> from memokern.index.build import bytes_per_row
+        >>> bytes_per_row([32, 64, 128], 3072), bytes_per_row([32, 64, 128, 256, 512], 3072)
+        (352, 1120)
+    """
+    bands = len(_edges(levels, dim)) - 1
+    return 4 * (levels[0] + bands + 1) + 2 * (levels[-1] - levels[0])
+
+
 def _levels(dims: Sequence[int] | None, dim: int) -> list[int]:
     """How many coordinates each level uses, ascending, at most D."""
     if dims is None:
-        if dim <= DEFAULT_DIMS[0]:
-            return [dim // 2, dim]
-        levels = [k for k in DEFAULT_DIMS if k < dim]
-        return levels if len(levels) == len(DEFAULT_DIMS) else [*levels, dim]
+        return default_levels(dim)
     levels = [checks.integer("dims", k, 1, dim, hint=": numbers of dimensions") for k in dims]
     if not levels or any(b <= a for a, b in pairwise(levels)):
         raise ValueError(f"expected dims ascending, such as (32, 64, 128), got {tuple(dims)}")

@@ -162,7 +162,10 @@ def state(query: Query, data: TrainingSet, how: How) -> State:
         def listed(query: Query, rows: Rows, lists: RowLists) -> Sums:
             return streamed.listed(query, rows, lists, source)
 
-        return state_by_index(query, rows, data.index, how, dense, listed, data.some_rows)
+        def looking() -> AbstractContextManager[None]:
+            return streamed.some_rows(source)
+
+        return state_by_index(query, rows, data.index, how, dense, listed, looking)
     if query.condition is not None:
         rows = rows._replace(conditions=data.conditions)
     return state_by_index(

@@ -166,7 +166,7 @@ def _nearest_here(
     measured = costs.costs_of(x, rows.data) if method == "auto" else None
     if not source.in_file or streamed.reads_most(x, source, k, index):
         return streamed.nearest(x, source, k, index, measured)
-    reading = pruned_nearest.Reading(source.stored, source.some_rows)
+    reading = pruned_nearest.Reading(source.stored, lambda: streamed.some_rows(source))
     return pruned_nearest.nearest(
         x, rows, index, k, measured, lambda x: streamed.nearest(x, source, k), reading
     )

@@ -3,6 +3,7 @@ takes a second pass."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -21,12 +22,13 @@ from memokern.strategies.pruned_nearest import (
     project,
     share_within,
 )
+from memokern.util.mapped import at_random
 
 # Rows of a file that are listed are copied up to so many bytes; beyond, used where they are mapped.
 KEPT_BYTES = 1 << 28
 # Queries and rows that show how many rows a query may read, and which share of a file all queries
 # together may read here and there: a disk that reads in order is several times as fast.
-SAMPLE_QUERIES, SAMPLE_ROWS, MOST_READ = 64, 4096, 1 / 4
+SAMPLE_QUERIES, SAMPLE_ROWS, MOST_READ = 64, 4096, 1 / 64
 # Of a query, those that can have a gradient, as arguments of :class:`_Streamed`.
 GIVEN = ("x", "sigma", "alpha", "temperature", "bias", "c", "h")
 
@@ -64,12 +66,17 @@ def _forward(query: Query, data: StreamedSet) -> State:
     return total
 
 
+def some_rows(data: StreamedSet) -> AbstractContextManager[None]:
+    """While it is open, what is used of a file's rows is read, and nothing around it."""
+    return at_random(data.as_rows().data) if data.in_file else nullcontext()
+
+
 def listed(query: Query, rows: Rows, lists: RowLists, data: StreamedSet) -> Sums:
     """The sums over lists of rows. The rows are read, of a file those alone and many at a time, and
     stay in memory for this call and its gradient; of a file only while they are few."""
     some, place = lists.index.unique(return_inverse=True)
     if data.in_file and len(some) * rows.dim * rows.data.element_size() > KEPT_BYTES:
-        with data.some_rows():
+        with some_rows(data):
             return ops.posterior_listed(query, rows, lists)
     bias = None if query.bias is None else query.bias[some]
     few = rows._replace(data=data.stored(some), center=data.center64, sq_norms=data.sq_norms[some])

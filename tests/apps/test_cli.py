@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from memokern import TrainingSet
+from memokern import StreamedSet, TrainingSet
 from memokern.apps import experiments
+from memokern.apps.cli import room
 from memokern.data import files
+from memokern.util import memory
 from tests.apps.cli_calls import call, process
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -171,6 +173,36 @@ def test_memorization_counts_copies(tmp_path) -> None:
     assert found["collapse"]["distance"][0] == pytest.approx(2e-4, rel=1e-6)
     assert {"collapse", "ratio", "carlini", "exact"} <= found.keys()
     assert "66.7%" in done.stdout and "closest samples" in done.stdout
+
+
+@pytest.mark.parametrize("method", ["auto", "dense", "pruned"])
+def test_rows_for_which_there_is_no_memory_are_streamed(tmp_path, monkeypatch, method) -> None:
+    rows = np.random.default_rng(0).integers(0, 256, (600, 3, 8, 8), dtype=np.uint8)
+    np.save(tmp_path / "rows.npy", rows)
+    samples = rows[[5, 77, 599, 0, 300]] / np.float32(127.5) - 1
+    samples[::2] += np.random.default_rng(1).normal(size=samples[::2].shape).astype(np.float32) / 9
+    np.save(tmp_path / "samples.npy", samples)
+    made, checked = [], room.checked
+    monkeypatch.setattr(room, "checked", lambda *a: made.append(checked(*a)) or made[-1])
+    found = []
+    for left in (1 << 40, 2 * rows.nbytes - 1):
+        monkeypatch.setattr(memory, "available", lambda left=left: left)
+        done = call(
+            "memorization", tmp_path / "samples.npy", tmp_path / "rows.npy", "--method", method,
+            "--neighbours", 2, "--json", "-",
+        )  # fmt: skip
+        assert done.exit_code == 0, done.output
+        found.append(json.loads(done.stdout))
+    assert [isinstance(data, StreamedSet) for data in made] == [False, True]
+    assert found[0] == found[1] and found[0]["ratio"]["index"] == [5, 77, 599, 0, 300]
+    # A quarter of what is left is 57 kB, and two levels of these rows take 127.
+    assert method != "pruned" or made[1].index.dims == (32, 64)
+    rows = rows.astype(np.float32)
+    rows[400, 1] = np.nan
+    np.save(tmp_path / "rows.npy", rows)
+    done = call("memorization", tmp_path / "samples.npy", tmp_path / "rows.npy")
+    assert done.exit_code == 2 and "DATA: expected finite rows" in done.stderr
+    assert "in row 400" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_memorization_reads_what_sample_wrote(tmp_path) -> None:

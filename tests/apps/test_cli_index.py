@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 
 from memokern import TrainingSet
-from memokern.apps.cli import common
+from memokern.apps.cli import room
 from memokern.data import files
 from memokern.index import unfinished
 from memokern.index.basis import Cosine
@@ -189,9 +189,9 @@ def test_the_metrics_use_an_index_too(indexed, tmp_path) -> None:
 
 def test_an_index_is_built_where_it_pays(monkeypatch) -> None:
     """Many images of many features, for many queries; by all means if pruning is asked for."""
-    images = torch.zeros(common.INDEX_ROWS, 3, 16, 16, dtype=torch.uint8)
-    images[:, 0, 0] = torch.arange(common.INDEX_ROWS)[:, None].to(torch.uint8)
-    few, many = common.INDEX_PAYS - 1, common.INDEX_PAYS
+    images = torch.zeros(room.INDEX_ROWS, 3, 16, 16, dtype=torch.uint8)
+    images[:, 0, 0] = torch.arange(room.INDEX_ROWS)[:, None].to(torch.uint8)
+    few, many = room.INDEX_PAYS - 1, room.INDEX_PAYS
     flat, cut = images.flatten(1), images[1:]
     for rows, method, queries, built in (
         (images, "auto", many, True),
@@ -204,16 +204,16 @@ def test_an_index_is_built_where_it_pays(monkeypatch) -> None:
         (flat, "pruned", 1, True),
     ):
         data = TrainingSet(rows)
-        common.index_for(data, method, queries, progress=False)
+        room.index_for(data, method, queries, progress=False)
         assert (data.index is not None) == built, (rows.shape, method, queries)
     data = TrainingSet(images).build_index(dims=(16,))
-    common.index_for(data, "pruned", many, progress=False)
+    room.index_for(data, "pruned", many, progress=False)
     assert data.index.dims == (16,)
 
 
 def test_sample_counts_the_queries_an_index_would_serve(monkeypatch) -> None:
     wanted = []
-    monkeypatch.setattr(common, "index_for", lambda data, method, n, **_: wanted.append(n))
+    monkeypatch.setattr(room, "index_for", lambda data, method, n, **_: wanted.append(n))
     for arguments in (
         ["-n", 3, "--steps", 4],
         ["-n", 3, "--steps", 4, "--solver", "heun"],

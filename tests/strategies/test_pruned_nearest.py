@@ -98,6 +98,18 @@ def images(n=400, seed=0):
     return TrainingSet(values.clamp(0, 255).to(torch.uint8))
 
 
+def swept_over_all(monkeypatch, data):
+    """How many queries are swept over all rows, in each such call from here on."""
+    nearest, swept = ops.nearest, []
+
+    def noted(x, rows, k):
+        swept.extend([len(x)] if rows.n == data.n else [])
+        return nearest(x, rows, k)
+
+    monkeypatch.setattr(ops, "nearest", noted)
+    return swept
+
+
 @pytest.mark.parametrize("k", [1, 2, 10])
 @pytest.mark.parametrize("sigma", [0.0, 0.1, 1.0])
 def test_few_rows_of_many_are_evaluated(monkeypatch, k, sigma):
@@ -122,19 +134,14 @@ def test_lists_have_so_many_rows_at_a_time(monkeypatch):
     x = data[:50].double() + 0.3 * normal(50, 3, 16, 16, seed=3)
     x[7], x[30, 0] = torch.nan, torch.inf
     want = memokern.nearest(x, data, 2, method="dense")
-    scan, sweep, counts, swept = pruned_nearest.scan_index, pruned_nearest._among, [], []
+    scan, counts, swept = pruned_nearest.scan_index, [], swept_over_all(monkeypatch, data)
 
     def counted(query, *rest):
         counts.append(len(query.x))
         return scan(query, *rest)
 
-    def noted(x, rows, k, some):
-        swept.extend([len(x)] if some is None else [])
-        return sweep(x, rows, k, some)
-
     monkeypatch.setattr(pruned_nearest, "LISTED", 20 * data.n)
     monkeypatch.setattr(pruned_nearest, "scan_index", counted)
-    monkeypatch.setattr(pruned_nearest, "_among", noted)
     got = memokern.nearest(x, data, 2, method="pruned")
     assert torch.equal(got.index, want.index)
     assert torch.equal(got.distance.nan_to_num(-1.0), want.distance.nan_to_num(-1.0))
@@ -184,14 +191,7 @@ def test_auto_sweeps_for_queries_that_keep_too_many_rows(monkeypatch):
     data = images(2000).build_index()
     sigma = torch.where(torch.arange(20) % 5 == 0, 50.0, 0.05).to(F64)
     x = (data[:20].double() + sigma[:, None, None, None] * normal(20, 3, 16, 16)).flatten(1)
-    swept = []
-    among = pruned_nearest._among
-
-    def noted(x, rows, k, some):
-        swept.extend([len(x)] if some is None else [])
-        return among(x, rows, k, some)
-
-    monkeypatch.setattr(pruned_nearest, "_among", noted)
+    swept = swept_over_all(monkeypatch, data)
     costs = Costs(row=0.0, query=1.0, listed=1.0, call=0.0)
     want = memokern.nearest(x.reshape(20, 3, 16, 16), data, 1, method="dense")
     swept.clear()

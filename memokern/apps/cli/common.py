@@ -21,13 +21,7 @@ from memokern import TrainingSet, sweep
 from memokern.apps import figures, info
 from memokern.data import layout as layouts
 from memokern.data import sources
-from memokern.data.parted import PartedSet
-from memokern.index.basis import is_image
 from memokern.index.index import REBUILD_HINT
-
-# An index is built without being asked for where a sweep over so many rows and features takes long
-# enough for bounds to save time, and after so many queries (samples times evaluations) it has paid.
-INDEX_ROWS, INDEX_DIM, INDEX_PAYS = 2000, 256, 4000
 
 MOST_NAME_BYTES = 255  # of a file, with all common file systems
 
@@ -265,20 +259,6 @@ def method_option(command: Callable[..., Any]) -> Callable[..., Any]:
         "no weight; the index is the data file's ('memokern index' makes such files), or is "
         "built. auto: what is faster, and an index is built only where that pays.",
     )(command)
-
-
-def index_for(data: TrainingSet, method: str, queries: int, *, progress: bool) -> None:
-    """Build an index where the data have none and `method` uses one. "auto" does so for many images
-    and at least `INDEX_PAYS` queries.
-    """
-    indexed = data.indexed if isinstance(data, PartedSet) else data.index is not None
-    if indexed or method == "dense":
-        return
-    worth = data.n >= INDEX_ROWS and data.dim >= INDEX_DIM and queries >= INDEX_PAYS
-    if method == "auto" and not (worth and is_image(data.shape)):
-        return
-    with wrong_input("--method"):
-        data.build_index(progress=None if progress else False)
 
 
 def criteria(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -13,7 +13,7 @@ import torch
 from memokern import memorization as metrics
 from memokern.apps import curves, figures
 from memokern.apps import report as reports
-from memokern.apps.cli import as_json, common, pages, ranks
+from memokern.apps.cli import as_json, common, pages, ranks, room
 from memokern.data import folders
 from memokern.strategies.pruned_nearest import MOST_ASKED
 
@@ -125,15 +125,16 @@ def memorization(
     common.check_machine()
     training = common.load(
         data, data_key, "DATA", "--data-",
-        shape=data_shape, layout=data_layout, index=method != "dense",
-        check=not ranks.launched(),
+        shape=data_shape, layout=data_layout, index=method != "dense", check=False,
     )  # fmt: skip
+    if not ranks.launched():
+        training = room.checked(training, "DATA")
     rows = common.load_samples(samples, samples_key, training, shape=shape, layout=layout)
     training = ranks.shared(training)
     common.check_two_rows(training, "DATA")
     # Where many neighbours of few rows are wanted, all rows are swept even with an index.
     helps = min(neighbours, training.n) <= MOST_ASKED * training.n
-    common.index_for(training, method, helps * len(rows), progress=ranks.progress())
+    room.index_for(training, method, helps * len(rows), progress=ranks.progress())
     meanings = {
         "collapse": f"distance to the nearest row < {tolerance:g}",
         "ratio": f"nearest / second nearest < {ratio_threshold:.3g}",

@@ -10,7 +10,7 @@ import click
 from memokern.apps import demo as _demo
 from memokern.apps import experiments
 from memokern.apps import info as _info
-from memokern.apps.cli import as_json, common, labels, pages, ranks
+from memokern.apps.cli import as_json, common, labels, pages, ranks, room
 from memokern.index import unfinished
 from memokern.index.build import BASES
 
@@ -189,9 +189,9 @@ def index(
         ranks.check_folder("--output", output, force)
     else:
         common.check_outputs([("--output", output, (".safetensors",))], force)
-    training = common.load(
-        data, key, "DATA", shape=shape, layout=layout, index=False, check=not several
-    )
+    training = common.load(data, key, "DATA", shape=shape, layout=layout, index=False, check=False)
+    if not several:
+        training = room.checked(training, "DATA")
     labels.give_labels(training, labels_file, labels_key)
     training = ranks.shared(training)
     started = time.perf_counter()

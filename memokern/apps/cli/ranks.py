@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from memokern import TrainingSet
-from memokern.apps.cli import common
+from memokern.apps.cli import common, room
 from memokern.distributed import ShardedSet, shard
 
 T = TypeVar("T")
@@ -91,7 +91,8 @@ def shared(data: TrainingSet) -> TrainingSet:
         return data
     join()
     with common.failure("sharing the rows", (RuntimeError, ValueError, MemoryError)):
-        return shard(data)
+        share = room.sharers() / int(os.environ["WORLD_SIZE"])
+        return shard(data, stream=room.too_large(data, share))
 
 
 def join() -> None:

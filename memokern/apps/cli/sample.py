@@ -11,7 +11,7 @@ import torch
 
 from memokern import Denoiser, TrainingSet, memorization, processes, regularizers, samplers
 from memokern.apps import figures
-from memokern.apps.cli import as_json, asked, common, labels, log, pages, ranks
+from memokern.apps.cli import as_json, asked, common, labels, log, pages, ranks, room
 from memokern.data import files
 
 SOLVERS = (*samplers.SOLVERS, "sde")
@@ -208,7 +208,7 @@ def sample(
     with common.wrong_input(), torch.no_grad():
         training = training.to(device)
         evaluations = _evaluations(solver, steps) * count
-        common.index_for(training, method, evaluations, progress=common.progress_wanted())
+        room.index_for(training, method, evaluations, progress=common.progress_wanted())
         denoiser = Denoiser(training, process=flow, regularizer=regularizer, method=method)
         # A first query refuses what cannot be combined before the long work, and fills the caches
         # of the training set, which then stay out of the times.
