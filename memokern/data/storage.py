@@ -18,9 +18,9 @@ from memokern.util.torch_internals import traced
 ROW_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.uint8)
 # uint8 images are taken from 0..255 to [-1, 1], as diffusion models take them.
 UINT8_SCALE, UINT8_SHIFT = 2 / 255, -1.0
-# A pass over the rows takes chunks of at most this many numbers (32 MiB as float64), so that there
-# is never a floating-point copy of all rows.
-CHUNK_ELEMENTS = 1 << 22
+# A pass over the rows takes chunks of at most this many numbers, so that there is never a
+# floating-point copy of all rows: 2 MiB as float64, which stays in the cache.
+CHUNK_ELEMENTS = 1 << 18
 
 
 def check_rows(rows: torch.Tensor) -> None:
@@ -226,7 +226,7 @@ def mean(rows: torch.Tensor, scale: float, shift: float, dtype: torch.dtype) -> 
     return (total / len(rows) * scale + shift).to(dtype)
 
 
-SAMPLE = 64  # rows by which a mean is judged
+SAMPLE, SAMPLE_ELEMENTS = 64, 1 << 22  # rows, and numbers, by which a mean is judged, at most
 
 
 @torch.inference_mode(False)
@@ -246,7 +246,7 @@ def center(
     if kept is not None and not bool(kept.all()):
         rows = rows[kept]
     found = mean(rows, scale, shift, torch.float64)
-    count = max(1, min(len(rows), SAMPLE, CHUNK_ELEMENTS // rows.shape[1]))
+    count = max(1, min(len(rows), SAMPLE, SAMPLE_ELEMENTS // rows.shape[1]))
     some = torch.linspace(0, len(rows) - 1, count, device="cpu").to(torch.int64)
     values = dequantized(rows[some.to(rows.device)], scale, shift).to(torch.float64)
     median = values.median(0).values

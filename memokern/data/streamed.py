@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from memokern.calls import Rows
 from memokern.calls.values import dequantized
-from memokern.data import sources
+from memokern.data import sources, storage
 from memokern.data.derived import Derived
 from memokern.data.parted import PartedSet, no_rows
 from memokern.data.reading import Iterated, Mapped, ahead
@@ -207,7 +207,7 @@ class StreamedSet(PartedSet):
         return known
 
     def _write_norms(self, norms: Tensor, rows: Tensor, center: Tensor) -> None:
-        step = max(1, ELEMENTS // rows.shape[1])
+        step = max(1, storage.CHUNK_ELEMENTS // rows.shape[1])
         for part, out in zip(rows.split(step), norms.split(step), strict=True):
             torch.sum((self._values(part) - center).square_(), dim=1, out=out)
 

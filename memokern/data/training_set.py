@@ -94,7 +94,7 @@ class TrainingSet(StoredRows):
     Numerics: center and sq_norms are accumulated in float64; sq_norms is about the center as kept.
 
     Cost: the check, and at first use center and sq_norms, read the rows once each. They take
-    8 N + 8 D bytes beside the rows, and 32 MiB while they are computed.
+    8 N + 8 D bytes beside the rows, and 2 MiB while they are computed.
 
     Example:
         >>> from memokern.data.training_set import TrainingSet

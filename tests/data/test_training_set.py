@@ -19,6 +19,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def small_chunks(monkeypatch):
     """Sweeps in chunks of 4 rows of 30 features, so that 37 rows end in a ragged chunk."""
     monkeypatch.setattr(storage, "CHUNK_ELEMENTS", 4 * 30)
+    monkeypatch.setattr(storage, "SAMPLE_ELEMENTS", 4 * 30)
 
 
 # --- rows ---------------------------------------------------------------------------------------

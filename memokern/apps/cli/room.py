@@ -11,6 +11,7 @@ from memokern.apps.cli import common
 from memokern.data.parted import PartedSet
 from memokern.data.sharded import ShardedSet
 from memokern.data.storage import require_finite
+from memokern.data.streamed import CHUNK_BYTES
 from memokern.index.basis import is_image
 from memokern.index.build import bytes_per_row, default_levels
 from memokern.util import memory
@@ -19,6 +20,8 @@ from memokern.util.mapped import is_file
 # An index is built without being asked for where a sweep over so many rows and features takes long
 # enough for bounds to save time, and after so many queries (samples times evaluations) it has paid.
 INDEX_ROWS, INDEX_DIM, INDEX_PAYS = 2000, 256, 4000
+# Of a large chunk an index excludes more than of small ones: some rows of each are evaluated.
+LARGEST_CHUNK = 1 << 28
 
 
 def too_large(data: TrainingSet, share: float = 1.0) -> bool:
@@ -31,7 +34,8 @@ def checked(data: TrainingSet, about: str) -> TrainingSet:
     hardly memory as a set that reads them chunk by chunk, each time they are used."""
     with common.wrong_input(about):
         if too_large(data):
-            data = StreamedSet(data)
+            chunk = min(LARGEST_CHUNK, max(CHUNK_BYTES, memory.available() // 16))
+            data = StreamedSet(data, chunk_bytes=chunk)
             _ = data.center  # of a first pass
         else:
             require_finite(data.rows)
