@@ -266,7 +266,7 @@ def bytes_per_row(levels: Sequence[int], dim: int) -> int:
     Example:
         >>> from memokern.index.build import bytes_per_row
         >>> bytes_per_row([32, 64, 128], 3072), bytes_per_row([32, 64, 128, 256, 512], 3072)
-        (352, 1120)
+        (348, 1120)
     """
     bands = len(_edges(levels, dim)) - 1
     return 4 * (levels[0] + bands + 1) + 2 * (levels[-1] - levels[0])
