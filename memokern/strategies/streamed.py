@@ -22,7 +22,8 @@ from memokern.strategies.pruned_nearest import (
     project,
     share_within,
 )
-from memokern.util.mapped import at_random
+from memokern.util import memory
+from memokern.util.mapped import ask_rows, at_random
 
 # Rows of a file that are listed are copied up to so many bytes; beyond, used where they are mapped.
 KEPT_BYTES = 1 << 28
@@ -75,8 +76,10 @@ def listed(query: Query, rows: Rows, lists: RowLists, data: StreamedSet) -> Sums
     """The sums over lists of rows. The rows are read, of a file those alone and many at a time, and
     stay in memory for this call and its gradient; of a file only while they are few."""
     some, place = lists.index.unique(return_inverse=True)
-    if data.in_file and len(some) * rows.dim * rows.data.element_size() > KEPT_BYTES:
+    size = rows.dim * rows.data.element_size()
+    if data.in_file and len(some) * size > KEPT_BYTES:
         with some_rows(data):
+            ask_rows(rows.data, some[: memory.available() // (4 * size)])
             return ops.posterior_listed(query, rows, lists)
     bias = None if query.bias is None else query.bias[some]
     few = rows._replace(data=data.stored(some), center=data.center64, sq_norms=data.sq_norms[some])

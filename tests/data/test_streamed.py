@@ -136,9 +136,12 @@ def test_a_row_that_is_no_number_is_named(tmp_path, source):
         _ = StreamedSet(sources(tmp_path, rows)[source], chunk_bytes=7 * ROW).center
 
 
+@pytest.mark.parametrize("kept", [0, 1 << 28])
 @pytest.mark.parametrize("kind", [torch.float32, torch.uint8])
-def test_a_query_at_small_noise_reads_the_pages_of_few_rows(tmp_path, kind):
-    """Pages, as the disk gives them, and not what the system would read around each."""
+def test_a_query_at_small_noise_reads_the_pages_of_few_rows(tmp_path, monkeypatch, kind, kept):
+    """Pages, as the disk gives them, and not what the system would read around each. kept: bytes of
+    listed rows that are copied."""
+    monkeypatch.setattr(streamed, "KEPT_BYTES", kept)
     pixels = stream_file.images(4000, 16, torch.Generator().manual_seed(0))
     rows = pixels if kind == torch.uint8 else pixels / 127.5 - 1
     path = tmp_path / "rows.npy"
