@@ -210,7 +210,7 @@ def _hopeless(query: Query, index: Index, eps: float) -> bool:
     have weight: all within 2 sigma^2 T log(N / eps) of the nearest |x - alpha y|^2 are kept,
     whatever is proven."""
     noise = (query.sigma / query.alpha).square() * query.temperature
-    return float(noise.min()) * math.log(index.n / eps) > HOPELESS * index.mean_square
+    return float(noise.detach().min()) * math.log(index.n / eps) > HOPELESS * index.mean_square
 
 
 def hopeless(query: Query, rows: Rows, index: Index) -> bool:

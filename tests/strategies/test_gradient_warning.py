@@ -1,10 +1,14 @@
 """Gradients with respect to the noise level through an index are not those of all rows."""
 
+import warnings
+
 import pytest
 import torch
 
 import memokern
 from memokern import Denoiser, TrainingSet, processes
+from memokern.strategies import costs
+from memokern.strategies.costs import Costs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -45,3 +49,18 @@ def test_a_denoisers_time():
     network(x, t.detach())
     dense = Denoiser(network.data, processes.VP(), method="dense")
     dense(x, t)  # a warning would be an error
+
+
+@pytest.mark.parametrize("name", ["sigma", "alpha", "temperature"])
+def test_pytorch_has_nothing_to_warn_of(name, monkeypatch):
+    """Where a sweep takes long enough for the noise to be looked at, which makes a number of a
+    tensor."""
+    slow = Costs(row=1e-6, query=1e-6, listed=1e-6, call=0.0)
+    monkeypatch.setattr(costs, "costs_of", lambda x, rows: slow)
+    indexed = TrainingSet(normal(60, 24, seed=1)).build_index("pca", dims=(8, 16))
+    asked = {"sigma": number(0.5, False), name: number(0.7, True)}
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        found = memokern.posterior(normal(3, 24), indexed, **asked, certificate=True)
+        found.log_z.sum().backward()
+    assert [f"{name} requires a gradient" in str(w.message) for w in seen] == [True]
