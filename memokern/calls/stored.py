@@ -27,3 +27,9 @@ def sample_center(rows: Rows) -> Tensor:
     rows, which no far one moves, centres well."""
     step = max(1, rows.n // _SAMPLE)
     return rows.values(slice(None, _SAMPLE * step, step)).median(0).values
+
+
+def lost_with_a_row(center: Tensor, sq_norms: Tensor) -> Tensor:
+    """The center, NaN where the norm of a row is, so that every query is lost with that row: sums
+    that compare logits would leave it out without a word."""
+    return center + torch.where(sq_norms.amax().isnan(), torch.nan, 0.0)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from memokern import TrainingSet
-from memokern.calls import BasicSums, Query, Rows, State, Sums, by_key, merge, to_sums
+from memokern.calls import BasicSums, Query, RowLists, Rows, State, Sums, by_key, merge, to_sums
 from tests import compare, harness, oracle
 from tests.cases import F32, F64, U8, Case, normal, query_of
 from tests.harness import every_backend, over, sized
@@ -132,20 +132,66 @@ def test_what_has_all_weight_moves_nothing(backend: str, sigma: float) -> None:
         assert (a.double() - e).abs().max() <= 1e-6 * e.abs().max(), name
 
 
-@every_backend
-@pytest.mark.parametrize("sigma", [0.0, 0.7])
-def test_a_row_that_is_no_number_leaves_nothing_known(backend: str, sigma: float) -> None:
-    data = normal(20, 3, dtype=F32)
-    data[4, 1] = math.nan
-    bias = normal(20, seed=3)
-    grads = BasicSums(normal(2, 3, seed=4).float(), *(normal(2, seed=i) for i in range(4)))
-    query = query_of(data[:2] + 0.1, sigma, bias=bias)
-    rows = TrainingSet(data, check=False).as_rows()
-    got = harness.posterior(backend, query, rows)
-    assert all(bool(value.isnan().all()) for value in got)
-    back = harness.backward(backend, query, rows, got, grads)
-    assert bool(back.x.isnan().all()) and bool(back.bias.isnan().any())
-    assert bool(back.sigma.isnan().all()) and bool(back.temperature.isnan().all())
+@over(
+    sized(
+        *((b, n, d) for b in (2, 40) for n, d in ((20, 3), (700, 3), (700, 40))),
+        triton=((2, 40, 3), (2, 40, 300)),
+    ),
+    "b",
+    "n",
+    "d",
+)
+@pytest.mark.parametrize("weighting", ["gaussian", "log"])
+@pytest.mark.one_of(2)
+def test_a_row_that_is_no_number_leaves_nothing_known(
+    backend: str, b: int, n: int, d: int, weighting: str
+) -> None:
+    """Whether the caller knows of it by a norm or not. A backend's center may or may not be taken
+    of it."""
+    for sigma in (0.0, 0.7) if weighting == "gaussian" else (1.0,):
+        for lost in (4, n - 3):
+            data = normal(n, d, dtype=F32)
+            data[lost, 1] = math.nan
+            bias = normal(n, seed=3)
+            grads = BasicSums(normal(b, d, seed=4).float(), *(normal(b, seed=i) for i in range(4)))
+            query = query_of(normal(b, d, seed=9, dtype=F32), sigma, 1.0, 1.3, bias, weighting)
+            known = TrainingSet(data, check=False).as_rows()
+            about = torch.zeros(d)
+            norms = known.values(slice(None)).square().sum(1)
+            # Where the caller has a center that is known, Triton takes all rows to be.
+            own = () if backend == "triton" else (Rows(data, center=about, sq_norms=norms),)
+            for rows in (Rows(data), known, *own):
+                what = (sigma, lost, rows.center is None)
+                for plain in (query, query._replace(bias=None)):
+                    got = harness.posterior(backend, plain, rows)
+                    assert all(bool(value.isnan().all()) for value in got), what
+                state = harness.posterior_state(backend, query, rows)
+                assert bool(to_sums(state, query).log_z.isnan().all()), what
+                got = harness.posterior(backend, query, rows)
+                back = harness.backward(backend, query, rows, got, grads)
+                for value in (back.x, back.sigma, back.temperature):
+                    assert bool(value.isnan().all()), what
+                assert bool(back.bias.isnan().any()), what
+
+
+# Triton's lists at sigma = 0 do not ask: they are of rows that a training set has checked.
+@over(sized(0.0, 0.7, triton=(0.7,)), "sigma")
+def test_a_listed_row_that_is_no_number_leaves_nothing_known(backend: str, sigma: float) -> None:
+    """Of the queries whose lists have it."""
+    n, d = 300, 5
+    data, bias = normal(n, d, dtype=F32), normal(n, seed=3)
+    data[7, 1] = math.nan
+    query, rows = query_of(data[:3] + 0.1, sigma, bias=bias), Rows(data)
+    lists = RowLists(
+        torch.tensor([0, 3, 6, 296]), torch.tensor([1, 7, 3, 1, 2, 3, *range(10, 300)])
+    )
+    lists.index[200] = 7
+    got = harness.listed(backend, query, rows, lists)
+    grads = BasicSums(normal(3, d, seed=4).float(), *(normal(3, seed=i) for i in range(4)))
+    back = harness.listed_backward(backend, query, rows, lists, got, grads)
+    for value in (*got, back.x, back.sigma, back.alpha, back.temperature):
+        lost = value.flatten(1) if value.dim() > 1 else value[:, None]
+        assert lost[[0, 2]].isnan().all() and not lost[1].isnan().any()
 
 
 @over(sized((3, 700, 9), (70, 300, 40), triton=((3, 100, 9),)), "b", "n", "d")

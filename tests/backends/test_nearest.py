@@ -72,6 +72,38 @@ def test_far_queries(backend: str, b: int, far: float) -> None:
     torch.testing.assert_close(distance, torch.full((b, 1), (0.5 * far) ** 2, dtype=F64))
 
 
+@over(sized((1, 40, 3), (12, 40, 3), (12, 300, 40), triton=()), "b", "n", "d")
+def test_squares_that_overflow(backend: str, b: int, n: int, d: int) -> None:
+    """Of float64: they are infinite, with ties as of any equal ones; a hit is at distance 0, and a
+    near row as near as it is, though no norm is finite."""
+    data = normal(n, d, seed=1) * 2.0**520
+    x = data[:b].clone()
+    x[::2, 0] += 2.0**480
+    _check(backend, x, Rows(data), 3)
+    distance, index = harness.nearest(backend, x, Rows(data), 3)
+    near = (x[:, 0] - data[:b, 0]).square()
+    assert torch.equal(index[:, 0], torch.arange(b)) and torch.equal(distance[:, 0], near)
+    assert distance[:, 1:].isposinf().all()
+
+
+@over(sized((1, 40, 3), (12, 40, 40), (30, 9, 2), triton=((3, 40, 3), (3, 9, 40))), "b", "n", "d")
+@pytest.mark.parametrize("lost", [0, 5])
+def test_a_row_that_is_no_number_is_the_last(
+    backend: str, b: int, n: int, d: int, lost: int
+) -> None:
+    """It hides no other, though a center may be taken of it."""
+    data = normal(n, d, seed=1, dtype=F32)
+    x = normal(b, d, dtype=F32)
+    data[lost, d - 1] = math.nan
+    rest = torch.arange(n) != lost
+    want, order = oracle.nearest(x, Rows(data[rest]), n - 1)
+    want = torch.cat([want, torch.full((b, 1), math.inf, dtype=F64)], 1)
+    order = torch.cat([rest.nonzero()[:, 0][order], torch.full((b, 1), lost)], 1)
+    # Triton's kernel has no place for it where all rows are asked for.
+    for k in (1, n) if backend != "triton" else (1, min(n - 1, 20)):
+        _check(backend, x, Rows(data), k, known=(want, order))
+
+
 @every_backend
 def test_offsets_that_hide_the_differences(backend: str) -> None:
     """Rows 1e-3 apart, a thousand away from the origin: squares that are expanded cannot tell."""

@@ -40,6 +40,7 @@ static Prefetch load_tile(const Products<R>& products, const Source<R>& src, con
                           int64_t n1) {
   t.cnt = imin(pl.NT, n1 - t.n0);
   t.sq_max = 0;
+  t.lost = false;
   products.load(src, pl, t);
   t.y_max = __builtin_sqrt(t.sq_max);
   return prefetch_of(src, t.n0 + t.cnt, imin(pl.NT, n1 - t.n0 - t.cnt));

@@ -74,8 +74,10 @@ struct Tile {
   R* y;                  // [Dp/NR][NT][NR]; what lies beyond cnt is not used
   R* sq;                 // [NT] |yc|^2
   double sq_max, y_max;  // the largest |yc|^2, and |yc|
+  bool lost;             // a row is NaN, and so is its sq
   void set_norm(int64_t j, double v) {
     sq[j] = (R)v;
+    lost |= v != v;
     sq_max = dmax(sq_max, v);
   }
 };

@@ -147,13 +147,25 @@ static int distances(const ListedRows& p, const Query<double>& q, const int64_t*
   return kDone;
 }
 
+// A state of which nothing is known, and no state that it is merged with either.
+static State lost_state() {
+  const double nan = __builtin_nan("");
+  const State lost = {-kInf, nan, nan, nan, nan, nan};
+  return lost;
+}
+
 // The state of the `count` rows n of a piece. t holds their squared distances, and becomes their weights.
 static State weigh_listed(const Query<double>& q, const double* bias, const int64_t* n, double* t,
                           int64_t count) {
   State st = empty_state();
   double least = kInf;  // relative to the nearest row, since a bias is lost beside a large distance
-  for (int64_t i = 0; i < count; i++)
-    if (!bias || bias[n[i]] > -kInf) least = dmin(least, t[i]);
+  bool lost = false;    // a row is NaN
+  for (int64_t i = 0; i < count; i++) {
+    if (bias && bias[n[i]] == -kInf) continue;
+    lost |= t[i] != t[i];
+    least = dmin(least, t[i]);
+  }
+  if (lost) return lost_state();
   const bool zero_sigma = q.mode == kZeroSigma;
   const double key = zero_sigma ? least : 0;
   double m = -kInf;

@@ -62,13 +62,17 @@ static int listed_products(const ListedBackward& s, const Piece& c, const double
 }
 
 // From products to the coefficients of one query, and all its gradients but the sum over rows in grad_x.
-static void listed_coefficients(const ListedBackward& s, int64_t b, const Query<double>& q) {
+static void listed_coefficients(const ListedBackward& s, int64_t b, Query<double>& q) {
   const SumsIn& grads = *s.grads;
   const int64_t i0 = s.list->start[b], count = s.list->start[b + 1] - i0;
   const int64_t* n = s.list->index + i0;
   double *t = s.t + i0, *gy = s.gy + i0, *xy = s.xy + i0, *r2 = s.r2 + i0;
   memcpy(t, r2, count * sizeof(double));
   const State st = weigh_listed(q, s.in->bias, n, t, count);
+  if (st.s != st.s) {
+    q.mode = kNotFinite;
+    return;
+  }
   const bool zero_sigma = q.mode == kZeroSigma, finite = !zero_sigma || st.key == 0, any = st.s > 0;
   const double T = q.temperature;
   // Logits relative to the nearest row, beside which a bias and what differs would be lost where it is far.

@@ -22,6 +22,18 @@ MK_INLINE double most_r2(const Query<R>& q, double t, double err) {
   return (0.5 * q.xx - t + err) / (0.5 - (q.d + 16) * 1.2e-16);
 }
 
+// A query that is finite is lost to no norm that is not (of 10^154, or about a centre that a row of NaN has
+// made one): its distances are evaluated one by one.
+template <class R>
+static void keep_finite(Query<R>& q) {
+  if (q.mode != kNotFinite) return;
+  R all = 0;  // NaN where a feature is not finite
+  for (int64_t d = 0; d < (int64_t)q.d; d++) all += 0 * q.x[d];
+  if (all != 0) return;
+  q.mode = kZeroSigma;
+  q.e0 = kInf;
+}
+
 // Rows n0 .. n1 for queries b0 .. b0 + B, whose candidates c [B] are. Returns kDone or kStopped.
 template <class R>
 static int nearest_sweep(const Source<R>& src, const Queries& in, const Plan& pl, int64_t b0, int64_t B,
@@ -29,6 +41,7 @@ static int nearest_sweep(const Source<R>& src, const Queries& in, const Plan& pl
   const Products<R> products = products_for(src, pl);
   enum { W = Vec<R>::W };
   load_queries(src, in, pl, b0, B, w);
+  for (int64_t b = 0; b < B; b++) keep_finite(w.q[b]);
   const TileContext<R> s = make_tile_context<R>(src, pl, nullptr, 0, w);
   for (w.tile.n0 = n0; w.tile.n0 < n1; w.tile.n0 += pl.NT) {
     if (w.pace.stopped(pl.NT * pl.D * B)) return kStopped;

@@ -95,6 +95,7 @@ static int backward_sweep(const Source<R>& src, const Queries& in, const Backwar
     }
     put_query(src, pl, f.row, b, w.g);
     const double log_z = io.sums.log_z[b0 + b];
+    if (log_z != log_z) f.q[b].mode = kNotFinite;  // a row is NaN
     if (is_far(f.q[b], log_z) || (f.q[b].mode == kLogWeighting && log_z == kInf)) f.q[b].mode = kZeroSigma;
   }
   const TileContext<R> s = make_tile_context(src, pl, in.bias, b_max, f);

@@ -147,8 +147,9 @@ static int backward_typed(const Rows& rows, const Queries& in, const BackwardArg
   double *r2 = nullptr, *column = nullptr, *grad_bias = nullptr;
   int64_t* index = nullptr;
   for (int64_t b = 0; b < in.b; b++) {
-    const Query<R> q = make_query(in, c.src, b, pl, work[0].fwd.row);
+    Query<R> q = make_query(in, c.src, b, pl, work[0].fwd.row);
     const double log_z = io.sums.log_z[b];
+    if (log_z != log_z) q.mode = kNotFinite;  // a row is NaN
     if (q.mode == kNotFinite && io.out.bias) io.out.bias[0] = __builtin_nan("");
     const bool far = is_far(q, log_z);
     if (!far && q.mode != kZeroSigma && !(q.mode == kLogWeighting && log_z == kInf)) continue;

@@ -12,7 +12,7 @@ struct Output {
 };
 
 // Writes log_z, mean_logit, mean_bias and weight_sq of query b. A query without rows that have weight has
-// log_z = -inf and knows nothing else; one that is not finite knows nothing at all.
+// log_z = -inf and knows nothing else; one that is not finite, or whose s is NaN, knows nothing at all.
 template <class R>
 static void write_stats(const Query<R>& q, const State& st, int64_t b, const Sums& out) {
   const double nan = __builtin_nan("");
@@ -33,7 +33,7 @@ static void write_stats(const Query<R>& q, const State& st, int64_t b, const Sum
       log_z = st.key == 0 ? kInf : lse;
       mean_logit = st.key == 0 ? kInf : mean;
     }
-  } else if (q.mode != kNotFinite) {
+  } else if (q.mode != kNotFinite && st.s == 0) {
     log_z = -kInf;
   }
   out.log_z[b] = log_z;

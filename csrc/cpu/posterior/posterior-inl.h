@@ -11,6 +11,7 @@ template <class R>
 static void join_parts(const Plan& pl, SweepWork<R>* work, int parts, int64_t b) {
   for (int i = 1; i < parts; i++) {
     double fa, fb;
+    if (work[i].q[b].mode == kNotFinite) work[0].q[b].mode = kNotFinite;  // a row of that part is NaN
     merge(work[0].st[b], work[i].st[b], fa, fb);
     Near<R>&near = work[0].close[b], &other = work[i].close[b];
     rescale(near, fa, pl.D);

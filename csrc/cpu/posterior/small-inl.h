@@ -142,6 +142,7 @@ static int small_part(const Source<R>& src, const Queries& in, double b_max, int
   for (int64_t q0 = b0; q0 < b1; q0 += block) {
     const int64_t count = imin(block, b1 - q0), vectors = (count + W - 1) / W;
     double y_max = 0;
+    bool nan_row = false;  // the general sweep tells whose queries it counts for
     memset((void*)lanes, 0, vectors * sizeof(LaneQueries<R, D>));
     for (int64_t i = 0; i < count; i++) {
       LaneQueries<R, D>& v = lanes[i / W];
@@ -176,6 +177,7 @@ static int small_part(const Source<R>& src, const Queries& in, double b_max, int
           sq += v * v;
         }
         y_max = dmax(y_max, sq);
+        nan_row |= sq != sq;
         if (in.bias) store(shared + r * W, splat<R>((R)in.bias[n0 + r]));
       }
       for (int64_t i = 0; i < vectors; i++) {
@@ -204,11 +206,13 @@ static int small_part(const Source<R>& src, const Queries& in, double b_max, int
       const double biases = (own.in ? reach : 0) + (in.bias ? b_max * q[i].inv_t : 0);
       const double rest = 4 * u * biases + (D + (CENTRED ? 4 : 6)) * u * reach;
       const double err = 2 * u * root * off + rest;
-      bool back = q[i].mode != kSoftmax || !(err < Precision<R>::tolerance) || !(v.s[e] > 0);
+      const bool general = nan_row || q[i].e0 == kInf;  // or a float cannot hold the query's numbers
+      bool back = general || q[i].mode != kSoftmax || !(err < Precision<R>::tolerance) || !(v.s[e] > 0);
       // As they are, the mean is x plus a difference, over alpha: not from too far off.
       if (!CENTRED) back |= !(root < 32 * a * y_max * h) || !(q[i].xx + y_max * y_max * a * a < 1e30);
       // What the values as they are will not do better either goes to the general sweep at once.
-      handed_back[at - b0] = !back ? kHere : rest < 0.5 * Precision<R>::tolerance ? kAsTheyAre : kInGeneral;
+      const bool as_they_are = !general && rest < 0.5 * Precision<R>::tolerance;
+      handed_back[at - b0] = !back ? kHere : as_they_are ? kAsTheyAre : kInGeneral;
       if (back) continue;
       const double s_v =
           is_biased(in) ? q[i].inv_t * v.s_bias[e] - v.s_v[e] * kLn2 - m * v.s[e] : v.s_v[e] * kLn2;

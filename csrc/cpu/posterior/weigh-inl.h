@@ -55,7 +55,7 @@ static typename Vec<R>::T tile_sum(const QueryGroup<R>& g, const TileContext<R>&
 // A softmax, for the first `lanes` queries of a group. p holds their columns of [NT][Ps]; f[e] is the factor
 // of the accumulator of query e.
 template <class R>
-static void weigh_softmax(const Query<R>* q, QueryGroup<R>& g, int lanes, const TileContext<R>& s, State* st,
+static void weigh_softmax(Query<R>* q, QueryGroup<R>& g, int lanes, const TileContext<R>& s, State* st,
                           Near<R>* close, R* p, double* f) {
   enum { W = Vec<R>::W };
   typedef typename Vec<R>::T V;
@@ -231,11 +231,21 @@ static double weigh_log(const Query<R>& q, const TileContext<R>& s, State& st, N
   return f;
 }
 
+// Of a query that a row which is NaN counts for nothing is known. Without this its comparisons, all of which
+// are false, would leave the row out.
+template <class R>
+static void lose_queries(Query<R>* q, int lanes, const TileContext<R>& s) {
+  for (int64_t j = 0; j < s.tile->cnt; j++)
+    for (int e = 0; s.tile->sq[j] != s.tile->sq[j] && e < lanes; e++)
+      if (bias_of(q[e], s, j) != -kInf) q[e].mode = kNotFinite;
+}
+
 // One tile for the first `lanes` queries of a group, whatever their modes. Returns whether any row has
 // weight.
 template <class R>
-static bool weigh_tile(const Query<R>* q, QueryGroup<R>& g, int lanes, const TileContext<R>& s, State* st,
+static bool weigh_tile(Query<R>* q, QueryGroup<R>& g, int lanes, const TileContext<R>& s, State* st,
                        Near<R>* close, R* p, double* f) {
+  if (s.tile->lost) lose_queries(q, lanes, s);
   double before[Vec<R>::W];
   bool softmax = false, any = false;
   for (int e = 0; e < lanes; e++) {

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from memokern.calls import Rows, Sums
+from memokern.calls import Query, Rows, Sums
 
 F64 = torch.float64
 SAMPLE = 64  # rows, about, of which a center is taken
@@ -33,6 +33,14 @@ def query_blocks(b: int, n: int) -> Iterator[slice]:
 def nan_for_inf(x: Tensor) -> Tensor:
     """A query that is not finite is lost: NaN, which goes on into its gradients too."""
     return x * torch.where(torch.isinf(x), torch.nan, 1.0)
+
+
+def nan_where_lost(query: Query, nearest: Tensor) -> Tensor:
+    """0 [B], or NaN with such derivatives where the squared distance of the nearest row [B] is not
+    known, because a row is NaN: at sigma = 0 no logit would tell."""
+    lost = torch.isnan(nearest)
+    each = query.x.sum(1) + query.sigma + query.alpha + query.temperature
+    return torch.where(lost, torch.nan, 0.0) * torch.where(lost, each, 0.0)
 
 
 def gaussian_logit(r2: Tensor, sigma: Tensor, limit: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from memokern.backends.reference.blocks import (
     gaussian_logit,
     joined,
     nan_for_inf,
+    nan_where_lost,
     query_blocks,
     residuals,
     row_blocks,
@@ -98,18 +99,11 @@ def _exponents(query: Query, rows: Rows, center: Tensor) -> _Exponents:
         key = torch.where(weighs.any(1, keepdim=True), key, torch.inf)
     # What is not weighed is left out before it can become 0 times infinity in a derivative.
     bias = None if query.bias is None else torch.where(weighs, query.bias, 0.0)
-    v = _exponent(query, torch.where(weighs, relative, 1.0), bias, limit) + _lost(query, nearest)
+    v = _exponent(query, torch.where(weighs, relative, 1.0), bias, limit)
+    v = v + nan_where_lost(query, nearest[:, 0])[:, None]
     base = _pull(query, least, limit)
     below = torch.where(weighs, v - m, 0.0)
     return _Exponents(key[:, 0], base[:, 0], m[:, 0], below, weighs)
-
-
-def _lost(query: Query, nearest: Tensor) -> Tensor:
-    """0 [B, 1], or NaN with such derivatives where the nearest row is not known, at sigma = 0
-    too."""
-    lost = torch.isnan(nearest)
-    each = query.x.sum(1) + query.sigma + query.alpha + query.temperature
-    return torch.where(lost, torch.nan, 0.0) * torch.where(lost, each[:, None], 0.0)
 
 
 def _exponent(query: Query, r2: Tensor, bias: Tensor | None, limit: Tensor) -> Tensor:
@@ -271,6 +265,8 @@ def nearest(x: Tensor, rows: Rows, k: int) -> tuple[Tensor, Tensor]:
         for where, y in row_blocks(rows):
             r2[:, where] = direct_squares(q, y, one)
         # A stable sort, for the ties; topk promises no order.
+        # A row that is NaN is as far as can be, as the kernels have it.
+        r2 = torch.where(torch.isnan(r2), torch.inf, r2)
         value, order = torch.sort(r2, dim=1, stable=True)
         known = ~torch.isnan(q).any(1, keepdim=True)
         distance[at] = torch.where(known, value[:, :k], math.nan)

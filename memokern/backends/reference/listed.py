@@ -17,6 +17,7 @@ from memokern.backends.reference.blocks import (
     gaussian_logit,
     joined,
     nan_for_inf,
+    nan_where_lost,
 )
 from memokern.calls import (
     BasicSums,
@@ -80,6 +81,7 @@ def _block_sums(query: Query, rows: Rows, lists: RowLists) -> Sums:
     # What is not weighed is left out before it can become 0 times infinity in a derivative.
     kept = None if bias is None else torch.where(weighs, bias, 0.0)
     v = exponent(torch.where(weighs, relative, 1.0), kept, limit)
+    v = v + nan_where_lost(query, nearest)[q]
     base = gaussian_logit(least, query.sigma, limit)
     below = torch.where(weighs, v - m[q], 0.0)
     power = torch.where(weighs, below.exp(), 0.0)

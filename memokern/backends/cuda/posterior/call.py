@@ -16,7 +16,7 @@ from memokern.backends.cuda.posterior import planner, variants
 from memokern.backends.cuda.posterior.tiles import Tile, shared_bytes, terms_of
 from memokern.calls import Query, Rows
 from memokern.calls.checks import check_fit, contiguous64, prepared
-from memokern.calls.stored import sample_center, sharp
+from memokern.calls.stored import lost_with_a_row, sample_center, sharp
 
 _F32, _F64 = torch.float32, torch.float64
 
@@ -42,14 +42,15 @@ class SweepCall(DeviceCall):
             self.center = contiguous64(self.rows.center)
             self.sq_norms = contiguous64(self.rows.sq_norms)
         else:
-            self.center = sample_center(self.rows)
-            self.sq_norms = self._norms()
+            center = sample_center(self.rows)
+            self.sq_norms = self._norms(center)
+            self.center = lost_with_a_row(center, self.sq_norms)
 
-    def _norms(self) -> Tensor:
+    def _norms(self, center: Tensor) -> Tensor:
         """|y - center|^2 [N] float64."""
         rows, out = self.rows, self.new(self.rows.n, dtype=_F64)
         argument = abi.filled(
-            abi.NormsParams, rows=rows.data, center=self.center, sq_norms=out, scale=rows.scale,
+            abi.NormsParams, rows=rows.data, center=center, sq_norms=out, scale=rows.scale,
             shift=rows.shift, n=rows.n, d=rows.dim, stride=self.stride,
         )  # fmt: skip
         variant = variants.norms_variant(rows.data.dtype)

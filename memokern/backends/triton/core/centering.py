@@ -17,7 +17,7 @@ from memokern.backends.triton.core.rows import stride_of
 from memokern.backends.triton.core.variant import POINTERS, ROW_TYPES, Variant, row_name
 from memokern.calls import Rows
 from memokern.calls.checks import check_rows, contiguous64, name_of
-from memokern.calls.stored import sample_center
+from memokern.calls.stored import lost_with_a_row, sample_center
 
 _F32, _F64 = torch.float32, torch.float64
 
@@ -105,7 +105,8 @@ def center_of(rows: Rows) -> tuple[Tensor, Tensor]:
     if rows.center is not None and rows.sq_norms is not None:
         return contiguous64(rows.center), contiguous64(rows.sq_norms)
     center = sample_center(rows)
-    return center, _sq_norms(rows, center)
+    sq_norms = _sq_norms(rows, center)
+    return lost_with_a_row(center, sq_norms), sq_norms
 
 
 class Centred(NamedTuple):

@@ -39,8 +39,10 @@ def _block(x: Tensor, rows: Rows, k: int, about: Centred) -> tuple[Tensor, Tenso
     groups, stride = -(-n // kernels.GROUP), stride_of(rows.data)
     xc = x.to(_F64) - about.center
     xx = xc.square().sum(1)
-    lost = ~torch.isfinite(xx)
-    xc, xx = torch.where(lost[:, None], 0.0, xc), torch.where(lost, 0.0, xx)
+    lost = ~torch.isfinite(x).all(1)
+    # About the center of rows of which one is NaN nothing may be known, and nothing is ruled out.
+    known = torch.isfinite(xx)
+    xc, xx = torch.where(known[:, None], xc, 0.0), torch.where(known, xx, torch.inf)
     least = torch.empty(b, groups, dtype=_F32, device=device)
     first = kernels.groups_variant(rows.data.dtype, b <= 16)
     first.launch(
