@@ -17,7 +17,7 @@ from memokern.conditional import Label, Wanted
 from memokern.data.parted import PartedSet
 from memokern.data.training_set import TrainingSet
 from memokern.results import Nearest, Posterior
-from memokern.strategies import costs, parted, pruned_nearest
+from memokern.strategies import costs, parted, pruned_nearest, units
 from memokern.strategies.small_call import (
     small_call,
     small_mean,
@@ -104,10 +104,13 @@ def posterior(
     Numerics: distances that matter are right at every sigma (no cancellation); float32 queries on
     float32, half-precision or uint8 rows accumulate in float32, anything float64 in float64; the
     numbers per query are float64. A query with NaN or inf gives NaN and leaves the others alone; so
-    does a float64 query whose squared norm overflows (1e154).
-    Rows at exactly equal distances share by their bias. Where q = (\|x - y\| / sigma)^2 is between
-    1e12 and 1e30, the compiled CPU kernels know it only to about 1e-16 q, so that from some 1e16 on
-    such rows share equally; beyond 1e30 sigma counts as 0, and the bias as it does there.
+    does a float64 query whose squared norm overflows (1e154). A row with NaN that is not left out
+    makes everything NaN.
+    Rows at exactly equal distances share by their bias, however far they are; the Triton and CUDA
+    kernels know logits to about 1e-16 of themselves, so that there such rows share equally from
+    some (\|x - y\| / sigma)^2 = 1e16 on. Beyond 1e30 (float64: 1e280) sigma counts as 0, and the
+    bias as it does there. The data may be in any units: float32 rows of 1e-30 to 1e35, with a sigma
+    to match, float64 rows of 1e-139 to 1e153.
 
     Gradients: for x, sigma, alpha, temperature, bias (twice) and floating-point rows given as a
     tensor (once); forward mode and torch.func.grad, jvp work too, through the slower reference.
@@ -244,9 +247,10 @@ def nearest(x: Tensor, data: TrainingSet | Tensor, k: int = 1, *, method: str = 
 
     Returns:
         distance [\*batch, k] float64 (not squared), ascending; index [\*batch, k] int64. Ties go to
-        the lower index; a query with NaN has NaN distances. Differentiable in x, at a row itself
-        with derivative 0. A squared distance that overflows float64 (from 1e154 on) is infinite, or
-        with the compiled kernels NaN.
+        the lower index; a query with NaN has NaN distances, and a row with NaN is infinitely far.
+        Differentiable in x, at a row itself with derivative 0. Distances of any size are right,
+        those too whose squares float64 cannot hold (beyond 1e154 and below 1e-154); not so under
+        torch.compile and vmap, where such a square is infinite or 0.
 
     Raises: TypeError, ValueError as :func:`posterior`; ValueError for k out of range.
 
@@ -274,17 +278,18 @@ def nearest(x: Tensor, data: TrainingSet | Tensor, k: int = 1, *, method: str = 
     flat = x.reshape(-1, rows.dim)
     if apart is not None:
         sq, row = parted.nearest(flat, apart, k, method)
-    elif index is None or traced(x):
+        distance, row = parted.distances(flat, apart, sq, row, k, method)
+        return Nearest(distance.reshape(*batch, k), row.reshape(*batch, k))
+    if index is None or traced(x):
         sq, row = ops.nearest(flat, rows, k)
     else:
         measured = costs.costs_of(x, rows.data) if method == "auto" else None
         sq, row = pruned_nearest.nearest(flat, rows, index, k, measured)
-    if sq.requires_grad:
-        # The distance to a row that is hit has no derivative; 0 is one of its subgradients.
-        hit = sq == 0
-        distance = torch.where(hit, 0.0, torch.where(hit, 1.0, sq).sqrt())
-    else:
-        distance = sq.sqrt()
+
+    def search(x: Tensor, unit: float) -> tuple[Tensor, Tensor]:
+        return ops.nearest(x, rows.in_units(unit), k)
+
+    distance, row = units.distances(flat, rows, sq, row, search)
     return Nearest(distance.reshape(*batch, k), row.reshape(*batch, k))
 
 

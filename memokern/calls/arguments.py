@@ -43,6 +43,12 @@ class Rows(NamedTuple):
         """y of some rows, as float64 numbers."""
         return dequantized(self.data[where], self.scale, self.shift).to(torch.float64)
 
+    def in_units(self, unit: float) -> Rows:
+        """The rows multiplied by a power of two, without what is known of them."""
+        return self._replace(
+            scale=self.scale * unit, shift=self.shift * unit, center=None, sq_norms=None
+        )
+
     def detach(self) -> Rows:
         """The same rows, of which no gradient is recorded."""
         return self._replace(data=self.data.detach())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -117,11 +118,13 @@ def beyond(distance: Tensor, index: Tensor, data: TrainingSet, radius: float) ->
     samples, k = distance.shape
     found = distance[:, -1].clone()
     step = max(1, COMPARED // (k * data.dim))
+    unit = 2.0 ** min(-math.frexp(radius)[1], 1000) if radius > 0 else 1.0
     # Ranks gather together, as often as the one with the most samples.
     for start in range(0, data.most(samples) if isinstance(data, PartedSet) else samples, step):
         some = slice(start, start + step)
         rows = data.gather(index[some]).flatten(2).double()
-        apart = (rows - rows[:, :1]).square().sum(-1).sqrt() > radius
+        # In units of about the radius, so that no square overflows or vanishes that matters.
+        apart = ((rows - rows[:, :1]) * unit).square().sum(-1).sqrt() > radius * unit
         first = apart.to(torch.uint8).argmax(1)
         value = distance[some].gather(1, first[:, None])[:, 0]
         found[some] = torch.where(apart.any(1), value, found[some])

@@ -15,7 +15,7 @@ from memokern.data.parted import PartedSet
 from memokern.data.sharded import ShardedSet
 from memokern.data.streamed import StreamedSet
 from memokern.data.training_set import TrainingSet
-from memokern.strategies import costs, dense, local, pruned_nearest, sharded, streamed
+from memokern.strategies import costs, dense, local, pruned_nearest, sharded, streamed, units
 from memokern.strategies.certificate import Certificate, Dropped, certify_parts
 from memokern.strategies.local import How
 from memokern.util.ranks import checksum
@@ -143,18 +143,46 @@ def own_total(query: Query, data: PartedSet) -> Tensor:
     return to_sums(sweep(nowhere), nowhere).log_z
 
 
-def nearest(x: Tensor, data: PartedSet, k: int, method: str) -> tuple[Tensor, Tensor]:
-    """The k smallest squared distances [B, k] and the rows' numbers."""
+def nearest(
+    x: Tensor, data: PartedSet, k: int, method: str, unit: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """The k smallest squared distances [B, k] and the rows' numbers, of queries and rows that are
+    multiplied by a unit; x is."""
+
+    def here(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        part = data.part if isinstance(data, ShardedSet) else data
+        return _nearest_here(x, part, k, method, unit)
+
     if isinstance(data, ShardedSet):
-        return sharded.nearest(x, data, k, lambda x, k: _nearest_here(x, data.part, k, method))
-    return _nearest_here(x, data, k, method)
+        return sharded.nearest(x, data, k, here)
+    return here(x, k)
+
+
+def distances(
+    x: Tensor, data: PartedSet, sq: Tensor, row: Tensor, k: int, method: str
+) -> tuple[Tensor, Tensor]:
+    """What `nearest` found as distances, and the rows; see :func:`.units.distances`."""
+
+    def search(x: Tensor, unit: float) -> tuple[Tensor, Tensor]:
+        return nearest(x, data, k, method, unit)
+
+    if not isinstance(data, ShardedSet):
+        return units.distances(x, data.as_rows(), sq, row, search)
+    ranks = data.ranks
+
+    def anywhere(flags: Tensor) -> Tensor:
+        return ranks.gather(flags.to(torch.uint8), "nearest").any(0)
+
+    return units.distances(x, data.as_rows(), sq, row, search, anywhere)
 
 
 def _nearest_here(
-    x: Tensor, data: TrainingSet | None, k: int, method: str
+    x: Tensor, data: TrainingSet | None, k: int, method: str, unit: float
 ) -> tuple[Tensor, Tensor]:
     assert data is not None
     rows, index = data.as_rows(), None if method == "dense" else data.index
+    if unit != 1:  # of few queries
+        rows, index = rows.in_units(unit), None
     if not isinstance(data, StreamedSet):
         if index is None:
             return ops.nearest(x, rows, k)
@@ -162,7 +190,7 @@ def _nearest_here(
         return pruned_nearest.nearest(x, rows, index, k, measured)
     source = data
     if index is None:
-        return streamed.nearest(x, source, k)
+        return streamed.nearest(x, source, k, unit=unit)
     measured = costs.costs_of(x, rows.data) if method == "auto" else None
     if not source.in_file or streamed.reads_most(x, source, k, index):
         return streamed.nearest(x, source, k, index, measured)

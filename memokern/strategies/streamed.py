@@ -141,11 +141,16 @@ def _with(query: Query, leaves: dict[str, Tensor]) -> Query:
 
 
 def nearest(
-    x: Tensor, data: StreamedSet, k: int, index: Index | None = None, costs: Costs | None = None
+    x: Tensor,
+    data: StreamedSet,
+    k: int,
+    index: Index | None = None,
+    costs: Costs | None = None,
+    unit: float = 1.0,
 ) -> Neighbours:
     """The k smallest squared distances [B, k] and the rows, in one pass; ties to the lower row.
     Given an index, of each chunk only the rows that it cannot exclude, as
-    :func:`.pruned_nearest.nearest` has it."""
+    :func:`.pruned_nearest.nearest` has it; without one, of rows that are multiplied by a unit."""
     best: Neighbours | None = None
     with torch.no_grad():
         x_only = x.detach()
@@ -153,13 +158,14 @@ def nearest(
         for first, rows in data.chunks():
             few = min(k, rows.n)
             if index is None or p is None:
-                sq, at = ops.nearest(x_only, rows, few)
+                some = rows if unit == 1 else rows.in_units(unit)
+                sq, at = ops.nearest(x_only, some, few)
             else:
                 known = best[0][:, -1] if best is not None and best[0].shape[1] == k else None
                 sq, at = nearest_in_chunk(x_only, p, (first, rows), index, few, costs, known)
             best = merged(best, (sq, at + first), k)
     assert best is not None
-    return with_gradient(x, data, *best), best[1]
+    return with_gradient(x, data, *best, unit), best[1]
 
 
 def reads_most(x: Tensor, data: StreamedSet, k: int, index: Index) -> bool:
@@ -175,10 +181,10 @@ def reads_most(x: Tensor, data: StreamedSet, k: int, index: Index) -> bool:
         return b > 0 and float(share.mean()) * b > MOST_READ
 
 
-def with_gradient(x: Tensor, data: StreamedSet, sq: Tensor, row: Tensor) -> Tensor:
+def with_gradient(x: Tensor, data: StreamedSet, sq: Tensor, row: Tensor, unit: float) -> Tensor:
     """The squared distances, through which gradients reach x."""
     if not (torch.is_grad_enabled() and x.requires_grad):
         return sq
-    y = data.gather(row).flatten(2).to(torch.float64)
+    y = data.gather(row).flatten(2).to(torch.float64) * unit
     again = (x[:, None].to(torch.float64) - y).square().sum(2)
-    return again + (sq - again).detach()
+    return again + torch.where(sq == again, 0.0, sq - again).detach()  # both may be infinite

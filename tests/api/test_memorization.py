@@ -396,3 +396,26 @@ def test_near_duplicates_of_rows_are_told_apart():
     rows = base + 4e-4 * shift / shift.norm(dim=1, keepdim=True)
     found = memorization.ratio(rows + 1e-6, rows)
     assert found.index.tolist() == list(range(5)) and found.memorized.all()
+
+
+@pytest.mark.parametrize("power", [0, 520, 1000, -540, -900])
+def test_criteria_do_not_depend_on_units(power):
+    """Though float64 cannot hold the squares of these distances."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(60, 4, generator=generator, dtype=torch.float64)
+    rows[30:] = rows[:30] + 0.01 * torch.randn(30, 4, generator=generator, dtype=torch.float64)
+    samples = rows[:6] + 1e-3 * torch.randn(6, 4, generator=generator, dtype=torch.float64)
+    unit = 2.0**power
+
+    def found(unit):
+        data, x = TrainingSet(rows * unit), samples * unit
+        return [
+            memorization.ratio(x, data),
+            memorization.ratio(x, data, own=torch.arange(6)),
+            memorization.merged_ratio(x, data, 0.1 * unit, k=5),
+            memorization.neighbourhood(x, data),
+            memorization.exact_match(x, data, 0.01 * unit),
+        ]
+
+    for mine, plain in zip(found(unit), found(1.0), strict=True):
+        assert torch.equal(mine.index, plain.index) and mine.fraction == plain.fraction

@@ -52,6 +52,48 @@ def test_the_nearest_distance_has_a_gradient_where_a_row_is_hit():
     assert torch.isfinite(square).all()
 
 
+@pytest.mark.parametrize("power", [1020, 520, -540, -1000])
+def test_distances_whose_squares_float64_cannot_hold(power, tmp_path):
+    """Rows, distances and gradients are those of other units, with an index, or from a file too."""
+    unit, k = 2.0**power, 6
+    rows = normal(200, 3, seed=1)
+    x = rows[:5] + 0.3 * normal(5, 3, seed=2)
+    x[4] = rows[4]
+
+    def answer(x, data):
+        x = x.clone().requires_grad_()
+        found = memokern.nearest(x, data, k)
+        (grad,) = torch.autograd.grad(found.distance.sum(), x)
+        assert torch.equal(memokern.nearest(x.detach(), data, k).distance, found.distance)
+        return found.distance.detach(), found.index, grad
+
+    want = answer(x, rows)
+    TrainingSet(rows * unit).save(tmp_path / "rows.safetensors")
+    for data in (
+        rows * unit,
+        TrainingSet(rows * unit),
+        TrainingSet(rows, scale=unit),
+        memokern.StreamedSet(tmp_path / "rows.safetensors", chunk_bytes=1536),
+    ):
+        distance, index, grad = answer(x * unit, data)
+        assert torch.equal(index, want[1]), data
+        torch.testing.assert_close(distance / unit, want[0], rtol=1e-15, atol=0)
+        torch.testing.assert_close(grad, want[2])
+
+
+def test_distances_of_all_sizes_beside_each_other():
+    rows = torch.tensor([0.0, 3e-200, 1e-200, 1.0, 3e200, -2e200, 1e300], dtype=torch.float64)
+    x = torch.tensor([0.0, 1e200, 2.5e-200], dtype=torch.float64)[:, None]
+    got = memokern.nearest(x, rows[:, None], 7)
+    order = [[0, 2, 1, 3, 5, 4, 6], [0, 1, 2, 3, 4, 5, 6], [1, 2, 0, 3, 5, 4, 6]]
+    assert got.index.tolist() == order
+    want = (x - rows[got.index]).abs()
+    torch.testing.assert_close(got.distance, want, rtol=1e-15, atol=0)
+    # Float32 rows, and queries that they are far from.
+    near = memokern.nearest(x[1:2], torch.tensor([[1.0], [3e38]]), 2)
+    assert near.distance.tolist() == [[1e200, 1e200]] and near.index.tolist() == [[0, 1]]
+
+
 @pytest.mark.parametrize("sigma", [0.0, 1e-200, 1e-30, 1e-7])
 def test_ties_over_a_boundary_share_by_their_bias(sigma, backend):
     """1e-30: the squared distance is so large a part of the logit that a bias would be lost beside

@@ -21,6 +21,10 @@ from memokern.memorization import distances
 NUMBERS = ("mean", "residual", "log_z", "mean_logit", "mean_bias", "weight_sq", "log_density")
 
 
+# By which distances are multiplied so that float64 cannot hold their squares.
+HUGE = 2.0**520
+
+
 def problem(n: int = 37, d: int = 5, b: int = 6, kind: torch.dtype = torch.float32) -> tuple:
     """Rows and queries of which some tie, some are rows, some are far."""
     generator = torch.Generator().manual_seed(3)
@@ -152,10 +156,13 @@ def apart(group: Any, counts: list[int]) -> dict[str, Tensor]:
     rows, x = problem()
     if group == "one":
         data: Any = TrainingSet(rows)
+        huge: Any = TrainingSet(rows.double() * HUGE)
     else:
         rank = torch.distributed.get_rank()
-        data = shard(rows[sum(counts[:rank]) :][: counts[rank]], group, apart=True)
-    near = memokern.nearest(x, data, 30)
+        mine = rows[sum(counts[:rank]) :][: counts[rank]]
+        data = shard(mine, group, apart=True)
+        huge = shard(mine.double() * HUGE, group, apart=True)
+    near, far = memokern.nearest(x, data, 30), memokern.nearest(x.double() * HUGE, huge, 30)
     out = numbers(memokern.posterior(x, data, 0.8)) | {"nearest": near.distance, "row": near.index}
     y = x.clone().requires_grad_()
     memokern.log_density(y, data, 0.8).sum().backward()
@@ -164,6 +171,7 @@ def apart(group: Any, counts: list[int]) -> dict[str, Tensor]:
     draws = memokern.draw(x, data, 1.0, generator=torch.Generator().manual_seed(2))
     exact = memorization.exact_match(x, data, 0.1)
     out |= {"exact": exact.value, "exact row": exact.index}
+    out |= {"far": far.distance / HUGE, "far row": far.index}
     return out | {"gradient": y.grad, "of nearest": z.grad, "draw": draws}
 
 
@@ -173,10 +181,12 @@ def split(group: Any, counts: list[int], sigma: float) -> dict[str, Tensor]:
     x[2] /= 20
     s = torch.linspace(sigma, 2 * sigma, len(x), dtype=torch.float64)
     data: Any = TrainingSet(rows)
+    y = x.clone()
+    y[1] *= HUGE
     if group != "one":
         rank = torch.distributed.get_rank()
         mine = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
-        x, s, data = x[mine], s[mine], shard(rows, group, queries="split")
+        x, y, s, data = x[mine], y[mine], s[mine], shard(rows, group, queries="split")
     x, s = x.clone().requires_grad_(), s.clone().requires_grad_()
     p = memokern.posterior(x, data, s)
     loss = p.mean.sin().sum() + p.log_density.sum() + p.entropy.sum()
@@ -186,6 +196,12 @@ def split(group: Any, counts: list[int], sigma: float) -> dict[str, Tensor]:
     (of_nearest,) = torch.autograd.grad(near.distance.square().sum(), x)
     found = {k: v for k, v in numbers(p).items() if k != "n"}
     found |= {"x": first[0], "s": first[1], "xx": second, "row": near.index, "nn": of_nearest}
+    y.requires_grad_()
+    far = memokern.nearest(y, data, 3)
+    (of_far,) = torch.autograd.grad(far.distance.sum(), y)
+    huge = (y.detach().abs().amax(-1, keepdim=True) > 1e100).double()
+    scale = huge * HUGE + (1 - huge)
+    found |= {"far": far.distance / scale, "far row": far.index, "of far": of_far}
     return {k: v.detach().double() for k, v in found.items()}
 
 
