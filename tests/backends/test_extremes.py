@@ -89,6 +89,37 @@ def test_gradients_of_far_queries(backend: str, b: int, n: int, d: int, temperat
         assert off <= 1e-6, (name, off.item())
 
 
+@over(
+    sized(
+        *((b, n, d, t) for b in (2, 40) for n, d in ((40, 3), (900, 40)) for t in (F32, F64)),
+        triton=(),  # which knows a logit to about 1e-16 of itself
+    ),
+    "b",
+    "n",
+    "d",
+    "rows",
+)
+@pytest.mark.parametrize("sigma", [1e-6, 1e-9, 1e-12, 1e-14])
+@pytest.mark.one_of(2)
+def test_equal_rows_share_by_their_bias_however_far_they_are(
+    backend: str, b: int, n: int, d: int, rows: torch.dtype, sigma: float
+) -> None:
+    """At r^2 / sigma^2 of 10^12 to 10^28, beside which a bias has no digits left. Copies lie in the
+    other half of the rows, and the nearest one comes after farther ones."""
+    half = n // 2
+    data = normal(half, d, dtype=rows).repeat(2, 1)
+    x = data[max(0, half - b) : half] + 0.5 / math.sqrt(d)
+    query, stored = query_of(x, sigma, 0.9, 1.3, normal(n, seed=3)), Rows(data)
+    want = oracle.sums(query, stored)
+    joined = to_sums(_joined(backend, query, stored, half), query)
+    for got in (harness.posterior(backend, query, stored), joined):
+        for name in ("mean_bias", "weight_sq"):
+            off = (getattr(got, name) - getattr(want, name)).abs().max()
+            assert off <= 1e-6, (name, off.item())
+        assert (got.mean.double() - want.mean).abs().max() <= 1e-6 * want.mean.abs().max()
+        torch.testing.assert_close(got.log_z, want.log_z, rtol=1e-14, atol=0)
+
+
 @every_backend
 def test_gradient_where_one_row_has_nearly_all_weight(backend: str) -> None:
     """The weight of the others, 10^-5, makes all of it: its error is that of a share of theirs."""
@@ -192,6 +223,34 @@ def test_a_listed_row_that_is_no_number_leaves_nothing_known(backend: str, sigma
     for value in (*got, back.x, back.sigma, back.alpha, back.temperature):
         lost = value.flatten(1) if value.dim() > 1 else value[:, None]
         assert lost[[0, 2]].isnan().all() and not lost[1].isnan().any()
+
+
+@over(
+    sized((2, 40, 3), (40, 40, 3), (2, 60, 40), (40, 60, 40), triton=((2, 20, 3),)), "b", "n", "d"
+)
+@pytest.mark.parametrize("power", [-85, -66, -50, 50, 66, 100, 118])
+def test_units_do_not_matter(backend: str, b: int, n: int, d: int, power: int) -> None:
+    """Data in units in which squares leave the range of float32: 4e-26 to 3e35."""
+    unit = 2.0**power
+    data = normal(n, d, dtype=F32)
+    x = data[:b] + 0.3 * normal(b, d, seed=2, dtype=F32)
+    plain = query_of(x, 0.5 * math.sqrt(d), 1.0, 1.3, normal(n, seed=3))
+    query, rows = plain._replace(x=x * unit, sigma=plain.sigma * unit), Rows(data * unit)
+    got, want = harness.posterior(backend, query, rows), oracle.sums(plain, Rows(data))
+    in_units = got._replace(mean=got.mean.double() / unit, residual=got.residual.double() / unit)
+    kind = compare.unit(backend, query, rows)
+    for name, a, e in zip(got._fields, in_units, want, strict=True):
+        tol = {F32: 2e-5, F64: 2e-7}[kind] * (1 + e.abs().max())
+        assert (a.double() - e).abs().max() <= tol, name
+    grads = BasicSums(normal(b, d, seed=4), *(normal(b, seed=i) for i in range(4)))
+    given = grads._replace(mean=(grads.mean / unit).float())
+    back = harness.backward(backend, query, rows, got, given)
+    want = oracle.gradients(plain, Rows(data), grads)
+    sizes = {"x": unit, "sigma": unit}
+    for name, a, e in zip(back._fields, back, want, strict=True):
+        if e.numel():
+            off = (a.double() * sizes.get(name, 1.0) - e).abs().max() / e.abs().max()
+            assert off <= {F32: 1e-4, F64: 2e-6}[kind], (name, off.item())
 
 
 @over(sized((3, 700, 9), (70, 300, 40), triton=((3, 100, 9),)), "b", "n", "d")

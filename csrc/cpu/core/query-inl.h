@@ -13,18 +13,18 @@ enum Mode : int { kSoftmax = 0, kZeroSigma = 1, kLogWeighting = 2, kNotFinite = 
 // u: the unit roundoff, rounded up. theta: by how much rounding may change a weight before its row is
 // evaluated again; log_theta is its logarithm. tolerance: the error of a logit that the sweep of few features
 // may have (small-inl.h). big: the largest factor or error that is computed with; safe: up to which square no
-// product overflows.
+// product overflows; steepest: up to which 1 / (sigma^2 T) no logit of a row overflows in double.
 template <class R>
 struct Precision;
 template <>
 struct Precision<float> {
   static constexpr double u = 5.97e-8, theta = 1e-6, log_theta = -13.9, tolerance = 2e-5, big = 1e30,
-                          safe = 1e37;
+                          safe = 1e37, steepest = 1e150;
 };
 template <>
 struct Precision<double> {
   static constexpr double u = 1.12e-16, theta = 1e-13, log_theta = -30, tolerance = 1e-11, big = 1e280,
-                          safe = 1e300;
+                          safe = 1e300, steepest = 1e280;
 };
 
 // A tile's logits are handled as t = (l + |xc|^2 / (2 sigma^2)) / T, which is l / T without the part that all
@@ -38,7 +38,8 @@ struct Query {
   double alpha, sigma, temperature, inv_t;
   double xx;              // |xc|^2
   double a1, a2;          // t = a1 <xc, yc> - a2 |yc|^2 + b / T
-  double shared;          // |xc|^2 / (2 sigma^2 T): l / T = t - shared
+  double shared;          // |xc|^2 / (2 sigma^2 T): l / T = t - shared, or relative to `from`
+  double from;            // of a softmax, the squared distance whose logit the others count from, or 0
   double e0, e1, e2, e3;  // the error of t is e0 + e1 |yc| + e2 |yc|^2 + e3 |b|
   int lane;               // among the queries that are weighed together
   double b_max;           // where each query has a bias of its own, the largest |b| in the tile
@@ -116,22 +117,28 @@ static Query<R> make_query(const Queries& in, const Source<R>& src, int64_t b, c
     q.xx = 0;
   }
   double scale = 1;  // 1 / (sigma^2 T) for a softmax
+  bool fits = true;  // in the compute type
   if (q.mode == kSoftmax) {
     scale = q.inv_t / q.sigma / q.sigma;
-    if (!(scale * (xx + 1) < Precision<R>::big)) {
+    fits = scale < Precision<R>::big;
+    if (!(scale * xx < Precision<R>::big && scale < Precision<R>::steepest)) {
       q.mode = kZeroSigma;
       scale = 1;
+      fits = true;
     }
   }
   q.a1 = q.alpha * scale;
   q.a2 = 0.5 * q.alpha * q.alpha * scale;
   q.shared = 0.5 * xx * scale;
+  q.from = 0;
   if (q.mode == kZeroSigma)
     bound_error(pl, src, q);
   else
     estimate_error(pl, src, q);
-  // Where unit xc might overflow nothing is known, and every row is evaluated exactly.
-  if (!(__builtin_sqrt(xx) * __builtin_fabs(src.unit) < Precision<R>::safe)) q.e0 = kInf;
+  // Where unit xc might overflow nothing is known, and every row is evaluated exactly. So it is in units in
+  // which sigma is very small, and no distance is large beside it.
+  if (!fits) q.a1 = q.a2 = 0;
+  if (!fits || !(__builtin_sqrt(xx) * __builtin_fabs(src.unit) < Precision<R>::safe)) q.e0 = kInf;
   return q;
 }
 

@@ -162,7 +162,7 @@ static void backward_tile(const TileContext<R>& s, const BackwardArgs& io, const
       t = high;
     } else {
       t = logit[j] + pull_of_bias(q, s, j);
-      direct = !(t <= lo);
+      direct = err == kInf || !(t <= lo);  // where nothing is known t may be -inf
     }
     if (bj == -kInf || (!direct && t - tz < least_difference(R(0)))) {
       p[j] = 0;
@@ -209,7 +209,7 @@ static void backward_tile(const TileContext<R>& s, const BackwardArgs& io, const
     }
   };
   enum { W = BackwardVectors::W };
-  const bool vectors = tz > -kInf && !is_log, none_direct = top <= lo;
+  const bool vectors = tz > -kInf && !is_log && err < kInf, none_direct = top <= lo;
   const BackwardQuery c = {T, E, Eb, S, log_z, gL, gE, gb, gS, common, g_shift};
   BackwardVectors sums = {};
   for (int64_t j = 0; j < s.tile->cnt; j += W) {

@@ -23,8 +23,9 @@ static void write_stats(const Query<R>& q, const State& st, int64_t b, const Sum
     mean_bias = st.s_bias / st.s;
     weight_sq = st.s_sq / (st.s * st.s);
     if (q.mode == kSoftmax) {
-      log_z = lse;
-      mean_logit = mean;
+      const double base = q.from > 0 ? q.temperature * pull_of_distance(q, q.from) : 0;
+      log_z = lse + base;
+      mean_logit = mean + base;
     } else if (q.mode == kZeroSigma) {  // the logits lack the distance, which is the key
       const double pull = st.key > 0 ? -0.5 * (st.key / q.sigma) / q.sigma : 0;
       log_z = lse + pull;
@@ -48,7 +49,7 @@ static void write_state(const Query<R>& q, const State& st, int64_t b, const Sta
   const double nan = __builtin_nan("");
   const State not_finite = {0, 0, nan, nan, nan, nan};
   const State v = q.mode == kNotFinite ? not_finite : st.s > 0 ? st : empty_state();
-  out.key[b] = v.key;
+  out.key[b] = q.mode == kSoftmax && v.s > 0 ? q.from : v.key;  // which m counts from
   out.m[b] = v.m;
   out.s[b] = v.s;
   out.s_v[b] = v.s_v;

@@ -101,6 +101,22 @@ MK_INLINE double threshold(double lower, double err) {
   return lower + log_below(Precision<R>::theta / dmin(1, err)) - err;
 }
 
+// What a squared distance adds to l / T.
+template <class R>
+MK_INLINE double pull_of_distance(const Query<R>& q, double r2) {
+  return -0.5 * (r2 / q.sigma) / q.sigma * q.inv_t;
+}
+// Lets l / T, and so m, count from that of a row at the squared distance r2.
+template <class R>
+static void count_from(Query<R>& q, State& st, double r2) {
+  const double step = pull_of_distance(q, r2 - q.from);
+  st.m -= step;
+  q.shared += step;
+  q.from = r2;
+}
+// Beyond it a bias would be rounded away beside l / T.
+static const double kFar = 1e9;
+
 // What the bias of row j adds to t.
 template <class R>
 MK_INLINE R pull_of_bias(const Query<R>& q, const TileContext<R>& s, int64_t j) {
@@ -173,16 +189,15 @@ MK_INLINE bool has_inexact(const Query<R>& q, const State& st, double top, doubl
 
 // Takes the rows that must be evaluated exactly out of a column of t without the bias, whose numbers lie
 // `stride` apart; the largest t is `top`. Their logits go to `value`. m is raised to the largest logit that
-// is left, exact or not. Returns how many rows were taken.
+// is left, exact or not. Returns how many rows were taken. Where these are far for the noise, logits count
+// from the nearest of them from here on, so that equal rows differ by their biases, however far they are.
 template <class R>
-static int take_inexact(const Query<R>& q, const TileContext<R>& s, const State& st, R* p, int64_t stride,
-                        double top, double err, double together, int* row, double* value, bool* near,
-                        double& m) {
+static int take_inexact(Query<R>& q, const TileContext<R>& s, State& st, R* p, int64_t stride, double top,
+                        double err, double together, int* row, double* value, bool* near, double& m) {
   const bool all = err == kInf;
   const double lo = threshold<R>(least_sum(q, st, top, err, together), err);
-  double rest = -kInf;
+  double rest = -kInf, least = kInf;
   int count = 0;
-  m = st.m;
   for (int64_t j = 0; j < s.tile->cnt; j++) {
     R& apart = p[j * stride];
     const double b = bias_of(q, s, j), t = apart + pull_of_bias(q, s, j);
@@ -196,11 +211,17 @@ static int take_inexact(const Query<R>& q, const TileContext<R>& s, const State&
     const double r2 = exact_r2(q, s, j);
     row[count] = (int)j;
     near[count] = is_near(q, s, j, r2);
-    value[count] = -0.5 * (r2 / q.sigma) / q.sigma * q.inv_t + b * q.inv_t;
-    m = dmax(m, value[count++]);
+    value[count++] = r2;
+    least = dmin(least, r2);
     apart = (R)-kInf;
   }
-  m = dmax(m, rest - q.shared);
+  if (least < kInf && (q.from > 0 ? least < q.from : -pull_of_distance(q, least) > kFar))
+    count_from(q, st, least);
+  m = dmax(st.m, rest - q.shared);
+  for (int i = 0; i < count; i++) {
+    value[i] = pull_of_distance(q, value[i] - q.from) + bias_of(q, s, row[i]) * q.inv_t;
+    m = dmax(m, value[i]);
+  }
   return count;
 }
 

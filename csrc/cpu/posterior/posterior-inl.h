@@ -6,12 +6,26 @@
 namespace memokern {
 namespace MEMOKERN_ISA_NS {
 
+// Lets the logits of two parts of the rows count from the same.
+template <class R>
+static void count_alike(Query<R>& a, State& in_a, Query<R>& b, State& in_b) {
+  if (in_b.s == 0 || a.from == b.from) return;
+  if (in_a.s == 0) {
+    a.from = b.from;
+    return;
+  }
+  const double from = dmin(a.from, b.from);
+  count_from(a, in_a, from);
+  count_from(b, in_b, from);
+}
+
 // Joins the states and accumulators of all parts of query b in those of the first part.
 template <class R>
 static void join_parts(const Plan& pl, SweepWork<R>* work, int parts, int64_t b) {
   for (int i = 1; i < parts; i++) {
     double fa, fb;
     if (work[i].q[b].mode == kNotFinite) work[0].q[b].mode = kNotFinite;  // a row of that part is NaN
+    count_alike(work[0].q[b], work[0].st[b], work[i].q[b], work[i].st[b]);
     merge(work[0].st[b], work[i].st[b], fa, fb);
     Near<R>&near = work[0].close[b], &other = work[i].close[b];
     rescale(near, fa, pl.D);

@@ -46,6 +46,8 @@ from memokern.calls.stored import sharp
 from memokern.util import env
 
 _BLOCK_D = 1024
+# Up to which 1 / (sigma^2 T) no logit of float32 numbers overflows in float64.
+STEEPEST = tl.constexpr(1e150)
 
 
 @triton.jit
@@ -93,7 +95,7 @@ def queries_kernel(
         mode = tl.where(known, LOG, LOST)
     else:
         # HARD at sigma = 0, or so near that the logits would overflow.
-        soft = soft_unit * (sxx + 1.0) < HUGE
+        soft = (soft_unit * sxx < HUGE) & (soft_unit < STEEPEST)
         mode = tl.where(known, tl.where(soft, SOFT, HARD), LOST)
     unit = tl.where(mode == SOFT, soft_unit, 1.0)
     # The largest feature becomes 128 to 256, so that two terms of float16 keep 22 bits of it and of
