@@ -7,7 +7,9 @@ namespace memokern {
 namespace MEMOKERN_ISA_NS {
 
 struct ScanTask {
-  enum { W = Vec<float>::W, NR = 2 * W };
+  // LAST_ROWS: of a block that is filled up, a register's or for a query alone a vector's, which is larger
+  // where AVX2 is compiled in AVX-512's width.
+  enum { W = Vec<float>::W, NR = 2 * W, LAST_ROWS = (int)ROW_UNIT > (int)W ? (int)ROW_UNIT : (int)W };
   const ScanCall* s;
   const int64_t* order;  // [B] its queries
   int64_t B, Bp;         // how many; padded to whole vectors, but for one alone
@@ -25,7 +27,7 @@ struct ScanTask {
   float* best;           // [Bp] the largest guess in a chunk,
   int32_t* where;        // [Bp] and the block of rows that it came from
   float* top;            // [Bp] the largest guess so far
-  float* last_rows;      // [ROW_UNIT][stride] and a vector more: the last block of rows, filled up
+  float* last_rows;      // [LAST_ROWS][stride] and a vector more: the last block of rows, filled up
   List* lists;           // [b] of its part of the rows
   Arena arena;
   Pace pace;
@@ -53,7 +55,7 @@ struct ScanTask {
                        Arena::bytes<float>(s->k0 * L) + Arena::bytes<float>(LOOK_COORDINATES * L) +
                        Arena::bytes<float>(all * L) + Arena::bytes<float>(s->NT * L) +
                        Arena::bytes<float>(SCAN_TILE_ROWS * deepest) + 2 * Arena::bytes<float>(s->NT) +
-                       6 * Arena::bytes<float>(L) + Arena::bytes<float>(ROW_UNIT * s->stride + W) +
+                       6 * Arena::bytes<float>(L) + Arena::bytes<float>(LAST_ROWS * s->stride + W) +
                        Arena::bytes<int32_t>(L) + Arena::bytes<float*>(s->last_level + 1)))
       return false;
     x0 = arena.take<float>(s->stride * L);
@@ -70,7 +72,7 @@ struct ScanTask {
     least = arena.take<float>(L);
     best = arena.take<float>(L);
     top = arena.take<float>(L);
-    last_rows = arena.take<float>(ROW_UNIT * s->stride + W);
+    last_rows = arena.take<float>(LAST_ROWS * s->stride + W);
     where = arena.take<int32_t>(L);
     x_level = arena.take<float*>(s->last_level + 1);
     return true;
