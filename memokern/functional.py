@@ -110,8 +110,7 @@ def posterior(
     kernels know logits to about 1e-16 of themselves, so that there such rows share equally from
     some (\|x - y\| / sigma)^2 = 1e16 on. Beyond 1e30 (float64: 1e280) sigma counts as 0, and the
     bias as it does there. The data may be in any units: float32 rows of 1e-30 to 1e35, with a sigma
-    to match, float64 rows of 1e-139 to 1e153. The CUDA kernels alone take any sigma of 1e-15 and
-    less for 0.
+    to match, float64 rows of 1e-139 to 1e153.
 
     Gradients: for x, sigma, alpha, temperature, bias (twice) and floating-point rows given as a
     tensor (once); forward mode and torch.func.grad, jvp work too, through the slower reference.

@@ -62,12 +62,13 @@ MK_DEVICE QuerySums query_sums(const QueriesParams& p, i64 b, double alpha, doub
 // Writes the column of query b; `known`: whether all its numbers are finite. Returns the power of two.
 template <int kType>
 MK_DEVICE double write_table(const QueriesParams& p, const QuerySums& s, i64 b, i64 queries, bool& known) {
-  const double huge = 1e30, unit_roundoff = 1.0 / 16777216.0;
+  // Up to `steepest` no logit of float32 numbers overflows in float64.
+  const double huge = 1e30, steepest = 1e150, unit_roundoff = 1.0 / 16777216.0;
   const double alpha = p.alpha[b], sigma = p.sigma[b], inv_t = 1 / p.temperature[b];
   // Comparisons with NaN are false, so whatever is not a number is lost.
   known = s.xx < infinity() && sigma >= 0 && inv_t > 0 && inv_t < infinity();
   const double soft_unit = inv_t / sigma / sigma;
-  const bool soft = soft_unit * (s.xx + 1) < huge;
+  const bool soft = soft_unit * s.xx < huge && soft_unit < steepest;
   const int mode = !known ? kLost : p.log ? kLog : soft ? kSoft : kHard;
   const double unit = mode == kSoft ? soft_unit : 1, norm = sqrt(s.xx), a = fabs(alpha);
   const double p2 = known ? (double)power_of_two((float)s.top) : 1;

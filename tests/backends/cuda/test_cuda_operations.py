@@ -15,6 +15,7 @@ from memokern.calls import merge, to_sums
 from memokern.calls.state import by_key
 from tests import cases, compare, cuda_emulator, harness, oracle
 from tests.backends import test_bound_scan as scans
+from tests.backends import test_extremes as extremes
 from tests.backends import test_listed as lists
 from tests.backends import test_nearest as nearest
 from tests.backends.cuda.fake_driver import Driver
@@ -212,3 +213,11 @@ def test_few_features_far_away_lost_and_mixed() -> None:
     large = query._replace(x=query.x.nan_to_num(0.0), bias=1e4 * cases.normal(150, seed=3))
     compare.sums(harness.posterior("cuda", large, rows), oracle.sums(large, rows), large, rows, F32,
                  "biases")  # fmt: skip
+
+
+# --- the sweep over wide rows ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("power", [-66, *(pytest.param(p, marks=long) for p in (-85, -50, 50, 66))])
+def test_units_do_not_matter(power: int) -> None:
+    extremes.test_units_do_not_matter("cuda", 3, 40, 270, power)
