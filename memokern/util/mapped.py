@@ -44,9 +44,8 @@ def is_file(tensor: Tensor) -> bool:
             for line in maps:
                 where, _, _, _, inode, *_ = line.split(maxsplit=5)
                 low, high = (int(v, 16) for v in where.split("-"))
-                if (
-                    low <= start < high
-                ):  # the parts of a mapping that is used in several ways follow
+                # The parts of a mapping that is used in several ways follow one another.
+                if low <= start < high:
                     if inode == "0":
                         return False
                     start = high

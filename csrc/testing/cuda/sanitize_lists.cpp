@@ -87,6 +87,29 @@ static P weighed_params_of(const Problem& q, const Given& a) {
   p.temperature = a.temperature.data();
   return p;
 }
+// What a posterior has for each query, and where its kernels put it.
+struct Outputs {
+  std::vector<float> mean, residual;
+  std::vector<double> log_z, mean_logit, mean_bias, weight_sq;
+
+  explicit Outputs(const Problem& q)
+      : mean(nothing<float>(q.b * q.d)),
+        residual(mean),
+        log_z(nothing<double>(q.b)),
+        mean_logit(log_z),
+        mean_bias(log_z),
+        weight_sq(log_z) {}
+
+  template <class P>
+  void give(P& p) {
+    p.mean = mean.data();
+    p.residual = residual.data();
+    p.log_z = log_z.data();
+    p.mean_logit = mean_logit.data();
+    p.mean_bias = mean_bias.data();
+    p.weight_sq = weight_sq.data();
+  }
+};
 template <class P, void (*kKernel)(const P&)>
 static void go(const P& p, i64 blocks, int threads, i64 shared, unsigned seed) {
   emulator::launch(emulator::body<P, kKernel>, &p, (int)blocks, 1, 1, threads, shared, seed);
@@ -138,9 +161,9 @@ static bool lists_are_right(const Problem& q, const Given& a) {
   const i64 m = (i64)index.size(), parts = 3, slabs = (q.d + kListThreads - 1) / kListThreads;
   auto r2 = nothing<double>(m), weight = r2, gy = r2, xy = r2, factor = r2, pair_bias = r2;
   auto known = nothing<double>(kListed * q.b), part = nothing<double>(parts * q.b * q.d);
-  auto mean = nothing<float>(q.b * q.d), residual = mean, grad_x = mean;
-  auto log_z = nothing<double>(q.b), mean_logit = log_z, mean_bias = log_z, weight_sq = log_z;
-  auto grad_sigma = log_z, grad_alpha = log_z, grad_temperature = log_z;
+  Outputs out(q);
+  auto grad_x = out.mean;
+  auto grad_sigma = out.log_z, grad_alpha = grad_sigma, grad_temperature = grad_sigma;
   std::vector<double> grad_mean, zero(q.b, 0.0), grad_log_z(q.b, 0.7);
   for (i64 i = 0; i < q.b * q.d; i++) grad_mean.push_back(normal(random));
   ListedParams p = weighed_params_of<ListedParams>(q, a);
@@ -150,12 +173,7 @@ static bool lists_are_right(const Problem& q, const Given& a) {
   p.weight = weight.data();
   p.known = known.data();
   p.part = part.data();
-  p.mean = mean.data();
-  p.residual = residual.data();
-  p.log_z = log_z.data();
-  p.mean_logit = mean_logit.data();
-  p.mean_bias = mean_bias.data();
-  p.weight_sq = weight_sq.data();
+  out.give(p);
   p.grad_mean = grad_mean.data();
   p.grad_log_z = grad_log_z.data();
   p.grad_mean_logit = p.grad_mean_bias = p.grad_weight_sq = zero.data();
@@ -186,7 +204,7 @@ static bool lists_are_right(const Problem& q, const Given& a) {
       sum += w.back();
     }
     if (!(sum > 0)) {
-      if (!std::isnan(mean[b * q.d]) || log_z[b] != -INFINITY) return false;
+      if (!std::isnan(out.mean[b * q.d]) || out.log_z[b] != -INFINITY) return false;
       continue;
     }
     for (size_t i = 0; i < w.size(); i++) {
@@ -201,11 +219,11 @@ static bool lists_are_right(const Problem& q, const Given& a) {
       pull += w[i] / sum * (0.7 + (h[i] - of_h) / kTemperature) / q.sigma / q.sigma *
               (kAlpha * a.data.value[index[start[b] + i] * q.d] - a.x[b * q.d]);
     const double want = kTemperature * (top + std::log(sum));
-    if (!(std::fabs(mean[b * q.d] - first) <= 1e-6 * (1 + std::fabs(first))) ||
-        !(std::fabs(log_z[b] - want) <= 1e-9 * (1 + std::fabs(want))) ||
+    if (!(std::fabs(out.mean[b * q.d] - first) <= 1e-6 * (1 + std::fabs(first))) ||
+        !(std::fabs(out.log_z[b] - want) <= 1e-9 * (1 + std::fabs(want))) ||
         !(std::fabs(grad_x[b * q.d] - pull) <= 1e-6 * (1 + std::fabs(pull)))) {
-      printf("list %lld: mean %g, not %g; log_z %g, not %g; gradient %g, not %g\n", b, mean[b * q.d], first,
-             log_z[b], want, grad_x[b * q.d], pull);
+      printf("list %lld: mean %g, not %g; log_z %g, not %g; gradient %g, not %g\n", b, out.mean[b * q.d],
+             first, out.log_z[b], want, grad_x[b * q.d], pull);
       return false;
     }
   }
@@ -327,8 +345,7 @@ static bool plane_is_right(double sigma) {
   const Given a = given_of(q);
   const i64 parts = 2;
   auto part = nothing<double>(parts * (kPlaneSums + 2 * kF) * q.b);
-  auto mean = nothing<float>(q.b * q.d), residual = mean;
-  auto log_z = nothing<double>(q.b), mean_logit = log_z, mean_bias = log_z, weight_sq = log_z;
+  Outputs out(q);
   std::vector<double> center(q.d, 0.0), largest = {0, 0, 0};
   for (i64 n = 0; n < q.n; n++) {
     double sq = 0;
@@ -340,12 +357,7 @@ static bool plane_is_right(double sigma) {
   p.center = center.data();
   p.largest = largest.data();
   p.part = part.data();
-  p.mean = mean.data();
-  p.residual = residual.data();
-  p.log_z = log_z.data();
-  p.mean_logit = mean_logit.data();
-  p.mean_bias = mean_bias.data();
-  p.weight_sq = weight_sq.data();
+  out.give(p);
   p.parts = parts;
   p.features = kF;
   go<PlaneParams, memokern_plane_sweep>(p, 2 * parts, kPlaneThreads, plane_shared_bytes(), q.seed);
@@ -360,10 +372,10 @@ static bool plane_is_right(double sigma) {
       first += w * a.data.value[n * q.d];
     }
     const double want = kTemperature * (top + std::log(sum));
-    if (!(std::fabs(mean[b * q.d] - first / sum) <= 1e-5 * std::sqrt(largest[0])) ||
-        !(std::fabs(log_z[b] - want) <= 1e-4 * (1 + std::fabs(want)))) {
-      printf("plane, query %lld: mean %g, not %g; log_z %g, not %g\n", b, mean[b * q.d], first / sum,
-             log_z[b], want);
+    if (!(std::fabs(out.mean[b * q.d] - first / sum) <= 1e-5 * std::sqrt(largest[0])) ||
+        !(std::fabs(out.log_z[b] - want) <= 1e-4 * (1 + std::fabs(want)))) {
+      printf("plane, query %lld: mean %g, not %g; log_z %g, not %g\n", b, out.mean[b * q.d], first / sum,
+             out.log_z[b], want);
       return false;
     }
   }
