@@ -235,14 +235,15 @@ def tile(rows: torch.dtype, features: int, few_queries: bool, unaligned: bool = 
     if features == 256:
         return Tile(32, 32, 32, 8, 3)
     if wide:
-        return Tile(64, 32 if rows == torch.float16 else 16, 32, 4, 3)
+        return Tile(64, 16, 32, 4, 3)
     if single and features >= 32:
         return Tile(64, 16, 32, 8 if features == 64 else 4, 3)
     # uint8 is converted on its way, so there is nothing that tiles could be loaded ahead into.
     stages = 1 if rows == torch.uint8 or by_number else 3
     # Here the three terms of bfloat16 leave four warps no room.
     full = by_number and features == 64 and rows == torch.bfloat16
-    return Tile(64, 32, features, 8 if full else 4, stages)
+    rows_of_tile = 16 if rows == torch.uint8 and features == 64 else 32
+    return Tile(64, rows_of_tile, features, 8 if full else 4, stages)
 
 
 def words(n: int, size: Tile) -> int:
