@@ -99,9 +99,20 @@ def test_a_row_that_is_no_number_is_the_last(
     want, order = oracle.nearest(x, Rows(data[rest]), n - 1)
     want = torch.cat([want, torch.full((b, 1), math.inf, dtype=F64)], 1)
     order = torch.cat([rest.nonzero()[:, 0][order], torch.full((b, 1), lost)], 1)
-    # Triton's kernel has no place for it where all rows are asked for.
-    for k in (1, n) if backend != "triton" else (1, min(n - 1, 20)):
+    for k in (1, n):
         _check(backend, x, Rows(data), k, known=(want, order))
+
+
+@every_backend
+@pytest.mark.parametrize("lost", [(1, 3), (0, 4)])
+def test_rows_at_no_distance_keep_their_order(backend: str, lost: tuple[int, int]) -> None:
+    data = normal(5, 6, dtype=F32)
+    data[lost[0]], data[lost[1], 2] = math.nan, math.inf
+    left = [n for n in range(5) if n not in lost]
+    distance, index = harness.nearest(backend, normal(3, 6, seed=1, dtype=F32), Rows(data), 5)
+    assert (index[:, :3].sort(dim=1).values == torch.tensor(left)).all()
+    assert torch.equal(index[:, 3:], torch.tensor(lost).expand(3, 2))
+    assert distance[:, :3].isfinite().all() and distance[:, 3:].isposinf().all()
 
 
 @every_backend

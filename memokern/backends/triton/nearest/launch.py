@@ -69,10 +69,24 @@ def _block(x: Tensor, rows: Rows, k: int, about: Centred) -> tuple[Tensor, Tenso
     index, order = index.flatten(1).sort(dim=1, stable=True)
     dist, order = dist.flatten(1).gather(1, order).sort(dim=1, stable=True)
     dist, index = dist[:, :k], index.gather(1, order)[:, :k]
+    index = _with_rows_at_no_distance(dist, index)
     return (
         torch.where(lost[:, None], torch.nan, dist),
         torch.where(lost[:, None], torch.arange(k, device=device), index),
     )
+
+
+def _with_rows_at_no_distance(dist: Tensor, index: Tensor) -> Tensor:
+    """The indices, of which those at distance inf are free slots as yet, since no slot takes a row
+    that is not finite. Those rows come last, in their order: all others were found, so they are
+    what is left of the rows 0, 1, ..., of which k are always enough."""
+    k = index.shape[1]
+    found = torch.where(dist < torch.inf, index, k).clamp(max=k)
+    taken = torch.zeros(len(index), k + 1, dtype=torch.bool, device=index.device)
+    taken = taken.scatter_(1, found, True)[:, :k]
+    left = taken.sort(dim=1, stable=True).indices  # False first
+    place = torch.arange(k, device=index.device) - (dist < torch.inf).sum(1, keepdim=True)
+    return torch.where(dist < torch.inf, index, left.gather(1, place.clamp(min=0)))
 
 
 def key_error(size: Tensor, about: Centred, d: int, scale: float, precision: str) -> Tensor:
