@@ -287,8 +287,9 @@ def cases(quick: bool) -> Iterator[Case]:
     """Each is made when it is asked for, and gone with the next."""
     yield from of_a_batch(quick)
     yield from of_classes(quick)
-    # Small classes, of which calls cost more than rows, and larger ones.
-    for sizes in ((8, 20, 10, 16),) if quick else ((64, 100, 20, 64), (64, 100, 256, 1024)):
+    # From small classes, of which calls cost more than rows, to images, which take long to read.
+    large = ((64, 100, 20, 64), (64, 100, 256, 1024), (64, 100, 500, 3072))
+    for sizes in ((8, 20, 10, 16),) if quick else large:
         yield of_labels(*sizes)
     yield from of_conditions(quick)
     yield from of_densities(quick)

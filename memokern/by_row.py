@@ -155,7 +155,7 @@ def _groups(
     for group in groups(data, asked.batch, wanted, together):
         at = group.at
         part = checked(flat[at], group.data, s[at], a[at], t[at], group.total_bias(bias))
-        condition, leave_out, _ = group.own
+        condition, leave_out = group.own[:2]
         rows = part.data.rows.detach()
         if condition is not None:
             rows = rows._replace(conditions=group.data.conditions)

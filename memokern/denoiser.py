@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from memokern import sweep, validate
-from memokern.conditional import Label, Wanted, groups, may_list
+from memokern.conditional import Label, Wanted, allowed_for, groups
 from memokern.data.stored import PER_ROW
 from memokern.data.training_set import TrainingSet
 from memokern.edm_network import EDMNetwork
@@ -291,11 +291,13 @@ class Denoiser(EDMNetwork, nn.Module):
         index = sweep.index_for(self.data, self.method)
         together = sweep.why_in_groups(asked, self.data, index) is None
         weighting = weighting_of(self.regularizer, x, self.data, sigma, alpha, bias)
-        listable = may_list(asked, weighting, certificate)
-        found = groups(self.data, batch, wanted, together, listable)
-        if not found or found[0].own.lists is not None:
-            own = found[0].own if found else NOTHING
-            return self._evaluate(x, self.data, sigma, alpha, bias, certificate, own)
+        allowed = allowed_for(asked, weighting, certificate, index)
+        found = groups(self.data, batch, wanted, together, allowed)
+        if not found:
+            return self._evaluate(x, self.data, sigma, alpha, bias, certificate)
+        if found[0].is_whole:
+            every, total = found[0], found[0].total_bias(bias)
+            return self._evaluate(x, every.data, sigma, alpha, total, certificate, every.own)
         flat = x.reshape(-1, *self._data.shape)
         sigmas, alphas = sigma.expand(batch).reshape(-1), alpha.expand(batch).reshape(-1)
         parts = []

@@ -72,8 +72,8 @@ def posterior(
         leave_out: the number of a row that does not count, one for all queries or [\*batch]; -1
             for none. Conditions and rows left out may differ from query to query in one sweep, with
             the compiled kernels; elsewhere, and with an index, queries that ask for the same share
-            one. Each label has a sweep of its own; nearly as many labels as queries, of classes
-            that are not large, have one together.
+            one. Each label has a sweep of its own; nearly as many labels as queries have one call
+            together (with derivatives: of classes that are not large).
         bias: [N] floating point, finite or -inf (the row is left out); a TrainingSet's
             `log_weights` are added to it.
         weighting: "gaussian" as above, or "log", which does not know sigma (arXiv 2601.19285):

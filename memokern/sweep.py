@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from memokern import ops
-from memokern.calls import Condition, Query, RowLists, Rows, Sums, to_sums
+from memokern.calls import Condition, Query, RowLists, Rows, Segments, Sums, to_sums
 from memokern.data.parted import PartedSet
 from memokern.data.training_set import TrainingSet
 from memokern.index.index import Index
 from memokern.ops.flat import tensors
 from memokern.results import Posterior
-from memokern.strategies import costs, own_bias, parted, pruned
+from memokern.strategies import costs, own_bias, parted, pruned, segments
 from memokern.strategies.certificate import Certificate, nothing_dropped
 from memokern.strategies.local import How
 from memokern.strategies.small_call import small_call, small_posterior
@@ -28,18 +28,20 @@ METHODS = ("auto", "dense", "pruned")
 
 class Own(NamedTuple):
     """What each of B queries asks for, beside its numbers, that the others do not: fields of a
-    :class:`.Query`; or the rows that count for it, with the gaussian weighting."""
+    :class:`.Query`; or the rows that count for it, with the gaussian weighting: a list, or where
+    :func:`.segments.swept` a segment."""
 
     condition: Condition | None = None
     leave_out: Tensor | None = None
     lists: RowLists | None = None
+    segments: Segments | None = None
 
     def __bool__(self) -> bool:
         return any(field is not None for field in self)
 
     def repeated(self, times: int) -> Own:
         """The same for so many copies of the queries, one after the other."""
-        condition, leave_out, lists = self
+        condition, leave_out, lists, of = self
         if condition is not None:
             c, h, a = condition
             condition = Condition(c.repeat(times, 1), h.repeat(times), a.repeat(times, 1))
@@ -48,7 +50,10 @@ class Own(NamedTuple):
             count = (start[1:] - start[:-1]).repeat(times)
             start = torch.cat([start[:1], count.cumsum(0)])
             lists = RowLists(start, index.repeat(times))
-        return Own(condition, None if leave_out is None else leave_out.repeat(times), lists)
+        if of is not None:
+            of = Segments(*(v.repeat(times) for v in of))
+        leave_out = None if leave_out is None else leave_out.repeat(times)
+        return Own(condition, leave_out, lists, of)
 
 
 NOTHING = Own()
@@ -85,7 +90,10 @@ def posterior(
     asked = checked(x, data, sigma, alpha, temperature, bias, weighting, precision)
     query, rows, batch = asked.query, asked.data.rows, asked.batch
     bounds, total = None, log_total(query.bias, rows.n)
-    if own.lists is not None:
+    if own.segments is not None:
+        sums = segments.posterior(query, rows, own.segments)
+        total = segments.log_total(query.bias, own.segments).reshape(batch)
+    elif own.lists is not None:
         sums = ops.posterior_listed(query, rows, own.lists)
         total = _listed_total(query.bias, own.lists).reshape(batch)
     elif own:
@@ -108,6 +116,8 @@ def posterior(
     if certificate and bounds is None:
         bounds = nothing_dropped(asked.sigma, rows.n)
     found = _result(x, rows, total, _shaped(x, asked, sums), bounds)
+    if own.segments is not None:
+        return replace(found, n=int((own.segments.end - own.segments.first).max()))
     return found if own.lists is None else replace(found, n=_longest(own.lists))
 
 

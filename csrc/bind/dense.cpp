@@ -13,6 +13,16 @@ void posterior(const py::tuple& rows, const py::tuple& queries, const py::tuple&
   run(q, [&] { return kernels().posterior(r, q, out, threads); });
 }
 
+// first, end: [b] the segment of the rows that each query sees.
+void posterior_segments(const py::tuple& rows, const py::tuple& queries, uintptr_t first, uintptr_t end,
+                        const py::tuple& sums, int threads) {
+  const Rows r = rows_from(rows);
+  Queries q = queries_from(queries);
+  const Segments of = {pointer<int64_t>(first), pointer<int64_t>(end)};
+  const Sums out = sums_from(sums);
+  run(q, [&] { return kernels().posterior_segments(r, q, of, out, threads); });
+}
+
 void posterior_state(const py::tuple& rows, const py::tuple& queries, const py::tuple& states, int threads) {
   const Rows r = rows_from(rows);
   Queries q = queries_from(queries);
@@ -61,6 +71,8 @@ void nearest(const py::tuple& rows, uintptr_t x, bool f64, int64_t b, int64_t k,
 void bind_dense(py::module_& m) {
   using py::arg;
   m.def("posterior", &posterior, arg("rows"), arg("queries"), arg("sums"), arg("threads"));
+  m.def("posterior_segments", &posterior_segments, arg("rows"), arg("queries"), arg("first"), arg("end"),
+        arg("sums"), arg("threads"));
   m.def("posterior_state", &posterior_state, arg("rows"), arg("queries"), arg("states"), arg("threads"));
   m.def("small_posterior", &small_posterior, arg("rows"), arg("x"), arg("f64"), arg("b"), arg("numbers"),
         arg("bias"), arg("mean"), arg("residual"), arg("columns"), arg("threads"),

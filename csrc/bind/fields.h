@@ -95,7 +95,8 @@ void run(Kernel kernel) {
   if (status & kStopped) throw py::error_already_set();
   if (status == kNotLists)
     throw std::invalid_argument(
-        "start must increase from 0 to the length of index, and index must hold numbers of rows");
+        "start must increase from 0 to the length of index, and index and segments must hold numbers of "
+        "rows");
   if (status != kDone) throw std::bad_alloc();  // MemoryError
 }
 template <class Kernel>

@@ -4,7 +4,15 @@ A new input of the sweep is a field of :class:`Query` or :class:`Rows`; a new ou
 :class:`Sums` or :class:`State`.
 """
 
-from memokern.calls.arguments import WEIGHTINGS, Condition, LogitBounds, Query, RowLists, Rows
+from memokern.calls.arguments import (
+    WEIGHTINGS,
+    Condition,
+    LogitBounds,
+    Query,
+    RowLists,
+    Rows,
+    Segments,
+)
 from memokern.calls.bias import condition_bias, condition_squares, with_own_bias
 from memokern.calls.results import BasicSums, Gradients, Kept, Scan, Sums
 from memokern.calls.state import (
@@ -29,6 +37,7 @@ __all__ = [
     "RowLists",
     "Rows",
     "Scan",
+    "Segments",
     "State",
     "Sums",
     "by_key",

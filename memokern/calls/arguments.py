@@ -149,6 +149,16 @@ class RowLists(NamedTuple):
     index: Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
 
 
+class Segments(NamedTuple):
+    """For each query a segment of the rows: query b sees rows first[b] to end[b] - 1, at least one.
+
+    first, end: [B] int64.
+    """
+
+    first: Tensor
+    end: Tensor
+
+
 class LogitBounds(NamedTuple):
     """What an index knows of the rows and of the queries, and how much weight may be left out.
 

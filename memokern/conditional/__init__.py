@@ -8,7 +8,7 @@ which every backend, regulariser and strategy has. So nothing of size N x B is m
 """
 
 from memokern.conditional.groups import Group, groups
-from memokern.conditional.sweeps import joined, may_list, posterior, put_back
+from memokern.conditional.sweeps import allowed_for, joined, posterior, put_back
 from memokern.conditional.wanted import (
     EVERY_ROW,
     Label,
@@ -22,11 +22,11 @@ __all__ = [
     "Group",
     "Label",
     "Wanted",
+    "allowed_for",
     "count_labels",
     "groups",
     "joined",
     "label_numbers",
-    "may_list",
     "posterior",
     "put_back",
 ]

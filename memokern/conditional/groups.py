@@ -12,7 +12,7 @@ from torch import Tensor
 
 from memokern import ops
 from memokern.calls import Condition, Rows, condition_bias, condition_squares
-from memokern.conditional.lists import of_labels
+from memokern.conditional.lists import NONE, Allowed, of_labels
 from memokern.conditional.wanted import (
     EVERY_ROW,
     Wanted,
@@ -45,6 +45,11 @@ class Group(NamedTuple):
     bias: Tensor | None
     own: Own = NOTHING
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether it has all queries in their order, each with rows of its own."""
+        return self.own.lists is not None or self.own.segments is not None
+
     def total_bias(self, bias: Tensor | None) -> Tensor | None:
         """The bias of these rows, with their part of one for all rows."""
         if bias is None:
@@ -58,11 +63,11 @@ def groups(
     batch: Sequence[int],
     wanted: Wanted,
     together: bool,
-    listable: bool = False,
+    allowed: Allowed = NONE,
 ) -> list[Group]:
     """The queries of a flat batch by their label, in ascending order of that; within a label all
     together, or by what else they ask for. Where they ask for labels alone, nearly as many as there
-    are queries, one group with a list of rows for each, if these are `listable`.
+    are queries, one group in which each has rows of its own, in a way that is allowed.
 
     A gradient for condition or bandwidth, and a transform or compiler, which has no values to
     compare, count as queries that all ask for something else.
@@ -81,11 +86,11 @@ def groups(
         isinstance(data, PartedSet) and parted.is_split(data)
     ):  # of which other ranks may have some
         return []
-    if listable and not apart and labels is not None and wanted.label_alone:
-        lists = of_labels(data, labels)
-        if lists is not None:
-            return [Group(torch.arange(b, device=data.device), data, slice(None), None,
-                          Own(lists=lists))]  # fmt: skip
+    if any(allowed) and not apart and labels is not None and wanted.label_alone:
+        listed = of_labels(data, labels, allowed)
+        if listed is not None:
+            every = torch.arange(b, device=data.device)
+            return [Group(every, listed.data, listed.chosen, None, listed.own)]
     found = []
     for label, of_label in _by_label(data, b, labels):
         index: Tensor | slice = slice(None)

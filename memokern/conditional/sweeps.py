@@ -11,11 +11,14 @@ from torch import Tensor
 
 from memokern import sweep
 from memokern.conditional.groups import Group, groups
+from memokern.conditional.lists import Allowed
 from memokern.conditional.wanted import Wanted
 from memokern.data.parted import PartedSet
 from memokern.data.training_set import TrainingSet
+from memokern.index.index import Index
 from memokern.ops.flat import tensors
 from memokern.results import Certificate, Posterior
+from memokern.strategies import segments
 from memokern.util.torch_internals import traced, under_transform
 from memokern.validate import Asked
 
@@ -39,9 +42,9 @@ def posterior(
         data = TrainingSet(data, check=False)
     apart = isinstance(data, PartedSet)
     batch = asked.batch
-    listable = may_list(asked, options["weighting"], options["certificate"])
     together = sweep.why_in_groups(asked, data, index) is None
-    found = groups(data, batch, wanted, together, listable)
+    allowed = allowed_for(asked, options["weighting"], options["certificate"], index)
+    found = groups(data, batch, wanted, together, allowed)
     s, a, t = asked.sigma, asked.alpha, asked.temperature
     if not found:  # no queries
         return sweep.posterior(x, data, s, a, t, bias, **options)
@@ -63,12 +66,16 @@ def posterior(
     return replace(joined(parts, torch.argsort(torch.cat(order)), batch), x=x)
 
 
-def may_list(asked: Asked, weighting: str, certificate: bool) -> bool:
-    """Whether queries may be answered by lists of rows, whose sums have one weighting, and which
-    neither a transform nor a compiler can make."""
+def allowed_for(asked: Asked, weighting: str, certificate: bool, index: Index | None) -> Allowed:
+    """The ways that are open to queries of different labels: sums over lists of rows have one
+    weighting, and neither a transform nor a compiler can make the lists; sweeps over segments
+    have no derivatives, and are the CPU kernels'."""
     every = tensors(asked.query, asked.data.rows)
-    hidden = under_transform(*every) or traced(*every)
-    return weighting == "gaussian" and not (certificate or hidden)
+    if certificate or under_transform(*every) or traced(*every):
+        return Allowed()
+    return Allowed(
+        weighting == "gaussian", segments.swept(asked.query, asked.data.rows), index is not None
+    )
 
 
 def put_back(values: list[Tensor], back: Tensor, batch: Sequence[int], axis: int) -> Tensor:

@@ -46,6 +46,7 @@ class Derived:
         # The rows of labels that were asked for, and of which labels and weights they are.
         self.classes: dict[int, Any] = {}
         self.class_order: Classes | None = None
+        self.sorted_by_label: Any = None
         self.classes_of: Held | None = None
         self._version = version(rows)
         # The index and norms of a file, while their checksums and those of the rows are not known
@@ -79,7 +80,8 @@ class Derived:
         return rows is self.rows and (known is None or version(rows) in (known, None))
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "classes": {}, "class_order": None, "classes_of": None}
+        return {**self.__dict__, "classes": {}, "class_order": None, "classes_of": None,
+                "sorted_by_label": None}  # fmt: skip
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
@@ -115,6 +117,18 @@ class Derived:
         if self._as_rows is None:
             self._as_rows = Rows(self.rows, self.scale, self.shift, self.center64, self.sq_norms)
         return self._as_rows
+
+    def taken(self, rows: Tensor, chosen: Tensor | slice, index: Index | None = None) -> Derived:
+        """The same about some of the rows, which are given; so may be their part of the index."""
+        norms = self.sq_norms[chosen].contiguous()
+        return Derived(
+            rows, self.scale, self.shift, center=self.center, sq_norms=norms, index=index
+        )
+
+    def forget_classes(self, held: Held) -> None:
+        """Nothing is known of classes any more, of which the labels and weights are `held` now."""
+        self.classes, self.class_order, self.sorted_by_label = {}, None, None
+        self.classes_of = held
 
     @property
     def nbytes(self) -> int:

@@ -278,9 +278,7 @@ class TrainingSet(StoredRows):
         whole = self.index
         if whole is not None:
             taken = whole.take(index, fingerprint(rows, self.scale, self.shift))
-            norms = self.sq_norms[index].contiguous()
-            known: dict[str, Any] = {"sq_norms": norms, "index": taken}
-            part._derived = Derived(part.rows, self.scale, self.shift, **known)
+            part.adopt(self._derived.taken(part.rows, index, taken))
         return part
 
     def _like(self, rows: torch.Tensor, index: Any = slice(None)) -> TrainingSet:
@@ -323,19 +321,28 @@ class TrainingSet(StoredRows):
         """What is kept of the rows, of their labels as they are now."""
         known, mine = self._current(), {name: getattr(self, name) for name in PER_ROW}
         if known.classes_of is None or known.classes_of.changed(mine):
-            known.classes, known.class_order, known.classes_of = {}, None, Held(mine)
+            known.forget_classes(Held(mine))
         return known
 
     @torch.inference_mode(False)
     def by_class(self) -> Classes:
-        """The rows sorted by their labels, which is kept for the next call. ValueError without
-        labels."""
+        """The rows sorted by their labels, kept for the next call. ValueError without labels."""
         known = self._with_classes()
-        if known.class_order is None:
-            if self.labels is None:
-                raise ValueError(NO_LABELS)
-            known.class_order = sorted_by_class(self.labels)
+        if self.labels is None:
+            raise ValueError(NO_LABELS)
+        known.class_order = known.class_order or sorted_by_class(self.labels)
         return known.class_order
+
+    @torch.inference_mode(False)
+    def sorted_by_label(self) -> TrainingSet:
+        """The set in the order of :meth:`by_class`, without an index, kept for the next call."""
+        known, order = self._with_classes(), self.by_class().order
+        if bool((order[1:] > order[:-1]).all()):
+            return self
+        if known.sorted_by_label is None:
+            known.sorted_by_label = made = self._like(self.rows[order], order)
+            made.adopt(known.taken(made.rows, order))
+        return known.sorted_by_label
 
     @torch.inference_mode(False)  # what is kept must serve calls that record a gradient
     def of_label(self, label: int) -> tuple[torch.Tensor, TrainingSet]:
@@ -356,7 +363,7 @@ class TrainingSet(StoredRows):
         if rows is self.rows:
             return self
         moved = self._like(rows)
-        moved._derived = self._current().to(moved.rows)
+        moved.adopt(self._current().to(moved.rows))
         return moved
 
     # --- files --------------------------------------------------------------------------------

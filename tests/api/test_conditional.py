@@ -11,41 +11,28 @@ import memokern
 from memokern import Denoiser, Given, TrainingSet, ops, regularizers, samplers
 from tests import cases, harness
 from tests.cases import F32, F64
-
-N, D, K, B = 60, 5, 2, 6
-
-
-def normal(*shape, seed=0):
-    return cases.normal(*shape, seed=seed)
-
-
-ROWS, CONDITIONS = normal(N, D, seed=1), normal(N, K, seed=2)
-LABELS = torch.arange(N) % 7
-LOG_WEIGHTS = normal(N, seed=3)
-X, SIGMA = normal(B, D, seed=4), 0.3 + torch.rand(B, dtype=F64)
-ASKED = {
-    "label": torch.tensor([3, 0, 3, 6, 0, 3]),
-    "condition": normal(B, K, seed=5)[[0, 1, 0, 2, 3, 0]],
-    "bandwidth": torch.tensor([0.5, 0.2, 0.5, 3.0, 1e-3, 0.7], dtype=F64),
-    "leave_out": torch.tensor([3, 7, 3, -1, 0, 10]),
-}
-CASES = {
-    "label": ("label",),
-    "condition": ("condition", "bandwidth"),
-    "leave-out": ("leave_out",),
-    "all": tuple(ASKED),
-}
+from tests.labelled import (
+    ASKED,
+    CASES,
+    CONDITIONS,
+    LABELS,
+    LOG_WEIGHTS,
+    ROWS,
+    SIGMA,
+    B,
+    D,
+    K,
+    N,
+    X,
+    data_of,
+    normal,
+)
 
 
 @pytest.fixture(params=harness.ON_CPU, autouse=True)
 def backend(request):
     with harness.preferred(request.param):
         yield request.param
-
-
-def data_of(dtype=F64, **more):
-    own = {"labels": LABELS, "conditions": CONDITIONS, "log_weights": LOG_WEIGHTS}
-    return TrainingSet(ROWS.to(dtype), **own | more)
 
 
 def logits(x, sigma, label=None, condition=None, bandwidth=None, leave_out=None):
@@ -140,73 +127,6 @@ def test_gradients(backend):
     one = [v[:1].clone().requires_grad_() for v in (X, ASKED["condition"], ASKED["bandwidth"])]
     assert torch.autograd.gradgradcheck(lambda *v: memokern.posterior(
         v[0], data, 0.7, condition=v[1], bandwidth=v[2]).mean, one)  # fmt: skip
-
-
-def test_many_labels_go_by_lists_with_gradients():
-    data, label = data_of(), torch.arange(6)
-    x = X.clone().requires_grad_()
-    listed = memokern.posterior(x, data, 0.5, label=label)
-    (grad,) = torch.autograd.grad(listed.log_density.sum(), x)
-    for i in range(6):
-        alone = memokern.posterior(X[i : i + 1], data.where(i), 0.5)
-        torch.testing.assert_close(listed.mean[i].detach(), alone.mean[0])
-        torch.testing.assert_close(listed.log_density[i].detach(), alone.log_density[0])
-        torch.testing.assert_close(grad[i], alone.score[0])
-
-
-@pytest.mark.parametrize("reg", [
-    None, regularizers.Tikhonov(0.01), regularizers.GaussianSmoothing(0.1, 4),
-    regularizers.NoiseUnconditioned(),
-], ids=["none", "tikhonov", "smoothing", "log"])  # fmt: skip
-def test_denoisers_of_many_labels_go_by_lists(reg, backend, monkeypatch):
-    """One sweep over lists, where the weighting has them, and what each label alone gives."""
-    data, label = data_of(F32), torch.tensor([4, 0, 5, 1, 4, 6])
-    network, x = Denoiser(data, regularizer=reg), X.float()
-    each = [network.evaluate(x[i : i + 1], SIGMA[i : i + 1], int(label[i])) for i in range(B)]
-    seen, listed = [], ops.posterior_listed
-    monkeypatch.setattr(
-        ops, "posterior_listed", lambda q, *a: seen.append(len(q.x)) or listed(q, *a)
-    )
-    copies = 4 if isinstance(reg, regularizers.GaussianSmoothing) else 1
-    got = network.evaluate(x.reshape(2, 3, D), SIGMA.reshape(2, 3), label.reshape(2, 3))
-    assert seen == ([] if isinstance(reg, regularizers.NoiseUnconditioned) else [copies * B])
-    assert got.posterior.n == 9
-    for i, one in enumerate(each):
-        at = divmod(i, 3)
-        torch.testing.assert_close(got.x0[at], one.x0[0], rtol=1e-5, atol=1e-5)
-        if one.log_potential is not None:
-            want = one.log_potential[0].double()
-            torch.testing.assert_close(got.log_potential[at].double(), want, rtol=1e-5, atol=1e-5)
-        total = got.posterior.log_weight_total.reshape(copies, B)[:, i]
-        torch.testing.assert_close(total, one.posterior.log_weight_total.reshape(copies))
-
-
-def test_lists_of_labels_and_what_has_none(monkeypatch):
-    data, x = data_of(labels=LABELS - 1), X
-    with pytest.raises(ValueError, match="no row has the label 9"):
-        memokern.posterior(x, data, 0.5, label=torch.tensor([0, 1, 2, 3, 4, 9]))
-    label = torch.tensor([5, -1, 2, 3, 4, 0])  # here some rows have the label -1
-    got = memokern.posterior(x, data, 0.5, label=label)
-    one = memokern.posterior(x[1:2], data, 0.5, label=-1)
-    torch.testing.assert_close(got.mean[1], one.mean[0])
-    assert one.n == 9
-    whole = memokern.posterior(x, data_of(), 0.5, label=torch.tensor([5, -1, 2, 3, 4, 0]))
-    torch.testing.assert_close(whole.mean[1], memokern.posterior(x[1], data_of(), 0.5).mean)
-    # Rows without weight, a whole class of them, and weights that have a gradient.
-    none = LOG_WEIGHTS.clone()
-    none[LABELS == 3], none[3::11] = -math.inf, -math.inf
-    bias = torch.zeros(N, dtype=F64, requires_grad=True)
-    found = memokern.posterior(x, data_of(log_weights=none), 0.5, label=torch.arange(6), bias=bias)
-    (grad,) = torch.autograd.grad(found.log_density[[0, 1, 2, 4]].sum(), bias)
-    wanted = torch.zeros(N, dtype=F64)
-    for i in range(6):
-        total = found.log_weight_total[i]
-        torch.testing.assert_close(total, none[i == LABELS].logsumexp(0))
-        if i in (0, 1, 2, 4):
-            own = torch.where(i == LABELS, none, -math.inf)
-            logit = -(x[i] - ROWS).square().sum(1) / 2 / 0.5**2 + own
-            wanted += logit.softmax(0) - own.softmax(0)
-    torch.testing.assert_close(grad, wanted)
 
 
 def sweeps_of(monkeypatch, call):
@@ -383,12 +303,3 @@ def test_conditions_go_where_the_rows_go(tmp_path):
     assert torch.equal(TrainingSet.load(tmp_path / "set.safetensors").conditions, CONDITIONS)
     flat = TrainingSet(ROWS, conditions=normal(N, 2, 3))
     assert flat.conditions.shape == (N, 6) and "conditions" in repr(flat)
-
-
-def test_labels_that_change_are_seen():
-    data = data_of()
-    before = memokern.posterior(X, data, 0.5, label=3, leave_out=-1).mean
-    data.labels[:] = (torch.arange(N) + 1) % 7
-    after = memokern.posterior(X, data, 0.5, label=3, leave_out=-1).mean
-    assert not torch.allclose(before, after)
-    torch.testing.assert_close(after, memokern.posterior(X, data.where(3), 0.5).mean)

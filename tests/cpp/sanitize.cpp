@@ -46,6 +46,30 @@ static int posterior(const Table& table, Problem& p, Watch* watch, int threads, 
   return status;
 }
 
+// Each query sees a segment of its own, but for every third, which shares its neighbour's.
+static int segments(const Table& table, Problem& p, Watch* watch, int threads, Results& out) {
+  Queries q = p.queries;
+  q.watch = watch;
+  q.conditions = {};
+  q.leave_out = nullptr;
+  const int64_t b = q.b, N = p.c.n;
+  Array<int64_t> first(b), end(b);
+  for (int64_t i = 0; i < b; i++) {
+    const int64_t k = i % 3 == 2 ? i - 1 : i;
+    first[i] = k % N;
+    end[i] = k % 2 ? N : first[i] + 1;
+  }
+  const Segments of = {first.data(), end.data()};
+  Vectors mean(b * p.c.d, q.f64), residual(b * p.c.d, q.f64);
+  Doubles stats(4 * b);
+  const Sums sums = {mean.data(), &stats[0], &stats[b], &stats[2 * b], &stats[3 * b], residual.data()};
+  const int status = table.posterior_segments(p.rows, q, of, sums, threads);
+  mean.take(out);
+  residual.take(out);
+  take_array(out, stats);
+  return status;
+}
+
 static int state(const Table& table, Problem& p, Watch* watch, int threads, Results& out) {
   Queries q = p.queries;
   q.watch = watch;
@@ -300,6 +324,7 @@ static void check(const Table& table, const Case& c) {
     Kernel run;
     bool takes;
   } kernels[] = {{"posterior", posterior, true},
+                 {"posterior_segments", segments, true},
                  {"posterior_state", state, true},
                  {"posterior_backward", backward, true},
                  {"nearest", nearest, true},

@@ -5,6 +5,7 @@
 #include "cpu/nearest/nearest-inl.h"
 #include "cpu/posterior/backward_call-inl.h"
 #include "cpu/posterior/posterior-inl.h"
+#include "cpu/posterior/segments-inl.h"
 #include "cpu/pruned/pruned-inl.h"
 
 namespace memokern {
@@ -16,6 +17,7 @@ static const Table kTable = {kAbi,
                              MK_STRING(MEMOKERN_ISA_NS),
                              Vec<float>::W,
                              run_posterior,
+                             run_posterior_segments,
                              run_posterior_state,
                              run_posterior_backward,
                              run_nearest,

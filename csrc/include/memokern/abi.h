@@ -109,6 +109,12 @@ struct RowLists {
   int64_t count;
 };
 
+// For each query a segment of the rows: query i sees rows first[i] .. end[i] - 1.
+struct Segments {
+  const int64_t* first;  // [b]
+  const int64_t* end;    // [b]
+};
+
 // The index of the rows, and the queries in its coordinates (memokern/index): they bound every product.
 struct LogitBounds {
   const float* coarse;   // [n][dims[0] + bands + 1] coordinates, band norms, error of the stored coordinates
@@ -184,6 +190,7 @@ struct Table {
   const char* name;
   int width;  // floats of one vector
   int (*posterior)(const Rows&, const Queries&, const Sums&, int threads);
+  int (*posterior_segments)(const Rows&, const Queries&, const Segments&, const Sums&, int threads);
   int (*posterior_state)(const Rows&, const Queries&, const States&, int threads);
   int (*posterior_backward)(const Rows&, const Queries&, const SumsIn& sums, const SumsIn& grads,
                             const Gradients&, int threads);
@@ -199,11 +206,11 @@ struct Table {
 };
 
 // A number that changes when a struct does, so that a table of another build is refused and not called.
-static constexpr int64_t kAbi = sizeof(Rows) + 3 * sizeof(Queries) + 5 * sizeof(Sums) + 7 * sizeof(SumsIn) +
-                                11 * sizeof(States) + 13 * sizeof(Gradients) + 17 * sizeof(Neighbours) +
-                                19 * sizeof(RowLists) + 23 * sizeof(LogitBounds) + 29 * sizeof(ScanResult) +
-                                31 * sizeof(CosineTransform) + 37 * sizeof(Projected) + 41 * sizeof(Table) +
-                                43 * sizeof(Watch) + 47 * sizeof(SplitCosts) + 53 * sizeof(Pruned);
+static constexpr int64_t kAbi =
+    sizeof(Rows) + 3 * sizeof(Queries) + 5 * sizeof(Sums) + 7 * sizeof(SumsIn) + 11 * sizeof(States) +
+    13 * sizeof(Gradients) + 17 * sizeof(Neighbours) + 19 * sizeof(RowLists) + 23 * sizeof(LogitBounds) +
+    29 * sizeof(ScanResult) + 31 * sizeof(CosineTransform) + 37 * sizeof(Projected) + 41 * sizeof(Table) +
+    43 * sizeof(Watch) + 47 * sizeof(SplitCosts) + 53 * sizeof(Pruned) + 59 * sizeof(Segments);
 
 const Table* table_baseline();
 const Table* table_avx2();

@@ -37,6 +37,8 @@ class Cpu(Backend):
     cosine_projection = CosineProjection
     # The sweep for a few queries, without what checks and converts.
     small_posterior = staticmethod(dense.small_posterior)
+    # Sweeps of queries that each see a segment of the rows, in one call, without derivatives.
+    posterior_segments = staticmethod(dense.posterior_segments)
     # Projection, scan and sums over the lists in one call, without derivatives.
     pruned_posterior = staticmethod(listed.pruned_posterior)
 

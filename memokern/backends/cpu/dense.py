@@ -13,7 +13,7 @@ from memokern.backends.cpu.native import (
     row_types,
     threads,
 )
-from memokern.calls import BasicSums, Gradients, Query, Rows, State, Sums
+from memokern.calls import BasicSums, Gradients, Query, Rows, Segments, State, Sums
 from memokern.calls.checks import check_neighbours, prepared, prepared_x
 
 _F64 = torch.float64
@@ -25,6 +25,19 @@ def posterior(query: Query, rows: Rows) -> Sums:
     native, keep = native_rows(rows)
     sums = empty_sums(q)
     module().posterior(native, native_query(q, rows), addresses(sums), threads())
+    del keep
+    return sums if q.x.dtype == query.x.dtype else in_type(sums, query.x.dtype)
+
+
+def posterior_segments(query: Query, rows: Rows, of: Segments) -> Sums:
+    """The dense sweep of queries that each see a segment of the rows. Neighbouring queries of the
+    same segment share a sweep."""
+    q = prepared(query, rows)
+    native, keep = native_rows(rows)
+    sums, (first, end) = empty_sums(q), (v.contiguous() for v in of)
+    module().posterior_segments(
+        native, native_query(q, rows), first.data_ptr(), end.data_ptr(), addresses(sums), threads()
+    )
     del keep
     return sums if q.x.dtype == query.x.dtype else in_type(sums, query.x.dtype)
 
