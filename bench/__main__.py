@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import memokern
-from bench import images, loops, machine, report
+from bench import images, isas, loops, machine, report
 from memokern.util import writing
 
 HERE = Path(__file__).resolve().parent
@@ -26,6 +26,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("-k", metavar="WORDS", help="pytest's -k: nearest, B64-D3072, memory ...")
     parser.add_argument("--data", help="a file of rows (.npy, .npz, .safetensors)")
     parser.add_argument("--images", help="a file of uint8 images, for the cases of pruning")
+    parser.add_argument("--isa", metavar="NAMES",
+                        help="instruction sets to time ours in beside the one in use, separated by"
+                             " commas (avx2 where that is avx512)")  # fmt: skip
     parser.add_argument("--json", type=Path, help="where the figures go (default: results/)")
     parser.add_argument("--update", type=Path, metavar="FILE",
                         help="only what FILE lacks, or what others disturbed")  # fmt: skip
@@ -72,6 +75,7 @@ def _run(args: argparse.Namespace) -> int:
     options += ["-k", args.k] if args.k else []
     options += [f"--data={Path(args.data).resolve()}"] if args.data else []
     options += [f"--images={Path(args.images).resolve()}"] if args.images else []
+    options += [f"--isa={args.isa}"] if args.isa is not None else []
     print(report.on(machine.describe()), flush=True)
     started = time.time()
     status = int(pytest.main(options))
@@ -101,6 +105,11 @@ def main() -> int:
         except (OSError, TypeError, ValueError) as error:
             print(f"bench: --data {args.data}: {error}", file=sys.stderr)
             return 2
+    try:
+        isas.beside(args.isa)
+    except ValueError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
     if args.images:
         try:
             images.load(args.images)

@@ -19,6 +19,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="a few cases, fewer rounds")
     parser.addoption("--data", help="a file of rows for TrainingSet, in place of random ones")
     parser.addoption("--images", help="a file of uint8 images, in place of synthetic ones")
+    parser.addoption("--isa", help="instruction sets to time beside the one in use")
     parser.addoption("--out", help="where the figures go, as JSON")
     parser.addoption("--keep", help="figures to add to: only what was disturbed is timed again")
 

@@ -18,7 +18,7 @@ def text(result: dict[str, Any]) -> str:
     """One line per case and run, then the targets, memory, accuracy, and what did not run."""
     lines = [
         _machine(result),
-        f"{'case':<34}{'':<11}{'ms':>10}{'times ours':>11}{'error':>9}{'GFLOP/s':>9}{'GB/s':>7}"
+        f"{'case':<34}{'':<18}{'ms':>10}{'times ours':>11}{'error':>9}{'GFLOP/s':>9}{'GB/s':>7}"
         f"{'sgemm':>7}{'read':>7}{'x floor':>9}{'spread':>8}",
     ]
     for case in result["cases"]:
@@ -30,7 +30,7 @@ def text(result: dict[str, Any]) -> str:
                 for k, w in (("sgemm", 7), ("read", 7), ("floor", 9))
             )
             lines.append(
-                f"{case['name']:<34}{name + _mark(run):<11}{f['ms']:>10.4g}"
+                f"{case['name']:<34}{name + _mark(run):<18}{f['ms']:>10.4g}"
                 f"{run['seconds'] / first:>11.2f}{run['error']:>9.0e}{f['gflops']:>9.1f}"
                 f"{f['gbs']:>7.1f}{shares}{run['spread']:>8.2f}"
             )

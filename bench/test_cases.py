@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import cases, images, machine, memory, peers, pruned, runs, timing
+from bench import cases, images, isas, machine, memory, peers, pruned, runs, timing
 from bench.cases import OURS, Case
 
 TOLERANCE = 1e-5  # of our error, relative
@@ -40,7 +40,7 @@ def test_speed(
         kind = "uint8" if case.op == "types" else "float32"
         n = case.n or option("rows")
         rows = cases.read(path) if path else cases.rows(n, case.d, kind)
-        make = runs.maker(case, rows)
+        case, make = isas.with_others(case, runs.maker(case, rows), isas.beside(option("isa")))
     built, errors = runs.build(case, make, skipped)
     for name, error in errors.items():
         assert name in peers.ALL - {OURS} or error < TOLERANCE, (case.name, errors)

@@ -16,6 +16,7 @@ from bench import (
     cases,
     conftest,
     images,
+    isas,
     loops,
     peers,
     pruned,
@@ -27,6 +28,9 @@ from bench import (
     trajectories,
 )
 from bench.__main__ import main as bench_main
+from memokern.backends.cpu import native
+from tests import harness
+from tests import isas as usable_isas
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -66,6 +70,30 @@ def test_the_page_of_figures_has_the_marks_of_its_table():
 @pytest.mark.parametrize("isa, said", [("avx2", "avx2"), (None, "no compiled kernels")])
 def test_the_machine_is_named_with_its_instruction_set(isa, said):
     assert report.on({**MACHINE, "isa": isa}) == f"C, 2 threads, {said}, torch 2"
+
+
+@pytest.mark.skipif("cpu" not in harness.INSTALLED, reason="the compiled module is missing")
+def test_other_instruction_sets_are_runs_of_a_case():
+    module = native.module()
+    before, other = module.isa(), next(iter(usable_isas.others()), None)
+    if other is None:
+        pytest.skip("one instruction set alone runs here")
+    assert isas.beside(f"{other},{before}") == (other,)
+    with pytest.raises(ValueError, match=r"expected --isa as some of .*, got sse9"):
+        isas.beside("sse9")
+    for case, more in ((cases.Case("mean", 2, 8, ("memokern", "sdpa"), n=30), True),
+                       (cases.Case("types", 2, 8, ("float32",), n=30), False)):  # fmt: skip
+        made = runs.maker(case, cases.rows(30, 8, "float32" if more else "uint8"))
+        with_other, make = isas.with_others(case, made, (other,))
+        assert with_other.runs == case.runs + ((f"memokern {other}",) if more else ())
+        used = {}
+        for name in with_other.runs:
+            run = make(name)
+            run.before()
+            used[name] = module.isa()
+            assert run.error(run.call()) < 1e-5
+        assert used == {name: other if other in name else before for name in with_other.runs}
+        module.select_isa(before)
 
 
 @pytest.mark.long
