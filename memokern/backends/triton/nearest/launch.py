@@ -81,7 +81,7 @@ def _with_rows_at_no_distance(dist: Tensor, index: Tensor) -> Tensor:
     that is not finite. Those rows come last, in their order: all others were found, so they are
     what is left of the rows 0, 1, ..., of which k are always enough."""
     k = index.shape[1]
-    found = torch.where(dist < torch.inf, index, k).clamp(max=k)
+    found = torch.where(dist < torch.inf, index, k).clamp(0, k)
     taken = torch.zeros(len(index), k + 1, dtype=torch.bool, device=index.device)
     taken = taken.scatter_(1, found, True)[:, :k]
     left = taken.sort(dim=1, stable=True).indices  # False first
