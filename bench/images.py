@@ -64,6 +64,7 @@ def augmented(images: Tensor, n: int) -> Tensor:
     """[n, C, H, W] uint8: the images, their mirror images, and both moved by some pixels in a
     circle, as many as asked for."""
     moves = [(0, 0), *((i, j) for i in (-2, -1, 1, 2) for j in (-2, -1, 1, 2))]
+    moves += [(i, j) for i in range(-4, 5) for j in range(-4, 5) if (i, j) not in moves]
     parts: list[Tensor] = []
     for move in moves:
         for image in (images, images.flip(-1)):

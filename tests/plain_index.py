@@ -16,6 +16,7 @@ from torch import Tensor
 
 from memokern import TrainingSet
 from memokern.calls import LogitBounds, Query, Rows
+from memokern.index.blocks import excess_of, layout
 from tests import oracle
 
 F32, F64 = torch.float32, torch.float64
@@ -59,6 +60,7 @@ class PlainIndex:
         edges: Sequence[int] = (6, 10),
         storage: torch.dtype = torch.float16,
         basis: str | Tensor = "principal",
+        in_blocks: bool = False,
     ):
         y = oracle.values(rows)
         n, d = y.shape
@@ -80,6 +82,11 @@ class PlainIndex:
         self.sq_norms = yc.square().sum(1)
         self.y_max = yc.norm(dim=1).max().item() * (1 + 1e-6)
         self.n, self.mean_square = n, self.sq_norms.mean().item()
+        self.blocks = None
+        if in_blocks:
+            half = (-0.5 * self.sq_norms).float()
+            excess = excess_of(self.coarse, self.sq_norms)
+            self.blocks = layout(self.coarse, k0, half, excess).blocks(self.coarse)
 
     fingerprint = "plain"
 
@@ -87,7 +94,7 @@ class PlainIndex:
         """The index of some of the rows."""
         part = copy.copy(self)
         part.coarse, part.fine = self.coarse[rows].contiguous(), self.fine[rows].contiguous()
-        part.n, part.fingerprint = len(part.coarse), fingerprint
+        part.n, part.fingerprint, part.blocks = len(part.coarse), fingerprint, None
         return part
 
     def _turned(self, centred: Tensor) -> Tensor:
@@ -125,7 +132,7 @@ class PlainIndex:
         p = self.project(query.x, query.alpha)
         most = self.n if most_listed is None else most_listed
         return LogitBounds(
-            self.coarse, self.fine, *p, self.dims, self.first_band, eps, most
+            self.coarse, self.fine, *p, self.dims, self.first_band, eps, most, self.blocks
         )  # fmt: skip
 
     def rows_with_norms(self, rows: Rows) -> Rows:

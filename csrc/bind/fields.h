@@ -75,8 +75,8 @@ inline RowLists lists_from(const py::tuple& t) {
   return checked(RowLists{f, f, f});
 }
 inline LogitBounds bounds_from(const py::tuple& t) {
-  Fields f(t, "LogitBounds", 13);
-  return checked(LogitBounds{f, f, f, f, f, f, f, f, f, f, f, f, f});
+  Fields f(t, "LogitBounds", 20);
+  return checked(LogitBounds{f, f, f, f, f, f, f, f, f, f, f, f, f, f, f, f, f, f, f, f});
 }
 inline CosineTransform transform_from(const py::tuple& t) {
   Fields f(t, "CosineTransform", 17);

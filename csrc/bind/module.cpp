@@ -37,6 +37,9 @@ PYBIND11_MODULE(_C, m) {
   m.attr("WEIGHTINGS") = codes(kWeightings);
   m.attr("PROJECTION_SIDE") = kProjectionSide;
   m.attr("MOST_LEVELS") = kMostLevels;
+  m.attr("BLOCK_ROWS") = kBlockRows;
+  m.attr("PANEL_BLOCKS") = kPanelBlocks;
+  m.attr("BOX_COORDINATES") = kBoxCoordinates;
   bind_dense(m);
   bind_listed(m);
 }

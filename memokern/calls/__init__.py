@@ -6,6 +6,7 @@ A new input of the sweep is a field of :class:`Query` or :class:`Rows`; a new ou
 
 from memokern.calls.arguments import (
     WEIGHTINGS,
+    Blocks,
     Condition,
     LogitBounds,
     Query,
@@ -29,6 +30,7 @@ from memokern.calls.state import (
 __all__ = [
     "WEIGHTINGS",
     "BasicSums",
+    "Blocks",
     "Condition",
     "Gradients",
     "Kept",

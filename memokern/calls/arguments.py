@@ -159,6 +159,24 @@ class Segments(NamedTuple):
     end: Tensor
 
 
+class Blocks(NamedTuple):
+    """Rows in blocks of rows that lie near each other, as :mod:`memokern.index.blocks` makes them.
+
+    order: [N] int32, the rows block by block. coarse: what :class:`LogitBounds` has of them, and
+    half: [N] float32, -|y - center|^2 / 2, both in this order. boxes: [panels, box, 2, 16] float32,
+    the least and the largest of the `box` numbers of each of 16 blocks; hulls: the same of the rows
+    of 16 panels each. excess: the most that the squares of a row's numbers at level 0 exceed
+    |y - center|^2 by.
+    """
+
+    order: Tensor
+    coarse: Tensor
+    half: Tensor
+    boxes: Tensor
+    hulls: Tensor
+    excess: float
+
+
 class LogitBounds(NamedTuple):
     """What an index knows of the rows and of the queries, and how much weight may be left out.
 
@@ -166,7 +184,9 @@ class LogitBounds(NamedTuple):
     as in :class:`memokern.index.projection.Projected`.
     eps: the share of the weight that the rows left out may carry, in (0, 1).
     most_listed: the number of rows whose list costs as much as one more query in a dense sweep; a
-    query of which more rows are left is given up.
+    query of which more rows are left is given up. reading: what a sweep costs beside its queries,
+    in queries; a backend may do without a sweep where it saves less.
+    blocks: by which a backend may exclude rows faster, or None.
     """
 
     coarse: Tensor
@@ -179,3 +199,5 @@ class LogitBounds(NamedTuple):
     first_band: tuple[int, ...]
     eps: float
     most_listed: int
+    blocks: Blocks | None = None
+    reading: float = 2.0

@@ -7,12 +7,23 @@ import math
 import torch
 from torch import Tensor
 
-from memokern.calls.arguments import WEIGHTINGS, Condition, LogitBounds, Query, RowLists, Rows
+from memokern.calls.arguments import (
+    WEIGHTINGS,
+    Blocks,
+    Condition,
+    LogitBounds,
+    Query,
+    RowLists,
+    Rows,
+)
 
 F64 = torch.float64
 ROW_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.uint8)
 # The rounding that the bounds of a scan allow for is that of so many levels.
 MOST_LEVELS = 16
+# Of the blocks of an index, as csrc/include/memokern/constants.h has them: rows of a block, blocks
+# of a panel, leading coordinates that a box bounds one by one.
+BLOCK_ROWS, PANEL_BLOCKS, BOX_COORDINATES = 24, 16, 16
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -166,6 +177,8 @@ def prepared_bounds(bounds: LogitBounds, b: int, rows: Rows) -> LogitBounds:
     """The bounds, contiguous; ValueError unless they fit b queries and the rows, and each other."""
     dims, bands = bounds.dims, bands_of(bounds)
     check_eps(rows.n, bounds.eps, bounds.most_listed)
+    if not bounds.reading >= 0:
+        raise ValueError(f"reading must be at least 0, not {bounds.reading}")
     f32, kept = torch.float32, dims[-1]
     return bounds._replace(
         coarse=shaped("coarse", bounds.coarse, (rows.n, dims[0] + bands + 1), f32),
@@ -175,6 +188,39 @@ def prepared_bounds(bounds: LogitBounds, b: int, rows: Rows) -> LogitBounds:
         margin=shaped("margin", bounds.margin, (b,), F64),
         sq=shaped("sq", bounds.sq, (b,), F64),
         most_listed=min(bounds.most_listed, rows.n),
+        blocks=prepared_blocks(bounds.blocks, rows.n, dims[0], bands),
+    )
+
+
+def box_numbers(k0: int, bands: int) -> int:
+    """The numbers of a box: leading coordinates, the norm of the others, and norms of bands."""
+    return min(k0, BOX_COORDINATES) + (k0 > BOX_COORDINATES) + bands
+
+
+def prepared_blocks(blocks: Blocks | None, n: int, k0: int, bands: int) -> Blocks | None:
+    """The blocks, contiguous; ValueError unless they fit n rows with such a level 0."""
+    if blocks is None:
+        return None
+    order, coarse, half, boxes, hulls, excess = blocks
+    return Blocks(
+        shaped("order", order, (n,), torch.int32),
+        shaped("coarse", coarse, (n, k0 + bands + 1), torch.float32),
+        shaped("half", half, (n,), torch.float32),
+        *prepared_boxes(boxes, hulls, n, k0, bands),
+        float(excess),
+    )
+
+
+def prepared_boxes(
+    boxes: Tensor, hulls: Tensor, n: int, k0: int, bands: int
+) -> tuple[Tensor, Tensor]:
+    """The boxes of the blocks of n rows, and those of their panels."""
+    box = box_numbers(k0, bands)
+    panels = -(-n // (BLOCK_ROWS * PANEL_BLOCKS))
+    groups = -(-panels // PANEL_BLOCKS)
+    return (
+        shaped("boxes", boxes, (panels, box, 2, PANEL_BLOCKS), torch.float32),
+        shaped("hulls", hulls, (groups, box, 2, PANEL_BLOCKS), torch.float32),
     )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from memokern.calls import Rows
+from memokern.calls.checks import BLOCK_ROWS, box_numbers
 from memokern.calls.values import dequantized
 from memokern.index.basis import (
     FIT_ROWS,
@@ -22,6 +23,7 @@ from memokern.index.basis import (
     image_shape,
     is_image,
 )
+from memokern.index.blocks import excess_of, worth_layout
 from memokern.index.checksum import checksum
 from memokern.index.index import STORAGES, VERSION, Index, evenly_spaced_rows, fingerprint
 from memokern.index.projection import U64, band_indicator, band_norms, rounded_up
@@ -193,6 +195,8 @@ def build(
                         kept.note(part.stop)
         if kept is not None and first < n:
             kept.note(n, True)
+        half = (-0.5 * sq_norms).to(torch.float32)
+        layout = worth_layout(coarse, k0, half, excess_of(coarse, sq_norms))
     return Index(
         fitted,
         levels,
@@ -203,6 +207,7 @@ def build(
         y_max=y_max + value_error,
         row_error=relative * (y_max + value_error) + value_error,
         fingerprint=source.fingerprint,
+        layout=layout,
     )
 
 
@@ -261,15 +266,17 @@ def default_levels(dim: int) -> list[int]:
 
 
 def bytes_per_row(levels: Sequence[int], dim: int) -> int:
-    """What an index with these levels keeps of a row of so many features, with float16.
+    """What an index with these levels keeps of a row of so many features, with float16: level 0
+    twice, in the order of the rows and in that of blocks.
 
     Example:
         >>> from memokern.index.build import bytes_per_row
         >>> bytes_per_row([32, 64, 128], 3072), bytes_per_row([32, 64, 128, 256, 512], 3072)
-        (348, 1120)
+        (519, 1296)
     """
     bands = len(_edges(levels, dim)) - 1
-    return 4 * (levels[0] + bands + 1) + 2 * (levels[-1] - levels[0])
+    boxes = 8 * box_numbers(levels[0], bands) // BLOCK_ROWS
+    return 8 * (levels[0] + bands + 1) + 8 + boxes + 2 * (levels[-1] - levels[0])
 
 
 def _levels(dims: Sequence[int] | None, dim: int) -> list[int]:

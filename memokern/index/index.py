@@ -25,12 +25,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memokern.calls import Blocks
 from memokern.index.basis import Cosine, Principal, from_state
+from memokern.index.blocks import Layout, worth_layout
 from memokern.index.checksum import sealed
 from memokern.index.projection import Projected, Projector
 from memokern.util.text import byte_size
 
 VERSION = 3
+LAYOUT_TENSORS = ("order", "half", "boxes", "hulls")
 AT_ONCE = 1 << 14  # rows that are summed together
 # What to do with an index that cannot be used.
 REBUILD_HINT = "load with index=False, then build_index() anew"
@@ -62,7 +65,7 @@ class Index:
         >>> from memokern.data.training_set import TrainingSet
         >>> index = TrainingSet.digits().build_index().index
         >>> index
-        Index(dct: 1797 rows, 32 to 64 of 64 dimensions, 1 band, float16, 360.2 kB, cpu)
+        Index(dct: 1797 rows, 32 to 64 of 64 dimensions, 1 band, float16, 632.8 kB, cpu)
         >>> index.coarse.shape, index.fine.shape, index.first_band
         (torch.Size([1797, 34]), torch.Size([1797, 32]), (0, 1))
     """
@@ -79,6 +82,7 @@ class Index:
         y_max: float,
         row_error: float,
         fingerprint: str,
+        layout: Layout | None = None,
     ) -> None:
         self._basis = basis
         self.basis = basis.name
@@ -87,6 +91,7 @@ class Index:
         self.first_band = tuple(self.edges.index(k) for k in self.dims)
         self.coarse, self.fine, self.center = coarse, fine, center
         self.y_max, self.row_error, self.fingerprint = y_max, row_error, fingerprint
+        self._layout = layout
         last = self.dims[-1]
         self._projector = Projector(basis, center, last, self.edges, y_max, row_error)
 
@@ -118,10 +123,18 @@ class Index:
         parts = (part.to(torch.float64).square().sum() for part in held.split(AT_ONCE))
         return float(sum(parts, torch.zeros((), device=self.device))) / max(1, self.n)
 
+    @functools.cached_property
+    def blocks(self) -> Blocks | None:
+        """Rows near each other, by which the CPU's scan excludes many at once; None on other
+        devices, for few rows, and in an index that an earlier version wrote."""
+        return None if self._layout is None else self._layout.blocks(self.coarse)
+
     @property
     def nbytes(self) -> int:
         """Bytes of the coordinates and norms of the rows, and of the basis."""
-        held = (self.coarse, self.fine, self.center, *self._basis.state().values())
+        held = [self.coarse, self.fine, self.center, *self._basis.state().values()]
+        if self._layout is not None:
+            held += [*self._layout[:-1], self.coarse]  # and its copy
         return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
     def __repr__(self) -> str:
@@ -145,14 +158,20 @@ class Index:
             y_max=self.y_max,
             row_error=self.row_error,
             fingerprint=self.fingerprint,
+            layout=self._layout if device.type == "cpu" else None,
         )
 
     def take(self, rows: Tensor | slice, fingerprint: str) -> Index:
         """The index of some of the rows, chosen by index or slice. Its center stays that of all
         rows: the bounds hold for any center."""
         part = copy.copy(self)
+        part.__dict__.pop("blocks", None)
+        part.__dict__.pop("mean_square", None)
         part.coarse, part.fine = (v[rows].contiguous() for v in (self.coarse, self.fine))
         part.fingerprint = fingerprint
+        if self._layout is not None:
+            half = self._layout.half_by_row()[rows]
+            part._layout = worth_layout(part.coarse, self.dims[0], half, self._layout.excess)
         return part
 
     @torch.no_grad()
@@ -202,6 +221,9 @@ class Index:
         }
         tensors = {"coarse": self.coarse, "fine": self.fine, "center": self.center}
         tensors["sq_norms"] = sq_norms
+        if self._layout is not None:
+            described["excess"] = self._layout.excess
+            tensors |= {name: getattr(self._layout, name) for name in LAYOUT_TENSORS}
         basis = {f"basis.{name}": tensor for name, tensor in self._basis.state().items()}
         return sealed(described, tensors | basis, rows), tensors | basis
 
@@ -227,6 +249,8 @@ class Index:
         )
         if not fits:
             raise ValueError("its parts do not fit each other, or the rows")
+        if self._layout is not None:
+            self._layout.require_consistent(self.n, k0, self.bands)
 
     def require_match(self, rows: Tensor, scale: float, shift: float) -> None:
         """ValueError unless the index was built on these rows [N, D]: their number, type, scale and
@@ -254,6 +278,10 @@ def restored(
                 f"expected version {VERSION}, got {version!r}: another memokern wrote it"
             )
         state = {name[6:]: part for name, part in tensors.items() if name.startswith("basis.")}
+        layout = None
+        if "excess" in found:
+            parts = [tensors[name] for name in LAYOUT_TENSORS]
+            layout = Layout._make([*parts, float(found["excess"])])
         index = Index(
             from_state(found["basis"], state, shape),
             [int(k) for k in found["dims"]],
@@ -264,6 +292,7 @@ def restored(
             y_max=float(found["y_max"]),
             row_error=float(found["row_error"]),
             fingerprint=str(found["fingerprint"]),
+            layout=layout,
         )
         index._require_consistent(math.prod(shape))
         sq_norms = tensors["sq_norms"]

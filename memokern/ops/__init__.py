@@ -32,7 +32,7 @@ from torch import Tensor
 from memokern.backends.protocol import Backend, Call, choose
 from memokern.calls import LogitBounds, Query, RowLists, Rows, Scan, State, Sums
 from memokern.ops import dense, listed, neighbours
-from memokern.ops.flat import flat, tensors
+from memokern.ops.flat import flat, flat_bounds, tensors
 from memokern.ops.registration import OPS
 from memokern.util.torch_internals import primal, under_transform, undispatched
 
@@ -92,7 +92,7 @@ def bound_scan(query: Query, rows: Rows, bounds: LogitBounds) -> Scan:
     if backend is not None:
         scan = backend.bound_scan(query, rows, bounds)
         return scan._replace(threshold=primal(scan.threshold))
-    start, index, threshold, level = OPS.bound_scan(*flat(query, rows), *bounds)
+    start, index, threshold, level = OPS.bound_scan(*flat(query, rows), *flat_bounds(bounds))
     return Scan(RowLists(start, index), threshold, level)
 
 

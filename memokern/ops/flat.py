@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from memokern.calls import Condition, Query, Rows
+from memokern.calls import Blocks, Condition, LogitBounds, Query, Rows
 
 # The first arguments of every operation but `nearest`; the tensors among them come first.
 PREFIX = (
@@ -48,6 +48,21 @@ def flat(query: Query, rows: Rows) -> tuple[Any, ...]:
         query.weighting,
         query.precision,
     )
+
+
+def flat_bounds(bounds: LogitBounds) -> tuple[Any, ...]:
+    """The arguments of `bound_scan` beyond those of :data:`PREFIX`."""
+    blocks = bounds.blocks or (None, None, None, None, None, 0.0)
+    return (*bounds[:10], *blocks, bounds.reading)
+
+
+def bounds_of(args: tuple[Any, ...]) -> LogitBounds:
+    """The bounds in the arguments of `bound_scan`."""
+    *tensors, dims, first_band, eps, most_listed = args[WIDTH : WIDTH + 10]
+    *given, reading = args[WIDTH + 10 :]
+    blocks = None if given[0] is None else Blocks._make(given)
+    levels = [tuple(dims), tuple(first_band)]
+    return LogitBounds._make([*tensors, *levels, eps, most_listed, blocks, reading])
 
 
 def query_of(args: tuple[Any, ...]) -> Query:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from memokern.backends.protocol import Call, choose
-from memokern.calls import BasicSums, Gradients, LogitBounds, RowLists, Sums
+from memokern.calls import BasicSums, Gradients, RowLists, Sums
 from memokern.ops.dense import (
     fake_double_backward,
     fake_gradients,
@@ -24,6 +24,7 @@ from memokern.ops.flat import (
     SUMS,
     TENSORS,
     WIDTH,
+    bounds_of,
     query_of,
     rows_of,
 )
@@ -41,16 +42,16 @@ from memokern.ops.registration import (
 _LISTS = "Tensor start, Tensor index"
 _BOUNDS = (
     "Tensor coarse, Tensor fine, Tensor z, Tensor norms, Tensor margin, Tensor sq, int[] dims,"
-    " int[] first_band, float eps, int most_listed"
+    " int[] first_band, float eps, int most_listed, Tensor? order,"
+    " Tensor? ordered, Tensor? half, Tensor? boxes, Tensor? hulls, float excess,"
+    " float reading"
 )
 _AFTER_LISTS = WIDTH + 2
 
 
 def _bound_scan(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *tensors, dims, first_band, eps, most_listed = args[WIDTH:]
-    bounds = LogitBounds._make([*tensors, tuple(dims), tuple(first_band), eps, most_listed])
     backend = choose("bound_scan", Call.of(args[0], args[1]))
-    scan = backend.bound_scan(query_of(args), rows_of(args), bounds)
+    scan = backend.bound_scan(query_of(args), rows_of(args), bounds_of(args))
     return scan.lists.start, scan.lists.index, scan.threshold, scan.level
 
 

@@ -35,6 +35,8 @@ from memokern.util.warned import warn
 # data, is then below what the sweep's own rounding promises (1e-5 of the mean in float32) or, in
 # float64, does (1e-13). Smaller is cheap: the rows kept are those within log(N / eps) of the best.
 EPS = {torch.float32: 1e-6, torch.float64: 1e-14}
+# Queries that the backend's own call projects.
+_NOT_YET = Projected(*[torch.empty(0, device="cpu")] * 4)
 # Of the mean squared distance of two rows. CIFAR-10: sigma = 3.6; from 3 on pruning never pays.
 HOPELESS = 0.4
 
@@ -116,12 +118,12 @@ def _in_one_call(
     if projection is None:
         projected = index.project(query.x, query.alpha)
     else:
-        projected = Projected(*[query.x.new_empty(0)] * 4)
+        projected = _NOT_YET
     most_listed, prices = n, None
     if costs is not None:
         most_listed = _most_listed(n, costs)
         prices = (costs.listed, n * costs.row, n * costs.query)
-    bounds = _bounds(index, projected, eps, most_listed)
+    bounds = _bounds(index, projected, eps, most_listed, costs)
     sums, kept, swept = run(query, rows, bounds, projection, prices)
     if swept == len(query.x):
         return ops.posterior(query, rows), kept
@@ -140,7 +142,8 @@ def _scanned(
     with torch.no_grad():
         most_listed = n if costs is None else _most_listed(n, costs)
         projected = index.project(query.x, query.alpha)
-        scan = scan_index(query, rows, index, projected, eps, most_listed)
+        bounds = _bounds(index, projected, eps, most_listed, costs)
+        scan = ops.bound_scan(query, rows, bounds)
         return scan, _swept_densely(scan, n, costs)
 
 
@@ -172,7 +175,10 @@ def scan_index(
     return ops.bound_scan(query, rows, _bounds(index, projected, eps, most_listed))
 
 
-def _bounds(index: Index, projected: Projected, eps: float, most_listed: int) -> LogitBounds:
+def _bounds(
+    index: Index, projected: Projected, eps: float, most_listed: int, costs: Costs | None = None
+) -> LogitBounds:
+    reading = () if costs is None else (costs.row / costs.query,)
     return LogitBounds(
         index.coarse,
         index.fine,
@@ -184,6 +190,8 @@ def _bounds(index: Index, projected: Projected, eps: float, most_listed: int) ->
         index.first_band,
         eps,
         most_listed,
+        index.blocks,
+        *reading,
     )
 
 
@@ -209,8 +217,13 @@ def _hopeless(query: Query, index: Index, eps: float) -> bool:
     """Whether the noise is such, for all queries, that rows at a common distance from each other
     have weight: all within 2 sigma^2 T log(N / eps) of the nearest |x - alpha y|^2 are kept,
     whatever is proven."""
-    noise = (query.sigma / query.alpha).square() * query.temperature
-    return float(noise.detach().min()) * math.log(index.n / eps) > HOPELESS * index.mean_square
+    sigma, alpha, temperature = query.sigma, query.alpha, query.temperature
+    if len(sigma) == 1:  # Python is faster than four operations of PyTorch
+        ratio = sigma.item() / alpha.item() if alpha.item() else math.inf
+        noise = ratio * ratio * temperature.item()
+    else:
+        noise = float(((sigma / alpha).square() * temperature).detach().min())
+    return noise * math.log(index.n / eps) > HOPELESS * index.mean_square
 
 
 def hopeless(query: Query, rows: Rows, index: Index) -> bool:

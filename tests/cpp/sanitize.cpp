@@ -156,6 +156,32 @@ static int nearest(const Table& table, Problem& p, Watch* watch, int threads, Re
   return status;
 }
 
+// Blocks of rows as they lie, and of panels, with the boxes that hold them: [2][numbers] of each.
+static void fill_boxes(const Array<float>& coarse, int64_t n, int64_t stride, int64_t single, int64_t k0,
+                       int64_t rows, Array<float>& boxes) {
+  const int64_t box = single + (k0 > single) + stride - 1 - k0;
+  for (int64_t block = 0; block * rows < n; block++) {
+    for (int64_t k = 0; k < box; k++) {
+      double low = INFINITY, high = -INFINITY;
+      for (int64_t i = block * rows; i < std::min(n, (block + 1) * rows); i++) {
+        const float* y = coarse.data() + i * stride;
+        double v = 0;
+        if (k < single)
+          v = y[k];
+        else if (k0 > single && k == single)
+          for (int64_t j = single; j < k0; j++) v = std::hypot(v, y[j]);
+        else
+          v = y[k0 + k - single - (k0 > single)];
+        low = std::min(low, v);
+        high = std::max(high, v);
+      }
+      float* at = boxes.data() + (block / kPanelBlocks * box + k) * 2 * kPanelBlocks + block % kPanelBlocks;
+      at[0] = (float)(low - 1e-6 * std::fabs(low));
+      at[kPanelBlocks] = (float)(high + 1e-6 * std::fabs(high));
+    }
+  }
+}
+
 // An index whose coordinates are the features themselves: levels, bands between them, and the rest.
 static int scan(const Table& table, Problem& p, Watch* watch, int threads, Results& out) {
   const int64_t D = p.c.d, K[] = {D / 4, D / 2, D / 2 + D / 8}, first[] = {0, 1, 2},
@@ -209,6 +235,25 @@ static int scan(const Table& table, Problem& p, Watch* watch, int threads, Resul
   rows.sq_norms = p.sq_norms.data();
   Queries q = p.queries;
   q.watch = watch;
+  const int64_t blocks = (n + kBlockRows - 1) / kBlockRows,
+                panels = (blocks + kPanelBlocks - 1) / kPanelBlocks,
+                groups = (panels + kPanelBlocks - 1) / kPanelBlocks,
+                single = std::min<int64_t>(K[0], kBoxCoordinates), box = single + (K[0] > single) + bands;
+  Array<float> boxes(panels * box * 2 * kPanelBlocks), hulls(groups * box * 2 * kPanelBlocks), minus_half(n);
+  for (int64_t i = 0; i < boxes.n; i++) boxes.data()[i] = INFINITY;
+  for (int64_t i = 0; i < hulls.n; i++) hulls.data()[i] = INFINITY;
+  Array<int32_t> order(n);
+  double excess = 0;
+  for (int64_t i = 0; i < n; i++) {
+    double sum = 0;
+    for (int64_t k = 0; k + 1 < stride; k++) sum += std::pow((double)coarse[i * stride + k], 2);
+    excess = std::max(excess, sum - p.sq_norms[i]);
+    order[i] = (int32_t)i;
+    minus_half[i] = (float)(-0.5 * p.sq_norms[i]);
+  }
+  fill_boxes(coarse, n, stride, single, K[0], kBlockRows, boxes);
+  fill_boxes(coarse, n, stride, single, K[0], kBlockRows * kPanelBlocks, hulls);
+  const bool in_blocks = b % 3 != 0;
   const LogitBounds known = {coarse.data(),
                              half ? (const void*)fine16.data() : (const void*)fine32.data(),
                              half,
@@ -221,7 +266,14 @@ static int scan(const Table& table, Problem& p, Watch* watch, int threads, Resul
                              3,
                              bands,
                              1e-6,
-                             p.c.n > 1000 ? n / 8 : n};
+                             p.c.n > 1000 ? n / 8 : n,
+                             2,
+                             in_blocks ? order.data() : nullptr,
+                             coarse.data(),
+                             minus_half.data(),
+                             boxes.data(),
+                             hulls.data(),
+                             excess};
   Array<int64_t> start(b + 1), level(b);
   ScanResult found = {start.data(), threshold.data(), level.data(), nullptr};
   const int status = table.bound_scan(rows, q, known, found, threads);

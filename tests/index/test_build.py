@@ -57,7 +57,7 @@ def test_build_returns_the_set_and_says_so():
     assert data.build_index() is data
     assert ", dct index, cpu)" in repr(data)
     assert repr(data.index) == (
-        "Index(dct: 1797 rows, 32 to 64 of 64 dimensions, 1 band, float16, 360.2 kB, cpu)"
+        "Index(dct: 1797 rows, 32 to 64 of 64 dimensions, 1 band, float16, 632.8 kB, cpu)"
     )
     assert data.nbytes == before + 1797 * 8 + 64 * 4 + data.index.nbytes
 

@@ -113,12 +113,13 @@ def test_opcheck_of_listed_rows(dtype: torch.dtype, bias: str | None, backend: s
     opcheck(OPS.posterior_listed_double_backward.default, double, test_utils=NO_DERIVATIVE)
 
 
-def indexed(storage: torch.dtype = F16) -> tuple[Query, Rows, tuple]:
+def indexed(storage: torch.dtype = F16) -> tuple[Query, Rows, LogitBounds]:
     """Queries, rows and the bounds that bound_scan is given of them."""
     data = (cases.normal(60, 16, seed=5) * torch.logspace(0, -1, 16)).float()
     rows = cases.with_norms(Rows(data))
     query = query_of(data[:3].clone(), 0.2, bias=cases.normal(60))
-    return query, rows, PlainIndex(rows, storage=storage).bounds(query)
+    index = PlainIndex(rows, storage=storage, in_blocks=storage == F32)
+    return query, rows, index.bounds(query)
 
 
 @pytest.mark.parametrize("storage", [F16, F32], ids=["float16", "float32"])
@@ -127,7 +128,7 @@ def test_opcheck_of_the_scan(storage: torch.dtype, backend: str) -> None:
     if backend == "triton" and storage == F32:
         pytest.skip("one is enough where kernels are slow")
     query, rows, bounds = indexed(storage)
-    flat = [list(v) if isinstance(v, tuple) else v for v in bounds]
+    flat = [list(v) if isinstance(v, tuple) else v for v in ops.flat_bounds(bounds)]
     args = (*ops.flat(leaves(query), rows), *flat)
     opcheck(OPS.bound_scan.default, args)
     assert not any(v.requires_grad for v in OPS.bound_scan(*args))
@@ -380,10 +381,10 @@ def test_a_data_set_of_uint8_goes_through_with_its_unit(backend: str) -> None:
 def test_a_choice_of_rows_has_no_tangent(backend: str) -> None:
     """bound_scan chooses: of a query with a tangent it says the same, without one."""
     query, rows, bounds = indexed()
-    want = ops.bound_scan(query, rows, LogitBounds(*bounds))
+    want = ops.bound_scan(query, rows, bounds)
     with forward_ad.dual_level():
         x = forward_ad.make_dual(query.x, torch.ones_like(query.x))
-        got = ops.bound_scan(query._replace(x=x), rows, LogitBounds(*bounds))
+        got = ops.bound_scan(query._replace(x=x), rows, bounds)
         assert forward_ad.unpack_dual(got.threshold).tangent is None
     torch.testing.assert_close(got.threshold, want.threshold, rtol=1e-5, atol=1e-5)
 
@@ -395,7 +396,7 @@ def test_selected_rows_have_the_gaussian_weighting_only(name: str) -> None:
     lists = RowLists(torch.tensor([0, 1, 2, 3]), torch.tensor([0, 1, 2]))
     with harness.named(name):
         for call in (
-            lambda: ops.bound_scan(query, rows, LogitBounds(*bounds)),
+            lambda: ops.bound_scan(query, rows, bounds),
             lambda: ops.posterior_listed(query, rows, lists),
         ):
             with pytest.raises(ValueError, match='the weighting "gaussian" only'):

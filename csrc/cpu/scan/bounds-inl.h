@@ -23,8 +23,8 @@ enum {
   SCAN_TILE_NUMBERS = 4096,        // of that tile, about: with a panel of queries and bounds they stay in L1
   SCAN_LIST_ROWS = 4096,           // that any list may grow to before it is cut down
   LOOK_COORDINATES = 16,           // of the first look
-  SAMPLE_ROWS = 256,               // that show how long a list would be
-  READING_COST = 2,                // of all rows for a sweep, in queries of that sweep, about
+  SAMPLE_ROWS = 256,               // that show how long a list would be,
+  SAMPLE_LEVELS = 64,              // and of those that level 0 leaves so many what the other levels leave
   WORTH_EVALUATING = 24            // rows: a longer list pays for an exact logit, or a full product
 };
 // A listed row costs about kListedCycles for each feature. As shares of that, the full product costs
@@ -35,6 +35,10 @@ static const double kListedCycles = 1.3, kFullProductShare = 0.09, kRowShare = 0
 // A list's length, as a share of what it was expected to be, once the whole index has shown better rows than
 // the first look did. It comes from images that were held out, at sigma = 1.9 to 3.3.
 static const double kBetterRows = 0.5;
+// Where queries have more than this share of the blocks left, all rows are read as they lie: the queries that
+// have a block left are fewer than a vector holds, or one by one. On CIFAR-10 both ways take as long at 0.3
+// to 0.4 of the blocks.
+static const double kBlocksWorth = 0.3;
 // How much the bands count in a guess of s_n, against the coordinates. Bounds alone prefer rows of large
 // norm, coordinates alone those of small norm. On CIFAR-10 with 32 coordinates, 0.15 to 0.3 find the best row
 // for at least 58 of 64 queries up to sigma = 1.1, and for 52 at 1.9.
@@ -118,8 +122,17 @@ struct ScanCall {
   float* sample;  // [SAMPLE_ROWS][stride] some rows of the index, or null: no list can become too long
   List* lists;    // [parts][b]
   bool no_bias;
+  bool in_blocks;                   // the index has blocks, and there is no bias, which boxes know nothing of
+  int64_t all_blocks, panels, box;  // of the rows; numbers of a box
+  float* w;                         // [b][box] the queries as boxes take them
+  double* box_q;                    // [b] q of blocks-inl.h
+  float* left;                      // [b] the share of the blocks that is left, about
 
   int64_t sampled(int64_t j) const { return N * j / SAMPLE_ROWS; }
+  int64_t rows_of_block(int64_t block) const { return imin(kBlockRows, N - block * kBlockRows); }
+  // Whether a sample is worth its time: a query with few blocks left has no long list.
+  bool may_be_long(int64_t b) const { return !in_blocks || left[b] >= kBlocksWorth; }
+  const float* rows_from(int64_t block) const { return bound->ordered + block * kBlockRows * stride; }
   double bias(int64_t n) const { return no_bias ? 0 : in->bias[n]; }
   // A proven lower bound of s_n - |xc|^2 / 2: the direct difference, less its own rounding.
   double evaluate(int64_t b, int64_t n) const {

@@ -7,41 +7,49 @@
 namespace memokern {
 namespace MEMOKERN_ISA_NS {
 
+// Evaluates the most promising of cnt rows that query i, which has lane `lane` of q, was just bounded for, if
+// it promises more than those before. id(j) is the number of row j.
+template <class Id>
+static void try_best(ScanTask& t, const Lanes& q, int64_t lane, int64_t i, const float* rows, int64_t cnt,
+                     const Id& id) {
+  const ScanCall& s = *t.s;
+  const ScanQuery& query = s.q[t.order[i]];
+  List& l = t.lists[t.order[i]];
+  if (!(q.best[lane] > t.top[i]) || !query.active || l.given_up) return;
+  const int64_t from = q.where[lane], to = imin(from + (int64_t)ROW_UNIT, cnt);
+  float highest = (float)-kInf;  // of the bounds in the block of rows: none of them may be better
+  for (int64_t j = from; j < to; j++)
+    if (t.p[j * q.Bp + lane] > highest) highest = t.p[j * q.Bp + lane];
+  if (highest < q.least[lane]) return;
+  t.top[i] = q.best[lane];
+  int64_t n = -1;
+  float most = (float)-kInf, bound = 0;
+  for (int64_t j = from; j < to; j++) {
+    const float product = segment(rows + j * s.stride, t.z + i * (s.k0 + s.bands), s.k0);
+    const float alone = product + q.a2[lane] * t.h[j] + (s.no_bias ? 0 : q.s2[lane] * t.bias[j]);
+    const float guess = (1 - kBandsInGuess) * alone + kBandsInGuess * t.p[j * q.Bp + lane];
+    if (!(guess > most)) continue;
+    most = guess;
+    bound = t.p[j * q.Bp + lane];
+    n = id(j);
+  }
+  if (n < 0) return;
+  if (bound < query.least(l.best)) return;  // it cannot be better
+  s.consider(t.order[i], n, l);
+  if (l.given_up) return;
+  q.least[lane] = t.least[i] = query.least(l.best);
+  if (s.in_blocks) t.reach[i] = reach_of_boxes(s, t.order[i], l.best);
+}
+
 static void level_zero(ScanTask& t, int64_t n0, int64_t cnt) {
   const ScanCall& s = *t.s;
-  const int64_t K0 = s.k0 + s.bands;
+  const float* rows = s.bound->coarse + n0 * s.stride;
   for (int64_t j = 0; j < cnt; j++) {
     t.h[j] = (float)(-0.5 * s.rows->sq_norms[n0 + j]);
     if (!s.no_bias) t.bias[j] = (float)s.in->bias[n0 + j];
   }
-  t.bound_rows(s.bound->coarse + n0 * s.stride, cnt, t.x0, s.k0, K0, t.Bp);
-  // The most promising row of each query is evaluated, if it promises more than those before.
-  for (int64_t i = 0; i < t.B; i++) {
-    const ScanQuery& q = s.q[t.order[i]];
-    List& l = t.lists[t.order[i]];
-    if (!(t.best[i] > t.top[i]) || !q.active || l.given_up) continue;
-    float highest = (float)-kInf;  // of the bounds in the block of rows: none of them may be better
-    for (int64_t j = t.where[i]; j < imin(t.where[i] + (int64_t)ROW_UNIT, cnt); j++)
-      if (t.p[j * t.Bp + i] > highest) highest = t.p[j * t.Bp + i];
-    if (highest < t.least[i]) continue;
-    t.top[i] = t.best[i];
-    int64_t n = -1;
-    float most = (float)-kInf, bound = 0;
-    for (int64_t j = t.where[i]; j < imin(t.where[i] + (int64_t)ROW_UNIT, cnt); j++) {
-      const float* c = s.bound->coarse + (n0 + j) * s.stride;
-      const float product = segment(c, t.z + i * s.k0, s.k0);
-      const float alone = product + t.a2[i] * t.h[j] + (s.no_bias ? 0 : t.s2[i] * t.bias[j]);
-      const float guess = (1 - kBandsInGuess) * alone + kBandsInGuess * t.p[j * t.Bp + i];
-      if (!(guess > most)) continue;
-      most = guess;
-      bound = t.p[j * t.Bp + i];
-      n = n0 + j;
-    }
-    if (n < 0) continue;
-    if (bound < q.least(l.best)) continue;  // it cannot be better
-    s.consider(t.order[i], n, l);
-    if (!l.given_up) t.least[i] = q.least(l.best);
-  }
+  t.bound_rows(t, rows, cnt, t.x0, s.k0, s.k0 + s.bands, t.Bp);
+  for (int64_t i = 0; i < t.B; i++) try_best(t, t, i, i, rows, cnt, [&](int64_t j) { return n0 + j; });
 }
 
 // How many pairs of a row and a query the bounds of a chunk leave.
@@ -112,28 +120,34 @@ static void further_level(ScanTask& t, int64_t level, int64_t n0, int64_t cnt) {
   }
 }
 
-// Puts the rows that are left on their lists. A list that has grown too long passes the other levels at once;
-// if it is still too long, its query is given up.
-static void list_rows(ScanTask& t, int64_t n0, int64_t cnt, float* scratch) {
+// Puts the rows that are left of cnt rows on the lists of the queries in q: lane i has query of(i) of the
+// block. id(j) is the number of row j.
+template <class Of, class Id>
+static void list_rows(ScanTask& t, const Lanes& q, int64_t cnt, const Of& of, const Id& id) {
   enum { W = Vec<float>::W };
-  const ScanCall& s = *t.s;
   bool full = false;
   uint64_t live = 0;  // lanes without a query, or of one given up, list nothing: not even a NaN
-  for (int64_t i = 0; i < t.B; i++) live |= (uint64_t)(t.least[i] < (float)kInf) << i;
-  for (int64_t j = 0; t.Bp == 1 && live && j < cnt; j++)
-    if (!(t.p[j] < t.least[0])) full |= !t.lists[t.order[0]].push((uint32_t)(n0 + j), t.p[j]);
-  for (int64_t j = 0; t.Bp > 1 && j < cnt; j++) {
-    const float* to = t.p + j * t.Bp;
+  for (int64_t i = 0; i < q.B; i++) live |= (uint64_t)(q.least[i] < (float)kInf) << i;
+  for (int64_t j = 0; q.Bp == 1 && live && j < cnt; j++)
+    if (!(t.p[j] < q.least[0])) full |= !t.lists[t.order[of(0)]].push((uint32_t)id(j), t.p[j]);
+  for (int64_t j = 0; q.Bp > 1 && j < cnt; j++) {
+    const float* to = t.p + j * q.Bp;
     uint64_t bits = 0;
-    for (int64_t i = 0; i < t.Bp; i += W)
-      bits |= (uint64_t)(~lanes_of(load(to + i) < load(t.least + i)) & ((1 << W) - 1)) << i;
+    for (int64_t i = 0; i < q.Bp; i += W)
+      bits |= (uint64_t)(~lanes_of(load(to + i) < load(q.least + i)) & ((1 << W) - 1)) << i;
     for (bits &= live; bits; bits &= bits - 1) {
       const int e = __builtin_ctzll(bits);
-      full |= !t.lists[t.order[e]].push((uint32_t)(n0 + j), to[e]);
+      full |= !t.lists[t.order[of(e)]].push((uint32_t)id(j), to[e]);
     }
   }
   if (full) t.failed |= kNoMemory;
-  const int64_t most = (int64_t)((1 + READING_COST) * s.bound->most_listed / kFullProductShare);
+}
+
+// A list that has grown too long passes the other levels at once; if it is still too long, its query is given
+// up.
+static void cut_long_lists(ScanTask& t, float* scratch) {
+  const ScanCall& s = *t.s;
+  const int64_t most = (int64_t)((1 + s.bound->reading) * (double)s.bound->most_listed / kFullProductShare);
   const int64_t limit = imax(SCAN_LIST_ROWS, most);
   for (int64_t i = 0; i < t.B; i++) {
     List& l = t.lists[t.order[i]];
@@ -172,7 +186,9 @@ static void scan_chunks(ScanTask& t, int64_t c0, int64_t c1, uint8_t* level, flo
     }
     level[c] = (uint8_t)l;
     for (int64_t i = 0; i < t.B; i++) t.lists[t.order[i]].level = (int)imax(t.lists[t.order[i]].level, l + 1);
-    if (left > 0) list_rows(t, n0, cnt, scratch);
+    if (left == 0) continue;
+    list_rows(t, t, cnt, [](int64_t i) { return i; }, [&](int64_t j) { return n0 + j; });
+    cut_long_lists(t, scratch);
   }
 }
 

@@ -46,13 +46,13 @@ static void first_look(ScanTask& t, int64_t n0, int64_t n1) {
     }
     look_norms(s.bound->coarse + n * s.stride, s.stride, K, cnt, t.h);
     for (int64_t j = 0; j < cnt && !s.no_bias; j++) t.bias[j] = (float)s.in->bias[n + j];
-    t.bound_rows(s.bound->coarse + n * s.stride, cnt, t.x_look, K, K, 0);
+    t.bound_rows(t, s.bound->coarse + n * s.stride, cnt, t.x_look, K, K, 0);
     for (int64_t i = 0; i < t.B; i++) {
       if (!(t.best[i] > t.top[i])) continue;
       for (int64_t j = t.where[i]; j < imin(t.where[i] + (int64_t)ROW_UNIT, cnt); j++) {
         const float* c = s.bound->coarse + (n + j) * s.stride;
         const float v =
-            t.a2[i] * t.h[j] + (s.no_bias ? 0 : t.s2[i] * t.bias[j]) + segment(c, t.z + i * s.k0, K);
+            t.a2[i] * t.h[j] + (s.no_bias ? 0 : t.s2[i] * t.bias[j]) + segment(c, t.z + i * K0, K);
         if (!(v > t.top[i])) continue;
         t.top[i] = v;
         found[i] = n + j;
@@ -75,8 +75,8 @@ static int consider_found(const ScanCall& s, int threads) {
       const List* best = s.lists + b;
       for (int64_t p = 1; p < s.parts; p++)
         if (s.lists[p * B + b].guess > best->guess) best = s.lists + p * B + b;
-      if (best->found < 0) continue;
-      s.consider(b, best->found, s.lists[b]);
+      if (best->found >= 0) s.consider(b, best->found, s.lists[b]);
+      if (s.in_blocks) s.left[b] = (float)blocks_left(s, b, s.lists[b].best);
       for (int64_t p = 1; p < s.parts; p++) {
         s.lists[p * B + b].tried = s.lists[b].tried;
         s.lists[p * B + b].best = s.lists[b].best;
@@ -84,6 +84,23 @@ static int consider_found(const ScanCall& s, int threads) {
     }
     return (int)kDone;
   });
+}
+
+// What a level of the index costs each of so many queries, in cycles for one that a query computes. Queries
+// fill vectors; one alone goes row by row, and its rows are read ahead.
+static double share_of_work(int64_t queries) {
+  enum { W = Vec<float>::W };
+  if (queries == 1) return 1 + kIndexReading / 2;
+  return (kIndexReading + (double)round_up(queries, (int64_t)W)) / (double)queries;
+}
+
+// Leaves about `most` rows of a list, evenly spaced. Returns how many rows each of them stands for.
+static double thin_out(List& l, int64_t most) {
+  if (l.count <= most) return 1;
+  const int64_t count = l.count;
+  for (int64_t i = 0; i < most; i++) l.e[i] = l.e[i * count / most];
+  l.count = most;
+  return (double)count / (double)most;
 }
 
 // Sets s.expected from the rows in s.sample: what a list would cost, its length and the work on the way there
@@ -100,9 +117,9 @@ static void sample_lists(ScanTask& t, float* scratch) {
       t.h[j] = (float)(-0.5 * s.rows->sq_norms[n]);
       if (!s.no_bias) t.bias[j] = (float)s.in->bias[n];
     }
-    t.bound_rows(s.sample + j0 * s.stride, cnt, t.x0, s.k0, K0, t.Bp);
+    t.bound_rows(t, s.sample + j0 * s.stride, cnt, t.x0, s.k0, K0, t.Bp);
     for (int64_t i = 0; i < t.B; i++)
-      for (int64_t j = 0; j < cnt && t.least[i] < (float)kInf; j++)
+      for (int64_t j = 0; j < cnt && t.least[i] < (float)kInf && s.may_be_long(t.order[i]); j++)
         if (t.p[j * t.Bp + i] >= t.least[i])
           if (!few[i].push((uint32_t)s.sampled(j0 + j), t.p[j * t.Bp + i])) t.failed |= kNoMemory;
   }
@@ -111,11 +128,15 @@ static void sample_lists(ScanTask& t, float* scratch) {
     const int64_t b = t.order[i];
     few[i].best = t.lists[b].best;
     few[i].levels = s.level_zero;
-    if (few[i].count * each > most_listed) pass_levels(s, b, few[i], scratch);
-    double listed = few[i].work * (1 + kIndexReading / s.count) / (kListedCycles * s.D) +
+    double rows = each;  // that each of the few stands for
+    if (few[i].count * each > most_listed) {
+      rows *= thin_out(few[i], SAMPLE_LEVELS);
+      pass_levels(s, b, few[i], scratch);
+    }
+    double listed = few[i].work * share_of_work(s.count) / (kListedCycles * s.D) +
                     few[i].count * (kFullProductShare + kRowShare / s.count);
-    if ((listed + few[i].count) * each > most_listed) listed += few[i].count * share_left(s, b, few[i]);
-    s.expected[b] = listed * each * kBetterRows;
+    if ((listed + few[i].count) * rows > most_listed) listed += few[i].count * share_left(s, b, few[i]);
+    s.expected[b] = listed * rows * kBetterRows;
     t.lists[b].best = few[i].best;  // proven too
     free(few[i].e);
   }

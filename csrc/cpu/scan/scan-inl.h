@@ -5,9 +5,12 @@
 // lists would be too long, and these queries are given up; the scan proper makes the lists. Then each list
 // passes the levels of the index that its rows have not passed, row by row, and at last the full level
 // (full_level-inl.h).
+//
+// Where the index has blocks of rows (blocks-inl.h), the first look is by them, and so is the scan proper of
+// queries to which few of them are left (block_scan-inl.h).
 #pragma once
-#include "cpu/scan/chunk-inl.h"
-#include "cpu/scan/look-inl.h"
+#include "cpu/scan/block_scan-inl.h"
+#include "cpu/scan/group-inl.h"
 
 namespace memokern {
 namespace MEMOKERN_ISA_NS {
@@ -26,10 +29,14 @@ static int scan_tasks(const ScanCall& s, int threads, Phase phase, float* scratc
     if (!t.reserve(s)) return (int)kNoMemory;
     if (t.pace.ask()) return (int)kStopped;  // a task may be too short to ask on its way
     t.load_block(block, s.lists + part * s.in->b);
-    if (phase == Phase::kLook)
+    if (phase == Phase::kLook && s.in_blocks)
+      look_at_blocks(t, part);
+    else if (phase == Phase::kLook)
       first_look(t, c0 * s.NT, imin(s.N, c1 * s.NT));
     else if (phase == Phase::kSample)
       sample_lists(t, own);
+    else if (by_blocks(s, block))
+      scan_blocks(t, part, own);
     else
       scan_chunks(t, c0, c1, s.level + block * s.chunks, own);
     return t.failed;
@@ -43,46 +50,15 @@ static int scan_tasks(const ScanCall& s, int threads, Phase phase, float* scratc
   return failed;
 }
 
-struct Noise {
-  double noise;
-  int64_t b;
-};
-static int noisier(const void* a, const void* b) {
-  const Noise &x = *(const Noise*)a, &y = *(const Noise*)b;
-  return x.noise > y.noise ? -1 : x.noise < y.noise ? 1 : x.b < y.b ? -1 : 1;
+static int later_row(const void* a, const void* b) {
+  const uint32_t x = ((const Entry*)a)->n, y = ((const Entry*)b)->n;
+  return x < y ? -1 : x > y;
 }
-
-// Forms blocks of queries, at most `most` each, of similar noise: what its noisiest query needs, the whole
-// block gets. All blocks but the last have NR queries or more.
-static void form_blocks(ScanCall& s, const Noise* all, int64_t count, int64_t most) {
-  enum { NR = 2 * Vec<float>::W };
-  s.count = s.blocks = 0;
-  for (int64_t i = 0; i < count; i++) {
-    if (s.lists && s.lists[all[i].b].given_up) continue;
-    const int64_t first = s.blocks ? s.begin[s.blocks - 1] : 0, held = s.count - first;
-    if (s.blocks == 0 || held == most || (held % NR == 0 && all[i].noise < all[first].noise / 4))
-      s.begin[s.blocks++] = s.count;
-    s.order[s.count++] = all[i].b;
-  }
-  s.begin[s.blocks] = s.count;
-}
-
-// Gives up the queries whose lists would cost more than `most_listed` rows, if what that saves is worth
-// reading the rows for a sweep. Since the rows are read then anyway, it also gives up those for which a list
-// would save little: those above half of it, or, where two thirds are above half, those above an eighth,
-// which may be an error of the sample. Only time depends on it.
-static void give_up(ScanCall& s) {
-  const double most_listed = (double)s.bound->most_listed;
-  double saved = 0;
-  int64_t long_ones = 0;
-  for (int64_t b = 0; b < s.in->b; b++) {
-    saved += dmax(0, s.expected[b] / most_listed - 1);
-    long_ones += s.expected[b] > most_listed / 2;
-  }
-  if (saved < READING_COST) return;
-  const double longest = 3 * long_ones > 2 * s.count ? most_listed / 8 : most_listed / 2;
-  for (int64_t b = 0; b < s.in->b; b++)
-    for (int64_t i = 0; i < s.parts && s.expected[b] > longest; i++) s.lists[i * s.in->b + b].given_up = true;
+// Puts a list in ascending order, which blocks of rows are not.
+static void sort_rows(List& l) {
+  bool ascend = true;
+  for (int64_t j = 1; j < l.count; j++) ascend &= l.e[j - 1].n < l.e[j].n;
+  if (!ascend) qsort((void*)l.e, l.count, sizeof(Entry), later_row);
 }
 
 // Passes the lists of all parts through the levels that they have not passed, and joins the parts of each
@@ -119,6 +95,7 @@ static int join_lists(ScanCall& s, int threads, float* scratch) {
       for (int64_t j = 0; j < part.count; j++)
         if (!l.push(part.e[j].n, part.e[j].up)) return kNoMemory;
     }
+    if (s.in_blocks) sort_rows(l);
   }
   return kDone;
 }
@@ -130,7 +107,7 @@ static void write_starts(const ScanCall& s, const ScanResult& out) {
   for (int64_t b = 0; b < s.in->b; b++) {
     const List& l = s.lists[b];
     const bool given_up = !s.q[b].active || l.given_up || !(l.best > -kInf) ||
-                          l.count > (1 + READING_COST) * s.bound->most_listed;
+                          (double)l.count > (1 + s.bound->reading) * (double)s.bound->most_listed;
     out.start[b + 1] = out.start[b] + (given_up ? 0 : l.count);
     out.level[b] = given_up ? 0 : imax(1, l.level);
     out.threshold[b] = given_up ? __builtin_nan("") : l.best / s.q[b].scale - log_n;
@@ -201,6 +178,10 @@ bool Scan::prepare(const Rows& rows, const Queries& in, const LogitBounds& bound
   s.bands = bound.bands;
   s.stride = s.k0 + s.bands + 1;
   s.no_bias = in.bias == nullptr;
+  s.in_blocks = bound.order && s.no_bias;
+  s.all_blocks = (s.N + kBlockRows - 1) / kBlockRows;
+  s.panels = (s.all_blocks + kPanelBlocks - 1) / kPanelBlocks;
+  s.box = box_numbers(s.k0, s.bands);
   return true;
 }
 
@@ -215,10 +196,15 @@ int Scan::run(int threads) {
     b_max = !(v < kInf) ? kInf : v > -kInf ? dmax(b_max, __builtin_fabs(v)) : b_max;
   }
   const int64_t fine = s.K - s.k0, NR = 2 * Vec<float>::W;
+  const int64_t boxed = s.in_blocks ? B : 0;
   if (!arena.reserve(Arena::bytes<ScanQuery>(B) + Arena::bytes<Noise>(B) + Arena::bytes<double>(B) +
-                     2 * Arena::bytes<int64_t>(B + 2)))
+                     2 * Arena::bytes<int64_t>(B + 2) + Arena::bytes<float>(boxed * s.box) +
+                     Arena::bytes<double>(boxed) + Arena::bytes<float>(boxed)))
     return kNoMemory;
   s.q = arena.take<ScanQuery>(B);
+  s.w = arena.take_raw<float>(boxed * s.box);
+  s.box_q = arena.take<double>(boxed);
+  s.left = arena.take<float>(boxed);
   s.expected = arena.take<double>(B);
   Noise* all = arena.take<Noise>(B);
   s.order = arena.take<int64_t>(B + 2);
@@ -228,6 +214,7 @@ int Scan::run(int threads) {
   for (int64_t b = 0; b < B; b++) {
     s.q[b] = scan_query(s, b, s.y_max, __builtin_sqrt(c), b_max);
     s.expected[b] = 0;
+    if (s.in_blocks) s.box_q[b] = box_query(s, b, s.w + b * s.box);
     if (s.q[b].active) all[active++] = {s.q[b].scale / (s.q[b].a * s.q[b].a), b};
   }
   qsort((void*)all, active, sizeof(Noise), noisier);
@@ -244,11 +231,14 @@ int Scan::run(int threads) {
   float* scratch = work.take_raw<float>(threads * fine);
   for (int64_t i = 0; i < B * s.parts; i++) {
     s.lists[i].best = -kInf;
-    s.lists[i].tried = -1;
+    s.lists[i].tried = s.lists[i].found = -1;
+    s.lists[i].guess = (float)-kInf;
   }
   int failed = scan_tasks(s, threads, Phase::kLook, scratch);
   if (failed) return failed;
-  if (in.most_listed < s.N && s.N >= 4 * SAMPLE_ROWS) {
+  bool sampled = false;
+  for (int64_t i = 0; i < s.count; i++) sampled |= s.may_be_long(s.order[i]);
+  if (sampled && in.most_listed < s.N && s.N >= 4 * SAMPLE_ROWS) {
     s.sample = work.take_raw<float>(SAMPLE_ROWS * s.stride);
     for (int64_t j = 0; j < SAMPLE_ROWS; j++)
       memcpy((void*)(s.sample + j * s.stride), in.coarse + s.sampled(j) * s.stride, s.stride * sizeof(float));
@@ -262,10 +252,12 @@ int Scan::run(int threads) {
   return failed ? failed : full_level(s, threads);
 }
 
-// The work of a scan in multiplications, at least.
+// The work of a scan in multiplications, at least; with blocks of rows, about half of what it would be if all
+// blocks were left.
 static double scan_work(const Rows& rows, const Queries& in, const LogitBounds& bound) {
   const int64_t lanes = round_up(in.b, (int64_t)Vec<float>::W);
-  return (double)rows.n * lanes * (bound.dims[0] + bound.bands + LOOK_COORDINATES);
+  const double all = (double)rows.n * lanes * (bound.dims[0] + bound.bands + LOOK_COORDINATES);
+  return bound.order ? all / 2 : all;
 }
 
 static int run_bound_scan(const Rows& rows, const Queries& in, const LogitBounds& bound, ScanResult& out,

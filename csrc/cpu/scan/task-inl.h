@@ -1,33 +1,49 @@
 // A task of a scan: a block of queries and a range of rows, with the work space for a chunk of these rows.
 #pragma once
 #include "cpu/core/packed-inl.h"
+#include "cpu/scan/blocks-inl.h"
 #include "cpu/scan/full_level-inl.h"
 
 namespace memokern {
 namespace MEMOKERN_ISA_NS {
 
-struct ScanTask {
+// Queries side by side, one in each lane.
+struct Lanes {
+  enum { W = Vec<float>::W, NR = 2 * W };
+  int64_t B, Bp;   // how many; padded to whole vectors, but for one alone
+  float* x0;       // the queries at level 0, packed as at() says
+  float *a2, *s2;  // [Bp] alpha^2 and sigma^2
+  float* least;    // [Bp] below which a bound is that of a row to drop
+  float* best;     // [Bp] the largest guess in the rows bounded last,
+  int32_t* where;  // [Bp] and the block of rows that it came from
+
+  // Where feature k of query i lies in packed queries of K features: in panels of NR queries, the last of W
+  // if that holds the rest.
+  float* at(float* x, int64_t K, int64_t i, int64_t k) const {
+    const int64_t i0 = i / NR * NR, n = imin(NR, Bp - i0);
+    return x + i0 * K + k * n + (i - i0);
+  }
+};
+
+struct ScanTask : Lanes {
   // LAST_ROWS: of a block that is filled up, a register's or for a query alone a vector's, which is larger
   // where AVX2 is compiled in AVX-512's width.
-  enum { W = Vec<float>::W, NR = 2 * W, LAST_ROWS = (int)ROW_UNIT > (int)W ? (int)ROW_UNIT : (int)W };
+  enum { LAST_ROWS = (int)ROW_UNIT > (int)W ? (int)ROW_UNIT : (int)W };
   const ScanCall* s;
   const int64_t* order;  // [B] its queries
-  int64_t B, Bp;         // how many; padded to whole vectors, but for one alone
-  float* x0;             // the queries at level 0, packed as at() says
   float* x_one;          // [2][round_up(K, W)] one alone, as scan_rows takes it
-  float* z;              // [Bp][k0] their coordinates there, one query after the other
+  float* z;              // [Bp][k0 + bands] the same numbers, one query after the other
   float* x_look;         // the same at the first look
   float* x_further;      // and at all further levels,
   float** x_level;       // [levels] where in it each level begins, null until it is filled
   float* p;              // [NT][Bp] the bounds of a chunk
   float* y;              // a tile of a further level
   float *h, *bias;       // [NT] -|yc|^2 / 2 and the bias of a chunk's rows
-  float *a2, *s2;        // [Bp] alpha^2 and sigma^2
-  float* least;          // [Bp] below which a bound is that of a row to drop
-  float* best;           // [Bp] the largest guess in a chunk,
-  int32_t* where;        // [Bp] and the block of rows that it came from
   float* top;            // [Bp] the largest guess so far
   float* last_rows;      // [LAST_ROWS][stride] and a vector more: the last block of rows, filled up
+  Lanes some;            // those of the queries to which a block is left
+  float* w;              // [box][Bp] the queries as boxes take them
+  float* reach;          // [Bp] reach_of_boxes()
   List* lists;           // [b] of its part of the rows
   Arena arena;
   Pace pace;
@@ -50,23 +66,26 @@ struct ScanTask {
       deepest = imax(deepest, depth(*s, l));
       all += depth(*s, l);
     }
-    const int64_t L = s->lanes;
+    const int64_t L = s->lanes, K0 = s->k0 + s->bands, NT = imax(s->NT, kBlockRows);
+    const int64_t blocks = s->in_blocks ? L : 0, box = s->in_blocks ? s->box : 0;
     if (!arena.reserve(Arena::bytes<float>(s->stride * L) + Arena::bytes<float>(2 * s->stride + 2 * W) +
-                       Arena::bytes<float>(s->k0 * L) + Arena::bytes<float>(LOOK_COORDINATES * L) +
-                       Arena::bytes<float>(all * L) + Arena::bytes<float>(s->NT * L) +
-                       Arena::bytes<float>(SCAN_TILE_ROWS * deepest) + 2 * Arena::bytes<float>(s->NT) +
+                       Arena::bytes<float>(K0 * L) + Arena::bytes<float>(LOOK_COORDINATES * L) +
+                       Arena::bytes<float>(all * L) + Arena::bytes<float>(NT * L) +
+                       Arena::bytes<float>(SCAN_TILE_ROWS * deepest) + 2 * Arena::bytes<float>(NT) +
                        6 * Arena::bytes<float>(L) + Arena::bytes<float>(LAST_ROWS * s->stride + W) +
-                       Arena::bytes<int32_t>(L) + Arena::bytes<float*>(s->last_level + 1)))
+                       Arena::bytes<int32_t>(L) + Arena::bytes<float*>(s->last_level + 1) +
+                       Arena::bytes<float>(s->stride * blocks) + Arena::bytes<float>(box * blocks) +
+                       5 * Arena::bytes<float>(blocks) + Arena::bytes<int32_t>(blocks)))
       return false;
     x0 = arena.take<float>(s->stride * L);
     x_one = arena.take_raw<float>(2 * s->stride + 2 * W);
     x_look = arena.take<float>(LOOK_COORDINATES * L);
     x_further = arena.take_raw<float>(all * L);  // queries_of_level fills it
-    z = arena.take<float>(s->k0 * L);
-    p = arena.take_raw<float>(s->NT * L);  // which level 0 writes, as it does h and bias
+    z = arena.take<float>(K0 * L);
+    p = arena.take_raw<float>(NT * L);  // which level 0 writes, as it does h and bias
     y = arena.take<float>(SCAN_TILE_ROWS * deepest);
-    h = arena.take_raw<float>(s->NT);
-    bias = arena.take_raw<float>(s->NT);
+    h = arena.take_raw<float>(NT);
+    bias = arena.take_raw<float>(NT);
     a2 = arena.take<float>(L);
     s2 = arena.take<float>(L);
     least = arena.take<float>(L);
@@ -75,13 +94,15 @@ struct ScanTask {
     last_rows = arena.take<float>(LAST_ROWS * s->stride + W);
     where = arena.take<int32_t>(L);
     x_level = arena.take<float*>(s->last_level + 1);
+    some.x0 = arena.take<float>(s->stride * blocks);
+    w = arena.take<float>(box * blocks);
+    some.a2 = arena.take<float>(blocks);
+    some.s2 = arena.take<float>(blocks);
+    some.least = arena.take<float>(blocks);
+    some.best = arena.take<float>(blocks);
+    reach = arena.take<float>(blocks);
+    some.where = arena.take<int32_t>(blocks);
     return true;
-  }
-  // Where feature k of query i lies in packed queries of K features: in panels of NR queries, the last of W
-  // if that holds the rest.
-  float* at(float* x, int64_t K, int64_t i, int64_t k) const {
-    const int64_t i0 = i / NR * NR, n = imin(NR, Bp - i0);
-    return x + i0 * K + k * n + (i - i0);
   }
   // Takes a block of queries; lists [b] are those of its part of the rows.
   __attribute__((noinline)) void load_block(int64_t block, List* to) {
@@ -102,17 +123,24 @@ struct ScanTask {
       if (!active) continue;
       const float* norms = s->bound->norms + b * (s->bands + 1);
       for (int64_t k = 0; k < s->k0; k++)
-        *at(x0, K0, i, k) = z[i * s->k0 + k] = (float)q.alpha * s->bound->z[b * s->K + k];
-      for (int64_t k = 0; k < s->bands; k++) *at(x0, K0, i, s->k0 + k) = (float)q.a * norms[k];
+        *at(x0, K0, i, k) = z[i * K0 + k] = (float)q.alpha * s->bound->z[b * s->K + k];
+      for (int64_t k = 0; k < s->bands; k++)
+        *at(x0, K0, i, s->k0 + k) = z[i * K0 + s->k0 + k] = (float)q.a * norms[k];
+      if (!s->in_blocks) continue;
+      for (int64_t k = 0; k < s->box; k++) w[k * Bp + i] = s->w[b * s->box + k];
+      reach[i] = reach_of_boxes(*s, b, to[b].best);
     }
     for (int64_t l = 0; l <= s->last_level; l++) x_level[l] = nullptr;
   }
   // Bounds from the first K columns of cnt rows of the index, of which k0 count fully in a guess. Each row's
   // bounds come p_row after those of the row before.
-  __attribute__((noinline)) void bound_rows(const float* coarse, int64_t cnt, const float* x, int64_t k0,
-                                            int64_t K, int64_t p_row) {
-    if (Bp == 1) return bound_rows_of_one(coarse, cnt, x, k0, K, p_row);
-    const int64_t row = s->stride;
+  __attribute__((noinline)) void bound_rows(const Lanes& q, const float* coarse, int64_t cnt, const float* x,
+                                            int64_t k0, int64_t K, int64_t p_row) {
+    if (q.Bp == 1) return bound_rows_of_one(q, coarse, cnt, x, k0, K, p_row);
+    const int64_t row = s->stride, Bp = q.Bp;
+    const float *a2 = q.a2, *s2 = q.s2;
+    float* best = q.best;
+    int32_t* where = q.where;
     for (int64_t i = 0; i < Bp; i++) best[i] = (float)-kInf;
     for (int64_t j = 0; j < cnt; j += ROW_UNIT) {
       const float* rows = coarse + j * row;
@@ -148,8 +176,8 @@ struct ScanTask {
 
  private:
   // The same for one query, W rows at a time; `where` is the row of the largest guess itself.
-  void bound_rows_of_one(const float* coarse, int64_t cnt, const float* x, int64_t k0, int64_t K,
-                         int64_t p_row) {
+  void bound_rows_of_one(const Lanes& q, const float* coarse, int64_t cnt, const float* x, int64_t k0,
+                         int64_t K, int64_t p_row) {
     typedef Vec<float>::T F;
     typedef Vec<float>::I I;
     const int64_t row = s->stride, padded = round_up(K, (int64_t)W);
@@ -167,12 +195,12 @@ struct ScanTask {
         for (int64_t i = 0; i < W; i++) {
           const int64_t from = imin(j + i, cnt - 1);
           memcpy((void*)(last_rows + i * row), coarse + from * row, row * sizeof(float));
-          base[i] = h[from] * a2[0] + (s->no_bias ? 0 : bias[from] * s2[0]);
+          base[i] = h[from] * q.a2[0] + (s->no_bias ? 0 : bias[from] * q.s2[0]);
         }
         rows = last_rows;
       } else {
-        base = load(h + j) * a2[0];
-        if (!s->no_bias) base += load(bias + j) * s2[0];
+        base = load(h + j) * q.a2[0];
+        if (!s->no_bias) base += load(bias + j) * q.s2[0];
       }
       const char *next = (const char*)(coarse + (j + W) * row),
                  *stop = (const char*)(coarse + imin(j + 2 * W, cnt) * row);
@@ -186,11 +214,11 @@ struct ScanTask {
       largest = vmax(guess, largest);
       at = (at & ~more) | (((int32_t)j - (I){}) & more);
     }
-    best[0] = (float)-kInf;
+    q.best[0] = (float)-kInf;
     for (int i = 0; i < W; i++)
-      if (largest[i] > best[0]) {
-        best[0] = largest[i];
-        where[0] = (int32_t)imin(at[i] + i, cnt - 1);
+      if (largest[i] > q.best[0]) {
+        q.best[0] = largest[i];
+        q.where[0] = (int32_t)imin(at[i] + i, cnt - 1);
       }
   }
 };

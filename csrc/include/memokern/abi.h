@@ -128,7 +128,17 @@ struct LogitBounds {
   const int64_t* first_band;  // [levels] the first band beyond dims[level]
   int64_t levels, bands;
   double eps;           // the share of the weight that all rows left out may carry together
-  int64_t most_listed;  // the rows of a list that cost as much as a query in a dense sweep
+  int64_t most_listed;  // the rows of a list that cost as much as a query more in a dense sweep
+  double reading;       // what a sweep costs beside its queries, in queries
+  // Blocks of rows that lie near each other, or null. A box has the least and the largest value that a
+  // block's rows have in the first kBoxCoordinates coordinates, in the norm of the others below dims[0] if
+  // there are any, and in each band's norm: `box` numbers, as box_numbers() in cpu/scan/blocks-inl.h counts.
+  const int32_t* order;  // [n] rows, block by block
+  const float* ordered;  // [n][dims[0] + bands + 1] what `coarse` has of them, in this order
+  const float* half;     // [n] -|yc|^2 / 2, in this order
+  const float* boxes;    // [panels][box][2][kPanelBlocks] of the blocks
+  const float* hulls;    // [groups of panels][box][2][kPanelBlocks] the same of whole panels
+  double excess;         // the most that a row's coordinates at level 0 and norms, squared, exceed |yc|^2
 };
 
 // What a scan finds, to be written.

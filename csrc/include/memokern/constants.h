@@ -28,4 +28,8 @@ static constexpr int kProjectionSide = 16;
 // as many.
 static constexpr int kMostLevels = 16;
 
+// The blocks of an index (memokern/index/blocks.py): rows of a block; blocks of a panel, whose boxes lie side
+// by side; leading coordinates that a box bounds one by one.
+static constexpr int kBlockRows = 24, kPanelBlocks = 16, kBoxCoordinates = 16;
+
 }  // namespace memokern

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from typing import Any
-
 import torch
-from torch import Tensor
 
 from memokern.backends.cpu.dense import (
     empty_gradients,
@@ -15,7 +11,14 @@ from memokern.backends.cpu.dense import (
     in_type,
     native_gradients,
 )
-from memokern.backends.cpu.native import addresses, module, native_query, native_rows, threads
+from memokern.backends.cpu.native import (
+    addresses,
+    module,
+    native_bounds,
+    native_query,
+    native_rows,
+    threads,
+)
 from memokern.backends.cpu.projection import CosineProjection
 from memokern.calls import (
     BasicSums,
@@ -29,7 +32,6 @@ from memokern.calls import (
     Sums,
 )
 from memokern.calls.checks import (
-    bands_of,
     check_selectable,
     name_of,
     prepared,
@@ -49,7 +51,7 @@ def bound_scan(query: Query, rows: Rows, bounds: LogitBounds) -> Scan:
     start = torch.empty(b + 1, dtype=torch.int64)
     threshold, level = torch.empty(b, dtype=_F64), torch.empty(b, dtype=torch.int64)
     found = module().bound_scan(
-        native, native_query(q, rows), _native_bounds(held), start.data_ptr(), threshold.data_ptr(),
+        native, native_query(q, rows), native_bounds(held), start.data_ptr(), threshold.data_ptr(),
         level.data_ptr(), threads(),
     )  # fmt: skip
     index = torch.empty(found.count, dtype=torch.int64)
@@ -78,9 +80,10 @@ def pruned_posterior(
     q, b = prepared(query, rows), query.x.shape[0]
     native, keep = native_rows(rows)
     if projection is None:
-        transform, held = None, prepared_bounds(bounds, b, rows)
+        transform, known = None, prepared_bounds(bounds, b, rows)
+        given = native_bounds(known)
     elif q.x.dtype == torch.float32:
-        transform, held = projection.native, bounds
+        transform, given = projection.native, projection.native_bounds(bounds)
     else:
         raise TypeError(f"the projection takes float32 queries, not {name_of(q.x.dtype)}")
     sums = empty_sums(q)
@@ -88,28 +91,11 @@ def pruned_posterior(
     level, count = torch.empty(b, dtype=torch.int64), torch.empty(b, dtype=torch.int64)
     found = Kept(threshold, level, count)
     given_up: int = module().posterior_pruned(
-        native, native_query(q, rows), transform, _native_bounds(held), costs, addresses(sums),
+        native, native_query(q, rows), transform, given, costs, addresses(sums),
         addresses(found), threads(),
     )  # fmt: skip
     del keep
     return sums if q.x.dtype == query.x.dtype else in_type(sums, query.x.dtype), found, given_up
-
-
-@functools.lru_cache(maxsize=64)
-def _int64s(numbers: tuple[int, ...]) -> Tensor:
-    """The numbers as a kernel takes them."""
-    return torch.tensor(numbers, dtype=torch.int64, device="cpu")
-
-
-def _native_bounds(bounds: LogitBounds) -> tuple[Any, ...]:
-    """struct LogitBounds."""
-    dims, first_band = _int64s(tuple(bounds.dims)), _int64s(tuple(bounds.first_band))
-    return (
-        bounds.coarse.data_ptr(), bounds.fine.data_ptr(), bounds.fine.dtype == torch.float16,
-        bounds.z.data_ptr(), bounds.norms.data_ptr(), bounds.margin.data_ptr(),
-        bounds.sq.data_ptr(), dims.data_ptr(), first_band.data_ptr(), len(dims), bands_of(bounds),
-        bounds.eps, bounds.most_listed,
-    )  # fmt: skip
 
 
 def posterior_listed(query: Query, rows: Rows, lists: RowLists) -> Sums:

@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memokern.calls import Query, Rows
-from memokern.calls.checks import check_rows, contiguous64
+from memokern.calls import Blocks, LogitBounds, Query, Rows
+from memokern.calls.checks import bands_of, check_rows, contiguous64
 from memokern.util import env
 
 _F64 = torch.float64
+# Which fields of struct LogitBounds are the call's, not the index's or the queries'.
+ASKED = slice(11, 14)
 
 
 @functools.cache
@@ -75,6 +77,30 @@ def native_query(query: Query, rows: Rows) -> tuple[Any, ...]:
         pointer(None if c is None else rows.conditions), pointer(c), pointer(h), pointer(a),
         0 if c is None else c.shape[1], pointer(query.leave_out),
     )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=64)
+def _int64s(numbers: tuple[int, ...]) -> Tensor:
+    """The numbers as a kernel takes them."""
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu")
+
+
+def native_bounds(bounds: LogitBounds) -> tuple[Any, ...]:
+    """struct LogitBounds."""
+    dims, first_band = _int64s(tuple(bounds.dims)), _int64s(tuple(bounds.first_band))
+    return (
+        bounds.coarse.data_ptr(), bounds.fine.data_ptr(), bounds.fine.dtype == torch.float16,
+        bounds.z.data_ptr(), bounds.norms.data_ptr(), bounds.margin.data_ptr(),
+        bounds.sq.data_ptr(), dims.data_ptr(), first_band.data_ptr(), len(dims), bands_of(bounds),
+        bounds.eps, bounds.most_listed, bounds.reading, *_native_blocks(bounds.blocks),
+    )  # fmt: skip
+
+
+def _native_blocks(blocks: Blocks | None) -> tuple[int | float, ...]:
+    """The last fields of struct LogitBounds."""
+    if blocks is None:
+        return 0, 0, 0, 0, 0, 0.0
+    return (*addresses(blocks[:-1]), blocks.excess)
 
 
 def pointer(tensor: Tensor | None) -> int:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memokern.backends.cpu.native import addresses, module, threads
+from memokern.backends.cpu.native import ASKED, addresses, module, native_bounds, threads
+from memokern.calls import LogitBounds
 
 _F64 = torch.float64
 
@@ -47,6 +48,8 @@ class CosineProjection:
         largest: float,
     ) -> None:
         self._kept, self._bands = kept, len(edges) - 1
+        self._bounds_of: tuple[object, ...] = (None, None, None)
+        self._bounds: tuple[Any, ...] = ()
         # The kernel has only the addresses.
         self._held = (turn, down, across, box, place, edges, center, bound_weights)
         # struct CosineTransform of csrc/include/memokern/abi.h
@@ -60,6 +63,15 @@ class CosineProjection:
     def side() -> int:
         """To whose multiples the kernel pads a box."""
         return int(module().PROJECTION_SIDE)
+
+    def native_bounds(self, bounds: LogitBounds) -> tuple[Any, ...]:
+        """struct LogitBounds of the index that this projects to: what is the same in every call is
+        made once."""
+        index = (bounds.coarse, bounds.fine, bounds.blocks)
+        if any(a is not b for a, b in zip(self._bounds_of, index, strict=True)):
+            self._bounds_of, self._bounds = index, native_bounds(bounds)
+        asked = (bounds.eps, bounds.most_listed, bounds.reading)
+        return (*self._bounds[: ASKED.start], *asked, *self._bounds[ASKED.stop :])
 
     @property
     def native(self) -> tuple[Any, ...]:

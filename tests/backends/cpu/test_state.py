@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from memokern.backends import protocol
-from memokern.calls import WEIGHTINGS, Query, Rows, State, Sums, merge, to_sums
-from memokern.calls.checks import MOST_LEVELS, ROW_DTYPES
+from memokern.calls import WEIGHTINGS, Query, Rows, State, Sums, checks, merge, to_sums
+from memokern.calls.checks import ROW_DTYPES
 from tests import compare, oracle
 from tests.cases import F32, F64, ROW_TYPES, U8, Case, name_of
 
@@ -197,6 +197,7 @@ def test_every_number_is_written() -> None:
 
 def test_constants_are_those_of_the_kernels() -> None:
     """Codes and limits that Python and C++ must agree on come from csrc/include/memokern."""
-    assert MOST_LEVELS == _C.MOST_LEVELS
+    for name in ("MOST_LEVELS", "BLOCK_ROWS", "PANEL_BLOCKS", "BOX_COORDINATES"):
+        assert getattr(checks, name) == getattr(_C, name), name
     assert sorted(_C.WEIGHTINGS) == sorted(WEIGHTINGS)
     assert sorted(_C.ROW_TYPES) == sorted(name_of(t) for t in ROW_DTYPES)
