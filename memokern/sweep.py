@@ -20,7 +20,7 @@ from memokern.strategies import costs, own_bias, parted, pruned, segments
 from memokern.strategies.certificate import Certificate, nothing_dropped
 from memokern.strategies.local import How
 from memokern.strategies.small_call import small_call, small_posterior
-from memokern.util.torch_internals import traced, under_transform
+from memokern.util.torch_internals import traced, under_transform, undispatched
 from memokern.validate import Asked, PerQuery, checked, log_total, one_of
 
 METHODS = ("auto", "dense", "pruned")
@@ -234,7 +234,9 @@ def _selects_rows(asked: Asked) -> bool:
     """Whether rows can be selected for these queries: bounds are those of the gaussian weighting,
     and no transform or compiler is at work, which could not follow the choice."""
     every = tensors(asked.query, asked.data.rows)
-    return asked.query.weighting == "gaussian" and not (under_transform(*every) or traced(*every))
+    if asked.query.weighting != "gaussian":
+        return False
+    return undispatched(*every) or not (under_transform(*every) or traced(*every))
 
 
 def why_in_groups(asked: Asked, data: TrainingSet | Tensor, index: Index | None) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,10 +14,16 @@ from memokern import ops
 from memokern.calls import Query, RowLists, Rows
 from memokern.util import env
 
+# Numbers of queries for which a sweep is timed.
+QUERIES = (1, 4, 16, 64)
+
 
 class Costs(NamedTuple):
     """Seconds on this machine: of a sweep, N D (row + B query); of M listed rows, M D listed; of
-    any call of an operation, call."""
+    any call of an operation, call.
+
+    A sweep's time is no straight line: a line is that of calls with a certain number of queries.
+    """
 
     row: float
     query: float
@@ -29,23 +35,55 @@ class Costs(NamedTuple):
         return n * dim * (self.row + b * self.query)
 
 
+class Timed(NamedTuple):
+    """What was timed: sweeps of as many queries as :data:`QUERIES` says, for each number of the
+    rows; listed and call as in :class:`Costs`."""
+
+    sweeps: tuple[float, ...]
+    listed: float
+    call: float
+
+    def sweep(self, b: int) -> float:
+        """A sweep of b queries, between two that were timed, or beyond the last as from it on."""
+        last = next((i for i, size in enumerate(QUERIES) if size >= b), len(QUERIES) - 1)
+        last = max(1, last)
+        low, high = QUERIES[last - 1], QUERIES[last]
+        first = self.sweeps[last - 1]
+        return first + (self.sweeps[last] - first) * (b - low) / (high - low)
+
+    def costs(self, b: int) -> Costs:
+        """For calls of b queries: what a sweep of one costs is right, and what one of all does."""
+        most = max(b, QUERIES[1])
+        one, all_of_them = self.sweep(1), self.sweep(most)
+        # Differences of timings: never below a hundredth of what they are differences of.
+        query = max(all_of_them - one, 0.01 * all_of_them) / (most - 1)
+        return Costs(max(one - query, 0.0), query, self.listed, self.call)
+
+
+@functools.lru_cache(maxsize=256)
+def _costs(b: int, *key: Any) -> Costs:
+    return _measured(*key).costs(b)
+
+
 @functools.cache
 def _measured(
-    device: str, rows_dtype: torch.dtype, dtype: torch.dtype, dim: int, threads: int, backend: str
-) -> Costs:
-    """The costs of such rows and queries; threads and backend are for the cache."""
-    costs = _sample(device, rows_dtype, dtype, dim, 1 << 17)
-    if costs.dense(1, 1 << 22, 1) < 0.05:  # no time at all: as many as in earnest, then
-        costs = _sample(device, rows_dtype, dtype, dim, 1 << 22)
-    return costs
+    device: torch.device,
+    rows_dtype: torch.dtype,
+    dtype: torch.dtype,
+    dim: int,
+    threads: int,
+    backend: str,
+) -> Timed:
+    """Timings of such rows and queries; threads and backend are for the cache."""
+    return _sample(str(device), rows_dtype, dtype, dim, 1 << 22)
 
 
 @torch.no_grad()
 def _sample(
     device: str, rows_dtype: torch.dtype, dtype: torch.dtype, dim: int, elements: int
-) -> Costs:
+) -> Timed:
     """Sweeps of synthetic rows of so many numbers, and lists of them, timed."""
-    b, n, count = 64, max(64, elements // dim), 64
+    b, n, count = QUERIES[-1], max(64, elements // dim), 64
     g = torch.Generator().manual_seed(0)
     rows = (torch.rand(n, dim, generator=g, device="cpu") * 255).to(rows_dtype).to(device)
     x = torch.rand(b, dim, generator=g, device="cpu").to(device, dtype)
@@ -53,23 +91,20 @@ def _sample(
     # As where pruning is worth a thought: few rows have weight. |x - y|^2 is spread by some 20,000
     # sqrt(D), and sigma^2 is a hundredth of it.
     many = Query(x, (200 * dim**0.5) ** 0.5 * ones, ones, ones)
-    one = many.take(torch.zeros(1, dtype=torch.int64, device=device))
+    some = [many.take(torch.arange(size, device=device)) for size in QUERIES]
+    one = some[0]
     norms = torch.linalg.vector_norm(rows.to(torch.float64), dim=1).square()
     data = Rows(rows, center=ones.new_zeros(dim), sq_norms=norms)
     listed = torch.randint(n, (b * count,), generator=g, device="cpu").sort().values.to(device)
     start = torch.arange(0, b * count + 1, count, device=device)
     wait = _waiting(device)
-    dense_one = _seconds(lambda: ops.posterior(one, data), wait)
-    dense_many = _seconds(lambda: ops.posterior(many, data), wait)
     call = _seconds(
         lambda: ops.posterior_listed(one, data, RowLists(start[:2] // count, listed[:1])), wait
     )
     lists = _seconds(lambda: ops.posterior_listed(many, data, RowLists(start, listed)), wait)
-    # Differences of timings: never below a hundredth of what they are differences of.
-    query = max(dense_many - dense_one, 0.01 * dense_many) / (b - 1)
-    row = max(dense_one - call - query, 0.0)
     per_listed = max(lists - call, 0.01 * lists) / (b * count * dim)
-    return Costs(row / (n * dim), query / (n * dim), per_listed, call)
+    swept = (_seconds(functools.partial(ops.posterior, q, data), wait) for q in some)
+    return Timed(tuple(max(took - call, 0.0) / (n * dim) for took in swept), per_listed, call)
 
 
 def _waiting(device: str) -> Callable[[], None]:
@@ -97,7 +132,8 @@ def _seconds(call: Callable[[], object], wait: Callable[[], None]) -> float:
 
 
 def costs_of(x: Tensor, rows: Tensor) -> Costs:
-    """What sweeps and lists cost here, measured at the first call for such rows and queries."""
-    return _measured(
-        str(x.device), rows.dtype, x.dtype, rows.shape[1], torch.get_num_threads(), env.backend()
+    """What sweeps of these queries and lists cost here, measured at the first call for such rows
+    and queries."""
+    return _costs(
+        len(x), x.device, rows.dtype, x.dtype, rows.shape[1], torch.get_num_threads(), env.backend()
     )

@@ -50,9 +50,11 @@ def small_call(
 ) -> Small | None:
     """The call, if it is of this kind. None where it is not, or has something wrong in it, which
     posterior() will say."""
-    if not (
-        bias is None and method in ("auto", "dense") and precision == "auto" and undispatched(x)
-    ):
+    if not (bias is None and method in ("auto", "dense") and precision == "auto"):
+        return None
+    if method == "auto" and type(data) is TrainingSet and data.is_indexed:
+        return None
+    if not undispatched(x):
         return None
     s = sigma if type(sigma) is float else _single(sigma)
     a = alpha if type(alpha) is float else _single(alpha)
@@ -62,7 +64,7 @@ def small_call(
         return None
     if type(data) is TrainingSet:
         rows, shape, log_weights = data.plain_rows(), data.shape, data.log_weights
-        if rows is None or (method == "auto" and data.index is not None):
+        if rows is None:
             return None
     elif isinstance(data, Tensor) and undispatched(data):
         rows, shape, log_weights = as_data(data)

@@ -75,11 +75,27 @@ def test_costs_are_measured_once_and_positive():
     assert costs.dense(2, 10, 32) > costs.dense(1, 10, 32) > 0
 
 
+def test_a_sweep_costs_what_was_timed_and_what_lies_between():
+    """At one query and at all of the call the line is the timing; a list beyond what the last query
+    adds is too long."""
+    timed = costs_module.Timed(sweeps=(4.0, 5.2, 16.0, 64.0), listed=3.0, call=0.5)
+    for b, took in ((1, 4.0), (2, 4.4), (4, 5.2), (10, 10.6), (16, 16.0), (64, 64.0), (80, 80.0)):
+        assert timed.sweep(b) == pytest.approx(took)
+        costs = timed.costs(b)
+        assert costs.dense(b, 1, 1) == pytest.approx(took)
+        assert costs.dense(1, 1, 1) == pytest.approx(4.0)
+        assert (costs.listed, costs.call) == (3.0, 0.5)
+    assert timed.costs(1) == timed.costs(4)  # of one alone nothing tells what another adds
+    # Timings that fall with the number of queries give no query for nothing.
+    odd = costs_module.Timed((4.0, 3.0, 2.0, 1.0), 3.0, 0.5).costs(16)
+    assert odd.query > 0 and odd.row >= 0
+
+
 def test_costs_are_measured_on_the_datas_device():
     """meta stands for an accelerator: nothing on it can be mixed with what is on the CPU."""
     with torch.device("meta"):
-        costs = costs_module._sample("cpu", torch.float32, torch.float32, 32, 1 << 12)
-    assert costs.row >= 0 and costs.call > 0
+        timed = costs_module._sample("cpu", torch.float32, torch.float32, 32, 1 << 12)
+    assert min(timed.sweeps) >= 0 and min(timed.listed, timed.call) > 0
 
 
 def test_a_device_is_waited_for_while_costs_are_measured(monkeypatch):
