@@ -35,6 +35,8 @@ from memokern.util.warned import warn
 # data, is then below what the sweep's own rounding promises (1e-5 of the mean in float32) or, in
 # float64, does (1e-13). Smaller is cheap: the rows kept are those within log(N / eps) of the best.
 EPS = {torch.float32: 1e-6, torch.float64: 1e-14}
+# Numbers that Python goes through faster than four operations of PyTorch do.
+FEW = 64
 # Queries that the backend's own call projects.
 _NOT_YET = Projected(*[torch.empty(0, device="cpu")] * 4)
 # Of the mean squared distance of two rows. CIFAR-10: sigma = 3.6; from 3 on pruning never pays.
@@ -218,9 +220,9 @@ def _hopeless(query: Query, index: Index, eps: float) -> bool:
     have weight: all within 2 sigma^2 T log(N / eps) of the nearest |x - alpha y|^2 are kept,
     whatever is proven."""
     sigma, alpha, temperature = query.sigma, query.alpha, query.temperature
-    if len(sigma) == 1:  # Python is faster than four operations of PyTorch
-        ratio = sigma.item() / alpha.item() if alpha.item() else math.inf
-        noise = ratio * ratio * temperature.item()
+    if len(sigma) <= FEW and sigma.device.type == "cpu":
+        each = zip(sigma.tolist(), alpha.tolist(), temperature.tolist(), strict=True)
+        noise = min((s / a) * (s / a) * t if a else math.inf for s, a, t in each)
     else:
         noise = float(((sigma / alpha).square() * temperature).detach().min())
     return noise * math.log(index.n / eps) > HOPELESS * index.mean_square

@@ -54,20 +54,32 @@ static void look_of_query(ScanTask& t, int64_t i) {
   Lanes one = t.some;
   one.B = one.Bp = 1;
   one.a2[0] = t.a2[i];
-  float best = (float)-kInf;
-  int64_t found = -1;
+  // The best rows, the best of all first.
+  enum { BEST = 1 + LOOK_MORE };
+  float guess[BEST];
+  int64_t found[BEST];
+  for (int e = 0; e < BEST; e++) {
+    guess[e] = (float)-kInf;
+    found[e] = -1;
+  }
   for (int64_t j = 0; j < near.count; j++) ask_for_rows(s, near.block[j]);
   for (int64_t j = 0; j < near.count; j++) {
     const int64_t cnt = s.rows_of_block(near.block[j]);
     const float* rows = s.rows_from(near.block[j]);
     look_norms(rows, s.stride, s.k0, cnt, t.h);
     t.bound_rows(one, rows, cnt, t.z + i * (s.k0 + s.bands), s.k0, s.k0, 0);
-    if (!(one.best[0] > best)) continue;
-    best = one.best[0];
-    found = s.bound->order[near.block[j] * kBlockRows + one.where[0]];
+    int e = BEST - 1;
+    if (!(one.best[0] > guess[e])) continue;
+    for (; e > 0 && one.best[0] > guess[e - 1]; e--) {
+      guess[e] = guess[e - 1];
+      found[e] = found[e - 1];
+    }
+    guess[e] = one.best[0];
+    found[e] = s.bound->order[near.block[j] * kBlockRows + one.where[0]];
   }
-  t.lists[b].found = found;
-  t.lists[b].guess = best;
+  t.lists[b].found = found[0];
+  t.lists[b].guess = guess[0];
+  for (int e = 0; e < LOOK_MORE; e++) s.next[b * LOOK_MORE + e] = found[1 + e];
 }
 
 // The first looks of part `part` of the block's queries.

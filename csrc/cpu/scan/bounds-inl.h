@@ -23,6 +23,7 @@ enum {
   SCAN_TILE_NUMBERS = 4096,        // of that tile, about: with a panel of queries and bounds they stay in L1
   SCAN_LIST_ROWS = 4096,           // that any list may grow to before it is cut down
   LOOK_COORDINATES = 16,           // of the first look
+  LOOK_MORE = 3,                   // rows that it evaluates beside the best, where few blocks drop out
   SAMPLE_ROWS = 256,               // that show how long a list would be,
   SAMPLE_LEVELS = 64,              // and of those that level 0 leaves so many what the other levels leave
   WORTH_EVALUATING = 24            // rows: a longer list pays for an exact logit, or a full product
@@ -39,6 +40,9 @@ static const double kBetterRows = 0.5;
 // have a block left are fewer than a vector holds, or one by one. On CIFAR-10 both ways take as long at 0.3
 // to 0.4 of the blocks.
 static const double kBlocksWorth = 0.3;
+// With more than this share left, more rows of the first look are evaluated: of images that are not among the
+// rows the nearest in a few coordinates may be far, and what a sample of the rows shows then is far too much.
+static const double kLookAgain = 0.6;
 // How much the bands count in a guess of s_n, against the coordinates. Bounds alone prefer rows of large
 // norm, coordinates alone those of small norm. On CIFAR-10 with 32 coordinates, 0.15 to 0.3 find the best row
 // for at least 58 of 64 queries up to sigma = 1.1, and for 52 at 1.9.
@@ -127,6 +131,7 @@ struct ScanCall {
   float* w;                         // [b][box] the queries as boxes take them
   double* box_q;                    // [b] q of blocks-inl.h
   float* left;                      // [b] the share of the blocks that is left, about
+  int64_t* next;  // [b][LOOK_MORE] the rows next to the best of a first look by blocks, or -1
 
   int64_t sampled(int64_t j) const { return N * j / SAMPLE_ROWS; }
   int64_t rows_of_block(int64_t block) const { return imin(kBlockRows, N - block * kBlockRows); }

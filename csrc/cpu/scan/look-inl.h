@@ -76,7 +76,11 @@ static int consider_found(const ScanCall& s, int threads) {
       for (int64_t p = 1; p < s.parts; p++)
         if (s.lists[p * B + b].guess > best->guess) best = s.lists + p * B + b;
       if (best->found >= 0) s.consider(b, best->found, s.lists[b]);
-      if (s.in_blocks) s.left[b] = (float)blocks_left(s, b, s.lists[b].best);
+      if (s.in_blocks) {
+        s.left[b] = (float)blocks_left(s, b, s.lists[b].best);
+        for (int64_t e = 0; e < LOOK_MORE && s.left[b] > kLookAgain; e++)
+          if (s.next[b * LOOK_MORE + e] >= 0) s.consider(b, s.next[b * LOOK_MORE + e], s.lists[b]);
+      }
       for (int64_t p = 1; p < s.parts; p++) {
         s.lists[p * B + b].tried = s.lists[b].tried;
         s.lists[p * B + b].best = s.lists[b].best;

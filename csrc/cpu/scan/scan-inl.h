@@ -199,12 +199,14 @@ int Scan::run(int threads) {
   const int64_t boxed = s.in_blocks ? B : 0;
   if (!arena.reserve(Arena::bytes<ScanQuery>(B) + Arena::bytes<Noise>(B) + Arena::bytes<double>(B) +
                      2 * Arena::bytes<int64_t>(B + 2) + Arena::bytes<float>(boxed * s.box) +
-                     Arena::bytes<double>(boxed) + Arena::bytes<float>(boxed)))
+                     Arena::bytes<double>(boxed) + Arena::bytes<float>(boxed) +
+                     Arena::bytes<int64_t>(boxed * LOOK_MORE)))
     return kNoMemory;
   s.q = arena.take<ScanQuery>(B);
   s.w = arena.take_raw<float>(boxed * s.box);
   s.box_q = arena.take<double>(boxed);
   s.left = arena.take<float>(boxed);
+  s.next = arena.take_raw<int64_t>(boxed * LOOK_MORE);
   s.expected = arena.take<double>(B);
   Noise* all = arena.take<Noise>(B);
   s.order = arena.take<int64_t>(B + 2);
