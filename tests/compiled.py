@@ -1,4 +1,4 @@
-"""Parts of the compiled kernels, for their tests: their merge and their exponential.
+"""Parts of the compiled kernels, for their tests: their merge, their exponential, and a product.
 
 They are in `memokern._testing`, which is built where MEMOKERN_BUILD_TESTING=1 (`make test` sets it)
 and is in no wheel.
@@ -12,6 +12,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from memokern.backends.cpu import native
+from memokern.calls import Query, Rows
 from tests import isas as sets
 
 
@@ -42,3 +44,17 @@ def exponential(isa: str, x: Tensor, base_two: bool) -> Tensor:
     double = x.dtype == torch.float64
     parts.exp(isa, double, x.data_ptr(), y.data_ptr(), x.numel(), base_two)
     return y
+
+
+def pairs(isa: str, query: Query, rows: Rows) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The first product of a sweep in integers: dots [N, B], the same refined, and i0, i1, r1 and
+    a1 of each query's error [B, 4]; None where the instruction set or the rows have none."""
+    numbers, kept = native.native_rows(rows)
+    b = len(query.x)
+    sizes = ((rows.n, b), (rows.n, b), (b, 4))
+    dots, refined, errors = (torch.full(size, torch.nan, dtype=torch.float64) for size in sizes)
+    parts, asked = _parts(), native.native_query(query, rows)
+    assert parts is not None
+    there = parts.pairs(isa, numbers, asked, dots.data_ptr(), refined.data_ptr(), errors.data_ptr())
+    del kept  # until here
+    return (dots, refined, errors) if there else None

@@ -6,7 +6,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "bind/isa.h"
+#include "bind/fields.h"
 #include "testing/hooks.h"
 
 namespace py = pybind11;
@@ -40,6 +40,12 @@ void run_merge(const std::string& isa, uintptr_t a, uintptr_t b, uintptr_t facto
                       reinterpret_cast<double*>(factors));
 }
 
+bool run_pairs(const std::string& isa, const py::tuple& rows, const py::tuple& queries, uintptr_t dots,
+               uintptr_t refined, uintptr_t errors) {
+  return hooks_of(isa).pairs(rows_from(rows), queries_from(queries), reinterpret_cast<double*>(dots),
+                             reinterpret_cast<double*>(refined), reinterpret_cast<double*>(errors));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_testing, m) {
@@ -48,6 +54,11 @@ PYBIND11_MODULE(_testing, m) {
         py::arg("two"), "y [n] = e^x, or 2^x where `two`, by the kernels' exponential.");
   m.def("merge", &run_merge, py::arg("isa"), py::arg("a"), py::arg("b"), py::arg("factors"),
         "Merge the state b into a, [6] float64 each; factors [2] of their accumulators.");
+  m.def(
+      "pairs", &run_pairs, py::arg("isa"), py::arg("rows"), py::arg("queries"), py::arg("dots"),
+      py::arg("refined"), py::arg("errors"),
+      "The first product of a sweep in integers: dots and refined [n][b], errors [b][4], all float64. False "
+      "where there is none.");
 #ifdef MEMOKERN_HAVE_AVX2W16
   const py::capsule table(table_avx2w16(), "memokern.Table");
   py::module_::import("memokern._C").attr("add_isa")(table, has_avx2());

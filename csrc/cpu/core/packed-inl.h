@@ -179,6 +179,22 @@ static void micro_kernel_sparse(const uint8_t* list, int64_t count, const R* a, 
     for (int v = 0; v < 2; v++) store(c + i * NR + v * W, r[i][v]);
 }
 
+// The rows of a tile that have weight in any of the queries first .. end.
+struct WeighedRows {
+  int64_t count;
+  uint8_t at[NT_GROUPED];
+  template <class R>
+  void find(const R* p, int64_t Ps, int64_t first, int64_t end, int64_t cnt) {
+    count = 0;
+    for (int64_t j = 0; j < cnt; j++) {
+      bool any = false;
+      for (int64_t b = first; b < end; b++) any |= p[j * Ps + b] != R(0);
+      at[count] = (uint8_t)j;
+      count += any;
+    }
+  }
+};
+
 // acc[.][b][.] += sum_j p[j][b - b0] u_j for queries b0 .. b0 + B: all of them against one panel of features
 // after another, in blocks of even size. A block in which few rows have weight goes over these alone.
 template <class R>
@@ -186,29 +202,23 @@ static void packed_accumulate(const Source<R>&, const Plan& pl, const Tile<R>& t
                               int64_t B, R* acc, Prefetch& next) {
   enum { NR = 2 * Vec<R>::W };
   const int64_t blocks = (B + MR - 1) / MR, ahead = next.lines_per_step(pl.Dp / NR * blocks);
-  uint8_t list[MAX_BLOCKS][NT_GROUPED];
-  int64_t listed[MAX_BLOCKS];
+  WeighedRows list[MAX_BLOCKS], any;
   for (int64_t k = 0; k < blocks; k++) {
-    const int64_t first = B * k / blocks, end = B * (k + 1) / blocks;
-    listed[k] = pl.D < KC ? t.cnt : 0;  // where features are few, looking costs as much as it saves
-    for (int64_t j = 0; listed[k] <= j && j < t.cnt; j++) {
-      bool any = false;
-      for (int64_t b = first; b < end; b++) any |= p[j * pl.Ps + b] != R(0);
-      list[k][listed[k]] = (uint8_t)j;
-      listed[k] += any;
-    }
+    list[k].count = t.cnt;  // where features are few, looking costs as much as it saves
+    if (pl.D >= KC) list[k].find(p, pl.Ps, B * k / blocks, B * (k + 1) / blocks, t.cnt);
   }
+  if (t.in_pairs) any.find(p, pl.Ps, 0, B, t.cnt);
   for (int64_t d = 0; d < pl.Dp; d += NR) {
-    const R* y = t.y + d * pl.NT;
+    const R* y = t.in_pairs ? t.whole.floats(d, any.at, any.count, pl.NT) : t.y + d * pl.NT;
     for (int64_t k = 0; k < blocks; k++) {
       const int64_t b = B * k / blocks, m = B * (k + 1) / blocks - b;
       R* c = acc + d * pl.B + (b0 + b) * NR;
       switch (m) {
 #define MK_CASE(M, U)                                                                              \
   case M:                                                                                          \
-    if (4 * listed[k] < 3 * t.cnt) {                                                               \
+    if (4 * list[k].count < 3 * t.cnt) {                                                           \
       next.lines(ahead);                                                                           \
-      micro_kernel_sparse<R, M>(list[k], listed[k], p + b, pl.Ps, y, c);                           \
+      micro_kernel_sparse<R, M>(list[k].at, list[k].count, p + b, pl.Ps, y, c);                    \
     } else {                                                                                       \
       micro_kernel<R, M, 2, U, 1>(p + b, pl.Ps, t.cnt, 0, y, NR, t.cnt, c, NR, true, next, ahead); \
     }                                                                                              \

@@ -1,7 +1,7 @@
 // The choice between direct and packed products, and the loading of a tile.
 #pragma once
 #include "cpu/core/direct-inl.h"
-#include "cpu/core/packed-inl.h"
+#include "cpu/core/pair_dots-inl.h"
 
 namespace memokern {
 namespace MEMOKERN_ISA_NS {
@@ -41,7 +41,10 @@ static Prefetch load_tile(const Products<R>& products, const Source<R>& src, con
   t.cnt = imin(pl.NT, n1 - t.n0);
   t.sq_max = 0;
   t.lost = false;
-  products.load(src, pl, t);
+  if (t.in_pairs)
+    load_pairs(src, pl, t);
+  else
+    products.load(src, pl, t);
   t.y_max = __builtin_sqrt(t.sq_max);
   return prefetch_of(src, t.n0 + t.cnt, imin(pl.NT, n1 - t.n0 - t.cnt));
 }

@@ -40,8 +40,9 @@ struct Query {
   double a1, a2;          // t = a1 <xc, yc> - a2 |yc|^2 + b / T
   double shared;          // |xc|^2 / (2 sigma^2 T): l / T = t - shared, or relative to `from`
   double from;            // of a softmax, the squared distance whose logit the others count from, or 0
-  double e0, e1, e2, e3;  // the error of t is e0 + e1 |yc| + e2 |yc|^2 + e3 |b|
-  int lane;               // among the queries that are weighed together
+  double e0, e1, e2, e3;  // the error of t is e0 + e1 |yc| + e2 |yc|^2 + e3 |b|,
+  double i0, i1, r1;      // i0 + i1 |yc| more in integers, and r1 instead of e1 where that was refined
+  int index, lane;        // in its block, and among the queries that are weighed together
   double b_max;           // where each query has a bias of its own, the largest |b| in the tile
 };
 
@@ -139,6 +140,7 @@ static Query<R> make_query(const Queries& in, const Source<R>& src, int64_t b, c
   // which sigma is very small, and no distance is large beside it.
   if (!fits) q.a1 = q.a2 = 0;
   if (!fits || !(__builtin_sqrt(xx) * __builtin_fabs(src.unit) < Precision<R>::safe)) q.e0 = kInf;
+  q.i0 = q.i1 = q.r1 = 0;
   return q;
 }
 

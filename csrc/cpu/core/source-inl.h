@@ -256,7 +256,7 @@ struct CentredRows {
 };
 
 // The largest |bias| of a row that counts.
-static double largest_bias(const double* bias, int64_t n) {
+[[maybe_unused]] static double largest_bias(const double* bias, int64_t n) {
   double m = 0;
   if (bias)
     for (int64_t i = 0; i < n; i++)

@@ -4,7 +4,7 @@
 // P [NT][Ps] stands for the products of a tile's rows with the queries, later for their logits and weights;
 // ACC for the accumulators. csrc/README.md draws the picture.
 #pragma once
-#include "cpu/core/source-inl.h"
+#include "cpu/core/whole_rows-inl.h"
 
 namespace memokern {
 namespace MEMOKERN_ISA_NS {
@@ -39,14 +39,15 @@ struct Plan {
   int64_t depth;  // the most additions that one term of a product goes through
   int64_t group;  // queries that pass a tile together, from products to sums: a column of P each
   bool direct;    // few queries: the products read the rows as they are stored
+  bool pairs;     // a tile may hold integers, and its first product be one of these (pair_dots-inl.h)
 };
 
 // Each tile loads and stores all accumulators once. Where these are many a packed tile is therefore high,
 // though that takes it from L2 to L3 (it is read in order). Unpacked rows are read twice, and stay in L2.
 // `grouped` allows few queries at a time to pass a tile of few features, which stays in L1 or L2, so that
-// their part of P stays in L1.
+// their part of P stays in L1; `integers` allows products of integers.
 template <class R>
-static Plan make_plan(int64_t B, const Source<R>& src, bool grouped = false) {
+static Plan make_plan(int64_t B, const Source<R>& src, bool grouped = false, bool integers = false) {
   enum { W = Vec<R>::W, NR = 2 * W };
   const Rows& rows = src.rows;
   Plan pl;
@@ -60,6 +61,7 @@ static Plan make_plan(int64_t B, const Source<R>& src, bool grouped = false) {
   pl.Ps = (round_up(round_up(pl.group, W) * (int64_t)sizeof(R), 64) / 64 | 1) * 64 / (int64_t)sizeof(R);
   pl.depth = pl.direct ? imin(pl.Dp, (int64_t)DIRECT_SUM) / W + pl.Dp / DIRECT_SUM + W
                        : imin(pl.Dp, (int64_t)KC) + pl.Dp / KC + 1;
+  pl.pairs = integers && !pl.direct && pl.Dp > KC && is_whole(src);
   const int64_t budget =
       pl.direct ? (128 << 10) / size_of(rows.type) : (pl.B <= 16 ? 384 << 10 : 1 << 20) / (int64_t)sizeof(R);
   const int64_t unit = pl.direct ? DIRECT_UNIT : ROW_UNIT;
@@ -72,6 +74,8 @@ template <class R>
 struct Tile {
   int64_t n0, cnt;       // rows n0 .. n0 + cnt
   R* y;                  // [Dp/NR][NT][NR]; what lies beyond cnt is not used
+  WholeRows<R> whole;    // the same as integers, of which a tile consists
+  bool in_pairs;         // where its first product is one of integers
   R* sq;                 // [NT] |yc|^2
   double sq_max, y_max;  // the largest |yc|^2, and |yc|
   bool lost;             // a row is NaN, and so is its sq

@@ -34,6 +34,15 @@ static void keep_finite(Query<R>& q) {
   q.e0 = kInf;
 }
 
+// Whether the product in integers bounds distances about as well as that of floats does: not where few
+// features of a query are large beside the others.
+template <class R>
+static bool pairs_are_sharp(const Plan& pl, const Query<R>* q, int64_t B) {
+  bool sharp = pl.pairs;
+  for (int64_t b = 0; b < B; b++) sharp &= q[b].i1 <= 8 * q[b].e1;
+  return sharp;
+}
+
 // Rows n0 .. n1 for queries b0 .. b0 + B, whose candidates c [B] are. Returns kDone or kStopped.
 template <class R>
 static int nearest_sweep(const Source<R>& src, const Queries& in, const Plan& pl, int64_t b0, int64_t B,
@@ -42,11 +51,15 @@ static int nearest_sweep(const Source<R>& src, const Queries& in, const Plan& pl
   enum { W = Vec<R>::W };
   load_queries(src, in, pl, b0, B, w);
   for (int64_t b = 0; b < B; b++) keep_finite(w.q[b]);
+  w.tile.in_pairs = pairs_are_sharp(pl, w.q, B);
   const TileContext<R> s = make_tile_context<R>(src, pl, nullptr, 0, w);
   for (w.tile.n0 = n0; w.tile.n0 < n1; w.tile.n0 += pl.NT) {
     if (w.pace.stopped(pl.NT * pl.D * B)) return kStopped;
     Prefetch next = load_tile(products, src, pl, w.tile, n1);
-    products.dots(src, pl, w.tile, w.x, 0, B, w.p, next);
+    if (w.tile.in_pairs)
+      w.pairs.dots(pl, w.tile, B, w.p, next);
+    else
+      products.dots(src, pl, w.tile, w.x, 0, B, w.p, next);
     for (int64_t b = 0; b < B; b += W) {
       const typename Vec<R>::T top = logits(w.groups[b / W], s, w.p + b);  // t = (|xc|^2 - r^2) / 2
       for (int e = 0; e < imin(W, B - b); e++) {
@@ -111,7 +124,7 @@ static int nearest_typed(const Rows& rows, const Queries& given, const Neighbour
   if (given.b == 0) return kDone;
   CentredRows<R> c;
   if (!c.prepare(rows)) return kNoMemory;
-  const Plan pl = make_plan<R>(given.b, c.src);
+  const Plan pl = make_plan<R>(given.b, c.src, false, true);
   const int64_t k = out.k, blocks = (given.b + pl.B - 1) / pl.B, tiles = (rows.n + pl.NT - 1) / pl.NT;
   // With sigma = 0 and alpha = T = 1 every query takes the mode in which t is half a squared distance.
   Arena numbers;

@@ -10,6 +10,7 @@
 // in Near, from which residual and mean get back what they need (finish-inl.h).
 #pragma once
 #include "cpu/core/exp-inl.h"
+#include "cpu/core/products-inl.h"
 #include "cpu/posterior/own_bias-inl.h"
 #include "memokern/state.h"
 
@@ -48,16 +49,32 @@ struct TileContext {
   int* exact_row;       // [W][NT] rows that are evaluated exactly,
   double* exact_value;  // [W][NT] their logits (at sigma = 0 first their squared distances)
   bool* exact_near;     // [W][NT] whether they are kept in Near
-  R* columns;           // [W][NT] the products of a query, side by side
+  // Where a tile holds integers:
+  PairQueries<R>* pairs;
+  const Plan* pl;
+  int64_t* refined;  // how many products were refined
+  R* columns;        // [W][NT] the products of a query, side by side
 };
 
-// The error of t in this tile. It is infinite where a product could overflow: then every row is evaluated
-// exactly.
+// The error of t for a row of norm y, where that of its product is e0 + e1 y. It is infinite where a product
+// could overflow: then every row is evaluated exactly.
+template <class R>
+MK_INLINE double error_with(double e0, double e1, const Query<R>& q, const TileContext<R>& s, double y) {
+  const double y2 = y * y, err = e0 + e1 * y + q.e2 * y2 + q.e3 * (s.own_bias ? q.b_max : s.b_max);
+  return q.xx < Precision<R>::safe && y2 < Precision<R>::safe && err < Precision<R>::big ? err : kInf;
+}
+template <class R>
+MK_INLINE double error_in_pairs(const Query<R>& q, const TileContext<R>& s, double y) {
+  return error_with(q.e0 + q.i0, q.e1 + q.i1, q, s, y);
+}
+template <class R>
+MK_INLINE double error_of(const Query<R>& q, const TileContext<R>& s, double y) {
+  return s.tile->in_pairs ? error_in_pairs(q, s, y) : error_with(q.e0, q.e1, q, s, y);
+}
+// That of no row in the tile is larger.
 template <class R>
 MK_INLINE double error_of(const Query<R>& q, const TileContext<R>& s) {
-  const double y2 = s.tile->sq_max;
-  const double err = q.e0 + q.e1 * s.tile->y_max + q.e2 * y2 + q.e3 * (s.own_bias ? q.b_max : s.b_max);
-  return q.xx < Precision<R>::safe && y2 < Precision<R>::safe && err < Precision<R>::big ? err : kInf;
+  return error_of(q, s, s.tile->y_max);
 }
 // Weighting "log": the error of r^2.
 template <class R>
@@ -180,11 +197,43 @@ MK_INLINE double least_sum(const Query<R>& q, const State& st, double top, doubl
   const double known = st.s > 0 ? st.m + q.shared : -kInf;
   return dmax(known + (st.s > 1e-300 ? log_below(st.s) : 0), top - err + log_below(together));
 }
-// Whether any row of a tile must be evaluated exactly. 1 is the least that a tile has together.
+// At least how far the rows of a tile are, of which `top` is the largest t without its bias.
 template <class R>
-MK_INLINE bool has_inexact(const Query<R>& q, const State& st, double top, double err, double together) {
+MK_INLINE double least_distance(const Query<R>& q, double top, double err) {
+  const double r2 = q.xx - 2 * (top + err) * q.sigma * q.sigma * q.temperature;
+  return r2 > 0 ? __builtin_sqrt(r2) : 0;
+}
+// The share of the sum, as a logarithm, above which a row is not left as the product in integers has it, on
+// top of what threshold() asks for. Unlike roundings of rows, that product's error is alike for rows that are
+// alike, and adds up: of rows whose weights together are a share g, it moves a feature of the mean by up to g
+// times the error and the range of the feature. Allowed is half of the contract (csrc/README.md), and all
+// rows may be left. `top` is that of least_distance().
+template <class R>
+MK_INLINE double most_alike(const Query<R>& q, const TileContext<R>& s, double top) {
+  const double y = s.tile->y_max, a = __builtin_fabs(q.alpha);
+  const double moved = (q.i0 + q.i1 * y) * 255 * __builtin_fabs(s.src->unit);
+  const double r = least_distance(q, top, error_in_pairs(q, s, y)) + q.sigma * __builtin_sqrt(q.temperature);
+  const double allowed = 5e-6 * dmin(s.tile->whole.largest, r / a);
+  return moved <= allowed ? kInf : log_below(allowed / moved / (double)s.src->rows.n);
+}
+// Above which t a row is evaluated again, exactly or, in a tile of integers, by a sharper product first:
+// `lower` is a lower bound of log sum e^t, `alike` what most_alike() says, or infinite.
+template <class R>
+MK_INLINE double inexact_above(double lower, double err, double alike) {
+  return dmin(threshold<R>(lower, err), lower + alike - err);
+}
+template <class R>
+MK_INLINE double alike_of(const Query<R>& q, const TileContext<R>& s, double top) {
+  return s.tile->in_pairs ? most_alike(q, s, top) : kInf;
+}
+// Whether there is any such row in a tile, whose largest t is `top`, and without its bias `apart`. 1 is the
+// least that a tile has together.
+template <class R>
+MK_INLINE bool has_inexact(const Query<R>& q, const TileContext<R>& s, const State& st, double top,
+                           double apart, double err, double together) {
   return err > Precision<R>::theta &&
-         (err == kInf || top > threshold<R>(least_sum(q, st, top, err, together), err));
+         (err == kInf ||
+          top > inexact_above<R>(least_sum(q, st, top, err, together), err, alike_of(q, s, apart)));
 }
 
 // Takes the rows that must be evaluated exactly out of a column of t without the bias, whose numbers lie
@@ -193,14 +242,28 @@ MK_INLINE bool has_inexact(const Query<R>& q, const State& st, double top, doubl
 // from the nearest of them from here on, so that equal rows differ by their biases, however far they are.
 template <class R>
 static int take_inexact(Query<R>& q, const TileContext<R>& s, State& st, R* p, int64_t stride, double top,
-                        double err, double together, int* row, double* value, bool* near, double& m) {
+                        double top_apart, double err, double together, int* row, double* value, bool* near,
+                        double& m) {
   const bool all = err == kInf;
-  const double lo = threshold<R>(least_sum(q, st, top, err, together), err);
+  const double lower = least_sum(q, st, top, err, together), alike = alike_of(q, s, top_apart);
+  const double any = inexact_above<R>(lower, err, alike);
   double rest = -kInf, least = kInf;
   int count = 0;
   for (int64_t j = 0; j < s.tile->cnt; j++) {
     R& apart = p[j * stride];
-    const double b = bias_of(q, s, j), t = apart + pull_of_bias(q, s, j);
+    const double b = bias_of(q, s, j);
+    double t = apart + pull_of_bias(q, s, j), lo = any;
+    if (!all && t > any) {
+      const double y = __builtin_sqrt((double)s.tile->sq[j]);
+      lo = inexact_above<R>(lower, error_of(q, s, y), alike);
+      if (s.pl->pairs && t > lo) {
+        const double dot = s.pairs->refined(*s.src, *s.pl, *s.tile, q, q.index, j);
+        apart = (R)(q.a1 * dot - q.a2 * s.tile->sq[j]);
+        t = apart + pull_of_bias(q, s, j);
+        lo = threshold<R>(lower, error_with(q.e0, q.r1, q, s, y));
+        ++*s.refined;
+      }
+    }
     if (all ? b == -kInf : !(t > lo)) {
       if (all)
         apart = (R)-kInf;

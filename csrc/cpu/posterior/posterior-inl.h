@@ -49,7 +49,7 @@ static int posterior_general(const CentredRows<R>& c, const Queries& in, const O
                              int threads) {
   const Rows& rows = c.src.rows;
   threads = threads_for(threads, (double)rows.n * rows.d * in.b);
-  const Plan pl = make_plan<R>(in.b, c.src, true);
+  const Plan pl = make_plan<R>(in.b, c.src, true, in.weighting == kGaussian);
   const int64_t blocks = (in.b + pl.B - 1) / pl.B, tiles = (rows.n + pl.NT - 1) / pl.NT;
   const bool by_queries = blocks >= 2 * threads || tiles < 2;
   const int parts = (int)imax(1, imin(threads, by_queries ? blocks : tiles));

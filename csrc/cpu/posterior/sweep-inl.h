@@ -12,6 +12,8 @@
 namespace memokern {
 namespace MEMOKERN_ISA_NS {
 
+enum { REFINED = 8 };  // a product that is refined costs as much as integers save for so many rows, at most
+
 // What a part works with: the buffers of a tile and of a block of queries.
 template <class R>
 struct SweepWork {
@@ -19,6 +21,7 @@ struct SweepWork {
   Tile<R> tile;
   R* p;                        // [NT][Ps]
   R* x;                        // [Bp][Dp] the queries, as query_at() says
+  PairQueries<R> pairs;        // the same as integers
   R* acc;                      // [B][Dp] the accumulators, as acc_at() says
   R* near_sums;                // [B][Dp] the sums of `close`
   R *tile_bias, *finite_bias;  // [NT], null where there is no bias, or one of each query's own:
@@ -32,19 +35,21 @@ struct SweepWork {
   State* st;              // [Bp]
   Query<R>* q;            // [Bp]
   QueryGroup<R>* groups;  // [Bp / W]
+  int64_t refined;        // how many products of the tile were
   Pace pace;
   Arena arena;
   // `in` must outlive the work.
   bool reserve(const Plan& pl, const Queries& in) {
     const bool bias = in.bias && !has_own_bias(in);
     const int64_t tile_numbers = pl.direct ? 0 : pl.NT * pl.Dp;
+    const int64_t integers = pl.pairs ? WholeRows<R>::bytes(pl.Dp, pl.NT) + PairQueries<R>::bytes(pl) : 0;
     if (!arena.reserve(Arena::bytes<R>(tile_numbers) + 3 * Arena::bytes<R>(pl.NT) +
                        Arena::bytes<R>(pl.NT * pl.Ps) + Arena::bytes<R>(pl.Bp * pl.Dp) +
                        2 * Arena::bytes<R>(pl.B * pl.Dp) + Arena::bytes<bool>(W * pl.NT) +
                        Arena::bytes<Near<R>>(pl.Bp) + Arena::bytes<R>(W * pl.NT) + Arena::bytes<R>(pl.Dp) +
                        Arena::bytes<int>(W * pl.NT) + Arena::bytes<double>(W * pl.NT) +
                        Arena::bytes<State>(pl.Bp) + Arena::bytes<Query<R>>(pl.Bp) +
-                       Arena::bytes<QueryGroup<R>>(pl.Bp / W) + OwnBias<R>::bytes(pl, in)))
+                       Arena::bytes<QueryGroup<R>>(pl.Bp / W) + OwnBias<R>::bytes(pl, in) + integers))
       return false;
     tile.y = arena.take<R>(tile_numbers);
     tile.sq = arena.take<R>(pl.NT);
@@ -65,6 +70,10 @@ struct SweepWork {
     q = arena.take<Query<R>>(pl.Bp);
     groups = arena.take<QueryGroup<R>>(pl.Bp / W);
     own.take(pl, in, arena);
+    if (pl.pairs) {
+      tile.whole.take(pl.Dp, pl.NT, arena);
+      pairs.take(pl, arena);
+    }
     return true;
   }
 };
@@ -79,14 +88,18 @@ template <class R>
 static void load_queries(const Source<R>& src, const Queries& in, const Plan& pl, int64_t b0, int64_t B,
                          SweepWork<R>& w) {
   w.pace.watch = in.watch;
+  w.tile.in_pairs = false;
+  if (pl.pairs) w.tile.whole.set(src);
   for (int64_t b = 0; b < B; b++) {
     w.q[b] = make_query(in, src, b0 + b, pl, w.row);
+    w.q[b].index = (int)b;
     w.q[b].lane = (int)(b % SweepWork<R>::W);
     if (w.own.in) w.own.set(b, b0 + b);
     w.st[b] = empty_state();
     w.close[b].s = 0;
     set_lane(w.groups[b / SweepWork<R>::W], (int)(b % SweepWork<R>::W), w.q[b]);
     put_query(src, pl, w.row, b, w.x);
+    if (pl.pairs) w.pairs.put(src, pl, w.tile.whole, w.row, b, w.q[b]);
   }
 }
 
@@ -113,7 +126,7 @@ static void load_own_bias(SweepWork<R>& w, int64_t b, int lanes, Known known) {
 
 template <class R>
 static TileContext<R> make_tile_context(const Source<R>& src, const Plan& pl, const double* bias,
-                                        double b_max, const SweepWork<R>& w) {
+                                        double b_max, SweepWork<R>& w) {
   TileContext<R> s;
   s.src = &src;
   s.exact = exact_for(src);
@@ -132,6 +145,9 @@ static TileContext<R> make_tile_context(const Source<R>& src, const Plan& pl, co
   s.exact_value = w.exact_value;
   s.exact_near = w.exact_near;
   s.columns = w.columns;
+  s.pairs = &w.pairs;
+  s.pl = &pl;
+  s.refined = &w.refined;
   return s;
 }
 
@@ -144,6 +160,29 @@ static void scale_acc(const Plan& pl, R* acc, int64_t b, double f) {
   }
 }
 
+// How many rows of a tile would be multiplied again for a group of queries if the product were one of
+// integers; p are their weights [NT][Ps].
+template <class R>
+static int64_t inexact_in_pairs(const TileContext<R>& s, const Query<R>* q, const QueryGroup<R>& g, int lanes,
+                                const State* st, const R* p) {
+  enum { W = Vec<R>::W };
+  double sq = 0;
+  for (int64_t j = 0; j < s.tile->cnt; j++) sq += s.tile->sq[j];
+  const double y = __builtin_sqrt(sq / (double)s.tile->cnt);
+  typename Vec<R>::T above = splat<R>((R)kInf);
+  for (int e = 0; e < lanes; e++) {
+    if (q[e].mode != kSoftmax) continue;
+    const double err = error_in_pairs(q[e], s, y), lower = log_below(st[e].s);
+    const double lo = dmin(threshold<R>(lower, err), lower + most_alike(q[e], s, g.top[e]) - err);
+    above[e] = err < kInf && st[e].s > 1e-300 ? (R)__builtin_exp(dmin(lo, 80)) : R(-1);
+  }
+  typename Vec<R>::I count = {};
+  for (int64_t j = 0; j < s.tile->cnt; j++) count -= load(p + j * s.Ps) > above;
+  int64_t sum = 0;
+  for (int e = 0; e < lanes; e++) sum += count[e];
+  return sum;
+}
+
 // Returns kDone or kStopped.
 template <class R>
 static int sweep(const Source<R>& src, const Queries& in, const Plan& pl, double b_max, int64_t b0, int64_t B,
@@ -153,13 +192,19 @@ static int sweep(const Source<R>& src, const Queries& in, const Plan& pl, double
   load_queries(src, in, pl, b0, B, w);
   memset((void*)w.acc, 0, pl.B * pl.Dp * sizeof(R));
   const TileContext<R> s = make_tile_context(src, pl, in.bias, b_max, w);
+  int64_t again = pl.NT * B;  // rows of the last tile that integers make evaluated again
   for (w.tile.n0 = n0; w.tile.n0 < n1; w.tile.n0 += pl.NT) {
     if (w.pace.stopped(2 * pl.NT * pl.D * B)) return kStopped;
+    w.tile.in_pairs = pl.pairs && REFINED * again <= pl.NT * B;
+    again = w.refined = 0;
     Prefetch next = load_tile(products, src, pl, w.tile, n1);
     load_bias(in.bias, w);
     for (int64_t g = 0; g < B; g += pl.group) {
       const int64_t end = imin(g + pl.group, B);
-      products.dots(src, pl, w.tile, w.x, g, end - g, w.p, next);
+      if (w.tile.in_pairs)
+        w.pairs.dots(pl, w.tile, B, w.p, next);
+      else
+        products.dots(src, pl, w.tile, w.x, g, end - g, w.p, next);
       bool any = false;
       for (int64_t b = g; b < end; b += W) {
         const int lanes = (int)imin(W, B - b);
@@ -170,9 +215,12 @@ static int sweep(const Source<R>& src, const Queries& in, const Plan& pl, double
         any |= weigh_tile(w.q + b, w.groups[b / W], lanes, s, w.st + b, w.close + b, w.p + (b - g), f);
         for (int e = 0; e < lanes; e++)
           if (f[e] != 1) scale_acc(pl, w.acc, b + e, f[e]);
+        if (pl.pairs && !w.tile.in_pairs)
+          again += inexact_in_pairs(s, w.q + b, w.groups[b / W], lanes, w.st + b, w.p + (b - g));
       }
       if (any) products.accumulate(src, pl, w.tile, w.p, g, end - g, w.acc, next);
     }
+    if (w.tile.in_pairs) again = w.refined;
   }
   return kDone;
 }

@@ -64,7 +64,8 @@ static void weigh_softmax(Query<R>* q, QueryGroup<R>& g, int lanes, const TileCo
   // weigh as much as all rows before, and is worth its exponentials where exact rows cost much.
   bool any = false, worth = false;
   for (int e = 0; e < lanes; e++) {
-    if (q[e].mode != kSoftmax || !has_inexact(q[e], st[e], top[e], error_of(q[e], s), 1)) continue;
+    if (q[e].mode != kSoftmax || !has_inexact(q[e], s, st[e], top[e], g.top[e], error_of(q[e], s), 1))
+      continue;
     any = true;
     worth |= !(st[e].s > 0) || (s.D >= MANY_FEATURES && top[e] - q[e].shared > st[e].m - 5);
   }
@@ -75,8 +76,8 @@ static void weigh_softmax(Query<R>* q, QueryGroup<R>& g, int lanes, const TileCo
     if (q[e].mode != kSoftmax) continue;
     const double err = error_of(q[e], s), sum = dmax(together[e], 1);
     double m = dmax(st[e].m, top[e] - q[e].shared);
-    if (any && has_inexact(q[e], st[e], top[e], err, sum))
-      count[e] = take_inexact(q[e], s, st[e], p + e, s.Ps, top[e], err, sum, s.exact_row + e * s.NT,
+    if (any && has_inexact(q[e], s, st[e], top[e], g.top[e], err, sum))
+      count[e] = take_inexact(q[e], s, st[e], p + e, s.Ps, top[e], g.top[e], err, sum, s.exact_row + e * s.NT,
                               s.exact_value + e * s.NT, s.exact_near + e * s.NT, m);
     st[e].key = 0;
     f[e] = st[e].s > 0 ? rescale(st[e], m) : (st[e].m = m, 1.0);
