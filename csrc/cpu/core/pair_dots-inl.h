@@ -39,7 +39,7 @@ struct PairQueries<float> {
   int16_t* row;   // [Dp]
   float* scaled;  // [Dp]
   // Of a query that was refined: hi and dx as rows [B][2][Dp], and <x, rest>.
-  int16_t* digits;       // 0 beyond D
+  int16_t* digits;
   double* shared_whole;  // [B]
   bool* has_digits;      // [B]
 
@@ -49,13 +49,13 @@ struct PairQueries<float> {
            Arena::bytes<int16_t>(2 * pl.B * pl.Dp) + Arena::bytes<double>(pl.B) + Arena::bytes<bool>(pl.B);
   }
   void take(const Plan& pl, Arena& arena) {
-    hi = arena.take<int32_t>(pl.Bp * pl.Dp / 2);
+    hi = arena.take_raw<int32_t>(pl.Bp * pl.Dp / 2);
     unit = arena.take<float>(pl.Bp);
     shared = arena.take<float>(pl.Bp);
     dither = arena.take<float>(pl.Dp);
     row = arena.take<int16_t>(pl.Dp);
     scaled = arena.take<float>(pl.Dp);
-    digits = arena.take<int16_t>(2 * pl.B * pl.Dp);
+    digits = arena.take_raw<int16_t>(2 * pl.B * pl.Dp);
     shared_whole = arena.take<double>(pl.B);
     has_digits = arena.take<bool>(pl.B);
     for (int64_t d = 0; d < pl.Dp; d++) {  // splitmix64
@@ -92,13 +92,16 @@ struct PairQueries<float> {
     double off = 0, with_rest = 0;
     for (int64_t k = 0; k < pl.Dp; k += 8 * NR) {
       V sq = {}, dot = {};
-      for (int64_t d = k; d < imin(pl.Dp, k + 8 * NR); d += W) {
-        const V f = load(x + d) * inverse;
-        const V h = _mm256_floor_ps(f + load(dither + d));
-        sq += (f - h) * (f - h);
-        dot += h * load(rows.rest + d);
-        const Vec<float>::I n = __builtin_convertvector(h, Vec<float>::I);
-        for (int i = 0; i < W; i++) row[d + i] = (int16_t)n[i];
+      for (int64_t d = k; d < imin(pl.Dp, k + 8 * NR); d += NR) {
+        const auto round = [&](int64_t d) {
+          const V f = load(x + d) * inverse, h = _mm256_floor_ps(f + load(dither + d));
+          sq += (f - h) * (f - h);
+          dot += h * load(rows.rest + d);
+          return _mm256_cvttps_epi32(h);
+        };
+        const __m256i low = round(d), high = round(d + W);  // packing works within halves
+        _mm256_storeu_si256((__m256i*)(row + d),
+                            _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xd8));
       }
       off += hsum<float>(sq);
       with_rest += hsum<float>(dot);
@@ -196,6 +199,7 @@ struct PairQueries<float> {
     const double one = unit[b], per = one == 0 ? 0 : DIGIT / one;
     double with_rest = 0;
     for (int64_t d = 0; d < pl.Dp; d += 2) memcpy(high + d, from + d / 2 * lanes, sizeof *from);
+    memset((void*)(low + pl.D), 0, (pl.Dp - pl.D) * sizeof *low);
     for (int64_t d = 0; d < pl.D; d++) {
       const double v = ((double)q.x[d] - q.alpha * src.center[d]) * src.unit, dx = (v - one * high[d]) * per;
       low[d] = (int16_t)(int)__builtin_floor(dx + 0.5);

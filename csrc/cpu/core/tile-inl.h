@@ -27,6 +27,7 @@ enum {
   NT_GROUPED = 252 / ROW_UNIT * ROW_UNIT,    // about 250 at most where queries pass a tile in groups,
   NT_UNGROUPED = 132 / ROW_UNIT * ROW_UNIT,  // and else 130, so that the logits of all queries stay in L1, L2
   BLOCK_B = 256,                             // queries of a sweep, at most
+  PAIRS_ROWS = 512,                          // of fewer, integers save less than their queries take
   MAX_BLOCKS = (BLOCK_B + MR - 1) / MR
 };
 
@@ -61,7 +62,7 @@ static Plan make_plan(int64_t B, const Source<R>& src, bool grouped = false, boo
   pl.Ps = (round_up(round_up(pl.group, W) * (int64_t)sizeof(R), 64) / 64 | 1) * 64 / (int64_t)sizeof(R);
   pl.depth = pl.direct ? imin(pl.Dp, (int64_t)DIRECT_SUM) / W + pl.Dp / DIRECT_SUM + W
                        : imin(pl.Dp, (int64_t)KC) + pl.Dp / KC + 1;
-  pl.pairs = integers && !pl.direct && pl.Dp > KC && is_whole(src);
+  pl.pairs = integers && !pl.direct && pl.Dp > KC && rows.n >= PAIRS_ROWS && is_whole(src);
   const int64_t budget =
       pl.direct ? (128 << 10) / size_of(rows.type) : (pl.B <= 16 ? 384 << 10 : 1 << 20) / (int64_t)sizeof(R);
   const int64_t unit = pl.direct ? DIRECT_UNIT : ROW_UNIT;

@@ -60,7 +60,7 @@ struct WholeRows<float> {
            Arena::bytes<float>(NR * NT);
   }
   void take(int64_t Dp, int64_t NT, Arena& arena) {
-    v = arena.take<int16_t>(Dp * NT);
+    v = arena.take_raw<int16_t>(Dp * NT);
     shift = arena.take<int16_t>(Dp);
     rest = arena.take<float>(Dp);
     panel = arena.take<float>(NR * NT);
