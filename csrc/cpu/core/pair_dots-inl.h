@@ -7,7 +7,9 @@
 // below 2 e^-8 (Hoeffding's inequality), and for roundings of all sizes that is 4.9 standard deviations.
 // Where the nearest row must be found it is bounded by |dx| |u|.
 //
-// Rows that this could matter to are multiplied again with dx, in units of unit / 32000: refined().
+// Rows that this could matter to are multiplied again with dx, in units of unit / 32000: refined(). Nothing
+// is known of a query that a float cannot hold in the units of the rows, and one that is next to nothing is
+// all dx.
 #pragma once
 #include "cpu/core/pairs-inl.h"
 #include "cpu/core/query-inl.h"
@@ -26,6 +28,13 @@ struct PairQueries {
     return 0;
   }
 };
+
+// Whether the product in integers bounds distances about as well as that of floats does: not where few
+// features of a query are large beside the others.
+template <class R>
+MK_INLINE bool is_sharp_in_pairs(const Query<R>& q) {
+  return q.i1 <= 8 * q.e1;
+}
 
 #if MK_WHOLE_ROWS
 template <>
@@ -119,7 +128,7 @@ struct PairQueries<float> {
     const double sums = (double)(pl.Dp / KC + 8) * u * size;
     q.i0 = a * (sums + 20 * u * size) * 0.5 * root * scale;
     q.i1 = fits ? a * (likely / scale + sums) : kInf;
-    q.r1 = a * (2 * u * size + 0.6 * unit[b] / DIGIT * root / scale);
+    q.r1 = fits ? a * ((tiny ? 1 : 2 * u) * size + 0.6 * unit[b] / DIGIT * root / scale) : kInf;
   }
 
   // p[j][b] = <u_j, x_b> for the first B queries, up to that error.

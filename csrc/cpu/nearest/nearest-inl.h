@@ -34,15 +34,6 @@ static void keep_finite(Query<R>& q) {
   q.e0 = kInf;
 }
 
-// Whether the product in integers bounds distances about as well as that of floats does: not where few
-// features of a query are large beside the others.
-template <class R>
-static bool pairs_are_sharp(const Plan& pl, const Query<R>* q, int64_t B) {
-  bool sharp = pl.pairs;
-  for (int64_t b = 0; b < B; b++) sharp &= q[b].i1 <= 8 * q[b].e1;
-  return sharp;
-}
-
 // Rows n0 .. n1 for queries b0 .. b0 + B, whose candidates c [B] are. Returns kDone or kStopped.
 template <class R>
 static int nearest_sweep(const Source<R>& src, const Queries& in, const Plan& pl, int64_t b0, int64_t B,
@@ -51,7 +42,8 @@ static int nearest_sweep(const Source<R>& src, const Queries& in, const Plan& pl
   enum { W = Vec<R>::W };
   load_queries(src, in, pl, b0, B, w);
   for (int64_t b = 0; b < B; b++) keep_finite(w.q[b]);
-  w.tile.in_pairs = pairs_are_sharp(pl, w.q, B);
+  w.tile.in_pairs = pl.pairs;
+  for (int64_t b = 0; b < B; b++) w.tile.in_pairs &= is_sharp_in_pairs(w.q[b]);
   const TileContext<R> s = make_tile_context<R>(src, pl, nullptr, 0, w);
   for (w.tile.n0 = n0; w.tile.n0 < n1; w.tile.n0 += pl.NT) {
     if (w.pace.stopped(pl.NT * pl.D * B)) return kStopped;

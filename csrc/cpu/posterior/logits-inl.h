@@ -256,7 +256,7 @@ static int take_inexact(Query<R>& q, const TileContext<R>& s, State& st, R* p, i
     if (!all && t > any) {
       const double y = __builtin_sqrt((double)s.tile->sq[j]);
       lo = inexact_above<R>(lower, error_of(q, s, y), alike);
-      if (s.pl->pairs && t > lo) {
+      if (s.pl->pairs && q.r1 < kInf && t > lo) {
         const double dot = s.pairs->refined(*s.src, *s.pl, *s.tile, q, q.index, j);
         apart = (R)(q.a1 * dot - q.a2 * s.tile->sq[j]);
         t = apart + pull_of_bias(q, s, j);

@@ -171,6 +171,7 @@ static int64_t inexact_in_pairs(const TileContext<R>& s, const Query<R>* q, cons
   const double y = __builtin_sqrt(sq / (double)s.tile->cnt);
   typename Vec<R>::T above = splat<R>((R)kInf);
   for (int e = 0; e < lanes; e++) {
+    if (q[e].mode == kZeroSigma && !is_sharp_in_pairs(q[e])) above[e] = R(-1);  // all of them
     if (q[e].mode != kSoftmax) continue;
     const double err = error_in_pairs(q[e], s, y), lower = log_below(st[e].s);
     const double lo = dmin(threshold<R>(lower, err), lower + most_alike(q[e], s, g.top[e]) - err);
