@@ -12,7 +12,10 @@
 namespace memokern {
 namespace MEMOKERN_ISA_NS {
 
-enum { REFINED = 8 };  // a product that is refined costs as much as integers save for so many rows, at most
+enum {
+  REFINED = 8,  // a product that is refined costs as much as integers save for so many rows, at most
+  LOOK = 4      // one in so many tiles of floats is asked whether integers would do
+};
 
 // What a part works with: the buffers of a tile and of a block of queries.
 template <class R>
@@ -193,11 +196,13 @@ static int sweep(const Source<R>& src, const Queries& in, const Plan& pl, double
   load_queries(src, in, pl, b0, B, w);
   memset((void*)w.acc, 0, pl.B * pl.Dp * sizeof(R));
   const TileContext<R> s = make_tile_context(src, pl, in.bias, b_max, w);
-  int64_t again = pl.NT * B;  // rows of the last tile that integers make evaluated again
+  int64_t floats = 0, again = pl.NT * B;  // rows of a tile that integers would have multiplied again
   for (w.tile.n0 = n0; w.tile.n0 < n1; w.tile.n0 += pl.NT) {
     if (w.pace.stopped(2 * pl.NT * pl.D * B)) return kStopped;
     w.tile.in_pairs = pl.pairs && REFINED * again <= pl.NT * B;
-    again = w.refined = 0;
+    const bool look = pl.pairs && !w.tile.in_pairs && floats++ % LOOK == 0;
+    if (look) again = 0;
+    w.refined = 0;
     Prefetch next = load_tile(products, src, pl, w.tile, n1);
     load_bias(in.bias, w);
     for (int64_t g = 0; g < B; g += pl.group) {
@@ -216,8 +221,7 @@ static int sweep(const Source<R>& src, const Queries& in, const Plan& pl, double
         any |= weigh_tile(w.q + b, w.groups[b / W], lanes, s, w.st + b, w.close + b, w.p + (b - g), f);
         for (int e = 0; e < lanes; e++)
           if (f[e] != 1) scale_acc(pl, w.acc, b + e, f[e]);
-        if (pl.pairs && !w.tile.in_pairs)
-          again += inexact_in_pairs(s, w.q + b, w.groups[b / W], lanes, w.st + b, w.p + (b - g));
+        if (look) again += inexact_in_pairs(s, w.q + b, w.groups[b / W], lanes, w.st + b, w.p + (b - g));
       }
       if (any) products.accumulate(src, pl, w.tile, w.p, g, end - g, w.acc, next);
     }
