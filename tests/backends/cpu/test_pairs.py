@@ -161,6 +161,21 @@ def test_posterior_keeps_its_contract(backend: str, b: int, n: int, d: int) -> N
                     compare.residuals(got, want, query, given, torch.float32, (backend, sigma))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_rows_have_in_common(backend: str) -> None:
+    """All rows differ in one direction, along which a query's rounding moves all logits alike: the
+    error of the mean is not averaged out where many rows share the weight."""
+    n, d = 3000, 300
+    ways = normal(d, seed=5).sign()
+    level = torch.rand(n, generator=torch.Generator().manual_seed(6), dtype=F64) * 2 - 1
+    rows = cases.with_norms(Rows((127 + 120 * level[:, None] * ways).round().to(U8), *UINT8_UNIT))
+    for sigma in (3.0, 5.0, 10.0):
+        x = oracle.values(rows)[:24] + sigma * normal(24, d, seed=7)
+        query = query_of(x.float(), sigma)
+        got, want = harness.posterior(backend, query, rows), oracle.sums(query, rows)
+        compare.sums(got, want, query, rows, torch.float32, sigma)
+
+
 @pytest.mark.parametrize("sigma", [0.05, 0.3])
 def test_queries_of_all_kinds_in_one_block(sigma: float) -> None:
     """One that is not finite, one at sigma = 0 and a noisy one leave the others right."""
