@@ -426,6 +426,9 @@ int main(int argc, char** argv) {
   // More than one block of queries, over rows of several tiles and of one.
   cases.push_back({300, 260, 270, 2, kF32, false, true, false, kGaussian, 1, 0, 2});
   cases.push_back({60, 20, 600, 2, kBF16, true, false, true, kGaussian, 1, 0, 2});
+  // Rows of bytes in integers: a whole panel of queries and a half, features beyond whole vectors.
+  cases.push_back({600, 261, 23, 3, kU8, false, false, true, kGaussian, 0.05, 0, 0});
+  cases.push_back({600, 300, 40, 3, kU8, false, true, false, kGaussian, 2, 3, 0});
   int ran = 0;
   for (size_t j = share; j < cases.size(); j += of, ran++) check(*table, cases[j]);
   std::printf("%s: %d problems\n", table->name, ran);

@@ -12,10 +12,7 @@
 namespace memokern {
 namespace MEMOKERN_ISA_NS {
 
-enum {
-  REFINED = 8,  // a product that is refined costs as much as integers save for so many rows, at most
-  LOOK = 4      // one in so many tiles of floats is asked whether integers would do
-};
+enum { REFINED = 8 };  // a product that is refined costs as much as integers save for so many rows, at most
 
 // What a part works with: the buffers of a tile and of a block of queries.
 template <class R>
@@ -200,7 +197,10 @@ static int sweep(const Source<R>& src, const Queries& in, const Plan& pl, double
   for (w.tile.n0 = n0; w.tile.n0 < n1; w.tile.n0 += pl.NT) {
     if (w.pace.stopped(2 * pl.NT * pl.D * B)) return kStopped;
     w.tile.in_pairs = pl.pairs && REFINED * again <= pl.NT * B;
-    const bool look = pl.pairs && !w.tile.in_pairs && floats++ % LOOK == 0;
+    // Of the tiles of floats, the first, second, third, fifth, ninth and so on are asked whether integers
+    // would do.
+    const bool look = pl.pairs && !w.tile.in_pairs && (floats & (floats - 1)) == 0;
+    floats += !w.tile.in_pairs;
     if (look) again = 0;
     w.refined = 0;
     Prefetch next = load_tile(products, src, pl, w.tile, n1);
