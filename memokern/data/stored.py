@@ -70,6 +70,11 @@ class StoredRows:
     def __len__(self) -> int:
         return self.n
 
+    @property
+    def is_indexed(self) -> bool:
+        """Whether there is an index, of the rows as they are or as they were."""
+        return self._derived.index is not None
+
     def __repr__(self) -> str:
         parts = [f"{self.n} rows {list(self.shape)} {str(self.dtype).removeprefix('torch.')}"]
         if (self.scale, self.shift) != (1.0, 0.0):

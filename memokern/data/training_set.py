@@ -204,11 +204,6 @@ class TrainingSet(StoredRows):
         return known.as_rows()
 
     @property
-    def is_indexed(self) -> bool:
-        """Whether there is an index, of the rows as they are or as they were."""
-        return self._derived.index is not None
-
-    @property
     def index(self) -> Index | None:
         """The index that proves rows to have no weight, or None before `build_index`."""
         return self._derived.index and self._current().index
@@ -224,8 +219,7 @@ class TrainingSet(StoredRows):
         """Make `index`, from which rows are proven to have no weight, and return the set itself.
 
         The index holds, for every row, its leading coordinates in an orthonormal basis, and the
-        norms of the others; and the first of them once more in blocks of rows that lie near each
-        other, by which most rows need not be read at small noise.
+        norms of the others; and level 0 once more, in blocks of rows near each other.
 
         Args:
             basis: "dct" is the cosine transform of rows [H, W], [C, H, W] or [H, W, C], its
@@ -250,8 +244,7 @@ class TrainingSet(StoredRows):
         Warns: of flat rows that have the size of images, for which dct is much faster.
 
         Cost: per row, a matrix product along each axis for dct, D max(dims) multiplications for
-        pca, in float64; some 8 (dims[0] + bands + 3) + 2 (max(dims) - dims[0]) bytes per row are
-        kept.
+        pca, in float64; 8 (dims[0] + bands + 3) + 2 (max(dims) - dims[0]) bytes or so per row.
 
         Example:
             >>> from memokern.data.training_set import TrainingSet

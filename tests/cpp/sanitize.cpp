@@ -157,7 +157,7 @@ static int nearest(const Table& table, Problem& p, Watch* watch, int threads, Re
 }
 
 // Blocks of rows as they lie, and of panels, with the boxes that hold them: [2][numbers] of each.
-static void fill_boxes(const Array<float>& coarse, int64_t n, int64_t stride, int64_t single, int64_t k0,
+static void fill_boxes(Array<float>& coarse, int64_t n, int64_t stride, int64_t single, int64_t k0,
                        int64_t rows, Array<float>& boxes) {
   const int64_t box = single + (k0 > single) + stride - 1 - k0;
   for (int64_t block = 0; block * rows < n; block++) {
