@@ -90,7 +90,7 @@ class PlainIndex:
 
     fingerprint = "plain"
 
-    def take(self, rows: slice, fingerprint: str) -> PlainIndex:
+    def take(self, rows: slice, fingerprint: str, *, for_once: bool = False) -> PlainIndex:
         """The index of some of the rows."""
         part = copy.copy(self)
         part.coarse, part.fine = self.coarse[rows].contiguous(), self.fine[rows].contiguous()

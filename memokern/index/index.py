@@ -161,15 +161,18 @@ class Index:
             layout=self._layout if device.type == "cpu" else None,
         )
 
-    def take(self, rows: Tensor | slice, fingerprint: str) -> Index:
+    def take(self, rows: Tensor | slice, fingerprint: str, *, for_once: bool = False) -> Index:
         """The index of some of the rows, chosen by index or slice. Its center stays that of all
-        rows: the bounds hold for any center."""
+        rows: the bounds hold for any center. for_once: it has no blocks, which take longer to find
+        than one use of them saves."""
         part = copy.copy(self)
         part.__dict__.pop("blocks", None)
         part.__dict__.pop("mean_square", None)
         part.coarse, part.fine = (v[rows].contiguous() for v in (self.coarse, self.fine))
         part.fingerprint = fingerprint
-        if self._layout is not None:
+        if for_once:
+            part._layout = None
+        elif self._layout is not None:
             half = self._layout.half_by_row()[rows]
             part._layout = worth_layout(part.coarse, self.dims[0], half, self._layout.excess)
         return part

@@ -105,7 +105,7 @@ def nearest_in_chunk(
     first, rows = chunk
     if not _pays(len(x), rows, k, costs):
         return ops.nearest(x, rows, k)
-    part = index.take(slice(first, first + rows.n), index.fingerprint)
+    part = index.take(slice(first, first + rows.n), index.fingerprint, for_once=True)
     search = replace(_search(rows, index, k, costs, None), index=part)
     return _searched(
         x, lambda some: Projected(*(v[some] for v in p)), search,

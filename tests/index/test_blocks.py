@@ -112,6 +112,7 @@ def test_a_subset_has_blocks_of_its_own() -> None:
     assert torch.equal(own.coarse, part.index.coarse[own.order.long()])
     assert part.index.mean_square != data.index.mean_square
     assert data.subset(slice(0, 20)).index.blocks is None
+    assert data.index.take(slice(0, 1500), "", for_once=True).blocks is None
 
 
 @pytest.mark.parametrize(
