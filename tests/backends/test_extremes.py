@@ -270,3 +270,22 @@ def test_gradients_for_biases_do_not_see_what_these_have_in_common(
     size = float((grads.mean.norm(dim=1) * got.mean.norm(dim=1)).sum())
     # Triton's is as exact as a mean in float32.
     assert abs(float(back.bias.sum())) <= {"triton": 1e-6}.get(backend, 1e-12) * size
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+def test_rows_at_the_same_distance_are_taken_alike(backend: str, dtype: torch.dtype) -> None:
+    """However far from the center they are: a query between two rows stays between them, and
+    between two pairs of rows up to a rounding of their sum."""
+    if backend not in harness.INSTALLED:
+        pytest.skip("the compiled module is missing")
+    pairs = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [1.0, 3.0], [-1.0, 3.0]], dtype=dtype)
+    for count, allowed in ((2, 0.0), (4, 4 * torch.finfo(dtype).eps)):
+        for center in ([0.0, 0.0], [1.0, 0.0]):
+            data, about = pairs[:count], torch.tensor(center, dtype=F64)
+            rows = Rows(data, center=about, sq_norms=(data.to(F64) - about).square().sum(1))
+            for sigma in torch.logspace(-6, 1, 29).tolist():
+                query = Case(3, count, 2, x=dtype, rows=dtype, sigma=sigma).problem()[0]
+                x = torch.tensor([[0.0, -2.0], [0.0, 0.3], [0.0, 4.0]], dtype=dtype)
+                mean = harness.posterior(backend, query._replace(x=x), rows).mean
+                assert (mean[:, 0].abs() <= allowed).all(), (count, center, sigma)

@@ -67,14 +67,11 @@ template <class R>
 MK_INLINE double error_in_pairs(const Query<R>& q, const TileContext<R>& s, double y) {
   return error_with(q.e0 + q.i0, q.e1 + q.i1, q, s, y);
 }
-template <class R>
-MK_INLINE double error_of(const Query<R>& q, const TileContext<R>& s, double y) {
-  return s.tile->in_pairs ? error_in_pairs(q, s, y) : error_with(q.e0, q.e1, q, s, y);
-}
 // That of no row in the tile is larger.
 template <class R>
 MK_INLINE double error_of(const Query<R>& q, const TileContext<R>& s) {
-  return error_of(q, s, s.tile->y_max);
+  const double y = s.tile->y_max;
+  return s.tile->in_pairs ? error_in_pairs(q, s, y) : error_with(q.e0, q.e1, q, s, y);
 }
 // Weighting "log": the error of r^2.
 template <class R>
@@ -253,16 +250,14 @@ static int take_inexact(Query<R>& q, const TileContext<R>& s, State& st, R* p, i
     R& apart = p[j * stride];
     const double b = bias_of(q, s, j);
     double t = apart + pull_of_bias(q, s, j), lo = any;
-    if (!all && t > any) {
-      const double y = __builtin_sqrt((double)s.tile->sq[j]);
-      lo = inexact_above<R>(lower, error_of(q, s, y), alike);
-      if (s.pl->pairs && q.r1 < kInf && t > lo) {
-        const double dot = s.pairs->refined(*s.src, *s.pl, *s.tile, q, q.index, j);
-        apart = (R)(q.a1 * dot - q.a2 * s.tile->sq[j]);
-        t = apart + pull_of_bias(q, s, j);
-        lo = threshold<R>(lower, error_with(q.e0, q.r1, q, s, y));
-        ++*s.refined;
-      }
+    // The errors are those of the tile and not of the row: rows at the same distance must be taken alike, or
+    // ties would be broken.
+    if (s.pl->pairs && q.r1 < kInf && !all && t > any) {
+      const double dot = s.pairs->refined(*s.src, *s.pl, *s.tile, q, q.index, j);
+      apart = (R)(q.a1 * dot - q.a2 * s.tile->sq[j]);
+      t = apart + pull_of_bias(q, s, j);
+      lo = threshold<R>(lower, error_with(q.e0, q.r1, q, s, s.tile->y_max));
+      ++*s.refined;
     }
     if (all ? b == -kInf : !(t > lo)) {
       if (all)
