@@ -12,7 +12,7 @@ import memokern
 from memokern import TrainingSet
 from memokern.calls import BasicSums, Rows
 from tests import cases, compare, harness, oracle
-from tests.cases import F32, F64, normal, query_of
+from tests.cases import F32, F64, U8, normal, query_of
 from tests.harness import every_backend
 
 
@@ -95,6 +95,19 @@ def test_the_score_of_a_density_estimate():
         for call in (x, x.clone().requires_grad_()):
             got = memokern.score(call, data, 1e-3).detach()
             torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-4)
+
+
+@every_backend
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("sigma", [1e-6, 1e-3, 0.1])
+def test_queries_at_a_center_that_is_a_row_of_bytes(backend, n, sigma):
+    """Where all rows are equal, the center is one, and nothing is left of a query at it."""
+    bytes_ = torch.randint(0, 256, (1, 257), generator=torch.Generator().manual_seed(2))
+    rows = Rows(bytes_.to(U8).expand(n, -1).contiguous(), *cases.UINT8_UNIT)
+    x = 0.4 * oracle.values(rows)[[0, 0, 0]] + sigma * normal(3, 257, seed=1)
+    x[0] = 0.4 * oracle.values(rows)[0]
+    for given in (rows, cases.with_norms(rows)):
+        check(backend, x.float(), given, sigma, alpha=0.4, temperature=1.7)
 
 
 @every_backend

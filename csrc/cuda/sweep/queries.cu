@@ -77,7 +77,9 @@ MK_DEVICE double write_table(const QueriesParams& p, const QuerySums& s, i64 b, 
   const double common = (0.5 * s.xx - alpha * s.xo) * unit;
   // What float64 rounds in xc and in the offset, which matters where a row is hit.
   const double hit = 4.5e-16 * a * (sqrt(s.oo) + sqrt(s.cc));
-  const double e1 = (mode == kHard ? error.bound : error.likely) * a * unit * norm;
+  const double per_row = (mode == kHard ? error.bound : error.likely) * a * unit, e1 = per_row * norm;
+  // A query at the center sees no rounding of the offset in its logits, but in its residual.
+  const double seen = mode == kSoft ? fmax(norm, sigma / sqrt(inv_t)) : norm;
   const double shared = mode == kSoft ? 0 : 2 * unit_roundoff * fabs(common) + hit * (norm + hit);
   const bool fits = fabs(a1) < huge && a2 < huge && fabs(common) < huge;
   if (thread_index() == 0) {
@@ -86,7 +88,7 @@ MK_DEVICE double write_table(const QueriesParams& p, const QuerySums& s, i64 b, 
     to[A2 * queries] = known && fits ? a2 : 0;
     to[InvT * queries] = known ? inv_t : 0;
     to[Common * queries] = known ? common : 0;
-    to[E0 * queries] = !known ? 0 : fits ? e1 * sqrt(s.oo) + shared : infinity();
+    to[E0 * queries] = !known ? 0 : fits ? per_row * seen * sqrt(s.oo) + shared : infinity();
     to[E1 * queries] = known ? e1 : 0;
     to[E2 * queries] = known ? 4 * unit_roundoff * a2 : 0;
     to[E3 * queries] = mode == kSoft ? 2 * unit_roundoff * inv_t : 0;

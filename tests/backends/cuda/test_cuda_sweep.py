@@ -50,6 +50,17 @@ def _check(query: Query, rows: Rows, variant: Variant, what: object, **how: obje
     return got
 
 
+@pytest.mark.parametrize("sigma", [1e-6, 1e-3, 0.1])
+def test_queries_at_a_center_that_is_a_row_of_bytes(sigma: float) -> None:
+    bytes_ = torch.randint(0, 256, (1, D), generator=torch.Generator().manual_seed(2))
+    rows = Rows(bytes_.to(U8).expand(3, -1).contiguous(), *cases.UINT8_UNIT)
+    x = 0.4 * oracle.values(rows) + sigma * cases.normal(3, D, seed=1)
+    x[0] = 0.4 * oracle.values(rows)[0]
+    rows = cases.with_norms(rows)
+    rows = rows._replace(center=rows.center.double())
+    _check(query_of(x.float(), sigma, 0.4, 1.7), rows, VARIANTS[U8], sigma)
+
+
 @pytest.mark.parametrize("dtype", VARIANTS, ids=cases.name_of)
 @pytest.mark.parametrize("sigma", [1e-3, 0.05, 0.5, 3.0, 30.0, 1e3])
 @pytest.mark.one_of(2)

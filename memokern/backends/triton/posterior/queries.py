@@ -110,9 +110,12 @@ def queries_kernel(
     # hit.
     hit = 4.5e-16 * a * (tl.sqrt(soo) + tl.sqrt(scc))
     hard = mode == HARD
-    e1 = tl.where(hard, bound, likely) * a * unit * norm
+    per_row = tl.where(hard, bound, likely) * a * unit
+    e1 = per_row * norm
+    # A query at the center sees no rounding of the offset in its logits, but in its residual.
+    seen = tl.where(mode == SOFT, tl.maximum(norm, b_sigma / tl.sqrt(inv_t)), norm)
     shared = tl.where(mode == SOFT, 0.0, 2 * u * tl.abs(common) + hit * (norm + hit))
-    e0 = e1 * tl.sqrt(soo) + shared
+    e0 = per_row * seen * tl.sqrt(soo) + shared
     e2 = 4 * u * a2
     e3 = tl.where(mode == SOFT, 2 * u * inv_t, 0.0)
     fits = (tl.abs(a1) < HUGE) & (a2 < HUGE) & (tl.abs(common) < HUGE)
