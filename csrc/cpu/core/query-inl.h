@@ -56,7 +56,7 @@ template <class R>
 static void estimate_error(const Plan& pl, const Source<R>& src, Query<R>& q) {
   const double u = Precision<R>::u, c = 4 + 0.5 * __builtin_sqrt((double)pl.depth), x = __builtin_sqrt(q.xx);
   const double hit = 4.5e-16 * __builtin_fabs(q.alpha) * src.center_norms;
-  // A query at the center sees no rounding of the offset in its logits, but in its residual.
+  // A query at the center sees no rounding of the rows in its logits, but in its residual.
   const double seen = q.mode == kSoftmax ? dmax(x, q.sigma * __builtin_sqrt(q.temperature)) : x;
   q.e0 = __builtin_fabs(q.a1) * src.center_norms * seen * (src.unit == 1 ? 0 : 3 * u) +
          (q.mode == kSoftmax ? 0 : hit * (x + hit));

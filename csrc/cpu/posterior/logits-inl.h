@@ -95,10 +95,12 @@ MK_INLINE double exact_r2(const Query<R>& q, const TileContext<R>& s, int64_t j)
 }
 // Whether a row that was evaluated exactly is kept in Near: not where x is so far off that the mean would
 // lose by it, which is then x plus a difference, over alpha. There the accumulator loses the residual
-// nothing.
+// nothing, but for the rounding of raw + offset, which a row at the center has too: it matters where x is
+// nearer than some 2^17 times that.
 template <class R>
 MK_INLINE bool is_near(const Query<R>& q, const TileContext<R>& s, int64_t j, double r2) {
-  const double sq = s.tile->sq[j];  // infinite where a float cannot hold it
+  const double c = s.src->unit == 1 ? 0 : s.src->center_norms * 0x1p-7;
+  const double sq = s.tile->sq[j] + c * c / s.D;  // infinite where a float cannot hold it
   return (sq < Precision<R>::safe && r2 < 16 * q.alpha * q.alpha * sq) || (r2 == 0 && q.alpha != 0);
 }
 // At most ln x, and at least ln x - 0.06, for a normal x > 0 and without a call: log2 of (1 + f) 2^k is at
