@@ -337,9 +337,9 @@ class TrainingSet(StoredRows):
     def sorted_by_label(self) -> TrainingSet:
         """The set in the order of :meth:`by_class`, without an index, kept for the next call."""
         known, order = self._with_classes(), self.by_class().order
-        if bool((order[1:] > order[:-1]).all()):
-            return self
         if known.sorted_by_label is None:
+            if bool((order[1:] > order[:-1]).all()):
+                return self
             known.sorted_by_label = made = self._like(self.rows[order], order)
             made.adopt(known.taken(made.rows, order))
         return known.sorted_by_label
