@@ -45,10 +45,10 @@ class _Weighed(NamedTuple):
     """What one query makes of the rows that have weight.
 
     Values y [M, D], biases and exponents v = (l - base) / T [M] of these rows, and which of all
-    rows they are. base: -|x - alpha y|^2 / (2 sigma^2) of the nearest row, beside which a bias
-    would be lost to rounding. At a limit (sigma = 0, or so small that the nearest row's logit
-    overflows; an exact hit of "log") v is bias / T alone, and base is 0 or infinite. key: of the
-    state.
+    rows they are. base: the logit of the nearest row without its bias, beside which a bias and the
+    differences of logits would be lost to rounding. At a limit (sigma = 0, or so small that the
+    nearest row's logit overflows; an exact hit of "log") v is bias / T alone, and base is 0 or
+    infinite. key: of the state.
     """
 
     y: Tensor
@@ -94,8 +94,9 @@ def _weigh(query: Query, rows: _Reachable) -> _Weighed:
     if query.weighting == "gaussian":
         logit = -(r2 - least) / sigma / sigma / 2 + b
         return _Weighed(y, b, logit / temperature, where, 0.0, -least / sigma / sigma / 2)
-    logit = -y.shape[1] / 2 * torch.log(r2 / y.shape[1]) + b
-    return _Weighed(y, b, logit / temperature, where, 1.0, zero)
+    dim = y.shape[1]
+    logit = -dim / 2 * torch.log(r2 / least) + b
+    return _Weighed(y, b, logit / temperature, where, 1.0, -dim / 2 * torch.log(least / dim))
 
 
 def bias(query: Query, rows: Rows) -> Tensor | None:

@@ -130,6 +130,27 @@ def test_gradients_where_a_logit_has_no_digits_left(backend, sigma):
     torch.testing.assert_close(got.bias, want.bias, rtol=1e-6, atol=1e-9)
 
 
+@every_backend
+@pytest.mark.parametrize("unit", [2.0**20, 2.0**-20])
+def test_log_weights_in_another_unit(backend, unit):
+    """All logits then move by the same 4e3, whose last place is all that the gradient for the
+    temperature may lose: differences of logits alone decide on it."""
+    data, x, zero = normal(8, 300), normal(5, 300, seed=1), torch.zeros(5, dtype=F64)
+    grads = BasicSums(normal(5, 300, seed=2), zero + 1, zero + 1, zero, zero + 1)
+    query, rows = query_of(x, 1.0, weighting="log"), Rows(data)
+    if harness.refusal(backend, "posterior_backward", x, rows) is not None:
+        pytest.skip("it has no kernel for float64")
+    want = oracle.gradients(query, rows, grads).temperature
+    moved, there = query_of(unit * x, 1.0, weighting="log"), Rows(unit * data)
+    grads = grads._replace(mean=grads.mean / unit)
+    truth = oracle.gradients(moved, there, grads).temperature
+    torch.testing.assert_close(truth, want, rtol=1e-13, atol=1e-13)
+    sums = oracle.sums(moved, there)
+    got = harness.backward(backend, moved, there, sums, grads).temperature
+    place = 2.0**-52 * sums.mean_logit.abs().max().item()
+    torch.testing.assert_close(got, want, rtol=1e-11, atol=8 * place)
+
+
 @harness.plain_backends
 def test_rows_that_are_all_left_out_have_gradient_0(backend):
     rows = Rows(cases.normal(6, 3, dtype=F32))
