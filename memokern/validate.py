@@ -105,6 +105,8 @@ def broadcastable(name: str, value: PerQuery, batch: Sequence[int], device: torc
     """
     if isinstance(value, Tensor):
         tensor = value.to(device, torch.float64)
+        if tensor.dim() == 0 or tensor.shape == batch:  # small calls feel what is asked below
+            return tensor
     elif isinstance(value, np.ndarray):
         tensor = as_given(value, name).to(device, torch.float64)
     elif isinstance(value, bool) or not isinstance(value, Real):
@@ -128,7 +130,8 @@ def broadcastable(name: str, value: PerQuery, batch: Sequence[int], device: torc
 
 def per_query(name: str, value: PerQuery, batch: Sequence[int], device: torch.device) -> Tensor:
     """The same, expanded to [*batch]."""
-    return broadcastable(name, value, batch, device).expand(tuple(batch))
+    tensor = broadcastable(name, value, batch, device)
+    return tensor if tensor.shape == batch else tensor.expand(tuple(batch))
 
 
 def require(name: str, value: PerQuery, tensor: Tensor, ok: Tensor, what: str) -> None:

@@ -103,8 +103,8 @@ class ClosedEnd:
             radius = self.diameter * other / (1 - other)
             lead = torch.log((1 - other) / other) - self.spread
             noise = (p.sigma / p.alpha).square() * p.temperature
-            flat = p.residual.to(torch.float64).flatten(1)
-            rho = torch.linalg.vector_norm(flat, dim=1) / p.alpha + radius
+            flat = p.residual.flatten(1)
+            rho = torch.linalg.vector_norm(flat, dim=1, dtype=torch.float64) / p.alpha + radius
             gap = 2 * noise * lead
             apart = gap / ((rho.square() + gap.clamp(min=0.0)).sqrt() + rho)
             return (other < 0.5) & (lead > 0) & (2 * radius <= apart)

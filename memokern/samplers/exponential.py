@@ -49,7 +49,7 @@ from memokern.samplers.base import Denoises, Level, Run, Samples, held, level_of
 from memokern.samplers.closed_end import ClosedEnd
 from memokern.samplers.gaussian import Gaussian, of_samples
 from memokern.samplers.gaussian_part import GaussianPart
-from memokern.samplers.interpolation import NODES, WEIGHTS, lagrange
+from memokern.samplers.interpolation import NODES, WEIGHTS, added, lagrange
 
 # Levels of the process's grid for one step asked for: as exact as Heun's method with so many steps.
 LEVELS = 4 / 3
@@ -66,11 +66,9 @@ LONG = (0.7, 1.4)
 
 @dataclass(frozen=True)
 class Node:
-    """An evaluation: at x [S, *shape] and a level, D [S, *shape]; r [S, K] where there is a
-    Gaussian."""
+    """An evaluation at a level: D [S, *shape]; r [S, K] where there is a Gaussian."""
 
     level: Level
-    x: Tensor
     x0: Tensor
     rest: Tensor | None = None
 
@@ -80,7 +78,7 @@ class Node:
 
     def take(self, at: Tensor) -> Node:
         rest = None if self.rest is None else self.rest[at]
-        return Node(self.level, self.x[at], self.x0[at], rest)
+        return Node(self.level, self.x0[at], rest)
 
 
 def gaussian_of(denoiser: Denoises, given: Gaussian | bool | None, run: Run) -> Gaussian | None:
@@ -244,7 +242,7 @@ class _Flow:
             if to.sigma == 0 or not now.signal:
                 self._x = held(found.x0, found.eps, to)
                 return
-            self.nodes.append(Node(now, self.x, found.x0))
+            self.nodes.append(Node(now, found.x0))
         self._accept(*self._advance(now, to))
 
     def _advance(self, now: Level, to: Level) -> tuple[Tensor, Node, float]:
@@ -258,16 +256,19 @@ class _Flow:
             rests = [n.rest for n in old if n.rest is not None]
             z = predict(rests)
             x = g.values(z, to)
-            self.found = run.predict(x, to.t, self.at)
+            self._evaluate(x, to)
             rest, size = g.rest(z, self.found.x0, to)
-            return correct([*rests, rest]), Node(to, x, self.found.x0, rest), size
+            return correct([*rests, rest]), Node(to, self.found.x0, rest), size
         run.phase = "middle"
         ahead = math.log(to.alpha / to.sigma * now.sigma / now.alpha)
         order = ORDER - sum(ahead > long for long in LONG)
         x = self._by_data(now, to, self.nodes[-order:])
-        self.found = run.predict(x, to.t, self.at)
-        node = Node(to, x, self.found.x0)
+        self._evaluate(x, to)
+        node = Node(to, self.found.x0)
         return self._by_data(now, to, [*self.nodes[-order:], node]), node, math.inf
+
+    def _evaluate(self, x: Tensor, level: Level) -> None:
+        self.evaluated, self.found = x, self.run.predict(x, level.t, self.at)
 
     def _leave_gaussian(self) -> None:
         self._x, self.gaussian = self.x, None
@@ -291,7 +292,7 @@ class _Flow:
             proven = proven & exact  # where a row that is close would move the end
         here, left = proven.nonzero()[:, 0], (~proven).nonzero()[:, 0]
         mean = self.found.posterior.mean
-        self.ended.append(_Ended(self.at[here], node.level, node.x[here], mean[here], exact[here]))
+        self.ended.append(_Ended(self.at[here], node.level, self.evaluated[here], mean[here], exact[here]))
         self.at = self.at[left]
         self._x = None if self._x is None else self._x[left]
         self.nodes = [part.take(left) for part in self.nodes]
@@ -306,9 +307,9 @@ class _Flow:
         grown = np.exp(at)  # p over that of now
         through = lagrange([math.log(n.p / p[0]) for n in nodes], at)
         integrals = through @ (WEIGHTS * grown) * (length / 2) / math.expm1(length)
-        mean = sum(float(a) * n.x0 for a, n in zip(integrals, nodes, strict=True))
-        assert isinstance(mean, Tensor)
-        return to.alpha * mean + (to.sigma / now.sigma) * (self.x - now.alpha * mean)
+        kept = to.sigma / now.sigma
+        factors = (to.alpha - kept * now.alpha) * integrals
+        return added(kept * self.x, factors, [n.x0 for n in nodes])
 
     # --- the end ------------------------------------------------------------------------------
 

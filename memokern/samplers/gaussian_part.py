@@ -18,7 +18,7 @@ from torch import Tensor
 
 from memokern.samplers.base import Level
 from memokern.samplers.gaussian import Gaussian
-from memokern.samplers.interpolation import NODES, WEIGHTS, lagrange
+from memokern.samplers.interpolation import NODES, WEIGHTS, added, lagrange
 
 
 class GaussianPart:
@@ -54,7 +54,7 @@ class GaussianPart:
         far = x0.flatten(1).to(self.kind) - g.mean.to(self.kind)
         d = g.transform.coordinates(far).to(torch.float64)
         scaled = g.variances * (level.alpha / level.sigma) ** 2
-        r = d - scaled / (1 + scaled) / level.alpha * z
+        r = torch.addcmul(d, scaled / (1 + scaled) / level.alpha, z, value=-1)
         with torch.no_grad():  # the coordinates are orthonormal
             sizes = [float(torch.linalg.vector_norm(v, dim=1).mean()) for v in (r, d)]
         return r, sizes[0] / sizes[1] if sizes[1] > 0 else 0.0
@@ -83,7 +83,7 @@ class GaussianPart:
         v = self.z / scale
 
         def stepped(by: Tensor, rests: list[Tensor]) -> Tensor:
-            return scale_there * sum((a * r for a, r in zip(by, rests, strict=True)), v)
+            return scale_there * added(v, by, rests)
 
         return [partial(stepped, by) for by in integrals.split([len(places), len(places) + 1])]
 

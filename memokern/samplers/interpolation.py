@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import torch
+from torch import Tensor
 
 # Of Gauss and Legendre, on [-1, 1]: integrands here are smooth, and no count of evaluations.
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(48)
@@ -24,4 +26,17 @@ def lagrange(places: Sequence[float], at: np.ndarray) -> np.ndarray:
         for j, other in enumerate(places):
             if i != j:
                 out[i] *= (at - other) / (one - other)
+    return out
+
+
+def added(start: Tensor, factors: Sequence[float] | Tensor, values: Sequence[Tensor]) -> Tensor:
+    """start + sum factor value, in one operation for each value: beside other work on the machine
+    every operation on large tensors may wait for a processor. factors: numbers, or what broadcasts
+    to a value each."""
+    out = start
+    for by, value in zip(factors, values, strict=True):
+        if isinstance(by, Tensor):
+            out = torch.addcmul(out, by, value)
+        else:
+            out = torch.add(out, value, alpha=float(by))
     return out
