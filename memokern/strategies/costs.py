@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,6 +17,10 @@ from memokern.util import env
 
 # Numbers of queries for which a sweep is timed.
 QUERIES = (1, 4, 16, 64)
+# Numbers in the rows that are timed.
+ELEMENTS = 1 << 22
+# Seconds after which timing ends, and the most turns.
+ENOUGH, MOST_TURNS = 0.15, 12
 
 
 class Costs(NamedTuple):
@@ -74,8 +79,9 @@ def _measured(
     threads: int,
     backend: str,
 ) -> Timed:
-    """Timings of such rows and queries; threads and backend are for the cache."""
-    return _sample(str(device), rows_dtype, dtype, dim, 1 << 22)
+    """Timings of such rows and queries; threads are for the cache."""
+    elements = ELEMENTS >> 6 if backend == "reference" else ELEMENTS  # it would take a minute
+    return _sample(str(device), rows_dtype, dtype, dim, elements)
 
 
 @torch.no_grad()
@@ -88,23 +94,28 @@ def _sample(
     rows = (torch.rand(n, dim, generator=g, device="cpu") * 255).to(rows_dtype).to(device)
     x = torch.rand(b, dim, generator=g, device="cpu").to(device, dtype)
     ones = torch.ones(b, dtype=torch.float64, device=device)
-    # As where pruning is worth a thought: few rows have weight. |x - y|^2 is spread by some 20,000
-    # sqrt(D), and sigma^2 is a hundredth of it.
-    many = Query(x, (200 * dim**0.5) ** 0.5 * ones, ones, ones)
+    # As where pruning is worth a thought: of all rows few have weight, but those of a list do.
+    # |x - y|^2 is spread by some 20,000 sqrt(D), and sigma^2 is a hundredth of it, or all.
+    spread = 20_000 * dim**0.5
+    many = Query(x, (spread / 100) ** 0.5 * ones, ones, ones)
     some = [many.take(torch.arange(size, device=device)) for size in QUERIES]
-    one = some[0]
+    noisy = many._replace(sigma=spread**0.5 * ones)
+    one = noisy.take(torch.arange(1, device=device))
     norms = torch.linalg.vector_norm(rows.to(torch.float64), dim=1).square()
     data = Rows(rows, center=ones.new_zeros(dim), sq_norms=norms)
     listed = torch.randint(n, (b * count,), generator=g, device="cpu").sort().values.to(device)
     start = torch.arange(0, b * count + 1, count, device=device)
     wait = _waiting(device)
-    call = _seconds(
-        lambda: ops.posterior_listed(one, data, RowLists(start[:2] // count, listed[:1])), wait
+    (call,) = _seconds(
+        [lambda: ops.posterior_listed(one, data, RowLists(start[:2] // count, listed[:1]))], wait
     )
-    lists = _seconds(lambda: ops.posterior_listed(many, data, RowLists(start, listed)), wait)
+    sweeps = [functools.partial(ops.posterior, q, data) for q in some]
+    lists, *swept = _seconds(
+        [lambda: ops.posterior_listed(noisy, data, RowLists(start, listed)), *sweeps], wait
+    )
     per_listed = max(lists - call, 0.01 * lists) / (b * count * dim)
-    swept = (_seconds(functools.partial(ops.posterior, q, data), wait) for q in some)
-    return Timed(tuple(max(took - call, 0.0) / (n * dim) for took in swept), per_listed, call)
+    sweep = tuple(max(took - call, 0.01 * took) / (n * dim) for took in swept)
+    return Timed(sweep, per_listed, call)
 
 
 def _waiting(device: str) -> Callable[[], None]:
@@ -114,19 +125,19 @@ def _waiting(device: str) -> Callable[[], None]:
     return functools.partial(torch.accelerator.synchronize, torch.device(device))
 
 
-def _seconds(call: Callable[[], object], wait: Callable[[], None]) -> float:
-    """The shortest of a few runs after a first one, each waited for: a GPU's work goes on after the
-    call."""
-    call()
-    wait()
-    best, spent = float("inf"), 0.0
-    for _ in range(5):
-        began = time.perf_counter()
-        call()
-        wait()
-        took = time.perf_counter() - began
-        best, spent = min(best, took), spent + took
-        if spent > 0.05:
+def _seconds(calls: list[Callable[[], object]], wait: Callable[[], None]) -> list[float]:
+    """The shortest of a few runs of each, after a first one, each waited for: a GPU's work goes on
+    after the call. They take turns, so that what disturbs the machine for a while disturbs all."""
+    best, spent = [math.inf] * len(calls), 0.0
+    for turn in range(1 + MOST_TURNS):
+        for i, call in enumerate(calls):
+            began = time.perf_counter()
+            call()
+            wait()
+            took = time.perf_counter() - began
+            if turn > 0:
+                best[i], spent = min(best[i], took), spent + took
+        if spent > ENOUGH:
             break
     return best
 

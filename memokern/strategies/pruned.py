@@ -39,8 +39,8 @@ EPS = {torch.float32: 1e-6, torch.float64: 1e-14}
 FEW = 64
 # Queries that the backend's own call projects.
 _NOT_YET = Projected(*[torch.empty(0, device="cpu")] * 4)
-# Of the mean squared distance of two rows. CIFAR-10: sigma = 3.6; from 3 on pruning never pays.
-HOPELESS = 0.4
+# Of the mean squared distance of two rows. CIFAR-10: sigma = 3.2; from 3 on pruning hardly pays.
+HOPELESS = 0.3
 
 
 def weight_allowed(query: Query, rows: Rows, index: Index, tol: float | None) -> float:

@@ -106,7 +106,7 @@ def test_a_device_is_waited_for_while_costs_are_measured(monkeypatch):
     assert waited == []
     wait = costs_module._waiting("cuda:1")
     monkeypatch.setattr(costs_module.time, "perf_counter", lambda: float(next(clock)))
-    assert costs_module._seconds(lambda: waited.append("call"), wait) == 1.0
+    assert costs_module._seconds([lambda: waited.append("call")], wait) == [1.0]
     device = torch.device("cuda", 1)
     assert waited == ["call", device] * 2  # a first call, and one of a second: long enough
 

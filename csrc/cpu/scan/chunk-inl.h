@@ -147,7 +147,8 @@ static void list_rows(ScanTask& t, const Lanes& q, int64_t cnt, const Of& of, co
 // up.
 static void cut_long_lists(ScanTask& t, float* scratch) {
   const ScanCall& s = *t.s;
-  const int64_t most = (int64_t)((1 + s.bound->reading) * (double)s.bound->most_listed / kFullProductShare);
+  const int64_t most =
+      (int64_t)((1 + s.bound->reading) * (double)s.bound->most_listed / full_product_share(*s.rows));
   const int64_t limit = imax(SCAN_LIST_ROWS, most);
   for (int64_t i = 0; i < t.B; i++) {
     List& l = t.lists[t.order[i]];

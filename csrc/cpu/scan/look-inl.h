@@ -138,7 +138,7 @@ static void sample_lists(ScanTask& t, float* scratch) {
       pass_levels(s, b, few[i], scratch);
     }
     double listed = few[i].work * share_of_work(s.count) / (kListedCycles * s.D) +
-                    few[i].count * (kFullProductShare + kRowShare / s.count);
+                    few[i].count * (full_product_share(*s.rows) + row_share(*s.rows) / s.count);
     if ((listed + few[i].count) * rows > most_listed) listed += few[i].count * share_left(s, b, few[i]);
     s.expected[b] = listed * rows * kBetterRows;
     t.lists[b].best = few[i].best;  // proven too
