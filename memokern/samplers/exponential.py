@@ -292,7 +292,9 @@ class _Flow:
             proven = proven & exact  # where a row that is close would move the end
         here, left = proven.nonzero()[:, 0], (~proven).nonzero()[:, 0]
         mean = self.found.posterior.mean
-        self.ended.append(_Ended(self.at[here], node.level, self.evaluated[here], mean[here], exact[here]))
+        self.ended.append(
+            _Ended(self.at[here], node.level, self.evaluated[here], mean[here], exact[here])
+        )
         self.at = self.at[left]
         self._x = None if self._x is None else self._x[left]
         self.nodes = [part.take(left) for part in self.nodes]
