@@ -310,7 +310,7 @@ class _Flow:
         through = lagrange([math.log(n.p / p[0]) for n in nodes], at)
         integrals = through @ (WEIGHTS * grown) * (length / 2) / math.expm1(length)
         kept = to.sigma / now.sigma
-        factors = (to.alpha - kept * now.alpha) * integrals
+        factors = ((to.alpha - kept * now.alpha) * integrals).tolist()
         return added(kept * self.x, factors, [n.x0 for n in nodes])
 
     # --- the end ------------------------------------------------------------------------------
