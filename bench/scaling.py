@@ -1,7 +1,7 @@
 """`python -m bench.scaling`: the cost of one evaluation against the number of rows, as a picture.
 
 Rows are images and augmented copies of them, queries x = y + sigma z of some rows, as in
-training. Dense, pruned, and pruned by reading all of the index's first level, at a small sigma;
+training. Dense, pruned, and pruned by reading all of the index's first level, at a few small sigma;
 beside them the time that this reading takes at the machine's read rate.
 """
 
@@ -26,30 +26,35 @@ ROUNDS = {"pruned": 9, "all rows": 9, "dense": 3, "read": 5}
 
 
 def measure(
-    path: str | None, counts: list[int], b: int, sigma: float, patience: float
+    path: str | None, counts: list[int], b: int, sigmas: list[float], patience: float
 ) -> dict[str, Any]:
-    """Seconds of each way for each number of rows."""
+    """Seconds of each way for each number of rows and each sigma."""
     clock = timing.Clock(patience)
     source = images.load(path)
     found = []
     for n in counts:
-        entry = _measure(Images(images.augmented(source.rows, n), source.held_out), b, sigma, clock)
-        found.append(entry)
-        ms = {name: 1e3 * entry[name] for name in ROUNDS}
-        print(
-            f"N={n:>7}  pruned {ms['pruned']:8.2f} ms  by all rows {ms['all rows']:8.2f} ms  dense "
-            f"{ms['dense']:8.1f} ms ({ms['dense'] / ms['pruned']:.0f}x)  read {ms['read']:.2f} ms"
-            f"  rows kept {entry['kept']:.1f}",
-            flush=True,
-        )
+        data = Images(images.augmented(source.rows, n), source.held_out)
+        rows = memokern.TrainingSet(data.rows).build_index(progress=False)
+        for sigma in sigmas:
+            entry = _measure(data, rows, b, sigma, clock)
+            found.append(entry)
+            ms = {name: 1e3 * entry[name] for name in ROUNDS}
+            print(
+                f"N={n:>7} sigma={sigma:<5g} pruned {ms['pruned']:8.2f} ms  by all rows"
+                f" {ms['all rows']:8.2f} ms  dense {ms['dense']:8.1f} ms"
+                f" ({ms['dense'] / ms['pruned']:.0f}x)  read {ms['read']:.2f} ms"
+                f"  rows kept {entry['kept']:.1f}",
+                flush=True,
+            )
     return {
-        "machine": machine.describe(), "b": b, "sigma": sigma, "images": path or "synthetic",
+        "machine": machine.describe(), "b": b, "images": path or "synthetic",
         "shape": list(source.rows.shape[1:]), "counts": found,
     }  # fmt: skip
 
 
-def _measure(data: Images, b: int, sigma: float, clock: timing.Clock) -> dict[str, float]:
-    rows = memokern.TrainingSet(data.rows).build_index(progress=False)
+def _measure(
+    data: Images, rows: memokern.TrainingSet, b: int, sigma: float, clock: timing.Clock
+) -> dict[str, float]:
     x = pruned.noisy_rows(data, b, sigma)
     index = rows.index
     assert index is not None
@@ -68,7 +73,7 @@ def _measure(data: Images, b: int, sigma: float, clock: timing.Clock) -> dict[st
         "dense": lambda: memokern.denoise(x, rows, sigma, method="dense"),
         "read": read.sum,
     }
-    entry: dict[str, float] = {"n": len(data.rows)}
+    entry: dict[str, float] = {"n": len(data.rows), "sigma": sigma}
     for name, call in calls.items():
         call()
         times = [clock.time(call, lambda: None) for _ in range(ROUNDS[name])]
@@ -85,21 +90,31 @@ def draw(result: dict[str, Any], out: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    counts = result["counts"]
-    n = [c["n"] for c in counts]
-    figure, axes = plt.subplots(figsize=(5.2, 3.6), layout="constrained")
-    for name, label, style in (
-        ("dense", "dense sweep", "o-"),
-        ("all rows", "pruned, all rows of the first level", "^-"),
-        ("pruned", "pruned, by blocks of rows", "s-"),
-        ("read", "read of the index's first level", ":"),
-    ):
-        axes.plot(n, [1e3 * c[name] for c in counts], style, label=label)
-    axes.plot(n, [1e3 * counts[0]["pruned"] * v / n[0] for v in n], "--", color="0.7", label="~ N")
-    axes.set(xscale="log", yscale="log", xlabel="rows N", ylabel="time of one evaluation, ms")
+    sigmas = sorted({c["sigma"] for c in result["counts"]})
+    figure, panels = plt.subplots(
+        1, len(sigmas), figsize=(1.2 + 3 * len(sigmas), 3.6), sharey=True, squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for axes, sigma in zip(panels[0], sigmas, strict=True):
+        counts = [c for c in result["counts"] if c["sigma"] == sigma]
+        n = [c["n"] for c in counts]
+        for name, label, style in (
+            ("dense", "dense sweep", "o-"),
+            ("all rows", "pruned, all rows of the first level", "^-"),
+            ("pruned", "pruned, by blocks of rows", "s-"),
+            ("read", "read of the index's first level", ":"),
+        ):
+            axes.plot(n, [1e3 * c[name] for c in counts], style, label=label)
+        line = [1e3 * counts[0]["pruned"] * v / n[0] for v in n]
+        axes.plot(n, line, "--", color="0.7", label="proportional to N")
+        axes.set(xscale="log", yscale="log", xlabel="rows N", title=f"sigma = {sigma:g}")
+    panels[0][0].set_ylabel("time of one evaluation, ms")
     threads = result["machine"]["threads"]
-    axes.set_title(f"B = {result['b']}, sigma = {result['sigma']:g}, {threads} threads")
-    axes.legend(frameon=False)
+    figure.suptitle(f"B = {result['b']}, {threads} threads", fontsize=9)
+    figure.legend(
+        *panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3,
+        frameon=False,
+    )  # fmt: skip
     figure.savefig(out, dpi=150)
 
 
@@ -108,7 +123,7 @@ def main() -> int:
     parser.add_argument("--data", help="a file of uint8 images (.npy, .npz, .safetensors)")
     parser.add_argument("--counts", type=int, nargs="+", default=list(COUNTS), metavar="N")
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--sigma", type=float, default=0.3)
+    parser.add_argument("--sigma", type=float, nargs="+", default=[0.05, 0.1, 0.3])
     parser.add_argument("--json", type=Path, default=Path("results/scaling.json"))
     parser.add_argument("--picture", type=Path, default=Path("results/scaling.png"))
     parser.add_argument("--patience", type=float, default=timing.PATIENCE, metavar="SECONDS",

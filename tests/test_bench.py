@@ -149,11 +149,12 @@ def test_augmented_images_are_many_and_distinct(few_images):
 def test_the_cost_against_the_number_of_rows(few_images, tmp_path, monkeypatch, capsys):
     out, picture = tmp_path / "n.json", tmp_path / "n.png"
     argv = ["scaling", "--counts", 50, 300, "--batch", 3, "--patience", 0, "--json", out]
+    argv += ["--sigma", 0.1, 0.3]
     argv += ["--picture", picture]
     monkeypatch.setattr(sys, "argv", list(map(str, argv)))
     assert scaling.main() == 0
     counts = json.loads(out.read_text())["counts"]
-    assert [c["n"] for c in counts] == [50, 300]
+    assert [(c["n"], c["sigma"]) for c in counts] == [(n, s) for n in (50, 300) for s in (0.1, 0.3)]
     assert all(min(c["pruned"], c["dense"], c["read"]) > 0 < c["kept"] for c in counts)
     assert picture.read_bytes()[:4] == b"\x89PNG" and "N=    300" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["scaling", "--data", str(tmp_path / "none.npy")])
