@@ -30,9 +30,12 @@ from memokern.strategies.pruned import scan_index
 # Queries whose lists are evaluated together, if these are long or of one row each: a call costs as
 # much as some rows, and the rows of one query are evaluated for all of its group.
 GROUP = (4, 64)
-# From which share of the rows on, asked for (k) or kept, and for how few queries, a sweep over all
-# is as fast. CIFAR-10, N = 9,000: with what goes before, lists of 3 to 5 % of the rows.
-MOST_ASKED, MOST_KEPT, FEWEST = 1 / 1000, 1 / 32, 16
+# From which share of the rows on, asked for (k) or kept, a sweep over all is as fast. CIFAR-10,
+# N = 9,000: with what goes before, lists of some 2 % of the rows.
+MOST_ASKED, MOST_KEPT = 1 / 1000, 1 / 64
+# A search is worth trying where a sweep for a posterior takes so many calls of an operation.
+WORTH_CALLS = 36
+LEAST_PART = 16  # queries that are searched for together
 ELEMENTS = 1 << 22  # of a temporary
 COPIED_BYTES = 1 << 26  # of rows that are listed, at a time
 LISTED = 1 << 23  # rows that the lists of queries hold at a time, of 24 bytes each
@@ -123,8 +126,8 @@ def _pays(b: int, rows: Rows, k: int, costs: Costs | None) -> bool:
     """Whether any of b queries may be better off with a list."""
     if b == 0 or costs is None:
         return b > 0
-    few = b < FEWEST or k > rows.n * MOST_ASKED
-    return not (few or costs.dense(b, rows.n, rows.dim) < 8 * costs.call)
+    swept = costs.dense(b, rows.n, rows.dim)
+    return k <= rows.n * MOST_ASKED and swept >= WORTH_CALLS * costs.call
 
 
 def _search(
@@ -147,7 +150,7 @@ def _searched(
     parts: list[Found] = []
     far = []
     # Each query of a part may have a list as long as that.
-    step = max(FEWEST, LISTED // search.most_listed)
+    step = max(LEAST_PART, LISTED // search.most_listed)
     for some in torch.arange(len(x), device=x.device).split(step):
         reach = None if known is None else known[some]
         found, left = _by_lists(x[some], projected(some), search, reach)

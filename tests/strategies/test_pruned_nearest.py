@@ -198,10 +198,14 @@ def test_auto_sweeps_for_queries_that_keep_too_many_rows(monkeypatch):
     got = pruned(x, data, 1, costs)
     assert swept == [4]
     assert torch.equal(got[1], want.index) and torch.equal(got[0], want.distance)
-    # Calls that cost more than sweeps, few queries, many rows asked for, most queries hopeless.
+    # Sweeps that cost less than some calls, of many queries or of few; many rows asked for; most
+    # queries hopeless.
     dear = costs._replace(call=1e9)
+    some = costs._replace(call=data.n * data.dim * 10 / 36)  # a sweep of 10 queries is worth it
     hopeless = x[::5].repeat(5, 1)
-    for q, k, price in ((x, 1, dear), (x[:5], 1, costs), (x, 500, costs), (hopeless, 1, costs)):
+    pruned(x, data, 1, some)
+    assert swept == [4, 4]
+    for q, k, price in ((x, 1, dear), (x[:5], 1, some), (x, 500, costs), (hopeless, 1, costs)):
         swept.clear()
         pruned(q, data, k, price)
         assert swept == [len(q)]
