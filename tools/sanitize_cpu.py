@@ -12,8 +12,7 @@ second sees how the kernels' own threads (``csrc/cpu/runtime/threads.cpp``) meet
 The kernels are one source. Arrays are longest beside their ends where vectors are widest, and how
 threads meet is the same for all, so two programs have what all six would see, but for a fault in
 the few functions that an instruction set has of its own (``csrc/cpu/core/vec-inl.h``,
-``convert-inl.h``), and in rows of bytes as integers (``core/pair_dots-inl.h``), which avx2 alone
-has.
+``convert-inl.h``, ``pair_vec-inl.h``).
 """
 
 from __future__ import annotations

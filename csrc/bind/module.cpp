@@ -23,6 +23,9 @@ PYBIND11_MODULE(_C, m) {
         "Use the kernels of one instruction set ('auto': the widest that runs here); returns its name.");
   m.def("isa", [] { return std::string(kernels().name); }, "The instruction set in use.");
   m.def("width", [] { return kernels().width; }, "Floats of one vector.");
+  m.def(
+      "integers", [] { return kernels().integers(); },
+      "Whether they multiply rows of bytes in integers here.");
   m.def("isas", &isas, "What there is, and whether it runs here: [(name, supported)].");
   m.def(
       "add_isa",

@@ -46,11 +46,11 @@ def version(distribution: str) -> str | None:
 
 
 def instruction_set() -> str | None:
-    """The instruction set that the compiled CPU kernels chose ("baseline", "avx2", "avx512"), or
-    None where there are none.
+    """The instruction set that the compiled CPU kernels chose ("baseline", "avx2", "avx512",
+    "avx512 with VNNI"), or None where there are none.
     """
     cpu: Any = protocol.get("cpu")
-    return cpu.isa() if cpu.unavailable() is None else None
+    return cpu.described_isa() if cpu.unavailable() is None else None
 
 
 def devices() -> list[str]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import platform
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import torch
 import memokern
 from memokern.apps import info
 from memokern.backends import protocol
+from memokern.backends.cpu import native
 from memokern.util import env
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -101,6 +103,18 @@ def test_text_without_compiled_kernels_or_libraries() -> None:
     text = info.render(facts)
     assert "no compiled CPU kernels" in text
     assert "triton             not installed" in text
+
+
+@pytest.mark.parametrize("isa, integers", [("avx512", True), ("avx512", False), ("avx2", True)])
+def test_vnni_is_named_with_avx512(isa, integers, monkeypatch) -> None:
+    """Not with AVX2, which has such products without it."""
+    module = SimpleNamespace(isa=lambda: isa, integers=lambda: integers)
+    cpu = protocol.get("cpu")
+    if cpu.unavailable() is not None:
+        pytest.skip("the compiled module is missing")
+    monkeypatch.setattr(native, "module", lambda: module)
+    named = {True: "avx512 with VNNI", False: isa}[isa == "avx512" and integers]
+    assert info.instruction_set() == named and f"kernels  {named}\n" in info.render(info.collect())
 
 
 def test_compiled_cuda_kernels_are_counted(tmp_path, monkeypatch) -> None:

@@ -102,15 +102,14 @@ struct PairQueries<float> {
     for (int64_t k = 0; k < pl.Dp; k += 8 * NR) {
       V sq = {}, dot = {};
       for (int64_t d = k; d < imin(pl.Dp, k + 8 * NR); d += NR) {
-        const auto round = [&](int64_t d) {
-          const V f = load(x + d) * inverse, h = _mm256_floor_ps(f + load(dither + d));
+        for (int64_t at = d; at < d + NR; at += W) {
+          const V f = load(x + at) * inverse;
+          const Pairs whole = floor_of(f + load(dither + at));
+          const V h = floats_of(whole);
           sq += (f - h) * (f - h);
-          dot += h * load(rows.rest + d);
-          return _mm256_cvttps_epi32(h);
-        };
-        const __m256i low = round(d), high = round(d + W);  // packing works within halves
-        _mm256_storeu_si256((__m256i*)(row + d),
-                            _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xd8));
+          dot += h * load(rows.rest + at);
+          store_low(row + at, whole);
+        }
       }
       off += hsum<float>(sq);
       with_rest += hsum<float>(dot);
@@ -160,15 +159,10 @@ struct PairQueries<float> {
     int64_t total[2] = {};
     for (int64_t d = 0; d < pl.D;) {
       const int64_t end = imin(pl.D, d + REFINED_SUM);
-      __m256i sum[2] = {};
+      Pairs sum[2] = {};
       const auto add = [&](const uint8_t* from) {
-        const __m256i u = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)from));
-        const __m256i v = _mm256_add_epi16(u, _mm256_loadu_si256((const __m256i*)(t.whole.shift + d)));
-#pragma GCC unroll 2
-        for (int i = 0; i < 2; i++) {
-          const __m256i w = _mm256_loadu_si256((const __m256i*)(digit + i * pl.Dp + d));
-          sum[i] = _mm256_add_epi32(sum[i], _mm256_madd_epi16(v, w));
-        }
+        const Shorts v = shorts_of(from) + load(t.whole.shift + d);
+        add_pairs((Pairs)v, (Pairs)load(digit + d), (Pairs)load(digit + pl.Dp + d), sum[0], sum[1]);
       };
       for (; d + NR <= end; d += NR) add(raw + d);
       if (d < end) {
@@ -178,7 +172,7 @@ struct PairQueries<float> {
         d = end;
       }
       for (int i = 0; i < 2; i++)
-        for (int e = 0; e < W; e++) total[i] += ((Vec<float>::I)sum[i])[e];
+        for (int e = 0; e < W; e++) total[i] += sum[i][e];
     }
     const double one = unit[b];
     return one * ((double)total[0] + (double)total[1] / DIGIT) + shared_whole[b];
@@ -189,7 +183,7 @@ struct PairQueries<float> {
   __attribute__((noinline)) void block(const int32_t* y, int64_t y_next, const int32_t* x, int64_t K,
                                        bool add, int64_t b, float* p, int64_t p_j, Prefetch& next,
                                        int64_t ahead) const {
-    __m256i sum[M][V];
+    Pairs sum[M][V];
     pairs_kernel<M, V, W>(y, 1, W, y_next, x, K, sum, next, ahead);
 #pragma GCC unroll 24
     for (int i = 0; i < M; i++)

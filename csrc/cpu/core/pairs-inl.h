@@ -1,8 +1,7 @@
-// The micro-kernel of both products of a sweep over rows of uint8 in integers, and their tile.
+// The micro-kernel of the first product of a sweep over rows of uint8 in integers, and its tile.
 //
-// An instruction multiplies 16 pairs of 16-bit numbers and adds each two of the products, where one of floats
-// does 8 products. In the first product a pair is of features (pair_dots-inl.h), in the second of rows
-// (pair_sums-inl.h).
+// An instruction multiplies pairs of 16-bit numbers and adds the two products of each, where one of floats
+// does half as many products. A pair is of two features (pair_dots-inl.h).
 #pragma once
 #include "cpu/core/packed-inl.h"
 
@@ -14,44 +13,23 @@ template <class R>
 static void load_pairs(const Source<R>&, const Plan&, Tile<R>&) {}
 
 #if MK_WHOLE_ROWS
-// sum0 and sum1 += the pairs of a with those of b0 and b1. The instructions stand here as they are because
-// GCC, which would order them by itself, keeps half of the sums in memory.
-MK_INLINE void add_pairs(__m256i a, __m256i b0, __m256i b1, __m256i& sum0, __m256i& sum1) {
-  __m256i t;
-  __asm__ volatile(
-      "vpmaddwd %[b0], %[a], %[t]\n\t"
-      "vpmaddwd %[b1], %[a], %[a]\n\t"
-      "vpaddd %[t], %[sum0], %[sum0]\n\t"
-      "vpaddd %[a], %[sum1], %[sum1]"
-      : [sum0] "+x"(sum0), [sum1] "+x"(sum1), [a] "+x"(a), [t] "=&x"(t)
-      : [b0] "x"(b0), [b1] "x"(b1));
-}
-MK_INLINE void add_pairs(__m256i a, __m256i b, __m256i& sum) {
-  __asm__ volatile(
-      "vpmaddwd %[b], %[a], %[a]\n\t"
-      "vpaddd %[a], %[sum], %[sum]"
-      : [sum] "+x"(sum), [a] "+x"(a)
-      : [b] "x"(b));
-}
-
 // The micro-kernel of packed-inl.h: sum[i][v] = sum_k a(i, k) b[k][v W ..] over K pairs.
 template <int M, int V, int AI>
 MK_INLINE void pairs_kernel(const int32_t* a, int64_t a_k, int64_t run, int64_t a_next, const int32_t* b,
-                            int64_t K, __m256i (&sum)[M][V], Prefetch& next, int64_t ahead) {
+                            int64_t K, Pairs (&sum)[M][V], Prefetch& next, int64_t ahead) {
   enum { W = Vec<float>::W };
 #pragma GCC unroll 24
   for (int i = 0; i < M; i++)
 #pragma GCC unroll 2
-    for (int v = 0; v < V; v++) sum[i][v] = __m256i{};
+    for (int v = 0; v < V; v++) sum[i][v] = Pairs{};
   for (int64_t k0 = 0; k0 < K; k0 += run, a += a_next) {
     const int32_t* ak = a;
     next.lines(ahead);
     for (int64_t left = imin(run, K - k0); left > 0; left--, ak += a_k, b += V * W) {
-      const __m256i b0 = _mm256_loadu_si256((const __m256i*)b);
-      const __m256i b1 = _mm256_loadu_si256((const __m256i*)(b + (V - 1) * W));
+      const Pairs b0 = load(b), b1 = load(b + (V - 1) * W);
 #pragma GCC unroll 24
       for (int i = 0; i < M; i++) {
-        const __m256i ai = _mm256_set1_epi32(ak[i * AI]);
+        const Pairs ai = splat<int32_t>(ak[i * AI]);
         if constexpr (V == 2)
           add_pairs(ai, b0, b1, sum[i][0], sum[i][1]);
         else
@@ -59,9 +37,6 @@ MK_INLINE void pairs_kernel(const int32_t* a, int64_t a_k, int64_t run, int64_t 
       }
     }
   }
-}
-MK_INLINE Vec<float>::T floats_of(__m256i v) {
-  return __builtin_convertvector((Vec<float>::I)v, Vec<float>::T);
 }
 
 // Fills the tile as pack_rows does, with integers.
@@ -76,9 +51,7 @@ static void pack_pairs(const Source<float>& src, const Plan& pl, Tile<float>& t)
     for (int j = 0; j < J; j++)
       raw[j] = (const uint8_t*)src.rows.data + (t.n0 + imin(j0 + j, t.cnt - 1)) * src.rows.stride;
     const auto put = [&](int64_t d, int j, const uint8_t* from) {
-      const __m256i u = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)from));
-      const __m256i v = _mm256_add_epi16(u, _mm256_loadu_si256((const __m256i*)(t.whole.shift + d)));
-      _mm256_storeu_si256((__m256i*)(t.whole.v + d * pl.NT + (j0 + j) * NR), v);
+      store(t.whole.v + d * pl.NT + (j0 + j) * NR, shorts_of(from) + load(t.whole.shift + d));
     };
     for (int64_t d = 0; d < full; d += NR)
 #pragma GCC unroll 4

@@ -5,16 +5,8 @@
 // integer of at most 255, and rest is the same for all rows. Neither is rounded, so that floats made of them
 // are those that a tile of floats would hold.
 #pragma once
+#include "cpu/core/pair_vec-inl.h"
 #include "cpu/core/source-inl.h"
-
-// Products of pairs of 16 bits pay where they take no pipe from each other's sums: AVX2 adds on more pipes
-// than it multiplies on. With AVX-512 both go through the same two, and without VNNI a pair of products and
-// its sum take as long as two of floats.
-#if defined(__AVX2__) && MEMOKERN_VBYTES == 32
-#define MK_WHOLE_ROWS 1
-#else
-#define MK_WHOLE_ROWS 0
-#endif
 
 namespace memokern {
 namespace MEMOKERN_ISA_NS {
@@ -36,10 +28,10 @@ static bool is_whole(const Source<R>&) {
 }
 
 #if MK_WHOLE_ROWS
-// Whether u is a whole number and a rest of at most a half: where the centre is about among the values that
-// the type has.
+// Whether u is a whole number and a rest of at most a half, where the centre is about among the values that
+// the type has, and the processor gains by it.
 static bool is_whole(const Source<float>& src) {
-  if (src.rows.type != kU8 || src.valued) return false;
+  if (src.rows.type != kU8 || src.valued || !has_pairs()) return false;
   bool all = true;
   for (int64_t d = 0; d < src.rows.d; d++)
     all &= src.offset[d] > -MOST_WHOLE - 0.499f && src.offset[d] < 0.499f;
@@ -80,11 +72,8 @@ struct WholeRows<float> {
   }
   // Row j of the tile's panel at feature d, as floats.
   void to_floats(int64_t d, int64_t j, int64_t NT, float* to) const {
-    const __m128i* from = (const __m128i*)(v + d * NT + j * NR);
-    for (int i = 0; i < 2; i++)
-      store(to + i * W, __builtin_convertvector(
-                            (Vec<float>::I)_mm256_cvtepi16_epi32(_mm_loadu_si128(from + i)), Vec<float>::T) +
-                            load(rest + d + i * W));
+    const int16_t* from = v + d * NT + j * NR;
+    for (int i = 0; i < 2; i++) store(to + i * W, floats_of(wide_of(from + i * W)) + load(rest + d + i * W));
   }
   // A panel of `count` of its rows as floats, [NT][NR], until the next call. Of the others any numbers.
   const float* floats(int64_t d, const uint8_t* rows, int64_t count, int64_t NT) const {

@@ -16,6 +16,7 @@ namespace MEMOKERN_ISA_NS {
 static const Table kTable = {kAbi,
                              MK_STRING(MEMOKERN_ISA_NS),
                              Vec<float>::W,
+                             has_pairs,
                              run_posterior,
                              run_posterior_segments,
                              run_posterior_state,

@@ -198,7 +198,8 @@ enum Status : int { kDone = 0, kNoMemory = 1, kNotLists = 2, kStopped = 4 };
 struct Table {
   int64_t abi;  // kAbi of the source that it was compiled from
   const char* name;
-  int width;  // floats of one vector
+  int width;           // floats of one vector
+  bool (*integers)();  // whether rows of bytes are multiplied in integers on this processor (pair_vec-inl.h)
   int (*posterior)(const Rows&, const Queries&, const Sums&, int threads);
   int (*posterior_segments)(const Rows&, const Queries&, const Segments&, const Sums&, int threads);
   int (*posterior_state)(const Rows&, const Queries&, const States&, int threads);

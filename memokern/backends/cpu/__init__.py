@@ -64,9 +64,15 @@ class Cpu(Backend):
         """The instruction set in use: ``baseline``, ``avx2`` or ``avx512``."""
         return str(native.module().isa())
 
+    def described_isa(self) -> str:
+        """The same, and whether the processor has what only some with AVX-512 have."""
+        name = self.isa()
+        return f"{name} with VNNI" if name == "avx512" and native.module().integers() else name
+
     def detail(self) -> str:
         threads = native.threads()
-        return f"compiled kernels, {self.isa()}, {threads} thread{'s' if threads > 1 else ''}"
+        many = "s" if threads > 1 else ""
+        return f"compiled kernels, {self.described_isa()}, {threads} thread{many}"
 
     def posterior_state(self, query: Query, rows: Rows) -> State:
         return dense.posterior_state(query, rows)

@@ -1,9 +1,10 @@
-"""Rows of uint8 in integers: the first product of a sweep with AVX2, its error as the kernels state
-it, and what nearest and posterior make of it, against float64."""
+"""Rows of uint8 in integers: the first product of a sweep, its error as the kernels state it, and
+what nearest and posterior make of it, against float64."""
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,16 +18,24 @@ if "cpu" not in harness.INSTALLED:
     pytest.skip("the compiled module is missing", allow_module_level=True)
 
 from memokern.backends.cpu import native
-from tests import compiled
+from tests import compiled, isas
 
-ISA = "avx2"
+
+def has_vnni() -> bool:
+    """Whether this processor is known to have AVX-512's VNNI."""
+    try:
+        return "avx512_vnni" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
 MANY = 520  # rows: fewer have no product in integers
-with_products = pytest.mark.skipif(
-    ISA not in compiled.isas(), reason="needs AVX2 and memokern._testing"
-)
-BACKENDS = [name for name in ("cpu", f"cpu:{ISA}") if name in harness.COMPILED]  # with that width
-if native.module().isa() != ISA:
-    BACKENDS = BACKENDS[1:]
+WITH = {"avx2", "avx2w16", *(["avx512"] if has_vnni() else [])}  # instruction sets that have one
+# Those that run here; without the module of parts for tests one name, whose tests are skipped.
+ISAS = [isa for isa in compiled.isas() if isa in WITH] or ["none"]
+with_products = pytest.mark.skipif(ISAS == ["none"], reason="needs AVX2 and memokern._testing")
+RUN_BY = {"cpu": native.module().isa()} | {f"cpu:{isa}": isa for isa in isas.others()}
+BACKENDS = [name for name, isa in RUN_BY.items() if name in harness.COMPILED and isa in WITH]
 KINDS = ("noise", "equal features", "one feature", "huge feature", "copies", "tiny", "zero")
 
 
@@ -70,15 +79,18 @@ def parts(query: Query, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @with_products
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("scale, shift", [UINT8_UNIT, (1.0, 0.0), (-0.3, 5.0)])
 @pytest.mark.parametrize("b, d", [(7, 257), (8, 300), (20, 511), (37, 784), (16, 2305)])
-def test_the_error_is_what_the_kernel_says(b: int, d: int, scale: float, shift: float) -> None:
+def test_the_error_is_what_the_kernel_says(
+    b: int, d: int, scale: float, shift: float, isa: str
+) -> None:
     """At sigma = 0 it is a bound for all data, else twice a rounding and more than it ever is."""
     for kind in KINDS:
         x, rows = problem(kind, b, MANY, d, scale, shift)
         for sigma, alpha in ((0.0, 1.0), (3.0, 1.0), (0.5, -0.7)):
             query = query_of(x, sigma, alpha)
-            found = compiled.pairs(ISA, query, rows)
+            found = compiled.pairs(isa, query, rows)
             assert found is not None, (kind, d)
             dots, refined, errors = found
             seen, given, u = parts(query, rows)
@@ -89,11 +101,12 @@ def test_the_error_is_what_the_kernel_says(b: int, d: int, scale: float, shift: 
 
 
 @with_products
-def test_the_likely_error_is_no_guess() -> None:
+@pytest.mark.parametrize("isa", ISAS)
+def test_the_likely_error_is_no_guess(isa: str) -> None:
     """2 unit |u|, which independent roundings reach a half of and no more in 10^5 products."""
     x, rows = problem("noise", 64, 1500, 784, *UINT8_UNIT)
     query = query_of(x, 3.0)
-    found = compiled.pairs(ISA, query, rows)
+    found = compiled.pairs(isa, query, rows)
     assert found is not None
     dots, _, errors = found
     seen, _, u = parts(query, rows)
@@ -103,19 +116,29 @@ def test_the_likely_error_is_no_guess() -> None:
 
 
 @with_products
-def test_rows_that_have_no_such_product() -> None:
-    """A centre far from all values, few features, other types, and no width but AVX2's."""
+@pytest.mark.parametrize("isa", ISAS)
+def test_rows_that_have_no_such_product(isa: str) -> None:
+    """A centre far from all values, few features, other types, few rows."""
     x, rows = problem("noise", 8, MANY, 300, *UINT8_UNIT)
     query = query_of(x, 1.0)
-    assert compiled.pairs(ISA, query, rows) is not None
-    for isa in compiled.isas():
-        assert (compiled.pairs(isa, query, rows) is None) == (isa != ISA)
+    assert compiled.pairs(isa, query, rows) is not None
     far = rows._replace(center=torch.full((300,), 5.0))
-    assert compiled.pairs(ISA, query, far) is None
-    assert compiled.pairs(ISA, query, rows._replace(data=rows.data.float())) is None
-    few = Rows(rows.data[:, :200].contiguous(), *UINT8_UNIT)
-    assert compiled.pairs(ISA, query_of(x[:, :200].contiguous(), 1.0), few) is None
-    assert compiled.pairs(ISA, query, cases.with_norms(rows._replace(data=rows.data[:400]))) is None
+    assert compiled.pairs(isa, query, far) is None
+    assert compiled.pairs(isa, query, rows._replace(data=rows.data.float())) is None
+    few = Rows(rows.data[:, :120].contiguous(), *UINT8_UNIT)
+    assert compiled.pairs(isa, query_of(x[:, :120].contiguous(), 1.0), few) is None
+    assert compiled.pairs(isa, query, cases.with_norms(rows._replace(data=rows.data[:400]))) is None
+
+
+def test_the_processor_decides() -> None:
+    """AVX2 has the product, AVX-512 only with VNNI, and nothing else has it; `integers` says so."""
+    module = native.module()
+    x, rows = problem("noise", 8, MANY, 300, *UINT8_UNIT)
+    for name in isas.usable():
+        with isas.selected(name):
+            assert module.integers() == (name in WITH), name
+    for name in compiled.isas():
+        assert (compiled.pairs(name, query_of(x, 1.0), rows) is not None) == (name in WITH), name
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

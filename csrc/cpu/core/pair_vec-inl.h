@@ -1,0 +1,134 @@
+// Vectors of 16-bit integers in pairs: what the products of pairs-inl.h and pair_dots-inl.h need of an
+// instruction set.
+//
+// With AVX2 an instruction multiplies and another adds to the sum, on a pipe that does not multiply. With
+// AVX-512 products and sums share two pipes: the two instructions take as long as the two multiply-adds of
+// floats that they stand for, and nothing is gained. VNNI has one instruction for both, vpdpwssd.
+#pragma once
+#include "cpu/core/vec-inl.h"
+
+#if defined(__AVX2__) && MEMOKERN_VBYTES >= 32
+#define MK_WHOLE_ROWS 1
+#else
+#define MK_WHOLE_ROWS 0
+#endif
+
+namespace memokern {
+namespace MEMOKERN_ISA_NS {
+
+// Whether products of integers pay on this processor.
+MK_INLINE bool has_pairs() {
+#if defined(__AVX512F__) && MEMOKERN_VBYTES == 64
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx512vnni");
+#else
+  return MK_WHOLE_ROWS;
+#endif
+}
+
+#if MK_WHOLE_ROWS
+// As those of float: T the vector, U the same at any address.
+template <>
+struct Vec<int16_t> {
+  typedef int16_t T __attribute__((vector_size(MEMOKERN_VBYTES)));
+  typedef int16_t U __attribute__((vector_size(MEMOKERN_VBYTES), aligned(2), may_alias));
+  enum { W = MEMOKERN_VBYTES / 2 };
+};
+template <>
+struct Vec<int32_t> {
+  typedef int32_t T __attribute__((vector_size(MEMOKERN_VBYTES)));
+  typedef int32_t U __attribute__((vector_size(MEMOKERN_VBYTES), aligned(4), may_alias));
+  enum { W = MEMOKERN_VBYTES / 4 };
+};
+typedef Vec<int16_t>::T Shorts;
+typedef Vec<int32_t>::T Pairs;  // of 16 bits each, or sums of their products
+
+// Of these an instruction set has its own:
+//   shorts_of(p)                      bytes as numbers of 16 bits
+//   wide_of(p)                        numbers of 16 bits as such of 32
+//   add_pairs(a, b, sum)              sum += a b: of each pair both products
+//   add_pairs(a, b0, b1, sum0, sum1)  the same with two vectors, whose sums are apart
+#if defined(__AVX512F__) && MEMOKERN_VBYTES == 64
+// As in convert-inl.h, GCC takes the generic conversions apart, and warns of the plain intrinsics.
+MK_INLINE Shorts shorts_of(const uint8_t* p) {
+  return (Shorts)_mm512_maskz_cvtepu8_epi16(0xffffffff, _mm256_loadu_si256((const __m256i*)p));
+}
+MK_INLINE Pairs wide_of(const int16_t* p) {
+  return (Pairs)_mm512_maskz_cvtepi16_epi32(0xffff, _mm256_loadu_si256((const __m256i*)p));
+}
+// The instruction stands here as it is because not every processor with AVX-512 has it, and the rest of this
+// source is compiled for all of them: is_whole() asks has_pairs() first.
+MK_INLINE void add_pairs(Pairs a, Pairs b, Pairs& sum) {
+  __asm__ volatile("vpdpwssd %[b], %[a], %[sum]" : [sum] "+v"(sum) : [a] "v"(a), [b] "v"(b));
+}
+MK_INLINE void add_pairs(Pairs a, Pairs b0, Pairs b1, Pairs& sum0, Pairs& sum1) {
+  add_pairs(a, b0, sum0);
+  add_pairs(a, b1, sum1);
+}
+#elif MEMOKERN_VBYTES == 32
+MK_INLINE Shorts shorts_of(const uint8_t* p) {
+  return (Shorts)_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)p));
+}
+MK_INLINE Pairs wide_of(const int16_t* p) {
+  return (Pairs)_mm256_cvtepi16_epi32(_mm_loadu_si128((const __m128i*)p));
+}
+// The instructions stand here as they are because GCC, which would order them by itself, keeps half of the
+// sums in memory.
+MK_INLINE void add_pairs(Pairs a, Pairs b0, Pairs b1, Pairs& sum0, Pairs& sum1) {
+  Pairs t;
+  __asm__ volatile(
+      "vpmaddwd %[b0], %[a], %[t]\n\t"
+      "vpmaddwd %[b1], %[a], %[a]\n\t"
+      "vpaddd %[t], %[sum0], %[sum0]\n\t"
+      "vpaddd %[a], %[sum1], %[sum1]"
+      : [sum0] "+x"(sum0), [sum1] "+x"(sum1), [a] "+x"(a), [t] "=&x"(t)
+      : [b0] "x"(b0), [b1] "x"(b1));
+}
+MK_INLINE void add_pairs(Pairs a, Pairs b, Pairs& sum) {
+  __asm__ volatile(
+      "vpmaddwd %[b], %[a], %[a]\n\t"
+      "vpaddd %[a], %[sum], %[sum]"
+      : [sum] "+x"(sum), [a] "+x"(a)
+      : [b] "x"(b));
+}
+#else  // the width of AVX-512 with the instructions of AVX2, for tests
+struct Halves {
+  __m256i v[2];
+};
+MK_INLINE Shorts shorts_of(const uint8_t* p) {
+  typedef uint8_t Bytes __attribute__((vector_size(MEMOKERN_VBYTES / 2), aligned(1), may_alias));
+  return __builtin_convertvector(*(const Bytes*)p, Shorts);
+}
+MK_INLINE Pairs wide_of(const int16_t* p) {
+  typedef int16_t Half __attribute__((vector_size(MEMOKERN_VBYTES / 2), aligned(2), may_alias));
+  return __builtin_convertvector(*(const Half*)p, Pairs);
+}
+MK_INLINE void add_pairs(Pairs a, Pairs b, Pairs& sum) {
+  Halves x, y, s;
+  memcpy(&x, &a, sizeof x);
+  memcpy(&y, &b, sizeof y);
+  memcpy(&s, &sum, sizeof s);
+  for (int i = 0; i < 2; i++) s.v[i] = _mm256_add_epi32(s.v[i], _mm256_madd_epi16(x.v[i], y.v[i]));
+  memcpy(&sum, &s, sizeof s);
+}
+MK_INLINE void add_pairs(Pairs a, Pairs b0, Pairs b1, Pairs& sum0, Pairs& sum1) {
+  add_pairs(a, b0, sum0);
+  add_pairs(a, b1, sum1);
+}
+#endif
+
+MK_INLINE Vec<float>::T floats_of(Pairs v) { return __builtin_convertvector(v, Vec<float>::T); }
+// x rounded down, where an int holds it.
+MK_INLINE Pairs floor_of(Vec<float>::T x) {
+  const Pairs i = __builtin_convertvector(x, Pairs);
+  return i + (floats_of(i) > x);
+}
+// The low 16 bits of each.
+MK_INLINE void store_low(int16_t* p, Pairs v) {
+  typedef int16_t Half __attribute__((vector_size(MEMOKERN_VBYTES / 2), aligned(2), may_alias));
+  *(Half*)p = __builtin_convertvector(v, Half);
+}
+#endif
+
+}  // namespace MEMOKERN_ISA_NS
+}  // namespace memokern
