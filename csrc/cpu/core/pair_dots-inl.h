@@ -84,7 +84,7 @@ struct PairQueries<float> {
   // Takes query b, of which xc [Dp] are the centred features, and adds to q the error of its products: i0 +
   // i1 |yc| in integers, r1 |yc| where they are refined.
   //
-  // A part of i1, and i0, are the roundings: a sum of 256 features is exact, becomes float, and is multiplied
+  // A part of i1, and i0, are the roundings: a sum of KC features is exact, becomes float, and is multiplied
   // by the unit and added to the others in one rounding or two. No partial sum is above |x| |v|, where |v| <=
   // |u| + |rest|. `shared` goes through as many roundings and at most 20 of its own sums.
   void put(const Source<float>& src, const Plan& pl, const WholeRows<float>& rows, const float* xc, int64_t b,
@@ -99,16 +99,18 @@ struct PairQueries<float> {
     unit[b] = tiny || !fits ? 0.0f : largest / MOST;
     const float inverse = unit[b] == 0 ? 0.0f : 1 / unit[b];
     double off = 0, with_rest = 0;
+    const float *fraction = dither, *rest = rows.rest;  // not read again after each store
+    int16_t* whole = row;
     for (int64_t k = 0; k < pl.Dp; k += 8 * NR) {
       V sq = {}, dot = {};
       for (int64_t d = k; d < imin(pl.Dp, k + 8 * NR); d += NR) {
-        for (int64_t at = d; at < d + NR; at += W) {
-          const V f = load(x + at) * inverse;
-          const Pairs whole = floor_of(f + load(dither + at));
-          const V h = floats_of(whole);
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; i++) {
+          const int64_t at = d + i * W;
+          const V f = load(x + at) * inverse, h = floor_of(f + load(fraction + at));
           sq += (f - h) * (f - h);
-          dot += h * load(rows.rest + at);
-          store_low(row + at, whole);
+          dot += h * load(rest + at);
+          store_whole(whole + at, h);
         }
       }
       off += hsum<float>(sq);
@@ -116,7 +118,7 @@ struct PairQueries<float> {
     }
     int64_t lanes;
     int32_t* to = pairs_of(pl, b, lanes);
-    for (int64_t d = 0; d < pl.Dp; d += 2) memcpy(to + d / 2 * lanes, row + d, sizeof *to);
+    for (int64_t d = 0; d < pl.Dp; d += 2) memcpy(to + d / 2 * lanes, whole + d, sizeof *to);
     shared[b] = (float)(with_rest * unit[b]);
     has_digits[b] = false;
     const double u = 1.01 * Precision<float>::u, a = __builtin_fabs(q.a1), size = __builtin_sqrt(q.xx),

@@ -46,6 +46,7 @@ typedef Vec<int32_t>::T Pairs;  // of 16 bits each, or sums of their products
 // Of these an instruction set has its own:
 //   shorts_of(p)                      bytes as numbers of 16 bits
 //   wide_of(p)                        numbers of 16 bits as such of 32
+//   floor_of(x)                       floats rounded down
 //   add_pairs(a, b, sum)              sum += a b: of each pair both products
 //   add_pairs(a, b0, b1, sum0, sum1)  the same with two vectors, whose sums are apart
 #if defined(__AVX512F__) && MEMOKERN_VBYTES == 64
@@ -56,6 +57,7 @@ MK_INLINE Shorts shorts_of(const uint8_t* p) {
 MK_INLINE Pairs wide_of(const int16_t* p) {
   return (Pairs)_mm512_maskz_cvtepi16_epi32(0xffff, _mm256_loadu_si256((const __m256i*)p));
 }
+MK_INLINE Vec<float>::T floor_of(Vec<float>::T x) { return _mm512_floor_ps(x); }
 // The instruction stands here as it is because not every processor with AVX-512 has it, and the rest of this
 // source is compiled for all of them: is_whole() asks has_pairs() first.
 MK_INLINE void add_pairs(Pairs a, Pairs b, Pairs& sum) {
@@ -72,6 +74,7 @@ MK_INLINE Shorts shorts_of(const uint8_t* p) {
 MK_INLINE Pairs wide_of(const int16_t* p) {
   return (Pairs)_mm256_cvtepi16_epi32(_mm_loadu_si128((const __m128i*)p));
 }
+MK_INLINE Vec<float>::T floor_of(Vec<float>::T x) { return _mm256_floor_ps(x); }
 // The instructions stand here as they are because GCC, which would order them by itself, keeps half of the
 // sums in memory.
 MK_INLINE void add_pairs(Pairs a, Pairs b0, Pairs b1, Pairs& sum0, Pairs& sum1) {
@@ -103,6 +106,10 @@ MK_INLINE Pairs wide_of(const int16_t* p) {
   typedef int16_t Half __attribute__((vector_size(MEMOKERN_VBYTES / 2), aligned(2), may_alias));
   return __builtin_convertvector(*(const Half*)p, Pairs);
 }
+MK_INLINE Vec<float>::T floor_of(Vec<float>::T x) {
+  for (int i = 0; i < Vec<float>::W; i++) x[i] = __builtin_floorf(x[i]);
+  return x;
+}
 MK_INLINE void add_pairs(Pairs a, Pairs b, Pairs& sum) {
   Halves x, y, s;
   memcpy(&x, &a, sizeof x);
@@ -118,15 +125,10 @@ MK_INLINE void add_pairs(Pairs a, Pairs b0, Pairs b1, Pairs& sum0, Pairs& sum1) 
 #endif
 
 MK_INLINE Vec<float>::T floats_of(Pairs v) { return __builtin_convertvector(v, Vec<float>::T); }
-// x rounded down, where an int holds it.
-MK_INLINE Pairs floor_of(Vec<float>::T x) {
-  const Pairs i = __builtin_convertvector(x, Pairs);
-  return i + (floats_of(i) > x);
-}
-// The low 16 bits of each.
-MK_INLINE void store_low(int16_t* p, Pairs v) {
+// Whole numbers that 16 bits hold.
+MK_INLINE void store_whole(int16_t* p, Vec<float>::T v) {
   typedef int16_t Half __attribute__((vector_size(MEMOKERN_VBYTES / 2), aligned(2), may_alias));
-  *(Half*)p = __builtin_convertvector(v, Half);
+  *(Half*)p = __builtin_convertvector(__builtin_convertvector(v, Pairs), Half);
 }
 #endif
 
