@@ -2,13 +2,15 @@
 
 Rows are images and augmented copies of them, queries x = y + sigma z of some rows, as in
 training. Dense, pruned, and pruned by reading all of the index's first level, at a few small sigma;
-beside them the time that this reading takes at the machine's read rate.
+beside them the time that this reading takes at the machine's read rate, and, while the rows fit in
+a few gigabytes as float32, PyTorch's fused attention (sdpa), whose answer must be ours.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,12 +19,14 @@ from typing import Any
 import torch
 
 import memokern
-from bench import images, machine, pruned, timing
+from bench import images, machine, peers, pruned, timing
 from bench.images import Images
 from memokern.util import writing
 
 COUNTS = (1_000, 3_000, 10_000, 30_000, 100_000, 300_000, 1_000_000)
-ROUNDS = {"pruned": 9, "all rows": 9, "dense": 3, "read": 5}
+ROUNDS = {"pruned": 9, "all rows": 9, "dense": 3, "read": 5, "sdpa": 3}
+MOST_OFF = 1e-3  # what the peer's means, whose logits cancel, may differ from ours by
+MOST_FLOATS = 1 << 29  # of rows that the peer has as float32
 
 
 def measure(
@@ -38,11 +42,12 @@ def measure(
         for sigma in sigmas:
             entry = _measure(data, rows, b, sigma, clock)
             found.append(entry)
-            ms = {name: 1e3 * entry[name] for name in ROUNDS}
+            ms = {name: 1e3 * entry.get(name, math.nan) for name in ROUNDS}
             print(
                 f"N={n:>7} sigma={sigma:<5g} pruned {ms['pruned']:8.2f} ms  by all rows"
                 f" {ms['all rows']:8.2f} ms  dense {ms['dense']:8.1f} ms"
-                f" ({ms['dense'] / ms['pruned']:.0f}x)  read {ms['read']:.2f} ms"
+                f" ({ms['dense'] / ms['pruned']:.0f}x)  sdpa {ms['sdpa']:8.1f} ms"
+                f" ({ms['sdpa'] / ms['pruned']:.0f}x)  read {ms['read']:.2f} ms"
                 f"  rows kept {entry['kept']:.1f}",
                 flush=True,
             )
@@ -73,6 +78,13 @@ def _measure(
         "dense": lambda: memokern.denoise(x, rows, sigma, method="dense"),
         "read": read.sum,
     }
+    if data.rows.numel() <= MOST_FLOATS:
+        sdpa = peers.MEAN["sdpa"](images.values(data.rows))
+        flat, want = x.flatten(1), memokern.denoise(x, rows, sigma).flatten(1)
+        off = float((sdpa(flat, sigma) - want).norm() / want.norm())
+        if off > MOST_OFF:
+            raise ValueError(f"the peer's means differ from ours by {off:.2g} of their size")
+        calls["sdpa"] = lambda: sdpa(flat, sigma)
     entry: dict[str, float] = {"n": len(data.rows), "sigma": sigma}
     for name, call in calls.items():
         call()
@@ -99,12 +111,13 @@ def draw(result: dict[str, Any], out: Path) -> None:
         counts = [c for c in result["counts"] if c["sigma"] == sigma]
         n = [c["n"] for c in counts]
         for name, label, style in (
+            ("sdpa", "PyTorch's fused attention (sdpa)", "d-"),
             ("dense", "dense sweep", "o-"),
             ("all rows", "pruned, all rows of the first level", "^-"),
             ("pruned", "pruned, by blocks of rows", "s-"),
             ("read", "read of the index's first level", ":"),
         ):
-            axes.plot(n, [1e3 * c[name] for c in counts], style, label=label)
+            axes.plot(n, [1e3 * c.get(name, math.nan) for c in counts], style, label=label)
         line = [1e3 * counts[0]["pruned"] * v / n[0] for v in n]
         axes.plot(n, line, "--", color="0.7", label="proportional to N")
         axes.set(xscale="log", yscale="log", xlabel="rows N", title=f"sigma = {sigma:g}")
