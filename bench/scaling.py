@@ -43,11 +43,12 @@ def measure(
             entry = _measure(data, rows, b, sigma, clock)
             found.append(entry)
             ms = {name: 1e3 * entry.get(name, math.nan) for name in ROUNDS}
+            peer = f"  sdpa {ms['sdpa']:8.1f} ms ({ms['sdpa'] / ms['pruned']:.0f}x)"
+            peer = peer if "sdpa" in entry else ""
             print(
                 f"N={n:>7} sigma={sigma:<5g} pruned {ms['pruned']:8.2f} ms  by all rows"
                 f" {ms['all rows']:8.2f} ms  dense {ms['dense']:8.1f} ms"
-                f" ({ms['dense'] / ms['pruned']:.0f}x)  sdpa {ms['sdpa']:8.1f} ms"
-                f" ({ms['sdpa'] / ms['pruned']:.0f}x)  read {ms['read']:.2f} ms"
+                f" ({ms['dense'] / ms['pruned']:.0f}x){peer}  read {ms['read']:.2f} ms"
                 f"  rows kept {entry['kept']:.1f}",
                 flush=True,
             )
