@@ -38,13 +38,16 @@ def measure(
     found = []
     for n in counts:
         data = Images(images.augmented(source.rows, n), source.held_out)
-        rows = memokern.TrainingSet(data.rows).build_index(progress=False)
+        rows, sdpa = memokern.TrainingSet(data.rows).build_index(progress=False), None
+        if data.rows.numel() <= MOST_FLOATS:
+            sdpa = peers.MEAN["sdpa"](images.values(data.rows))
         for sigma in sigmas:
-            entry = _measure(data, rows, b, sigma, clock)
+            entry = _measure(data, rows, sdpa, b, sigma, clock)
             found.append(entry)
-            ms = {name: 1e3 * entry.get(name, math.nan) for name in ROUNDS}
-            peer = f"  sdpa {ms['sdpa']:8.1f} ms ({ms['sdpa'] / ms['pruned']:.0f}x)"
-            peer = peer if "sdpa" in entry else ""
+            ms = {name: 1e3 * entry[name] for name in ROUNDS if name in entry}
+            peer = ""
+            if sdpa is not None:
+                peer = f"  sdpa {ms['sdpa']:8.1f} ms ({ms['sdpa'] / ms['pruned']:.0f}x)"
             print(
                 f"N={n:>7} sigma={sigma:<5g} pruned {ms['pruned']:8.2f} ms  by all rows"
                 f" {ms['all rows']:8.2f} ms  dense {ms['dense']:8.1f} ms"
@@ -59,7 +62,12 @@ def measure(
 
 
 def _measure(
-    data: Images, rows: memokern.TrainingSet, b: int, sigma: float, clock: timing.Clock
+    data: Images,
+    rows: memokern.TrainingSet,
+    sdpa: peers.Mean | None,
+    b: int,
+    sigma: float,
+    clock: timing.Clock,
 ) -> dict[str, float]:
     x = pruned.noisy_rows(data, b, sigma)
     index = rows.index
@@ -79,13 +87,12 @@ def _measure(
         "dense": lambda: memokern.denoise(x, rows, sigma, method="dense"),
         "read": read.sum,
     }
-    if data.rows.numel() <= MOST_FLOATS:
-        sdpa = peers.MEAN["sdpa"](images.values(data.rows))
-        flat, want = x.flatten(1), memokern.denoise(x, rows, sigma).flatten(1)
-        off = float((sdpa(flat, sigma) - want).norm() / want.norm())
+    if sdpa is not None:
+        peer, flat, want = sdpa, x.flatten(1), memokern.denoise(x, rows, sigma).flatten(1)
+        off = float((peer(flat, sigma) - want).norm() / want.norm())
         if off > MOST_OFF:
             raise ValueError(f"the peer's means differ from ours by {off:.2g} of their size")
-        calls["sdpa"] = lambda: sdpa(flat, sigma)
+        calls["sdpa"] = lambda: peer(flat, sigma)
     entry: dict[str, float] = {"n": len(data.rows), "sigma": sigma}
     for name, call in calls.items():
         call()

@@ -149,8 +149,7 @@ def test_augmented_images_are_many_and_distinct(few_images):
 def test_the_cost_against_the_number_of_rows(few_images, tmp_path, monkeypatch, capsys):
     out, picture = tmp_path / "n.json", tmp_path / "n.png"
     argv = ["scaling", "--counts", 50, 300, "--batch", 3, "--patience", 0, "--json", out]
-    argv += ["--sigma", 0.1, 0.3]
-    argv += ["--picture", picture]
+    argv += ["--sigma", 0.1, 0.3, "--picture", picture]
     monkeypatch.setattr(sys, "argv", list(map(str, argv)))
     assert scaling.main() == 0
     counts = json.loads(out.read_text())["counts"]

@@ -256,19 +256,16 @@ class _Flow:
             rests = [n.rest for n in old if n.rest is not None]
             z = predict(rests)
             x = g.values(z, to)
-            self._evaluate(x, to)
+            self.found = run.predict(x, to.t, self.at)
             rest, size = g.rest(z, self.found.x0, to)
             return correct([*rests, rest]), Node(to, self.found.x0, rest), size
         run.phase = "middle"
         ahead = math.log(to.alpha / to.sigma * now.sigma / now.alpha)
         order = ORDER - sum(ahead > long for long in LONG)
         x = self._by_data(now, to, self.nodes[-order:])
-        self._evaluate(x, to)
+        self.found = run.predict(x, to.t, self.at)
         node = Node(to, self.found.x0)
         return self._by_data(now, to, [*self.nodes[-order:], node]), node, math.inf
-
-    def _evaluate(self, x: Tensor, level: Level) -> None:
-        self.evaluated, self.found = x, self.run.predict(x, level.t, self.at)
 
     def _leave_gaussian(self) -> None:
         self._x, self.gaussian = self.x, None
@@ -293,7 +290,7 @@ class _Flow:
         here, left = proven.nonzero()[:, 0], (~proven).nonzero()[:, 0]
         mean = self.found.posterior.mean
         self.ended.append(
-            _Ended(self.at[here], node.level, self.evaluated[here], mean[here], exact[here])
+            _Ended(self.at[here], node.level, self.found.x[here], mean[here], exact[here])
         )
         self.at = self.at[left]
         self._x = None if self._x is None else self._x[left]

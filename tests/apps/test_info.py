@@ -105,15 +105,17 @@ def test_text_without_compiled_kernels_or_libraries() -> None:
     assert "triton             not installed" in text
 
 
-@pytest.mark.parametrize("isa, integers", [("avx512", True), ("avx512", False), ("avx2", True)])
-def test_vnni_is_named_with_avx512(isa, integers, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    "isa, integers, named",
+    [("avx512", True, "avx512 with VNNI"), ("avx512", False, "avx512"), ("avx2", True, "avx2")],
+)
+def test_vnni_is_named_with_avx512(isa, integers, named, monkeypatch) -> None:
     """Not with AVX2, which has such products without it."""
     module = SimpleNamespace(isa=lambda: isa, integers=lambda: integers)
     cpu = protocol.get("cpu")
     if cpu.unavailable() is not None:
         pytest.skip("the compiled module is missing")
     monkeypatch.setattr(native, "module", lambda: module)
-    named = {True: "avx512 with VNNI", False: isa}[isa == "avx512" and integers]
     assert info.instruction_set() == named and f"kernels  {named}\n" in info.render(info.collect())
 
 

@@ -201,7 +201,10 @@ def test_auto_sweeps_for_queries_that_keep_too_many_rows(monkeypatch):
     # Sweeps that cost less than some calls, of many queries or of few; many rows asked for; most
     # queries hopeless.
     dear = costs._replace(call=1e9)
-    some = costs._replace(call=data.n * data.dim * 10 / 36)  # a sweep of 10 queries is worth it
+    ten = costs.dense(10, data.n, data.dim)
+    some = costs._replace(
+        call=ten / pruned_nearest.WORTH_CALLS
+    )  # a sweep of 10 queries is worth it
     hopeless = x[::5].repeat(5, 1)
     pruned(x, data, 1, some)
     assert swept == [4, 4]
