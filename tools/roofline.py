@@ -29,6 +29,7 @@ from memokern.backends.triton.core.machine import Machine
 from memokern.backends.triton.core.operands import operand_of
 from memokern.backends.triton.core.variant import Variant
 from memokern.calls import Query, Rows
+from tools import marks
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- roofline: begin -->", "<!-- roofline: end -->"
@@ -248,20 +249,6 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def write_or_print(
-    module: str, table: Callable[[], str], begin: str, end: str, about: str | None
-) -> None:
-    """The command of a module that makes a table: prints it, or puts it between a page's marks."""
-    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=about)
-    parser.add_argument("--markdown", type=Path, help="write the table between the page's marks")
-    args = parser.parse_args()
-    if args.markdown is None:
-        print(table())
-        return
-    before, rest = args.markdown.read_text().split(begin)
-    after = rest.split(end)[1]
-    args.markdown.write_text(f"{before}{begin}\n{table()}\n{end}{after}")
-
-
 if __name__ == "__main__":
-    write_or_print("tools.roofline", table, BEGIN, END, __doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.roofline", description=__doc__)
+    marks.write_or_print(parser, lambda _: table(), BEGIN, END)

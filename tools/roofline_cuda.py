@@ -13,6 +13,7 @@ the barriers of its cluster.
 
 from __future__ import annotations
 
+import argparse
 import itertools
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ from memokern.backends.cuda.core.machine import Machine
 from memokern.backends.cuda.core.variant import ROW_CODES
 from memokern.backends.cuda.posterior import costs, planner
 from memokern.backends.cuda.posterior.tiles import Tile, size_of
-from tools import roofline
+from tools import marks, roofline
 
 BEGIN, END = "<!-- cuda roofline: begin -->", "<!-- cuda roofline: end -->"
 GPU = next(gpu for gpu in roofline.GPUS if gpu.name == "H200")
@@ -94,4 +95,5 @@ def table() -> str:
 
 
 if __name__ == "__main__":
-    roofline.write_or_print("tools.roofline_cuda", table, BEGIN, END, __doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.roofline_cuda", description=__doc__)
+    marks.write_or_print(parser, lambda _: table(), BEGIN, END)
