@@ -77,18 +77,6 @@ MK_INLINE Vec<float>::T vmin(Vec<float>::T a, Vec<float>::T b) { return _mm512_m
 MK_INLINE Vec<double>::T vmin(Vec<double>::T a, Vec<double>::T b) { return _mm512_maskz_min_pd(0xff, a, b); }
 #endif
 
-// Lane i is lane at[i] of a, or lane at[i] - W of b.
-MK_INLINE Vec<float>::T vpick(Vec<float>::T a, Vec<float>::T b, Vec<float>::I at) {
-#if defined(__clang__)
-  enum { W = Vec<float>::W };
-  Vec<float>::T r = {};
-  for (int i = 0; i < W; i++) r[i] = at[i] < W ? a[at[i]] : b[at[i] - W];
-  return r;
-#else
-  return __builtin_shuffle(a, b, at);
-#endif
-}
-
 // The sum of all lanes, added up in double.
 template <class R>
 MK_INLINE double hsum(typename Vec<R>::T v) {

@@ -154,7 +154,6 @@ static void scan_blocks(ScanTask& t, int64_t part, float* scratch) {
   uint64_t live = 0;
   for (int64_t i = 0; i < t.B; i++) {
     List& l = t.lists[t.order[i]];
-    l.levels = s.level_zero;
     l.level = (int)imax(l.level, 1);
     live |= (uint64_t)(t.least[i] < (float)kInf) << i;
   }

@@ -118,7 +118,7 @@ static double blocks_left(const ScanCall& s, int64_t b, double best) {
 }
 
 // Asks for the rows of a block.
-static void ask_for_rows(const ScanCall& s, int64_t block) {
+MK_INLINE void ask_for_rows(const ScanCall& s, int64_t block) {
   const char *at = (const char*)s.rows_from(block),
              *stop = (const char*)(s.rows_from(block) + s.rows_of_block(block) * s.stride);
   for (; at < stop; at += 64) __builtin_prefetch(at);

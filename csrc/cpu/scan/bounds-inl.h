@@ -63,9 +63,8 @@ struct List {
   int64_t tried;                  // the last of these rows
   int64_t found;                  // the most promising row at the first look, or -1,
   float guess;                    // and what it promised
-  const uint8_t* levels;  // [chunks] the level that the rows of each chunk had reached when they were listed
-  int level;              // levels used
-  double work;            // cycles spent on its rows by the levels of the index, about
+  int level;                      // levels used
+  double work;                    // cycles spent on its rows by the levels of the index, about
   bool given_up;
   bool push(uint32_t n, float up) {
     if (count == capacity) {
@@ -123,8 +122,6 @@ struct ScanCall {
   int64_t count, lanes;        // queries in `order`; queries of a block, at most
   int64_t blocks, parts;       // of the queries; of the rows
   int64_t NT, chunks;          // rows of a chunk
-  uint8_t* level;              // [blocks][chunks] the level that each chunk has reached
-  const uint8_t* level_zero;   // [chunks] zeros
   float* sample;  // [SAMPLE_ROWS][stride] some rows of the index, or null: no list can become too long
   List* lists;    // [parts][b]
   bool no_bias;

@@ -1,8 +1,8 @@
 // The scan proper of a task, chunk by chunk: level 0 of a whole chunk with queries across the lanes; the most
-// promising row of each query evaluated; further levels of the whole chunk while many rows are left; then the
-// rows that are left go to a list for each query.
+// promising row of each query evaluated; further levels (further-inl.h); then the rows that are left go to a
+// list for each query. A query alone has its further levels later, from the list.
 #pragma once
-#include "cpu/scan/task-inl.h"
+#include "cpu/scan/further-inl.h"
 
 namespace memokern {
 namespace MEMOKERN_ISA_NS {
@@ -54,88 +54,23 @@ static void level_zero(ScanTask& t, int64_t n0, int64_t cnt) {
 
 // How many pairs of a row and a query the bounds of a chunk leave.
 static int64_t pairs_left(const ScanTask& t, int64_t cnt) {
-  enum { W = Vec<float>::W };
-  Vec<float>::I sum = {};
   int64_t total = 0;
-  if (t.Bp == 1) {
-    for (int64_t j = 0; j < cnt; j++) total += !(t.p[j] < t.least[0]);
-    return total;
-  }
   for (int64_t j = 0; j < cnt; j++)
-    for (int64_t i = 0; i < t.Bp; i += W) sum += load(t.p + j * t.Bp + i) < load(t.least + i);
-  for (int i = 0; i < W; i++) total += sum[i];
-  return cnt * t.Bp + total;  // a lane of a comparison that holds is -1
-}
-
-// The block's queries, packed for a further level.
-static const float* queries_of_level(ScanTask& t, int64_t level) {
-  if (t.x_level[level]) return t.x_level[level];
-  const ScanCall& s = *t.s;
-  const LogitBounds& in = *s.bound;
-  const int64_t K = ScanTask::depth(s, level);
-  float* x = t.x_further;
-  for (int64_t l = 1; l < level; l++) x += ScanTask::depth(s, l) * s.lanes;
-  t.x_level[level] = x;
-  memset((void*)x, 0, K * s.lanes * sizeof(float));
-  for (int64_t i = 0; i < t.B; i++) {
-    const int64_t b = t.order[i];
-    const ScanQuery& q = s.q[b];
-    if (!q.active) continue;
-    const float* norms = in.norms + b * (s.bands + 1);
-    int64_t k = 0;
-    for (int64_t d = in.dims[level - 1]; d < in.dims[level]; d++)
-      *t.at(x, K, i, k++) = (float)q.alpha * in.z[b * s.K + d];
-    for (int64_t e = in.first_band[level - 1]; e < in.first_band[level]; e++)
-      *t.at(x, K, i, k++) = -(float)q.a * norms[e];
-    if (level == 1) *t.at(x, K, i, k) = (float)q.a * norms[s.bands];
-  }
-  return x;
-}
-
-// A further level of a whole chunk.
-static void further_level(ScanTask& t, int64_t level, int64_t n0, int64_t cnt) {
-  enum { W = Vec<float>::W, NR = 2 * W };
-  const ScanCall& s = *t.s;
-  const int64_t K = ScanTask::depth(s, level);
-  const float* queries = queries_of_level(t, level);
-  Prefetch none = {};  // the index is small, and its rows come by themselves
-  const int64_t tile = imax(ROW_UNIT, imin(SCAN_TILE_ROWS, SCAN_TILE_NUMBERS / K / ROW_UNIT * ROW_UNIT));
-  for (int64_t j0 = 0; j0 < cnt; j0 += tile) {
-    const int64_t m = imin(tile, cnt - j0);
-    (s.bound->fine_is_half ? tile_of_level<F16> : tile_of_level<float>)(s, level, n0 + j0, m, t.y);
-    for (int64_t k = 0; k < K; k += KC)
-      for (int64_t i = 0; i < t.Bp; i += NR) {
-        const int64_t n = imin(NR, t.Bp - i), len = imin(KC, K - k);
-        const float *x = queries + i * K + k * n, *rows = t.y + k * SCAN_TILE_ROWS;
-        float* to = t.p + j0 * t.Bp + i;
-        if (n == NR)
-          for (int64_t j = 0; j < m; j += MR)
-            micro_kernel<float, MR, 2, 1, NR>(rows + j * NR, 1, NR, SCAN_TILE_ROWS * NR, x, NR, len,
-                                              to + j * t.Bp, t.Bp, true, none, 0);
-        else
-          for (int64_t j = 0; j < m; j += ROW_UNIT)
-            micro_kernel<float, ROW_UNIT, 1, 1, NR>(rows + j * NR, 1, NR, SCAN_TILE_ROWS * NR, x, W, len,
-                                                    to + j * t.Bp, t.Bp, true, none, 0);
-      }
-  }
+    total += t.Bp == 1 ? !(t.p[j] < t.least[0]) : __builtin_popcountll(t.lanes[j]);
+  return total;
 }
 
 // Puts the rows that are left of cnt rows on the lists of the queries in q: lane i has query of(i) of the
 // block. id(j) is the number of row j.
 template <class Of, class Id>
 static void list_rows(ScanTask& t, const Lanes& q, int64_t cnt, const Of& of, const Id& id) {
-  enum { W = Vec<float>::W };
   bool full = false;
-  uint64_t live = 0;  // lanes without a query, or of one given up, list nothing: not even a NaN
-  for (int64_t i = 0; i < q.B; i++) live |= (uint64_t)(q.least[i] < (float)kInf) << i;
+  const uint64_t live = live_lanes(q);
   for (int64_t j = 0; q.Bp == 1 && live && j < cnt; j++)
     if (!(t.p[j] < q.least[0])) full |= !t.lists[t.order[of(0)]].push((uint32_t)id(j), t.p[j]);
   for (int64_t j = 0; q.Bp > 1 && j < cnt; j++) {
     const float* to = t.p + j * q.Bp;
-    uint64_t bits = 0;
-    for (int64_t i = 0; i < q.Bp; i += W)
-      bits |= (uint64_t)(~lanes_of(load(to + i) < load(q.least + i)) & ((1 << W) - 1)) << i;
-    for (bits &= live; bits; bits &= bits - 1) {
+    for (uint64_t bits = t.lanes[j] & live; bits; bits &= bits - 1) {
       const int e = __builtin_ctzll(bits);
       full |= !t.lists[t.order[of(e)]].push((uint32_t)id(j), to[e]);
     }
@@ -164,11 +99,18 @@ static void cut_long_lists(ScanTask& t, float* scratch) {
   }
 }
 
-// The chunks c0 .. c1. `level` [chunks] receives the level that each has reached.
-static void scan_chunks(ScanTask& t, int64_t c0, int64_t c1, uint8_t* level, float* scratch) {
+// Whether a further level is cheaper for a whole chunk than row by row, where `left` pairs of a row and a
+// query are left. In cycles, about: a whole chunk takes K / 12 for each pair, and 1.5 K a row to convert it;
+// a pair alone 12 + K / 6, and a row that is left 40 more.
+static bool as_a_whole(const ScanTask& t, int64_t level, int64_t left, int64_t cnt) {
+  const double K = (double)ScanTask::depth(*t.s, level);
+  return cnt * K * ((double)t.Bp / 12 + 0.5) < left * (12 + K / 6);
+}
+
+// The chunks c0 .. c1.
+static void scan_chunks(ScanTask& t, int64_t c0, int64_t c1, float* scratch) {
   const ScanCall& s = *t.s;
   const int64_t n_end = imin(s.N, c1 * s.NT);
-  for (int64_t i = 0; i < t.B; i++) t.lists[t.order[i]].levels = level;
   for (int64_t c = c0; c < c1; c++) {
     const int64_t n0 = c * s.NT, cnt = imin(s.NT, n_end - n0);
     if (t.pace.stopped(cnt * t.Bp * s.stride)) {
@@ -177,18 +119,16 @@ static void scan_chunks(ScanTask& t, int64_t c0, int64_t c1, uint8_t* level, flo
     }
     level_zero(t, n0, cnt);
     int64_t left = pairs_left(t, cnt), l = 0;
-    // For the whole chunk a level of K numbers costs K / 4 cycles for each query and row, and the tile; row
-    // by row it costs about 128 + K, which for one query alone is always less than a vector of queries.
-    for (; l < s.last_level && t.Bp > 1; l++) {
-      const int64_t K = ScanTask::depth(s, l + 1);
-      if (left * (224 + K) < cnt * K * (t.Bp + 8) / 5) break;
+    for (; l < s.last_level && t.Bp > 1 && as_a_whole(t, l + 1, left, cnt); l++) {
       further_level(t, l + 1, n0, cnt);
       left = pairs_left(t, cnt);
     }
-    level[c] = (uint8_t)l;
     for (int64_t i = 0; i < t.B; i++) t.lists[t.order[i]].level = (int)imax(t.lists[t.order[i]].level, l + 1);
     if (left == 0) continue;
-    list_rows(t, t, cnt, [](int64_t i) { return i; }, [&](int64_t j) { return n0 + j; });
+    if (t.Bp > 1)
+      pass_rows(t, l, n0, cnt);
+    else
+      list_rows(t, t, cnt, [](int64_t i) { return i; }, [&](int64_t j) { return n0 + j; });
     cut_long_lists(t, scratch);
   }
 }

@@ -71,50 +71,51 @@ static const Entry* first_from_row(const List& l, int64_t n) {  // rows ascend
 
 // The rows n0 .. n1 of all lists. Returns kDone or kStopped.
 static int full_level_rows(const ScanCall& s, FullLevelQuery* qs, int64_t count, int64_t n0, int64_t n1) {
-  enum : uint32_t { NONE = ~0u };  // no such row: there are fewer
-  uint32_t next[FULL_B];
-  Entry *at[FULL_B], *end[FULL_B];
-  for (int64_t i = 0; i < FULL_B; i++) {
-    next[i] = NONE;
-    if (i >= count) continue;
-    at[i] = (Entry*)first_from_row(*qs[i].l, n0);
-    end[i] = (Entry*)first_from_row(*qs[i].l, n1);
-    if (at[i] < end[i]) next[i] = at[i]->n;
-  }
+  enum { WINDOW = 2048 };
   const int64_t stride = s.rows->stride * size_of(s.rows->type),
                 row_bytes = imin(s.D * size_of(s.rows->type), 8192);
-  const auto first = [&] {
-    uint32_t n = NONE;
-    for (int i = 0; i < FULL_B; i++) n = next[i] < n ? next[i] : n;
-    return n;
-  };
+  Entry* at[FULL_B];  // the next entry of each list
+  for (int64_t i = 0; i < count; i++) at[i] = (Entry*)first_from_row(*qs[i].l, n0);
   Pace pace = {s.in->watch, 0};
   if (pace.ask()) return kStopped;
-  for (uint32_t n = first(); n != NONE;) {
-    int64_t met = 0;
-    Entry* e[FULL_B];
-    const FullLevelQuery* q[FULL_B];
-    const FullProductQuery* x[FULL_B];
-    for (int i = 0; i < FULL_B; i++) {
-      if (next[i] != n) continue;
-      q[met] = qs + i;
-      x[met] = &qs[i].x;
-      e[met++] = at[i]++;
-      next[i] = at[i] < end[i] ? at[i]->n : NONE;
+  for (int64_t w0 = n0; w0 < n1; w0 += WINDOW) {
+    const int64_t rows = imin(WINDOW, n1 - w0);
+    uint64_t having[WINDOW + 1] = {};  // which queries have each row; behind the last, one for the search
+    having[rows] = 1;
+    for (int64_t i = 0; i < count; i++) {
+      const Entry* end = qs[i].l->e + qs[i].l->count;
+      for (const Entry* e = at[i]; e < end && (int64_t)e->n < w0 + rows; e++)
+        having[e->n - w0] |= (uint64_t)1 << i;
     }
-    const uint32_t then = first();
-    if (then != NONE) {  // the processor's own prefetcher begins anew in each page
-      const char* p = (const char*)s.rows->data + then * stride;
-      for (int64_t k = 0; k < row_bytes; k += 64) __builtin_prefetch(p + k);
+    const auto next = [&](int64_t j) {
+      while (!having[j]) j++;
+      return j;
+    };
+    for (int64_t j = next(0); j < rows;) {
+      int64_t met = 0;
+      Entry* e[FULL_B];
+      const FullLevelQuery* q[FULL_B];
+      const FullProductQuery* x[FULL_B];
+      for (uint64_t left = having[j]; left; left &= left - 1) {
+        const int64_t i = __builtin_ctzll(left);
+        q[met] = qs + i;
+        x[met] = &qs[i].x;
+        e[met++] = at[i]++;
+      }
+      const int64_t then = next(j + 1), n = w0 + j;
+      if (then < rows) {  // the processor's own prefetcher begins anew in each page
+        const char* p = (const char*)s.rows->data + (w0 + then) * stride;
+        for (int64_t k = 0; k < row_bytes; k += 64) __builtin_prefetch(p + k);
+      }
+      double product[FULL_B];
+      if (pace.stopped(met * s.D / 4)) return kStopped;
+      s.full_product(s.src, n, x, met, product);
+      for (int64_t i = 0; i < met; i++) {
+        const float up = full_bound(s, q[i]->b, q[i]->x, n, product[i]);
+        if (up < e[i]->up) e[i]->up = up;
+      }
+      j = then;
     }
-    double product[FULL_B];
-    if (pace.stopped(met * s.D / 4)) return kStopped;
-    s.full_product(s.src, n, x, met, product);
-    for (int64_t i = 0; i < met; i++) {
-      const float up = full_bound(s, q[i]->b, q[i]->x, n, product[i]);
-      if (up < e[i]->up) e[i]->up = up;
-    }
-    n = then;
   }
   return kDone;
 }

@@ -183,6 +183,7 @@ static void full_product_pairs(const Source<float>& src, int64_t n, const FullPr
     return true;
   };
   for (; i + 4 <= count && high_only(i + 4); i += 4) pairs<false, 4>(src, n, qs + i, out + i);
+  for (; i + 2 <= count && high_only(i + 2); i += 2) pairs<false, 2>(src, n, qs + i, out + i);
   for (; i < count; i++)
     if (qs[i]->lo)
       pairs<true, 1>(src, n, qs + i, out + i);

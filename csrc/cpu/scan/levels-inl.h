@@ -69,22 +69,40 @@ static void scan_block(const float* y, int64_t stride, int64_t k0, int64_t K, co
   }
 }
 
-// Sums of the lanes of W vectors: lane i of the result is that of v[i]. Halves of two are joined until a
-// vector has a sum in each lane.
-MK_INLINE Vec<float>::T lane_sums(Vec<float>::T* v) {
-  enum { W = Vec<float>::W };
-  Vec<float>::I low, high;
+// sum[i] is that of the lanes of v[i], for four vectors.
+MK_INLINE void sums_of_four(const Vec<float>::T* v, float* sum) {
+#if defined(__AVX2__)
+  __m256 part[4];
 #pragma GCC unroll 4
-  for (int half = W / 2; half > 0; half /= 2) {
-#pragma GCC unroll 16
-    for (int e = 0; e < W; e++) {
-      low[e] = e & half ? (e ^ half) + W : e;
-      high[e] = e & half ? e + W : e ^ half;
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < half; i++) v[i] = vpick(v[i], v[i + half], low) + vpick(v[i], v[i + half], high);
+  for (int i = 0; i < 4; i++) {
+#if MEMOKERN_VBYTES == 64
+    part[i] = _mm256_add_ps(((const __m256*)(v + i))[0], ((const __m256*)(v + i))[1]);
+#else
+    part[i] = v[i];
+#endif
   }
-  return v[0];
+  const __m256 all = _mm256_hadd_ps(_mm256_hadd_ps(part[0], part[1]), _mm256_hadd_ps(part[2], part[3]));
+  _mm_storeu_ps(sum, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+#else
+  enum { W = Vec<float>::W };
+  for (int i = 0; i < 4; i++) {
+    float part[W];
+    store(part, v[i]);
+#pragma GCC unroll 4
+    for (int h = W / 2; h > 0; h /= 2)
+#pragma GCC unroll 8
+      for (int e = 0; e < h; e++) part[e] += part[e + h];
+    sum[i] = part[0];
+  }
+#endif
+}
+// Lane i of the result is the sum of the lanes of v[i], for W vectors.
+MK_INLINE Vec<float>::T lane_sums(const Vec<float>::T* v) {
+  enum { W = Vec<float>::W };
+  float sum[W];
+#pragma GCC unroll 4
+  for (int i = 0; i < W; i += 4) sums_of_four(v + i, sum + i);
+  return load(sum);
 }
 
 // Level 0 of W rows against one query, which scan_block would compute for as many queries as a vector has
@@ -168,8 +186,7 @@ static void pass_levels_typed(const ScanCall& s, int64_t b, List& l, float* x) {
     const int64_t b1 = in.first_band[level - 1], b2 = in.first_band[level];
     const float stored = level == 1 ? (float)q.a * norms[s.bands] : 0;
     l.work += (l.count - l.done) * (128 + k2 - k1) / 6.0;
-    int64_t kept = l.done, promising = -1, end = 0;  // rows before `end` are of the chunks looked up
-    bool below = false;
+    int64_t kept = l.done, promising = -1;
     float top = (float)-kInf;
     for (int64_t i = l.done; i < l.count; i++) {
       Entry e = l.e[i];
@@ -180,19 +197,12 @@ static void pass_levels_typed(const ScanCall& s, int64_t b, List& l, float* x) {
         __builtin_prefetch(in.coarse + n * s.stride + s.k0 + b1);
       }
       if (e.up < least) continue;
-      if (e.n >= end) {  // rows ascend
-        const int64_t c = e.n / s.NT;
-        end = (c + 1) * s.NT;
-        below = l.levels[c] < level;
-      }
-      if (below) {
-        const float* y = in.coarse + e.n * s.stride + s.k0;
-        float sum = segment((const S*)in.fine + e.n * fine + k1, x + k1, k2 - k1),
-              bands = stored * y[s.bands];
-        for (int64_t k = b1; k < b2; k++) bands -= (float)q.a * norms[k] * y[k];
-        e.up += sum + bands;
-        if (e.up < least) continue;
-      }
+      const float* y = in.coarse + e.n * s.stride + s.k0;
+      const float sum = segment((const S*)in.fine + e.n * fine + k1, x + k1, k2 - k1);
+      float bands = stored * y[s.bands];
+      for (int64_t k = b1; k < b2; k++) bands -= (float)q.a * norms[k] * y[k];
+      e.up += sum + bands;
+      if (e.up < least) continue;
       if (e.up > top) {
         top = e.up;
         promising = e.n;
@@ -214,47 +224,61 @@ static void pass_levels(const ScanCall& s, int64_t b, List& l, float* x) {
   l.done = l.count;
 }
 
-// What a level adds for the rows n0 .. n0 + cnt, packed like a tile of the sweep: y
-// [depth/NR][SCAN_TILE_ROWS][NR]. Of each row it takes the new coordinates, the norms of the bands that they
-// replace, and at level 1 the stored coordinates' error.
+// Asks for a row's piece of the index ahead of time: the pieces lie too far apart for the processor's own
+// prefetcher. (Inlined, as all functions that only ask must be: GCC leaves out calls of those.)
 template <class S>
-static void tile_of_level(const ScanCall& s, int64_t level, int64_t n0, int64_t cnt, float* y) {
+MK_INLINE void ask_for_piece(const ScanCall& s, int64_t level, int64_t n) {
+  const int64_t k1 = s.bound->dims[level - 1] - s.k0, k2 = s.bound->dims[level] - s.k0;
+  const S* z = (const S*)s.bound->fine + n * (s.K - s.k0);
+  const char *at = (const char*)(z + k1), *stop = (const char*)(z + k2);
+  for (; at < stop; at += 64) __builtin_prefetch(at);
+  __builtin_prefetch(s.bound->coarse + n * s.stride + s.k0 + s.bound->first_band[level - 1]);
+}
+
+// What a level adds for row n: the new coordinates, the norms of the bands that they replace, and at level 1
+// the stored coordinates' error, then zeros; NR numbers, and the next NR `step` after them.
+template <class S>
+MK_INLINE void piece_of_level(const ScanCall& s, int64_t level, int64_t n, float* dst, int64_t step) {
   enum { NR = 2 * Vec<float>::W };
   const LogitBounds& in = *s.bound;
-  const int64_t fine = s.K - s.k0, k1 = in.dims[level - 1] - s.k0, len = in.dims[level] - in.dims[level - 1];
+  const int64_t k1 = in.dims[level - 1] - s.k0, len = in.dims[level] - in.dims[level - 1];
   const int64_t b1 = in.first_band[level - 1], b2 = in.first_band[level];
-  enum { AHEAD = 8 };
-  for (int64_t j = 0; j < cnt; j++) {
-    const S* z = (const S*)in.fine + (n0 + j) * fine + k1;
-    if (n0 + j + AHEAD < s.N) {  // the pieces lie too far apart for the processor's own prefetcher
-      const char *at = (const char*)(z + AHEAD * fine), *stop = at + len * sizeof(S);
-      for (; at < stop; at += 64) __builtin_prefetch(at);
-    }
-    const float* c = in.coarse + (n0 + j) * s.stride + s.k0;
-    float* dst = y + j * NR;
-    int64_t k = 0;
-    for (; k + NR <= len; k += NR, dst += SCAN_TILE_ROWS * NR) {
-      store(dst, Convert<float, S>::vec(z + k));
-      store(dst + NR / 2, Convert<float, S>::vec(z + k + NR / 2));
-    }
+  const S* z = (const S*)in.fine + n * (s.K - s.k0) + k1;
+  const float* c = in.coarse + n * s.stride + s.k0;
+  int64_t k = 0;
+  for (; k + NR <= len; k += NR, dst += step) {
+    store(dst, Convert<float, S>::vec(z + k));
+    store(dst + NR / 2, Convert<float, S>::vec(z + k + NR / 2));
+  }
+  float tail[NR] = {};
+  if (k < len) {
     S raw[NR];
     memset((void*)raw, 0, sizeof raw);
     memcpy((void*)raw, z + k, (len - k) * sizeof(S));
-    float tail[NR];
     store(tail, Convert<float, S>::vec(raw));
     store(tail + NR / 2, Convert<float, S>::vec(raw + NR / 2));
-    int64_t i = len - k;
-    for (int64_t e = b1; e <= b2; e++) {  // the bands replaced, then the error
-      if (e == b2 && level > 1) break;
-      if (i == NR) {
-        memcpy((void*)dst, tail, sizeof tail);
-        dst += SCAN_TILE_ROWS * NR;
-        memset((void*)tail, 0, sizeof tail);
-        i = 0;
-      }
-      tail[i++] = e == b2 ? c[s.bands] : c[e];
+  }
+  int64_t i = len - k;
+  for (int64_t e = b1; e <= b2; e++) {  // the bands replaced, then the error
+    if (e == b2 && level > 1) break;
+    if (i == NR) {
+      memcpy((void*)dst, tail, sizeof tail);
+      dst += step;
+      memset((void*)tail, 0, sizeof tail);
+      i = 0;
     }
-    memcpy((void*)dst, tail, sizeof tail);
+    tail[i++] = e == b2 ? c[s.bands] : c[e];
+  }
+  memcpy((void*)dst, tail, sizeof tail);
+}
+
+// The same for the rows n0 .. n0 + cnt, packed like a tile of the sweep: y [depth/NR][SCAN_TILE_ROWS][NR].
+template <class S>
+static void tile_of_level(const ScanCall& s, int64_t level, int64_t n0, int64_t cnt, float* y) {
+  enum { NR = 2 * Vec<float>::W, AHEAD = 8 };
+  for (int64_t j = 0; j < cnt; j++) {
+    if (n0 + j + AHEAD < s.N) ask_for_piece<S>(s, level, n0 + j + AHEAD);
+    piece_of_level<S>(s, level, n0 + j, y + j * NR, SCAN_TILE_ROWS * NR);
   }
 }
 

@@ -131,7 +131,6 @@ static void sample_lists(ScanTask& t, float* scratch) {
   for (int64_t i = 0; i < t.B; i++) {
     const int64_t b = t.order[i];
     few[i].best = t.lists[b].best;
-    few[i].levels = s.level_zero;
     double rows = each;  // that each of the few stands for
     if (few[i].count * each > most_listed) {
       rows *= thin_out(few[i], SAMPLE_LEVELS);

@@ -2,8 +2,8 @@
 //
 // Three phases, each a set of tasks (a block of queries and a range of rows): a first look finds a good row
 // for each query, so that the lists hold little in vain from the first row on; a sample of rows shows which
-// lists would be too long, and these queries are given up; the scan proper makes the lists. Then each list
-// passes the levels of the index that its rows have not passed, row by row, and at last the full level
+// lists would be too long, and these queries are given up; the scan proper makes the lists. Lists whose rows
+// have not passed the levels of the index by then pass them, row by row; and at last all pass the full level
 // (full_level-inl.h).
 //
 // Where the index has blocks of rows (blocks-inl.h), the first look is by them, and so is the scan proper of
@@ -38,7 +38,7 @@ static int scan_tasks(const ScanCall& s, int threads, Phase phase, float* scratc
     else if (by_blocks(s, block))
       scan_blocks(t, part, own);
     else
-      scan_chunks(t, c0, c1, s.level + block * s.chunks, own);
+      scan_chunks(t, c0, c1, own);
     return t.failed;
   });
   if (phase == Phase::kLook) return failed ? failed : consider_found(s, threads);
@@ -195,7 +195,7 @@ int Scan::run(int threads) {
     const double v = s.in->bias[n];
     b_max = !(v < kInf) ? kInf : v > -kInf ? dmax(b_max, __builtin_fabs(v)) : b_max;
   }
-  const int64_t fine = s.K - s.k0, NR = 2 * Vec<float>::W;
+  const int64_t fine = s.K - s.k0;
   const int64_t boxed = s.in_blocks ? B : 0;
   if (!arena.reserve(Arena::bytes<ScanQuery>(B) + Arena::bytes<Noise>(B) + Arena::bytes<double>(B) +
                      2 * Arena::bytes<int64_t>(B + 2) + Arena::bytes<float>(boxed * s.box) +
@@ -223,13 +223,9 @@ int Scan::run(int threads) {
   choose_shapes(active, threads);
   form_blocks(s, all, active, s.lanes);
   s.lists = (List*)calloc(imax(1, B * s.parts), sizeof(List));
-  const int64_t most_blocks = active / NR + 1;  // without the queries that are given up there may be more
   if (!s.lists ||
-      !work.reserve(Arena::bytes<uint8_t>(most_blocks * s.chunks) + Arena::bytes<uint8_t>(s.chunks) +
-                    Arena::bytes<float>(SAMPLE_ROWS * s.stride) + Arena::bytes<float>(threads * fine)))
+      !work.reserve(Arena::bytes<float>(SAMPLE_ROWS * s.stride) + Arena::bytes<float>(threads * fine)))
     return kNoMemory;
-  s.level = work.take<uint8_t>(most_blocks * s.chunks);
-  s.level_zero = work.take<uint8_t>(s.chunks);
   float* scratch = work.take_raw<float>(threads * fine);
   for (int64_t i = 0; i < B * s.parts; i++) {
     s.lists[i].best = -kInf;

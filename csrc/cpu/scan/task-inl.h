@@ -25,6 +25,27 @@ struct Lanes {
   }
 };
 
+// The lanes of queries that list rows: none without a query, or of one given up, which would list a NaN.
+static uint64_t live_lanes(const Lanes& q) {
+  uint64_t live = 0;
+  for (int64_t i = 0; i < q.B; i++) live |= (uint64_t)(q.least[i] < (float)kInf) << i;
+  return live;
+}
+// The lanes whose bounds p [Bp] of a row leave it.
+MK_INLINE uint64_t lanes_of_row(const Lanes& q, const float* p) {
+  enum { W = Lanes::W };
+  uint64_t lanes = 0;
+  for (int64_t i = 0; i < q.Bp; i += W)
+    lanes |= (uint64_t)(~lanes_of(load(p + i) < load(q.least + i)) & ((1 << W) - 1)) << i;
+  return lanes;
+}
+
+// A row of a chunk, and the lanes of the queries to which it is left.
+struct RowLeft {
+  int64_t j;
+  uint64_t lanes;
+};
+
 struct ScanTask : Lanes {
   // LAST_ROWS: of a block that is filled up, a register's or for a query alone a vector's, which is larger
   // where AVX2 is compiled in AVX-512's width.
@@ -34,12 +55,17 @@ struct ScanTask : Lanes {
   float* x_one;          // [2][round_up(K, W)] one alone, as scan_rows takes it
   float* z;              // [Bp][k0 + bands] the same numbers, one query after the other
   float* x_look;         // the same at the first look
-  float* x_further;      // and at all further levels,
-  float** x_level;       // [levels] where in it each level begins, null until it is filled
+  float** x_packed;      // [levels] and at further levels, for whole chunks of rows
+  float** x_rows;        // [levels] and for single rows; null until they are needed
+  float* further;        // the memory for these,
+  float* unused;         // and what is left of it
+  uint64_t* lanes;       // [NT] the lanes to which each row of a chunk is left, but for a query alone
+  RowLeft* left;         // [NT] the rows of a chunk that are left to some
   float* p;              // [NT][Bp] the bounds of a chunk
   float* y;              // a tile of a further level
   float *h, *bias;       // [NT] -|yc|^2 / 2 and the bias of a chunk's rows
   float* top;            // [Bp] the largest guess so far
+  float* highest;        // [Bp] the highest bound behind all levels of a row that was evaluated
   float* last_rows;      // [LAST_ROWS][stride] and a vector more: the last block of rows, filled up
   Lanes some;            // those of the queries to which a block is left
   float* w;              // [box][Bp] the queries as boxes take them
@@ -50,13 +76,13 @@ struct ScanTask : Lanes {
   int failed;
 
   // Numbers that a further level adds up for a row: coordinates, bands that they replace, and at level 1 the
-  // error.
-  static int64_t depth(const ScanCall& s, int64_t level) {
+  // error. They are padded to panels.
+  static int64_t numbers(const ScanCall& s, int64_t level) {
     const LogitBounds& in = *s.bound;
     const int64_t coordinates = in.dims[level] - in.dims[level - 1];
-    const int64_t bands = in.first_band[level] - in.first_band[level - 1];
-    return round_up(coordinates + bands + (level == 1), (int64_t)NR);
+    return coordinates + in.first_band[level] - in.first_band[level - 1] + (level == 1);
   }
+  static int64_t depth(const ScanCall& s, int64_t level) { return round_up(numbers(s, level), (int64_t)NR); }
   bool reserve(const ScanCall& call) {
     s = &call;
     failed = kDone;
@@ -70,17 +96,18 @@ struct ScanTask : Lanes {
     const int64_t blocks = s->in_blocks ? L : 0, box = s->in_blocks ? s->box : 0;
     if (!arena.reserve(Arena::bytes<float>(s->stride * L) + Arena::bytes<float>(2 * s->stride + 2 * W) +
                        Arena::bytes<float>(K0 * L) + Arena::bytes<float>(LOOK_COORDINATES * L) +
-                       Arena::bytes<float>(all * L) + Arena::bytes<float>(NT * L) +
+                       2 * Arena::bytes<float>(all * L) + Arena::bytes<float>(NT * L) +
                        Arena::bytes<float>(SCAN_TILE_ROWS * deepest) + 2 * Arena::bytes<float>(NT) +
-                       6 * Arena::bytes<float>(L) + Arena::bytes<float>(LAST_ROWS * s->stride + W) +
-                       Arena::bytes<int32_t>(L) + Arena::bytes<float*>(s->last_level + 1) +
+                       7 * Arena::bytes<float>(L) + Arena::bytes<float>(LAST_ROWS * s->stride + W) +
+                       Arena::bytes<int32_t>(L) + 2 * Arena::bytes<float*>(s->last_level + 1) +
+                       Arena::bytes<RowLeft>(NT) + Arena::bytes<uint64_t>(NT + LAST_ROWS) +
                        Arena::bytes<float>(s->stride * blocks) + Arena::bytes<float>(box * blocks) +
                        5 * Arena::bytes<float>(blocks) + Arena::bytes<int32_t>(blocks)))
       return false;
     x0 = arena.take<float>(s->stride * L);
     x_one = arena.take_raw<float>(2 * s->stride + 2 * W);
     x_look = arena.take<float>(LOOK_COORDINATES * L);
-    x_further = arena.take_raw<float>(all * L);  // queries_of_level fills it
+    further = arena.take_raw<float>(2 * all * L);  // queries_of_level fills it
     z = arena.take<float>(K0 * L);
     p = arena.take_raw<float>(NT * L);  // which level 0 writes, as it does h and bias
     y = arena.take<float>(SCAN_TILE_ROWS * deepest);
@@ -91,9 +118,13 @@ struct ScanTask : Lanes {
     least = arena.take<float>(L);
     best = arena.take<float>(L);
     top = arena.take<float>(L);
+    highest = arena.take<float>(L);
     last_rows = arena.take<float>(LAST_ROWS * s->stride + W);
     where = arena.take<int32_t>(L);
-    x_level = arena.take<float*>(s->last_level + 1);
+    x_packed = arena.take<float*>(s->last_level + 1);
+    x_rows = arena.take<float*>(s->last_level + 1);
+    left = arena.take_raw<RowLeft>(NT);
+    lanes = arena.take_raw<uint64_t>(NT + LAST_ROWS);
     some.x0 = arena.take<float>(s->stride * blocks);
     w = arena.take<float>(box * blocks);
     some.a2 = arena.take<float>(blocks);
@@ -119,7 +150,7 @@ struct ScanTask : Lanes {
       a2[i] = active ? (float)(q.a * q.a) : 0;
       s2[i] = active ? (float)q.s2 : 1;
       least[i] = active ? q.least(to[b].best) : (float)kInf;
-      top[i] = (float)-kInf;
+      top[i] = highest[i] = (float)-kInf;
       if (!active) continue;
       const float* norms = s->bound->norms + b * (s->bands + 1);
       for (int64_t k = 0; k < s->k0; k++)
@@ -130,7 +161,8 @@ struct ScanTask : Lanes {
       for (int64_t k = 0; k < s->box; k++) w[k * Bp + i] = s->w[b * s->box + k];
       reach[i] = reach_of_boxes(*s, b, to[b].best);
     }
-    for (int64_t l = 0; l <= s->last_level; l++) x_level[l] = nullptr;
+    for (int64_t l = 0; l <= s->last_level; l++) x_packed[l] = x_rows[l] = nullptr;
+    unused = further;
   }
   // Bounds from the first K columns of cnt rows of the index, of which k0 count fully in a guess. Each row's
   // bounds come p_row after those of the row before.
@@ -171,6 +203,7 @@ struct ScanTask : Lanes {
                                   (int32_t)j);
         }
       }
+      for (int64_t i = 0; p_row && i < ROW_UNIT; i++) lanes[j + i] = lanes_of_row(q, p + (j + i) * p_row);
     }
   }
 
