@@ -75,9 +75,9 @@ class Case:
 
 
 FASTEST = Target("fastest", 1)
-# Cases of certified pruning, on images: queries from images that are not among the rows, or on a
-# reverse trajectory; its noise levels, EDM's training levels, all in one; the index itself.
-PRUNED = ("pruned", "pruned-path", "trajectory", "training", "index")
+# Cases of certified pruning, on images: queries from rows, from images that are not among them, or
+# on a reverse trajectory; its noise levels, EDM's training levels, all in one; the index itself.
+PRUNED = ("pruned-rows", "pruned", "pruned-path", "trajectory", "training", "index")
 
 
 def _dense(d: int) -> list[Case]:
@@ -150,7 +150,10 @@ def _pruned() -> list[Case]:
         return found if peer is None else (*found, Target("fastest", peer))
 
     found = []
-    for op in PRUNED[:2]:
+    for sigma, peer in ((0.14, 80), (0.3, 80), (0.6, 60), (1.1, 25), (1.9, 8)):
+        target = (Target("fastest", peer),)
+        found.append(Case("pruned-rows", 64, 3072, runs, target, n=50_000, sigma=sigma))
+    for op in ("pruned", "pruned-path"):
         for sigma, dense, peer in (
             (0.05, 60, 80), (0.3, 60, 80), (0.6, 40, 50), (1.1, 15, 20), (1.9, 5, None),
             (3.3, 1.8, None),

@@ -1,8 +1,8 @@
 """The cases of certified pruning: what is timed in each, beside the dense sweep and the peers.
 
-Queries are x = y + sigma z from images that are not among the rows, or the states of a reverse
-trajectory. Ours reads the rows as they are stored, uint8, and chooses by itself (method="auto");
-the peers have them as float32.
+Queries are x = y + sigma z from rows or from images that are not among them, or the states of a
+reverse trajectory. Ours reads the rows as they are stored, uint8, and chooses by itself
+(method="auto"); the peers have them as float32.
 """
 
 from __future__ import annotations
@@ -35,6 +35,12 @@ def prepared(data: Images) -> memokern.TrainingSet:
     found = memokern.TrainingSet(data.rows)
     found.build_index(progress=False)
     return found
+
+
+@lru_cache(maxsize=1)
+def enlarged(data: Images, n: int) -> Images:
+    """With as many rows as asked for."""
+    return Images(images.augmented(data.rows, n), data.held_out)
 
 
 @lru_cache(maxsize=2)
@@ -91,6 +97,8 @@ def training(data: Images, b: int) -> list[Batch]:
 def batches(case: Case, data: Images) -> list[Batch]:
     if case.op == "training":
         return training(data, case.b)
+    if case.op == "pruned-rows":
+        return [(noisy_rows(data, case.b, case.sigma).flatten(1), case.sigma)]
     path = trajectory(data, case.b) if case.op in ("trajectory", "pruned-path") else []
     if case.op == "trajectory":
         return path
@@ -113,6 +121,7 @@ def some(x: Tensor) -> Tensor:
 
 def maker(case: Case, data: Images) -> Make:
     """What makes the runs of a case on these images."""
+    data = enlarged(data, case.n) if case.n else data
     asked = batches(case, data)
     values = images.values(data.rows)
     right = torch.cat([truth(batch, values) for batch in asked])
