@@ -28,17 +28,20 @@ ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- cycles: begin -->", "<!-- cycles: end -->"
 ITERATIONS = 1000
 FUNCTION = re.compile(r"^[0-9a-f]+ <(.*)>:\n((?: .*\n)*)", re.MULTILINE)
-MULTIPLY = re.compile(r"vfn?m(add|sub)\d+ps|vpdpwssd|vpmaddwd")
+MULTIPLY = re.compile(r"vfn?m(add|sub)\d+ps|(\{vex\} )?vpdpwssd|vpmaddwd")
 # Packing and weights are cycles of a row as measured with AVX2 (docs/performance.md).
 QUERIES, FEATURES, PACKING, WEIGHTS = 64, 3072, 760, 250
-LANES = {"avx2": 8, "avx512": 16}  # floats, or pairs of 16-bit integers, of a vector
+# Floats, or pairs of 16-bit integers, of a vector.
+LANES = {"avx2": 8, "avx2 with VNNI": 8, "avx512": 16}
 FIRST, SECOND = "first product, floats", "second product, floats"
 INTEGERS, SCAN, WEIGH = "first product, integers", "scan, level 0", "exponentials and weights"
-# The functions that they are in; blocks are 6 x 2 vectors with AVX2, 12 x 2 with AVX-512.
+# The functions that they are in; blocks are 6 x 2 vectors with AVX2, 12 x 2 with AVX-512. SUMS is
+# what add products of integers up: without VNNI in two instructions.
+SUMS = {"avx2": "Plain", "avx2 with VNNI": "Vnni", "avx512": "Vnni"}
 KERNELS = {
     FIRST: r"\bmicro_kernel<float, \d+, 2, 1, \d+>",
     SECOND: r"\bpacked_accumulate<float>",
-    INTEGERS: r"\bPairQueries<float>::block<\d+, 2>",
+    INTEGERS: r"\bPairQueries<float>::block<[\w:]*\bSUMS, \d+, 2>",
     SCAN: r"\bscan_block<\d+, 2>",
     WEIGH: r"::sweep<float>",
 }
@@ -55,6 +58,7 @@ class Cpu(NamedTuple):
 
 CPUS = [
     Cpu("Zen 3", "znver3", "avx2", 2),
+    Cpu("Alder Lake, P cores", "alderlake", "avx2 with VNNI", 2),
     Cpu("Cascade Lake", "cascadelake", "avx512", 2),
     Cpu("Ice Lake", "icelake-server", "avx512", 2),
     Cpu("Sapphire Rapids", "sapphirerapids", "avx512", 2),
@@ -75,10 +79,11 @@ def run(*command: str, text: str | None = None) -> str:
 
 def disassembly(isa: str, build: Path) -> str:
     """Of the newest object for an instruction set."""
-    found = sorted(build.glob(f"temp*/csrc/cpu/isa/{isa}.o"), key=lambda p: p.stat().st_mtime)
+    name = f"{isa.split()[0]}.o"
+    found = sorted(build.glob(f"temp*/csrc/cpu/isa/{name}"), key=lambda p: p.stat().st_mtime)
     if not found:
         how = "On x86-64 `python setup.py build_ext --inplace` makes it."
-        raise SystemExit(f"There is no {isa}.o in {build}/temp*/csrc/cpu/isa. {how}")
+        raise SystemExit(f"There is no {name} in {build}/temp*/csrc/cpu/isa. {how}")
     return run("objdump", "-d", "-C", "--no-show-raw-insn", str(found[-1]))
 
 
@@ -98,12 +103,13 @@ def multiplies(loop: list[str]) -> int:
     return sum(bool(MULTIPLY.match(text)) for text in loop)
 
 
-def find(kernel: str, listing: str) -> list[str]:
-    """The loop of a kernel, in what objdump wrote."""
-    code = [text for name, text in FUNCTION.findall(listing) if re.search(KERNELS[kernel], name)]
+def find(kernel: str, isa: str, listing: str) -> list[str]:
+    """The loop of a kernel for an instruction set, in what objdump wrote."""
+    wanted = KERNELS[kernel].replace("SUMS", SUMS[isa])
+    code = [text for name, text in FUNCTION.findall(listing) if re.search(wanted, name)]
     loops = [loop for text in code for loop in straight_loops(text) if multiplies(loop)]
     if not loops:
-        raise SystemExit(f"No loop with multiply-adds in {KERNELS[kernel]}: was it optimised?")
+        raise SystemExit(f"No loop with multiply-adds in {wanted}: was it optimised?")
     return max(loops, key=lambda loop: (multiplies(loop), -len(loop)))
 
 
@@ -161,7 +167,7 @@ def table(mca: str, build: Path) -> str:
     version = run(mca, "--version").partition("LLVM version ")[2].split()[0]
     known = subprocess.run([mca, "-mcpu=help"], input="", capture_output=True, text=True).stderr
     listings = {isa: disassembly(isa, build) for isa in LANES}
-    loops = {isa: {k: find(k, text) for k in KERNELS} for isa, text in listings.items()}
+    loops = {isa: {k: find(k, isa, text) for k in KERNELS} for isa, text in listings.items()}
     columns: dict[str, dict[str, str]] = {}
     models: dict[str, str] = {}
     others = []

@@ -26,6 +26,7 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "integers", [] { return kernels().integers(); },
       "Whether they multiply rows of bytes in integers here.");
+  m.def("vnni", [] { return kernels().vnni(); }, "Whether they do it with VNNI.");
   m.def("isas", &isas, "What there is, and whether it runs here: [(name, supported)].");
   m.def(
       "add_isa",

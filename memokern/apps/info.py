@@ -46,8 +46,8 @@ def version(distribution: str) -> str | None:
 
 
 def instruction_set() -> str | None:
-    """The instruction set that the compiled CPU kernels chose ("baseline", "avx2", "avx512",
-    "avx512 with VNNI"), or None where there are none.
+    """The instruction set that the compiled CPU kernels chose ("baseline", "avx2", "avx512", the
+    latter two also "with VNNI"), or None where there are none.
     """
     cpu: Any = protocol.get("cpu")
     return cpu.described_isa() if cpu.unavailable() is None else None

@@ -51,6 +51,7 @@ struct PairQueries<float> {
   int16_t* digits;
   double* shared_whole;  // [B]
   bool* has_digits;      // [B]
+  bool by_vnni;
 
   static int64_t bytes(const Plan& pl) {
     return Arena::bytes<int32_t>(pl.Bp * pl.Dp / 2) + 2 * Arena::bytes<float>(pl.Bp) +
@@ -67,6 +68,7 @@ struct PairQueries<float> {
     digits = arena.take_raw<int16_t>(2 * pl.B * pl.Dp);
     shared_whole = arena.take<double>(pl.B);
     has_digits = arena.take<bool>(pl.B);
+    by_vnni = has_vnni();
     for (int64_t d = 0; d < pl.Dp; d++) {  // splitmix64
       uint64_t z = ((uint64_t)d + 1) * 0x9e3779b97f4a7c15;
       z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9;
@@ -134,6 +136,9 @@ struct PairQueries<float> {
 
   // p[j][b] = <u_j, x_b> for the first B queries, up to that error.
   void dots(const Plan& pl, const Tile<float>& t, int64_t B, float* p, Prefetch& next) const {
+    const auto panel = by_vnni ? &PairQueries::block<Vnni, MR, 2> : &PairQueries::block<Plain, MR, 2>;
+    const auto half =
+        by_vnni ? &PairQueries::block<Vnni, ROW_UNIT, 1> : &PairQueries::block<Plain, ROW_UNIT, 1>;
     const int64_t groups = (t.cnt + MR - 1) / MR;
     const int64_t ahead = next.lines_per_step(2 * (pl.Dp / NR) * ((B + NR - 1) / NR) * groups);
     for (int64_t k = 0; k < pl.Dp; k += KC)
@@ -143,11 +148,10 @@ struct PairQueries<float> {
         const int32_t* y = (const int32_t*)(t.whole.v + k * pl.NT);
         if (lanes == NR)
           for (int64_t j = 0; j < t.cnt; j += MR)
-            block<MR, 2>(y + j * W, pl.NT * W, xb, K, k > 0, b, p + j * pl.Ps + b, pl.Ps, next, ahead);
+            (this->*panel)(y + j * W, pl.NT * W, xb, K, k > 0, b, p + j * pl.Ps + b, pl.Ps, next, ahead);
         else
           for (int64_t j = 0; j < t.cnt; j += ROW_UNIT)
-            block<ROW_UNIT, 1>(y + j * W, pl.NT * W, xb, K, k > 0, b, p + j * pl.Ps + b, pl.Ps, next,
-                               2 * ahead);
+            (this->*half)(y + j * W, pl.NT * W, xb, K, k > 0, b, p + j * pl.Ps + b, pl.Ps, next, 2 * ahead);
       }
   }
 
@@ -164,7 +168,7 @@ struct PairQueries<float> {
       Pairs sum[2] = {};
       const auto add = [&](const uint8_t* from) {
         const Shorts v = shorts_of(from) + load(t.whole.shift + d);
-        add_pairs((Pairs)v, (Pairs)load(digit + d), (Pairs)load(digit + pl.Dp + d), sum[0], sum[1]);
+        Plain::add((Pairs)v, (Pairs)load(digit + d), (Pairs)load(digit + pl.Dp + d), sum[0], sum[1]);
       };
       for (; d + NR <= end; d += NR) add(raw + d);
       if (d < end) {
@@ -181,12 +185,12 @@ struct PairQueries<float> {
   }
 
  private:
-  template <int M, int V>
+  template <class S, int M, int V>
   __attribute__((noinline)) void block(const int32_t* y, int64_t y_next, const int32_t* x, int64_t K,
                                        bool add, int64_t b, float* p, int64_t p_j, Prefetch& next,
                                        int64_t ahead) const {
     Pairs sum[M][V];
-    pairs_kernel<M, V, W>(y, 1, W, y_next, x, K, sum, next, ahead);
+    pairs_kernel<S, M, V, W>(y, 1, W, y_next, x, K, sum, next, ahead);
 #pragma GCC unroll 24
     for (int i = 0; i < M; i++)
 #pragma GCC unroll 2

@@ -13,8 +13,9 @@ template <class R>
 static void load_pairs(const Source<R>&, const Plan&, Tile<R>&) {}
 
 #if MK_WHOLE_ROWS
-// The micro-kernel of packed-inl.h: sum[i][v] = sum_k a(i, k) b[k][v W ..] over K pairs.
-template <int M, int V, int AI>
+// The micro-kernel of packed-inl.h: sum[i][v] = sum_k a(i, k) b[k][v W ..] over K pairs. S adds up, Plain or
+// Vnni.
+template <class S, int M, int V, int AI>
 MK_INLINE void pairs_kernel(const int32_t* a, int64_t a_k, int64_t run, int64_t a_next, const int32_t* b,
                             int64_t K, Pairs (&sum)[M][V], Prefetch& next, int64_t ahead) {
   enum { W = Vec<float>::W };
@@ -31,9 +32,9 @@ MK_INLINE void pairs_kernel(const int32_t* a, int64_t a_k, int64_t run, int64_t 
       for (int i = 0; i < M; i++) {
         const Pairs ai = splat<int32_t>(ak[i * AI]);
         if constexpr (V == 2)
-          add_pairs(ai, b0, b1, sum[i][0], sum[i][1]);
+          S::add(ai, b0, b1, sum[i][0], sum[i][1]);
         else
-          add_pairs(ai, b0, sum[i][0]);
+          S::add(ai, b0, sum[i][0]);
       }
     }
   }

@@ -199,7 +199,8 @@ struct Table {
   int64_t abi;  // kAbi of the source that it was compiled from
   const char* name;
   int width;           // floats of one vector
-  bool (*integers)();  // whether rows of bytes are multiplied in integers on this processor (pair_vec-inl.h)
+  bool (*integers)();  // whether rows of bytes are multiplied in integers on this processor (pair_vec-inl.h),
+  bool (*vnni)();      // and with VNNI
   int (*posterior)(const Rows&, const Queries&, const Sums&, int threads);
   int (*posterior_segments)(const Rows&, const Queries&, const Segments&, const Sums&, int threads);
   int (*posterior_state)(const Rows&, const Queries&, const States&, int threads);

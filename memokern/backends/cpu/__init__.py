@@ -65,9 +65,8 @@ class Cpu(Backend):
         return str(native.module().isa())
 
     def described_isa(self) -> str:
-        """The same, and whether the processor has what only some with AVX-512 have."""
-        name = self.isa()
-        return f"{name} with VNNI" if name == "avx512" and native.module().integers() else name
+        """The same, and whether the processor has VNNI, an extension that not all of them have."""
+        return f"{self.isa()} with VNNI" if native.module().vnni() else self.isa()
 
     def detail(self) -> str:
         threads = native.threads()

@@ -21,16 +21,18 @@ from memokern.backends.cpu import native
 from tests import compiled, isas
 
 
-def has_vnni() -> bool:
-    """Whether this processor is known to have AVX-512's VNNI."""
+def with_vnni() -> set[str]:
+    """The instruction sets that this processor is known to extend by VNNI."""
     try:
-        return "avx512_vnni" in Path("/proc/cpuinfo").read_text()
+        flags = set(Path("/proc/cpuinfo").read_text().split())
     except OSError:
-        return False
+        return set()
+    return {isa for isa, flag in (("avx2", "avx_vnni"), ("avx512", "avx512_vnni")) if flag in flags}
 
 
 MANY = 520  # rows: fewer have no product in integers
-WITH = {"avx2", "avx2w16", *(["avx512"] if has_vnni() else [])}  # instruction sets that have one
+VNNI = with_vnni()
+WITH = {"avx2", "avx2w16"} | VNNI  # instruction sets that have one
 # Those that run here; without the module of parts for tests one name, whose tests are skipped.
 ISAS = [isa for isa in compiled.isas() if isa in WITH] or ["none"]
 with_products = pytest.mark.skipif(ISAS == ["none"], reason="needs AVX2 and memokern._testing")
@@ -131,12 +133,14 @@ def test_rows_that_have_no_such_product(isa: str) -> None:
 
 
 def test_the_processor_decides() -> None:
-    """AVX2 has the product, AVX-512 only with VNNI, and nothing else has it; `integers` says so."""
+    """AVX2 has the product, AVX-512 only with VNNI, and nothing else has it; `integers` says so,
+    and `vnni` which of them use VNNI."""
     module = native.module()
     x, rows = problem("noise", 8, MANY, 300, *UINT8_UNIT)
     for name in isas.usable():
         with isas.selected(name):
             assert module.integers() == (name in WITH), name
+            assert module.vnni() == (name in VNNI), name
     for name in compiled.isas():
         assert (compiled.pairs(name, query_of(x, 1.0), rows) is not None) == (name in WITH), name
 
