@@ -175,7 +175,6 @@ static void pass_rows(ScanTask& t, int64_t level, int64_t n0, int64_t cnt) {
     t.highest[i] = up;
     s.consider(t.order[i], n0 + most[i], l);
     t.least[i] = s.q[t.order[i]].least(l.best);
-    if (s.in_blocks) t.reach[i] = reach_of_boxes(s, t.order[i], l.best);
   }
 }
 

@@ -167,6 +167,17 @@ static float segment(const S* p, const float* x, int64_t count) {
   return sum + part[0];
 }
 
+// Asks for a row's piece of the index ahead of time: the pieces lie too far apart for the processor's own
+// prefetcher. (Inlined, as all functions that only ask must be: GCC leaves out calls of those.)
+template <class S>
+MK_INLINE void ask_for_piece(const ScanCall& s, int64_t level, int64_t n) {
+  const int64_t k1 = s.bound->dims[level - 1] - s.k0, k2 = s.bound->dims[level] - s.k0;
+  const S* z = (const S*)s.bound->fine + n * (s.K - s.k0);
+  const char *at = (const char*)(z + k1), *stop = (const char*)(z + k2);
+  for (; at < stop; at += 64) __builtin_prefetch(at);
+  __builtin_prefetch(s.bound->coarse + n * s.stride + s.k0 + s.bound->first_band[level - 1]);
+}
+
 // Takes the rows of query b's list through all levels that they have not passed, row by row. A level adds the
 // product of the coordinates that are new, and takes off a |x_b||y_b| for the bands that these replace. At
 // level 1 the error of the stored coordinates comes in, and stays. x [K - k0] is work space.
@@ -190,12 +201,7 @@ static void pass_levels_typed(const ScanCall& s, int64_t b, List& l, float* x) {
     float top = (float)-kInf;
     for (int64_t i = l.done; i < l.count; i++) {
       Entry e = l.e[i];
-      if (i + AHEAD < l.count) {
-        const int64_t n = l.e[i + AHEAD].n;
-        const char *at = (const char*)((const S*)in.fine + n * fine + k1), *stop = at + (k2 - k1) * sizeof(S);
-        for (; at < stop; at += 64) __builtin_prefetch(at);
-        __builtin_prefetch(in.coarse + n * s.stride + s.k0 + b1);
-      }
+      if (i + AHEAD < l.count) ask_for_piece<S>(s, level, l.e[i + AHEAD].n);
       if (e.up < least) continue;
       const float* y = in.coarse + e.n * s.stride + s.k0;
       const float sum = segment((const S*)in.fine + e.n * fine + k1, x + k1, k2 - k1);
@@ -222,17 +228,6 @@ static void pass_levels_typed(const ScanCall& s, int64_t b, List& l, float* x) {
 static void pass_levels(const ScanCall& s, int64_t b, List& l, float* x) {
   (s.bound->fine_is_half ? pass_levels_typed<F16> : pass_levels_typed<float>)(s, b, l, x);
   l.done = l.count;
-}
-
-// Asks for a row's piece of the index ahead of time: the pieces lie too far apart for the processor's own
-// prefetcher. (Inlined, as all functions that only ask must be: GCC leaves out calls of those.)
-template <class S>
-MK_INLINE void ask_for_piece(const ScanCall& s, int64_t level, int64_t n) {
-  const int64_t k1 = s.bound->dims[level - 1] - s.k0, k2 = s.bound->dims[level] - s.k0;
-  const S* z = (const S*)s.bound->fine + n * (s.K - s.k0);
-  const char *at = (const char*)(z + k1), *stop = (const char*)(z + k2);
-  for (; at < stop; at += 64) __builtin_prefetch(at);
-  __builtin_prefetch(s.bound->coarse + n * s.stride + s.k0 + s.bound->first_band[level - 1]);
 }
 
 // What a level adds for row n: the new coordinates, the norms of the bands that they replace, and at level 1
