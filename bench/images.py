@@ -72,3 +72,8 @@ def augmented(images: Tensor, n: int) -> Tensor:
             if left > 0:
                 parts.append(image[:left].roll(move, (-2, -1)))
     return torch.cat(parts)
+
+
+def enlarged(data: Images, n: int) -> Images:
+    """With n rows, by `augmented`."""
+    return Images(augmented(data.rows, n), data.held_out)

@@ -27,6 +27,7 @@ CHECKED = 3  # queries of a batch compared with float64
 METHODS = {OURS: "auto", "pruned": "pruned", "dense": "dense"}
 
 Batch = tuple[Tensor, float | Tensor]  # x [B, D], sigma: a number, or [B]
+enlarged = lru_cache(maxsize=1)(images.enlarged)
 
 
 @lru_cache(maxsize=2)
@@ -35,12 +36,6 @@ def prepared(data: Images) -> memokern.TrainingSet:
     found = memokern.TrainingSet(data.rows)
     found.build_index(progress=False)
     return found
-
-
-@lru_cache(maxsize=1)
-def enlarged(data: Images, n: int) -> Images:
-    """With as many rows as asked for."""
-    return Images(images.augmented(data.rows, n), data.held_out)
 
 
 @lru_cache(maxsize=2)

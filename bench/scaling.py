@@ -37,7 +37,7 @@ def measure(
     source = images.load(path)
     found = []
     for n in counts:
-        data = Images(images.augmented(source.rows, n), source.held_out)
+        data = images.enlarged(source, n)
         rows, sdpa = memokern.TrainingSet(data.rows).build_index(progress=False), None
         if data.rows.numel() <= MOST_FLOATS:
             sdpa = peers.MEAN["sdpa"](images.values(data.rows))
